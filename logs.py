@@ -1,0 +1,342 @@
+"""What a run tells: meters that stay on the device, `log.txt`, `train.log`, TensorBoard, the progress bar.
+
+Level 1: imports `utils`, and `checkpoints` for its atomic writer. It may not know what a value means (a loss, an
+accuracy, a learning rate): names and numbers come from the caller.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from checkpoints import to_plain, write_atomically
+from utils import InputError, Processes
+
+Item = TypeVar("Item")
+Number = float | Tensor
+
+
+# ----------------------------------------------------------------------------------------------------- meters
+
+
+class _Sums:
+    """The weighted sum and the weight of one name: over the epoch so far without `recent`, and `recent`.
+
+    Two sums, and not an old total to subtract, because float32 (MPS) would lose the recent share of a long total.
+    """
+
+    def __init__(self) -> None:
+        self.past: list[Number] = [0.0, 0.0]
+        self.recent: list[Number] = [0.0, 0.0]
+
+    def add(self, value: Number, weight: Number) -> None:
+        total, total_weight = self.recent
+        self.recent = [_wide(value) * weight + total, _wide(weight) + total_weight]
+
+    def fold(self) -> None:
+        self.past = self.both()
+        self.recent = [0.0, 0.0]
+
+    def both(self) -> list[Number]:
+        return [past + recent for past, recent in zip(self.past, self.recent, strict=True)]
+
+
+class Meters:
+    """Weighted means of named scalars. Updating never waits for the device; reading waits once.
+
+    A name may be absent from some updates: its mean is over the updates that had it. A name whose weights sum to 0
+    reads as NaN.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, _Sums] = {}
+
+    def update(self, weight: Number = 1, **scalars: Number) -> None:
+        """Adds one value per name, each counted `weight` times (such as the number of samples it is a mean over)."""
+        for name, value in scalars.items():
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"meter {name}: a scalar is needed, not shape {tuple(value.shape)}")
+            self._sums.setdefault(name, _Sums()).add(value, weight)
+
+    def read(self) -> dict[str, float]:
+        """The means since the beginning. One transfer from the device."""
+        return self._means([sums.both() for sums in self._sums.values()])
+
+    def recent(self) -> dict[str, float]:
+        """The means since the last call, of the names that were updated since. One transfer from the device."""
+        means = self._means([sums.recent for sums in self._sums.values()])
+        fresh = {name for name, sums in self._sums.items() if isinstance(sums.recent[1], Tensor) or sums.recent[1]}
+        for sums in self._sums.values():
+            sums.fold()
+        return {name: mean for name, mean in means.items() if name in fresh}
+
+    def _means(self, pairs: list[list[Number]]) -> dict[str, float]:
+        numbers = _to_host([number for pair in pairs for number in pair])
+        totals, weights = numbers[::2], numbers[1::2]
+        means = (total / weight if weight else math.nan for total, weight in zip(totals, weights, strict=True))
+        return dict(zip(self._sums, means, strict=True))
+
+    def reduce(self, processes: Processes) -> Meters:
+        """Turns sums and weights into those over all ranks, in place; returns itself. All ranks call it together, once.
+
+        Ranks may have seen different names: the union is agreed on first, then one all-reduce carries all numbers.
+        """
+        if processes.world_size == 1:
+            return self
+        names = sorted({name for seen in processes.gather(list(self._sums)) for name in seen})
+        pairs = [self._sums.setdefault(name, _Sums()).both() for name in names]
+        numbers = [_on(number, processes.device) for pair in pairs for number in pair]
+        if not names:
+            return self
+        for name, pair in zip(names, processes.sum(torch.stack(numbers)).view(-1, 2), strict=True):
+            self._sums[name].past, self._sums[name].recent = list(pair), [0.0, 0.0]
+        return self
+
+
+def _dtype_on(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def _on(value: Number, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=_dtype_on(device), device=device)
+
+
+def _wide(value: Number) -> Number:
+    """A tensor as a detached 0-dim tensor of the widest type its device has; a number as it is."""
+    return _on(value.detach().reshape(()), value.device) if isinstance(value, Tensor) else float(value)
+
+
+def _to_host(values: list[Number]) -> list[float]:
+    """The values as python floats. The tensors among them, if any, travel in one transfer."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return [float(value) for value in values]
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), tensors[0].device)
+    read = iter(torch.stack([_on(tensor, device) for tensor in tensors]).tolist())
+    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]
+
+
+# ------------------------------------------------------------------------------------------------------- files
+
+
+def to_json(data: Any, indent: int | None = None) -> str:
+    """`data` as valid JSON: NaN and infinities, which JSON lacks, become null; paths and numpy scalars become plain."""
+    return json.dumps(_finite(to_plain(data)), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Replaces the file at `path` by `data` as JSON, atomically. Raises InputError like `write_atomically`."""
+    text = to_json(data, indent=2) + "\n"
+    write_atomically(Path(path), lambda stream: stream.write(text.encode()))
+
+
+# --------------------------------------------------------------------------------------------------------- run
+
+
+class RunLog:
+    """What the user sees of a run, on rank 0; on the other ranks every method does nothing.
+
+    Files in `output_dir` (none if it is None): `train.log`, the printed lines with their time; `log.txt`, one JSON
+    object per epoch; TensorBoard events, per epoch in the folder itself and per step in `steps/`. Two TensorBoard runs,
+    because a resumed one hides everything from its first step on, and epochs and steps do not count alike.
+
+    Raises:
+        InputError: a file in `output_dir` cannot be written, at the beginning or later.
+    """
+
+    def __init__(self, output_dir: str | Path | None, processes: Processes, tensorboard: bool = True) -> None:
+        self._active = processes.is_main
+        self._folder = Path(output_dir) if output_dir is not None and self._active else None
+        self._writers: dict[str, Any] = {}
+        self._tensorboard = tensorboard and self._folder is not None
+        self._purge_steps: dict[str, int | None] = {}
+        self._bar: Any = None
+        self._progress = ""  # description and total of the loop under way
+        self._done = 0
+        self._append("train.log", "")  # finds out now whether that is possible
+
+    def _append(self, name: str, text: str) -> None:
+        """Adds to a file of the folder. Opened each time, so that a kill loses nothing that was said."""
+        if self._folder is None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(self._folder / name, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise InputError(f"cannot write {self._folder / name}: {error.strerror or error}") from error
+
+    def say(self, text: str) -> None:
+        """Prints `text` to stdout, above the bar if there is one, and to `train.log`."""
+        if not self._active:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+        self._keep(text)
+
+    def _keep(self, text: str) -> None:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._append("train.log", "".join(f"{now} {line}\n" for line in text.splitlines()))
+
+    def table(self, rows: list[tuple[str, str]]) -> None:
+        """Says the rows as two aligned columns."""
+        width = max((len(name) for name, _ in rows), default=0)
+        self.say("\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows))
+
+    # ---- progress
+
+    def progress(self, iterable: Iterable[Item], total: int | None, description: str) -> Iterator[Item]:
+        """Passes the items on: under a bar if stderr is a terminal and tqdm is there, else `note` says plain lines."""
+        if not self._active:
+            yield from iterable
+            return
+        self._close_bar()  # of a loop that was left early
+        self._bar = _open_bar(total, description)
+        self._progress = f"{description} [{{}}/{total}]" if total is not None else f"{description} [{{}}]"
+        self._done = 0
+        try:
+            for item in iterable:
+                yield item
+                self._done += 1
+                if self._bar is not None:
+                    self._bar.update()
+        finally:
+            self._close_bar()
+
+    def note(self, values: Mapping[str, Any]) -> None:
+        """Shows current values: in the bar, or as a plain line with the position in the loop; in `train.log` always."""
+        if not self._active:
+            return
+        shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+        # the item in the caller's hands counts as done: notes come after its work
+        where = self._progress.format(self._done + 1) + " " if self._progress else ""
+        line = where + "  ".join(f"{name} {value}" for name, value in shown.items())
+        if self._bar is None:
+            self.say(line)
+            return
+        self._bar.set_postfix(shown, refresh=False)  # refreshed by the bar's own rhythm
+        self._keep(line)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._progress = None, ""
+
+    # ---- numbers
+
+    def epoch(self, stats: Mapping[str, Any]) -> None:
+        """Appends `stats`, which has an `epoch`, to `log.txt` (NaN and infinities as null) and its numbers, under the
+        same names, to TensorBoard."""
+        if self._folder is None:
+            return
+        self._append("log.txt", to_json(stats) + "\n")
+        plain = to_plain(stats)
+        self._write_scalars("", int(plain["epoch"]), {k: v for k, v in plain.items() if k != "epoch"})
+        for writer in self._writers.values():
+            writer.flush()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds values of one training step to the TensorBoard run `steps`."""
+        self._write_scalars("steps", step, to_plain(values))
+
+    def picture(self, tag: str, image: Tensor, epoch: int) -> None:
+        """Adds a (3, H, W) uint8 image to TensorBoard."""
+        if (writer := self._writer("")) is not None:
+            writer.add_image(tag, image.cpu(), epoch)
+
+    def drop_epochs_from(self, epoch: int, step: int | None = None) -> None:
+        """Before epoch `epoch` is run again: takes it and later ones out of `log.txt`, and hides them in TensorBoard.
+
+        Lines that a kill cut short go too.
+
+        Args:
+            step: the first training step that will be run again; None leaves the step scalars as they are.
+        """
+        if self._folder is None:
+            return
+        path = self._folder / "log.txt"
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, epoch)]
+            write_atomically(path, lambda stream: stream.write("".join(f"{line}\n" for line in kept).encode()))
+        self._close_writers()
+        self._purge_steps = {"": epoch, "steps": step}
+
+    def _write_scalars(self, run: str, step: int, values: Mapping[str, Any]) -> None:
+        if (writer := self._writer(run)) is None:
+            return
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                writer.add_scalar(name, value, step)
+
+    def _writer(self, run: str) -> Any:
+        """The TensorBoard writer of the folder itself (`run` is "") or of a folder in it; None if there is none."""
+        if not self._tensorboard or self._folder is None:
+            return None
+        if run not in self._writers:
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # seconds to import; and it may be absent
+            except Exception as error:  # absent (ImportError), or broken by another package's version (any error)
+                self._tensorboard = False
+                self.say(f"no TensorBoard ({error}); pip install tensorboard. log.txt has the same numbers per epoch")
+                return None
+            # consumed, so that a writer reopened later does not hide what came in between
+            purge_step = self._purge_steps.pop(run, None)
+            self._writers[run] = SummaryWriter(str(self._folder / run), purge_step=purge_step)
+        return self._writers[run]
+
+    # ---- end
+
+    def _close_writers(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
+
+    def close(self) -> None:
+        """Closes the bar and writes out what TensorBoard still holds. Calling it twice does no harm."""
+        self._close_bar()
+        self._close_writers()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open_bar(total: int | None, description: str) -> Any:
+    """A tqdm bar, or None where it would not be seen or tqdm is missing."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, desc=description, dynamic_ncols=True)
+
+
+def _is_before(line: str, epoch: int) -> bool:
+    try:
+        return int(json.loads(line)["epoch"]) < epoch
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,1 @@
+"""Image mixing methods: `interface.py` is their contract, `build.py` finds one by name. SMMix is `smmix.py`."""

@@ -1,0 +1,130 @@
+"""What every mixing method takes and gives. Holds labels and records, no pixels.
+
+A mixer never holds a model, a mode or a device. It is given a `Guide`, a function that shows it the clean images
+through the model; whether it calls it is its own affair. Drawing and applying are separate: `draw` takes a generator
+and returns plain values, `apply` takes those values and returns new tensors, so that a mix can be written by hand and
+repeated.
+
+Adding a method: subclass `Mixer` in `mixers/<method>.py` with `draw` and `apply`, name it in `mixers/build.py`.
+
+Letters: B batch, K classes, N image tokens. `source` gives the patch, `target` receives it, `lam` is the source share.
+Image i is the target and image B - 1 - i the source (batch reversal).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.interface import ModelOutput
+
+Guide = Callable[[Tensor], ModelOutput]  # clean images (B, C, height, width) -> what the motivating model makes of them
+
+
+class Regions(NamedTuple):
+    """Where the pasted rectangles came from and went to, in grid cells; corners are (row, column) of the top left."""
+
+    source_corners: Tensor  # (B, 2) int64: in the source image of each pair
+    target_corners: Tensor  # (B, 2) int64: in the target image
+    size: tuple[int, int]  # rows, columns
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """A batch ready for the forward pass and the loss. What a method does not use is `None`."""
+
+    images: Tensor  # (B, C, height, width)
+    labels: Tensor  # (B, K) float32: y_M, smoothed and mixed
+    lam: Tensor | None = None  # (B,) float32: the source's share of each image
+    source_labels: Tensor | None = None  # (B, K) float32: y_A
+    target_labels: Tensor | None = None  # (B, K) float32: y_B
+    source_mask: Tensor | None = None  # (B, N) bool: tokens that belong to the source
+    reference_probs: Tensor | None = None  # (B, K) float32: what Eq. 14 pulls the prediction towards
+    clean_logits: Tensor | None = None  # (B, K): the guide's prediction on the clean images
+    image_attention: Tensor | None = None  # (B, N): the guide's score of the clean images
+    regions: Regions | None = None
+
+
+class StepRandom(NamedTuple):
+    """The generators of one step: what all ranks must choose alike comes from `shared`, the rest from `own`."""
+
+    shared: torch.Generator
+    own: torch.Generator
+
+
+def soft_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Label smoothing (Szegedy et al. 2016): (1 - e) * onehot + e / K.
+
+    Args:
+        labels: (B,) int64 class indices, or (B, K) float distributions.
+
+    Returns:
+        (B, K) float32, rows sum to one if the distributions do.
+    """
+    hot = torch.nn.functional.one_hot(labels, num_classes) if labels.ndim == 1 else labels
+    return hot.float() * (1.0 - smoothing) + smoothing / num_classes
+
+
+def mix_labels(source_labels: Tensor, target_labels: Tensor, lam: Tensor) -> Tensor:
+    """Eq. 8: y_M = lam * y_A + (1 - lam) * y_B, all (B, K) with lam (B,)."""
+    return lam[:, None] * source_labels + (1.0 - lam[:, None]) * target_labels
+
+
+def draw_beta(alpha: float, count: int, generator: torch.Generator) -> list[float]:
+    """`count` numbers from Beta(alpha, alpha), keyed by the generator (torch's own Beta takes none)."""
+    seed = int(torch.randint(2**31, (), generator=generator))
+    return np.random.default_rng(seed).beta(alpha, alpha, size=count).tolist()
+
+
+Draw = TypeVar("Draw")
+Value = TypeVar("Value")
+
+
+class Mixer(ABC, Generic[Draw]):
+    """One mixing method.
+
+    Args:
+        num_classes: K.
+        smoothing: label smoothing e, applied here and nowhere else.
+    """
+
+    def __init__(self, num_classes: int, smoothing: float = 0.1) -> None:
+        self.num_classes = num_classes
+        self.smoothing = smoothing
+
+    @abstractmethod
+    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> Draw:
+        """Everything random about one mix, as plain values. `image_size` is height and width in pixels."""
+
+    @abstractmethod
+    def apply(self, images: Tensor, labels: Tensor, drawn: Draw, guide: Guide) -> MixedBatch:
+        """The mix itself. `images` (B, C, height, width) and `labels` (B,) or (B, K) stay as they are."""
+
+    def __call__(self, images: Tensor, labels: Tensor, guide: Guide, random: StepRandom) -> MixedBatch:
+        height, width = images.shape[-2:]
+        return self.apply(images, labels, self.draw(len(images), (height, width), random.own), guide)
+
+
+class NoMixing(Mixer[None]):
+    """Plain images with smoothed labels: DeiT's recipe without any mixing."""
+
+    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> None:
+        return None
+
+    def apply(self, images: Tensor, labels: Tensor, drawn: None, guide: Guide) -> MixedBatch:
+        return MixedBatch(images, soft_labels(labels, self.num_classes, self.smoothing))
+
+
+def pair_up(values: list[Value], batch_size: int, mode: str) -> list[Value]:
+    """Spreads draws over a batch as `--mixup-mode` says: one for all, one for each pair, or one for each image."""
+    if mode == "batch":
+        return values[:1] * batch_size
+    if mode == "pair":
+        return [values[min(i, batch_size - 1 - i)] for i in range(batch_size)]
+    return values

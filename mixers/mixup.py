@@ -1,0 +1,26 @@
+"""Mixup (Zhang et al. 2018, arXiv 1710.09412): both images everywhere, weighted. Uses no model and no global state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, mix_labels, pair_up, soft_labels
+
+
+class Mixup(Mixer[list[float]]):
+    """x_M = lam * x_A + (1 - lam) * x_B with lam ~ Beta(alpha, alpha), drawn once per batch, pair or image (`mode`)."""
+
+    def __init__(self, num_classes: int, smoothing: float = 0.1, alpha: float = 0.8, mode: str = "batch") -> None:
+        super().__init__(num_classes, smoothing)
+        self.alpha, self.mode = alpha, mode
+
+    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> list[float]:
+        return pair_up(draw_beta(self.alpha, batch_size, generator), batch_size, self.mode)
+
+    def apply(self, images: Tensor, labels: Tensor, drawn: list[float], guide: Guide) -> MixedBatch:
+        lam = torch.tensor(drawn).to(images.device, non_blocking=True)  # (B,)
+        weight = lam.to(images.dtype)[:, None, None, None]
+        target = soft_labels(labels, self.num_classes, self.smoothing)
+        mixed = torch.lerp(images, images.flip(0), weight)
+        return MixedBatch(mixed, mix_labels(target.flip(0), target, lam), lam)

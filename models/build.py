@@ -1,0 +1,195 @@
+"""From a model's name to an `ImageModel`, and foreign weights made to fit by named rules. Holds no training state."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from checkpoints import load_strictly
+from models.deit import PlainViT, init_like_deit
+from models.interface import ImageModel
+from utils import InputError, as_pair
+
+# The released research code's names for the same networks.
+ALIASES = {f"vit_deit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")}
+
+# The seam for further families: a timm class, and the file that knows how to read it.
+FAMILIES: dict[type[nn.Module], Callable[..., ImageModel]] = {VisionTransformer: PlainViT}
+
+
+def build_model(
+    name: str,
+    num_classes: int,
+    *,
+    input_size: tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    drop: float = 0.0,
+    drop_path: float = 0.0,
+    separate_region_head: bool = False,
+    **overrides: Any,
+) -> ImageModel:
+    """A freshly initialised model.
+
+    Args:
+        name: timm's name, or the released code's.
+        input_size: (height, width) in pixels; the model's own if absent.
+        patch_size: side of a patch in pixels; the model's own if absent.
+        overrides: further keywords of the timm class (`embed_dim`, `depth`, ...).
+
+    Raises:
+        InputError: unknown name (near misses listed), no readable attention, a size that the patches do not divide.
+    """
+    name = ALIASES.get(name, name)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*timm.list_models(), *ALIASES], n=5, cutoff=0.5)
+        raise InputError(
+            f"--model {name}: no such model; did you mean {', '.join(near) or 'one of timm.list_models()'}?"
+        )
+    entry = timm.model_entrypoint(name)
+    if input_size is not None:
+        overrides["img_size"] = input_size
+    if patch_size is not None:
+        overrides["patch_size"] = patch_size
+    try:
+        network = entry(num_classes=num_classes, drop_rate=drop, drop_path_rate=drop_path, **overrides)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise InputError(f"--model {name}: timm cannot build it with these settings: {error}") from error
+    wrap = next((wrapper for kind, wrapper in FAMILIES.items() if isinstance(network, kind)), None)
+    if wrap is None:
+        supported = ", ".join(kind.__name__ for kind in FAMILIES)
+        raise InputError(
+            f"--model {name}: a {type(network).__name__} has no attention score that SMMix can read; "
+            f"supported are timm's {supported} models (deit_*, deit3_*, vit_*)"
+        )
+    try:
+        model = wrap(network, separate_region_head)
+    except ValueError as error:
+        raise InputError(f"--model {name} gives no attention score: {error}") from error
+    _check_grid(model, name, input_size)
+    if name.startswith("deit_"):
+        init_like_deit(network)
+    return model
+
+
+def _check_grid(model: ImageModel, name: str, input_size: tuple[int, int] | None) -> None:
+    if input_size is not None and input_size != model.input_size:
+        raise InputError(
+            f"--input-size {input_size[0]} {input_size[1]}: not divisible by the patch size "
+            f"{model.patch_size[0]}x{model.patch_size[1]} of {name}; the next smaller size is "
+            f"{model.input_size[0]} {model.input_size[1]}, or choose another --patch-size"
+        )
+
+
+def use_distillation(model: ImageModel, name: str) -> None:
+    """Makes the model give its distillation token's logits apart while training (DeiT Sec. 4).
+
+    Raises:
+        InputError: the model has no distillation token.
+    """
+    if not isinstance(model.network, VisionTransformerDistilled):
+        raise InputError(
+            f"--distillation-type: {name} has no distillation token; use a distilled model "
+            "(deit_tiny_distilled_patch16_224, deit_small_..., deit_base_...) or --distillation-type none"
+        )
+    model.network.set_distilled_training(True)
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def restore_model(checkpoint: Mapping[str, Any], ema: bool = False) -> ImageModel:
+    """The model of one of our own checkpoints, with its weights: `model_config` says what to build.
+
+    Args:
+        checkpoint: what `checkpoints.load_checkpoint` returned.
+        ema: take the averaged weights.
+
+    Raises:
+        InputError: not a checkpoint of this project, or no averaged weights in it.
+    """
+    key = "ema" if ema else "model"
+    if "model_config" not in checkpoint or checkpoint.get(key) is None:
+        missing = "model_config" if "model_config" not in checkpoint else key
+        raise InputError(f"the checkpoint holds no {missing}: it was not written by this project's main.py")
+    config = dict(checkpoint["model_config"])
+    config["input_size"] = as_pair(config["input_size"])
+    model = build_model(**config)
+    load_strictly(model, own_keys(checkpoint[key]), source="the checkpoint")
+    return model
+
+
+def plain_weights(model: ImageModel) -> dict[str, Tensor]:
+    """The state dict under the network's own (timm's) keys, plus `token_head.*` where there is a second head."""
+    weights = dict(model.network.state_dict())
+    if model.token_head is not None:
+        weights.update({f"token_head.{key}": value for key, value in model.token_head.state_dict().items()})
+    return weights
+
+
+def own_keys(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `plain_weights`: keys as `ImageModel.load_state_dict` expects them."""
+    return {key if key.startswith("token_head.") else f"network.{key}": value for key, value in weights.items()}
+
+
+def adapt_weights(
+    model: ImageModel, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Makes plain weights of the same architecture fit another input size, patch size or class count.
+
+    Args:
+        weights: keys as `plain_weights` gives them (timm's, DeiT's and the released code's files have the same).
+        old_grid: the grid the weights were trained on; a square one is assumed if absent.
+
+    Returns:
+        The weights under `ImageModel`'s own keys, complete, and a note for each thing that was changed. Heads that do
+        not fit keep their fresh initialisation, which the notes say.
+    """
+    own = plain_weights(model)
+    adapted, notes = dict(weights), []
+    adapted = {key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): v for key, v in adapted.items()}
+    position = adapted.get("pos_embed")
+    if position is not None and "pos_embed" in own:
+        resized = _resize_positions(model, position, own["pos_embed"], old_grid)
+        if resized is not position:
+            notes.append(f"pos_embed resized from {tuple(position.shape)} to {tuple(resized.shape)}")
+            adapted["pos_embed"] = resized
+    kernel = adapted.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[2:] != own["patch_embed.proj.weight"].shape[2:]:
+        new = list(own["patch_embed.proj.weight"].shape[2:])
+        adapted["patch_embed.proj.weight"] = resample_patch_embed(kernel, new)
+        notes.append(f"patch_embed.proj.weight resized from {tuple(kernel.shape[2:])} to {tuple(new)}")
+    for head in ("head", "head_dist", "token_head"):
+        for key in (f"{head}.weight", f"{head}.bias"):
+            if key in adapted and key not in own:
+                del adapted[key]
+                notes.append(f"{key} dropped: this model has no {head}")
+            elif key in own and (key not in adapted or adapted[key].shape != own[key].shape):
+                was = f"has shape {tuple(adapted[key].shape)}" if key in adapted else "is missing"
+                notes.append(f"{key} {was} in the file: starts anew with shape {tuple(own[key].shape)}")
+                adapted[key] = own[key]
+    return own_keys(adapted), notes
+
+
+def _resize_positions(model: ImageModel, old: Tensor, own: Tensor, old_grid: tuple[int, int] | None) -> Tensor:
+    """Position embeddings (1, prefix + N, D) resampled from the old grid to the model's; itself if it fits."""
+    network = model.network
+    prefix = own.shape[1] - math.prod(model.grid_size)
+    if old_grid is None:
+        side = math.isqrt(old.shape[1] - prefix)
+        old_grid = model.grid_size if old.shape[1] == own.shape[1] else (side, side)
+    if old_grid == model.grid_size or old.shape[1] != prefix + math.prod(old_grid) or old.shape[-1] != own.shape[-1]:
+        return old  # fits, or belongs to another architecture: the strict loading that follows says so
+    assert isinstance(network, VisionTransformer)
+    with torch.no_grad():
+        return resample_abs_pos_embed(
+            old, new_size=list(model.grid_size), old_size=list(old_grid), num_prefix_tokens=prefix
+        )

@@ -1,0 +1,101 @@
+"""Plain vision transformers through timm's own classes: DeiT, DeiT distilled, DeiT III, ViT; and two small ones.
+
+"Last block" is `blocks[-1]`; its score is read over image tokens only (paper Sec. 3.2; class, distillation and register
+tokens are cut). Knows no mixer and no loss.
+
+Papers: DeiT (arXiv 2012.12877), ViT (arXiv 2010.11929).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from timm.layers import Attention
+from timm.models import register_model
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+
+from models.blocks import attention_map
+from models.interface import ImageModel, image_attention_score
+
+
+class PlainViT(ImageModel):
+    """Any timm `VisionTransformer` whose last block computes attention from a joint qkv projection.
+
+    Raises:
+        ValueError: that block is of another kind, so there is no map to read.
+    """
+
+    network: VisionTransformer
+
+    def __init__(self, network: VisionTransformer, separate_region_head: bool = False) -> None:
+        last = network.blocks[-1]
+        if not (isinstance(last, (Block, ResPostBlock)) and isinstance(last.attn, Attention)):
+            kind = type(getattr(last, "attn", last)).__name__
+            raise ValueError(f"its last block computes attention in {kind}, whose map cannot be read")
+        super().__init__(network, network.embed_dim, network.num_classes, separate_region_head)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        return self.network.patch_embed.grid_size
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.network.patch_embed.patch_size
+
+    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+        network = self.network
+        if not need_attention:
+            return network.forward_features(images), None  # (B, T, D)
+        tokens = network._pos_embed(network.patch_embed(images))  # (B, T, D)
+        tokens = network.norm_pre(network.patch_drop(tokens))
+        for block in network.blocks[:-1]:
+            tokens = block(tokens)
+        last = network.blocks[-1]
+        seen = last.norm1(tokens) if isinstance(last, Block) else tokens  # a post-norm block attends to its raw input
+        attention = attention_map(cast(Attention, last.attn), seen)  # (B, H, T, T)
+        score = image_attention_score(attention, network.num_prefix_tokens)  # (B, N)
+        return network.norm(last(tokens)), score
+
+    def image_tokens(self, features: Tensor) -> Tensor:
+        return features[:, self.network.num_prefix_tokens :]
+
+    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = self.network.forward_head(features)
+        return logits if isinstance(logits, tuple) else (logits, None)
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        network = self.network
+        pooled = network.head_drop(network.fc_norm(pooled))
+        if isinstance(network, VisionTransformerDistilled) and not network.distilled_training:
+            return (network.head(pooled) + network.head_dist(pooled)) / 2  # as its own prediction
+        return network.head(pooled)
+
+
+def init_like_deit(network: VisionTransformer) -> None:
+    """DeiT starts its class token from a truncated normal of deviation 0.02; timm 1.x starts it at zero (1e-6)."""
+    assert network.cls_token is not None
+    nn.init.trunc_normal_(network.cls_token, std=0.02)
+
+
+# For small inputs (28 or 32 pixels) on a laptop. Registered with timm, so that `timm.create_model` finds them too.
+
+
+def _small_vit(width: int, depth: int, heads: int, **kwargs: Any) -> VisionTransformer:
+    for name in ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        kwargs.pop(name, None)  # timm's registry passes these; there are no weights to load
+    settings = {"img_size": 32, "patch_size": 4, "embed_dim": width, "depth": depth, "num_heads": heads}
+    return VisionTransformer(**{**settings, **kwargs})
+
+
+@register_model
+def vit_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """64 wide, 4 deep: what the quickstart trains."""
+    return _small_vit(64, 4, 4, **kwargs)
+
+
+@register_model
+def vit_mini_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """96 wide, 6 deep: for CIFAR-10 in an afternoon."""
+    return _small_vit(96, 6, 3, **kwargs)

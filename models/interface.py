@@ -1,0 +1,138 @@
+"""What SMMix asks of a model, whatever its family: logits, final image tokens, attention score, region logits.
+
+Knows "classify the mean token inside and outside a mask" but not what SMMix is. Imports nothing from the project, no
+family and no timm.
+
+Letters: B batch, N image tokens (row-major over the grid), D width, K classes, H heads, T all tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class ModelOutput(NamedTuple):
+    """Everything one forward pass gives; what was not asked for is `None`."""
+
+    logits: Tensor  # (B, K)
+    tokens: (
+        Tensor  # (B, N, D): final image tokens X of Eq. 2, row-major, without class, distillation or register tokens
+    )
+    image_attention: Tensor | None = None  # (B, N) float32, no gradient: alpha of Eq. 6
+    region_logits: Tensor | None = None  # (B, 2, K): the source region's, then the target region's (Eq. 12)
+    distillation_logits: Tensor | None = None  # (B, K): the distillation token's own, while it is trained by a teacher
+
+
+def image_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Eq. 6: how much attention each image token receives, averaged over heads and image-token queries.
+
+    Rows and columns of class, distillation and register tokens are left out without renormalising.
+
+    Args:
+        attention: (B, H, T, T) map after the softmax; rows are queries.
+        num_prefix_tokens: how many of the T tokens come before the image tokens.
+
+    Returns:
+        (B, N) float32 with N = T - num_prefix_tokens.
+    """
+    image_part = attention[:, :, num_prefix_tokens:, num_prefix_tokens:]  # (B, H, N, N)
+    return image_part.float().mean(dim=(1, 2))  # (B, N)
+
+
+def pool_regions(tokens: Tensor, source_mask: Tensor) -> Tensor:
+    """Eq. 10 and 11: the mean token of the source region and of the target region, in float32.
+
+    Args:
+        tokens: (B, N, D).
+        source_mask: (B, N) bool, true where the token belongs to the source image.
+
+    Returns:
+        (B, 2, D): source, then target. An empty region gives zeros.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        members = torch.stack((source_mask, ~source_mask), dim=1).float()  # (B, 2, N)
+        sums = members @ tokens.float()  # (B, 2, D)
+        return sums / members.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+class ImageModel(nn.Module, ABC):
+    """A plain network together with the reading of it that SMMix needs.
+
+    `network` is the family's own module: it maps images to logits, its state dict has its own keys, and it is what
+    exports and plain evaluators get. Families implement the four methods below.
+
+    Args:
+        network: the plain network.
+        width: D, the width of its final tokens.
+        separate_region_head: classify the regions with a second linear layer, as the released code does, instead of
+            the classifier F of Eq. 12.
+    """
+
+    def __init__(self, network: nn.Module, width: int, num_classes: int, separate_region_head: bool = False) -> None:
+        super().__init__()
+        self.network = network
+        self.num_classes = num_classes
+        self.token_head = nn.Linear(width, num_classes) if separate_region_head else None
+        if self.token_head is not None:
+            nn.init.trunc_normal_(self.token_head.weight, std=0.02)
+            nn.init.zeros_(self.token_head.bias)
+
+    @property
+    @abstractmethod
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the final token grid."""
+
+    @property
+    @abstractmethod
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the image patch behind one final token."""
+
+    @abstractmethod
+    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+        """(B, C, height, width) images -> the network's final features, and Eq. 6's score (B, N) when asked for."""
+
+    @abstractmethod
+    def image_tokens(self, features: Tensor) -> Tensor:
+        """The network's final features -> (B, N, D) image tokens."""
+
+    @abstractmethod
+    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's final features -> (B, K) logits, and the distillation token's own while it is trained."""
+
+    @abstractmethod
+    def classify(self, pooled: Tensor) -> Tensor:
+        """The classifier F of Eq. 3 on pooled tokens (..., D) -> (..., K)."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the network exempts from weight decay, as seen from here."""
+        names = getattr(self.network, "no_weight_decay", set)()
+        return {f"network.{name}" for name in names}
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images this model takes."""
+        return self.grid_size[0] * self.patch_size[0], self.grid_size[1] * self.patch_size[1]
+
+    def forward(self, images: Tensor, source_mask: Tensor | None = None, need_attention: bool = False) -> ModelOutput:
+        """One pass.
+
+        Args:
+            images: (B, C, height, width).
+            source_mask: (B, N) bool; with it the regions inside and outside are classified too (Eq. 10 to 12).
+            need_attention: also return Eq. 6's score. Only then does one block compute its attention map explicitly.
+        """
+        features, image_attention = self.features(images, need_attention)
+        logits, distillation_logits = self.head(features)
+        tokens = self.image_tokens(features)
+        region_logits = None
+        if source_mask is not None:
+            region_logits = (self.token_head or self.classify)(pool_regions(tokens, source_mask))  # (B, 2, K)
+        elif self.token_head is not None and self.training:
+            # A step without regions leaves this head idle. Zero gradients instead of none keep DDP from having to
+            # search for unused parameters on every step.
+            logits = logits + 0.0 * (self.token_head.weight.sum() + self.token_head.bias.sum())
+        return ModelOutput(logits, tokens, image_attention, region_logits, distillation_logits)

@@ -1,0 +1,275 @@
+"""The command line: DeiT's flags with DeiT's names and meanings, ours beside them, and which of them contradict.
+
+Builds nothing. Every flag may be written with hyphens or underscores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from utils import InputError
+
+# Flags that DeiT or the released SMMix code has and this project does not, with what to do instead.
+GONE = {
+    "--dist-eval": "evaluation is always distributed and counts each image once; leave the flag out",
+    "--local-rank": "rank and world size come from the environment: torchrun --nproc_per_node=N main.py ...",
+    "--world-size": "rank and world size come from the environment: torchrun --nproc_per_node=N main.py ...",
+    "--dist-url": "rank and world size come from the environment: torchrun --nproc_per_node=N main.py ...",
+    "--distributed": "rank and world size come from the environment: torchrun --nproc_per_node=N main.py ...",
+    "--side": "the token grid comes from the model; leave the flag out",
+    "--min-side-ratio": "use --side-ratio LOW HIGH",
+    "--max-side-ratio": "use --side-ratio LOW HIGH",
+    "--autoresume": "use --auto-resume",
+    "--resplit": "random erasing always applies to the whole batch, as DeiT's default does; leave the flag out",
+    "--cooldown-epochs": "it has no effect in DeiT either; leave the flag out",
+    "--patience-epochs": "--sched plateau is not offered; leave the flag out",
+    "--threeaugment": "use --aa 3a, timm's name for it",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes hyphens and underscores alike, never abbreviations, and knows flags that are gone."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        given = [_hyphenated(word) for word in (sys.argv[1:] if args is None else args)]
+        for word in given:
+            if (flag := word.split("=")[0].lower()) in GONE:
+                self.error(f"{flag}: {GONE[flag]}")
+        return super().parse_args(given, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        if os.environ.get("RANK", "0") == "0":
+            self.print_usage(sys.stderr)
+            print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _hyphenated(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def add_switch(group: Any, name: str, default: bool, text: str) -> None:
+    """A pair of flags, `--name` and `--no-name`."""
+    group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
+
+
+def get_args_parser() -> Parser:
+    """All flags of `main.py`, in groups."""
+    parser = Parser("SMMix training and evaluation", allow_abbrev=False)
+    for add in (_add_run, _add_data, _add_model, _add_optimizer, _add_augmentation, _add_mixing, _add_distillation):
+        add(parser)
+    return parser
+
+
+def _add_run(parser: Parser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--output-dir", default="", help="where logs, checkpoints and pictures go; empty for none")
+    group.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    group.add_argument("--seed", default=0, type=int)
+    group.add_argument("--epochs", default=300, type=int)
+    group.add_argument("--start-epoch", default=0, type=int, help="number of the first epoch; --resume sets it")
+    group.add_argument("--batch-size", default=64, type=int, help="images per process and micro-batch")
+    group.add_argument("--accum-steps", default=1, type=int, help="micro-batches per optimizer step")
+    group.add_argument("--amp", choices=["fp16", "bf16", "none"], help="default: fp16 on CUDA, none elsewhere")
+    group.add_argument("--compile", action="store_true", help="torch.compile the step and the motivating pass")
+    group.add_argument("--eval", action="store_true", help="evaluate --resume and stop; needs no other flag")
+    group.add_argument("--resume", default="", help="checkpoint to go on from (or to evaluate)")
+    group.add_argument("--auto-resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pth if it is there")
+    group.add_argument("--finetune", default="", help="weights to start from; heads of other sizes start anew")
+    group.add_argument("--log-every", default=10, type=int, help="steps between lines of the log")
+    add_switch(group, "train-mode", True, "train in training mode; off fine-tunes without dropout and drop path")
+
+
+def _add_data(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-set", help="DIGITS, CIFAR, CIFAR10, IMNET, INAT, INAT19 or timm/<name>; default: IMNET "
+                       "where --data-path is given, else DIGITS")  # fmt: skip
+    group.add_argument("--data-path", default="", help="folder of the data set (IMNET: with train/ and val/ inside)")
+    ranks = ["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]
+    group.add_argument("--inat-category", default="name", choices=ranks, help="what INAT and INAT19 call a class")
+    group.add_argument("--nb-classes", type=int, help="number of classes, for timm/<name> sets that do not know it")
+    group.add_argument("--input-size", type=int, nargs="+", metavar="SIDE", help="one side, or height and width, in "
+                       "pixels; default: the model's own")  # fmt: skip
+    group.add_argument("--eval-crop-ratio", default=0.875, type=float, help="crop side / resized side in evaluation")
+    group.add_argument("--num-workers", type=int, help="loader processes per rank; default: 10, or this rank's cores")
+    add_switch(group, "pin-mem", True, "pin host memory for faster transfers to CUDA")
+
+
+def _add_model(parser: Parser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="deit_base_patch16_224", help="timm's name")
+    group.add_argument("--patch-size", type=int, help="side of a patch in pixels; default: the model's own")
+    group.add_argument("--drop", default=0.0, type=float, help="dropout")
+    group.add_argument("--drop-path", default=0.1, type=float, help="stochastic depth")
+    add_switch(group, "model-ema", True, "average the weights over steps, and evaluate the average too")
+    group.add_argument("--model-ema-decay", default=0.99996, type=float)
+    group.add_argument("--model-ema-force-cpu", action="store_true", help="keep the average in host memory")
+
+
+def _add_optimizer(parser: Parser) -> None:
+    group = parser.add_argument_group("optimizer and schedule")
+    group.add_argument("--opt", default="adamw", help="timm's name")
+    group.add_argument("--opt-eps", default=1e-8, type=float)
+    group.add_argument("--opt-betas", default=None, type=float, nargs="+")
+    group.add_argument("--momentum", default=0.9, type=float)
+    group.add_argument("--weight-decay", default=0.05, type=float)
+    group.add_argument("--clip-grad", default=None, type=float, help="largest norm of the gradient")
+    group.add_argument("--lr", default=5e-4, type=float, help="peak rate for a total batch of 512")
+    group.add_argument("--unscale-lr", action="store_true", help="take --lr as it is, whatever the total batch")
+    group.add_argument("--sched", default="cosine", help="timm's name")
+    group.add_argument("--warmup-lr", default=1e-6, type=float)
+    group.add_argument("--min-lr", default=1e-5, type=float)
+    group.add_argument("--warmup-epochs", default=5, type=int)
+    group.add_argument("--lr-noise", default=None, type=float, nargs="+")
+    group.add_argument("--lr-noise-pct", default=0.67, type=float)
+    group.add_argument("--lr-noise-std", default=1.0, type=float)
+    group.add_argument("--decay-epochs", default=30, type=float, help="for --sched step")
+    group.add_argument("--decay-rate", "--dr", default=0.1, type=float, help="for --sched step")
+
+
+def _add_augmentation(parser: Parser) -> None:
+    group = parser.add_argument_group("augmentation of single images")
+    group.add_argument("--color-jitter", default=0.3, type=float, help="has no effect while --aa is on")
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's policy string, or none")
+    group.add_argument("--train-interpolation", default="bicubic", help="random, bilinear or bicubic")
+    add_switch(group, "repeated-aug", True, "show each image several times in a batch, each time augmented anew")
+    group.add_argument("--repeats", default=3, type=int, help="how many times, with --repeated-aug")
+    group.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
+    group.add_argument("--remode", default="pixel", help="const, rand or pixel")
+    group.add_argument("--recount", default=1, type=int, help="boxes per erased image")
+
+
+def _add_mixing(parser: Parser) -> None:
+    group = parser.add_argument_group("mixing and its loss")
+    group.add_argument("--mixer", default="smmix", choices=["smmix", "cutmix", "mixup", "none"],
+                       help="smmix and cutmix share their steps with Mixup unless --mixup is 0")  # fmt: skip
+    group.add_argument("--mixup", default=0.8, type=float, help="Mixup's alpha; 0 turns Mixup off")
+    group.add_argument("--cutmix", default=1.0, type=float, help="CutMix's alpha, for --mixer cutmix")
+    group.add_argument("--cutmix-minmax", default=None, type=float, nargs=2, help="sides of CutMix's box as ratios")
+    group.add_argument("--mixup-prob", default=1.0, type=float, help="share of batches that are mixed at all")
+    group.add_argument("--mixup-switch-prob", default=0.5, type=float, help="share of mixed batches that --mixer gets "
+                       "when Mixup is on too")  # fmt: skip
+    group.add_argument("--mixup-mode", default="batch", choices=["batch", "pair", "elem"],
+                       help="Mixup's and CutMix's draws per batch, pair or image")  # fmt: skip
+    group.add_argument("--variant", default="paper", choices=["paper", "released"],
+                       help="SMMix's arithmetic: the paper's, or the released code's")  # fmt: skip
+    group.add_argument("--region-head", choices=["shared", "separate"], help="overrides --variant")
+    group.add_argument("--consistency", choices=["probs", "logits"], help="overrides --variant")
+    group.add_argument("--region-size", choices=["floor", "integer"], help="overrides --variant")
+    group.add_argument("--side-ratio", default=(0.25, 0.75), type=float, nargs=2, metavar=("LOW", "HIGH"),
+                       help="range of the region's side as a share of the image's")  # fmt: skip
+    group.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
+    group.add_argument("--bce-loss", action="store_true", help="binary cross entropy for L_cls and L_fine")
+
+
+def _add_distillation(parser: Parser) -> None:
+    group = parser.add_argument_group("distillation")
+    group.add_argument("--distillation-type", default="none", choices=["none", "soft", "hard"])
+    group.add_argument("--teacher-model", default="regnety_160", help="timm's name")
+    group.add_argument("--teacher-path", default="", help="the teacher's weights")
+    group.add_argument("--distillation-alpha", default=0.5, type=float)
+    group.add_argument("--distillation-tau", default=1.0, type=float)
+
+
+VARIANT_FLAGS = ("region_head", "consistency", "region_size")
+POSITIVE = (
+    "batch_size",
+    "accum_steps",
+    "epochs",
+    "repeats",
+    "recount",
+    "log_every",
+    "lr",
+    "opt_eps",
+    "distillation_tau",
+)
+SHARES = ("mixup_prob", "mixup_switch_prob", "smoothing", "reprob", "drop", "drop_path", "model_ema_decay",
+          "distillation_alpha")  # fmt: skip
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses values that make no sense and flags that contradict each other, before any work is done.
+
+    Raises:
+        InputError: names the flag and the fix.
+    """
+    for name in POSITIVE:
+        _require(getattr(args, name) > 0, name, getattr(args, name), "must be above 0")
+    for name in SHARES:
+        _require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "must lie between 0 and 1")
+    for name in ("mixup", "weight_decay", "warmup_lr", "min_lr", "warmup_epochs", "start_epoch"):
+        _require(getattr(args, name) >= 0, name, getattr(args, name), "must not be negative")
+    for name in ("side_ratio", "cutmix_minmax"):
+        if (pair := getattr(args, name)) is not None:
+            _require(0 <= pair[0] <= pair[1] <= 1, name, pair, "must be two shares, the lower first")
+    _require(0 < args.eval_crop_ratio <= 1, "eval_crop_ratio", args.eval_crop_ratio, "must lie between 0 and 1")
+    if args.input_size is not None:
+        fine = len(args.input_size) <= 2 and min(args.input_size) > 0
+        _require(fine, "input_size", args.input_size, "takes one side, or height and width, in pixels")
+    if args.clip_grad is not None:
+        _require(args.clip_grad > 0, "clip_grad", args.clip_grad, "must be above 0; leave it out for no clipping")
+    _check_together(args)
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    overrides = ["--" + name.replace("_", "-") for name in VARIANT_FLAGS if getattr(args, name)]
+    rules: list[tuple[bool, str]] = [
+        (args.mixer == "mixup" and args.mixup == 0, "--mixup 0 leaves --mixer mixup nothing to do; use --mixer none"),
+        (
+            args.mixer == "cutmix" and args.cutmix <= 0 and args.cutmix_minmax is None,
+            f"--cutmix {args.cutmix}: --mixer cutmix needs an alpha above 0, or --cutmix-minmax",
+        ),
+        (args.cutmix_minmax is not None and args.mixer != "cutmix", "--cutmix-minmax is for --mixer cutmix only"),
+        (
+            args.mixer != "smmix" and args.variant != "paper",
+            f"--variant {args.variant}: --mixer {args.mixer} has no variants, only smmix does",
+        ),
+        (
+            args.mixer != "smmix" and bool(overrides),
+            f"{', '.join(overrides)}: --mixer {args.mixer} has no variants, only smmix does",
+        ),
+        (args.eval and not args.resume, "--eval needs --resume CHECKPOINT, the model to evaluate"),
+        (
+            bool(args.resume) and bool(args.finetune),
+            "--resume goes on with a run and --finetune starts one from weights: give one of them",
+        ),
+        (args.auto_resume and not args.output_dir, "--auto-resume needs --output-dir, where it looks for a checkpoint"),
+        (
+            args.distillation_type != "none" and not args.teacher_path and not args.eval,
+            f"--distillation-type {args.distillation_type} needs --teacher-path, the teacher's weights",
+        ),
+        (
+            bool(args.teacher_path) and args.distillation_type == "none",
+            "--teacher-path would be ignored: add --distillation-type soft or hard",
+        ),
+        (
+            args.start_epoch >= args.epochs and not args.eval,
+            f"--start-epoch {args.start_epoch}: nothing is left to do before --epochs {args.epochs}",
+        ),
+        (
+            args.nb_classes is not None and not (args.data_set or "").startswith("timm/"),
+            "--nb-classes is for timm/<name> data sets only: the others know their classes",
+        ),
+    ]
+    for broken, message in rules:
+        if broken:
+            raise InputError(message)
+
+
+def _require(holds: bool, name: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise InputError(f"--{name.replace('_', '-')} {value}: {rule}")
+
+
+def explicit_flags(parser: Parser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """The flags that were really written on a command line, with their values; defaults are left out."""
+    silent = argparse.Namespace(**{action.dest: _ABSENT for action in parser._actions})
+    return {name: value for name, value in vars(parser.parse_args(argv, silent)).items() if value is not _ABSENT}
+
+
+_ABSENT = object()

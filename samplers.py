@@ -1,0 +1,106 @@
+"""Which image comes when: the order of one epoch, dealt to ranks and batches, with repeated augmentation.
+
+Level 0: imports nothing from the project. It deals in numbers only; it must not know images, labels or transforms.
+Repeated augmentation after Hoffer et al. (2020) and Berman et al. (2019), in the form DeiT trains with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+Place = tuple[int, int, int]  # (epoch, image index, position in the epoch's global order)
+
+
+class EpochBatches(Sampler[list[Place]]):
+    """Training batches of one rank; each entry says which image and at which place of the whole epoch.
+
+    The epoch's order is one permutation for all ranks. With `repeats` R each image stands R times in a row and the
+    order is cut to `num_images` entries, so an epoch costs what it costs without repeats (DeiT does the same, but first
+    rounds the count down to a multiple of 256, which leaves nothing of 255 images). Micro-batch k of all ranks together
+    takes the positions from k * W * B on, and rank r of W has those at r, r + W, ... within: the R views of an image
+    lie on neighbouring ranks. Draws keyed by the position are the same at every world size.
+
+    Only whole optimizer steps are dealt, and the rest of the order is dropped; another epoch drops other images.
+
+    With R > 1 the second half of every batch is reversed. Mixing pairs entry i with entry B-1-i; in the plain order the
+    middle of a batch would then mix two views of one photo, which teaches nothing. After the reversal partners lie
+    W * ceil(B/2) places apart, so they are different images whenever that is at least R (R = 3: B >= 5 on one rank).
+    The middle entry of an odd batch is its own partner either way.
+
+    Args:
+        num_images: images in the data set.
+        batch_size: B, entries per micro-batch of this rank.
+        make_generator: epoch -> the generator that draws this epoch's permutation; equal on all ranks.
+        rank, world_size: which of how many processes this is.
+        repeats: R, views of one image in a row.
+        accum_steps: micro-batches per optimizer step.
+        shuffle: False deals the images in their own order.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_images: int,
+        batch_size: int,
+        make_generator: Callable[[int], torch.Generator],
+        rank: int = 0,
+        world_size: int = 1,
+        repeats: int = 1,
+        accum_steps: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.make_generator = make_generator
+        self.rank = rank
+        self.world_size = world_size
+        self.repeats = repeats
+        self.accum_steps = accum_steps
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration deals."""
+        self.epoch = epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch, the same on every rank."""
+        return self.num_images // (self.batch_size * self.world_size * self.accum_steps)
+
+    def __len__(self) -> int:
+        """Micro-batches of this rank per epoch."""
+        return self.steps_per_epoch * self.accum_steps
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        if self.shuffle:
+            images = torch.randperm(self.num_images, generator=self.make_generator(self.epoch)).tolist()
+        else:
+            images = list(range(self.num_images))
+        epoch, step = self.epoch, self.world_size * self.batch_size
+        for start in range(0, len(self) * step, step):
+            positions = range(start + self.rank, start + step, self.world_size)
+            batch = [(epoch, images[position // self.repeats], position) for position in positions]
+            if self.repeats > 1:
+                middle = (self.batch_size + 1) // 2
+                batch[middle:] = batch[middle:][::-1]
+            yield batch
+
+
+class EvalShard(Sampler[int]):
+    """Indices r, r + W, ... of one rank for evaluation. Nothing is padded: every image is seen once, by one rank.
+
+    Ranks may therefore differ in length by one.
+    """
+
+    def __init__(self, num_images: int, rank: int = 0, world_size: int = 1) -> None:
+        self.indices = range(rank, num_images, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)

@@ -1,0 +1,212 @@
+"""SMMix's mixing (paper Sec. 4.1 and the reference of Sec. 4.3): which region of which image goes where.
+
+Each equation is one small pure function. Nothing here holds a model, knows eval or train, or names a device; losses are
+in `losses.py`. Nothing is mixed in place.
+
+Letters: B batch, K classes, N = rows * columns image tokens, (h, w) region in tokens. `source` (A) gives the region,
+`target` (B) receives it, `lam` is the source share. Image i is the target and image B - 1 - i the source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from mixers.interface import Guide, MixedBatch, Mixer, Regions, mix_labels, soft_labels
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The three places where the released code's arithmetic differs from the paper's."""
+
+    region_head: Literal["shared", "separate"] = "shared"  # classifier of the regions: F (Eq. 12), or a second head
+    consistency: Literal["probs", "logits"] = (
+        "probs"  # reference: mixed probabilities (Eq. 14), or softmax of mixed logits
+    )
+    region_size: Literal["floor", "integer"] = "floor"  # side: floor(delta * side), or uniform over whole numbers
+
+
+VARIANTS = {"paper": Variant(), "released": Variant("separate", "logits", "integer")}
+
+
+def draw_region_size(
+    grid_size: tuple[int, int],
+    side_ratio: tuple[float, float],
+    rule: Literal["floor", "integer"],
+    generator: torch.Generator,
+) -> tuple[int, int]:
+    """The region's rows and columns (Sec. 4.1): one delta ~ U(side_ratio) for both sides.
+
+    `floor`: h = floor(delta * rows), w = floor(delta * columns). `integer`, the released code's: uniform over the whole
+    numbers floor(low * side) .. floor(high * side), which gives the two end sizes more weight. Either way a side is
+    kept within 1 .. side - 1, so that both regions have tokens.
+    """
+    low, high = side_ratio
+    delta = float(torch.rand((), generator=generator, dtype=torch.float64))  # in [0, 1)
+
+    def side(length: int) -> int:
+        if rule == "floor":
+            drawn = int((low + (high - low) * delta) * length)
+        else:
+            first, last = int(low * length), int(high * length)
+            drawn = first + int(delta * (last - first + 1))
+        return min(max(drawn, 1), length - 1)
+
+    return side(grid_size[0]), side(grid_size[1])
+
+
+def region_scores(image_attention: Tensor, grid_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The sum in Eq. 7: attention over every h x w window that lies inside the grid.
+
+    Args:
+        image_attention: (B, N), Eq. 6.
+
+    Returns:
+        (B, rows - h + 1, columns - w + 1) float32, indexed by the window's top left cell. Windows with equal cells
+        have exactly equal sums.
+    """
+    grid = image_attention.float().unflatten(1, grid_size)  # (B, rows, columns)
+    return avg_pool2d(grid[:, None], size, stride=1)[:, 0] * (size[0] * size[1])
+
+
+def pick_regions(scores: Tensor, largest: bool) -> Tensor:
+    """The arg max or arg min of Eq. 7: the best window of each image.
+
+    Ties go to the first window in row-major order on every device, which torch's own arg max does not promise.
+
+    Args:
+        scores: (B, rows, columns) of `region_scores`.
+
+    Returns:
+        (B, 2) int64: row and column of the window's top left cell.
+    """
+    columns = scores.shape[2]
+    flat = scores.flatten(1)
+    best = flat.amax(dim=1, keepdim=True) if largest else flat.amin(dim=1, keepdim=True)
+    places = torch.arange(flat.shape[1], device=flat.device)
+    first = torch.where(flat == best, places, flat.shape[1] - 1).amin(dim=1)  # (B,)
+    return torch.stack((first // columns, first % columns), dim=1)
+
+
+def region_mask(corners: Tensor, size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
+    """(B, N) bool, true inside each image's h x w region whose top left cell is `corners` (B, 2)."""
+    rows, columns = (torch.arange(length, device=corners.device) for length in grid_size)
+    top, left = corners[:, :1], corners[:, 1:]  # (B, 1)
+    inside_rows = (rows >= top) & (rows < top + size[0])  # (B, rows)
+    inside_columns = (columns >= left) & (columns < left + size[1])
+    return (inside_rows[:, :, None] & inside_columns[:, None, :]).flatten(1)
+
+
+def paste_regions(images: Tensor, regions: Regions, patch_size: tuple[int, int]) -> Tensor:
+    """Eq. 8: every image with a region of its source pasted in. Only the regions' pixels are read and written anew.
+
+    Args:
+        images: (B, C, height, width), any dtype; stays as it is.
+        regions: corners and size in grid cells.
+        patch_size: height and width in pixels of a cell.
+
+    Returns:
+        (B, C, height, width), new.
+    """
+    height, width = regions.size[0] * patch_size[0], regions.size[1] * patch_size[1]
+    row_steps = torch.arange(height, device=images.device)
+    column_steps = torch.arange(width, device=images.device)
+    target = torch.arange(len(images), device=images.device)
+
+    def pixels(corners: Tensor) -> tuple[Tensor, Tensor]:
+        rows = corners[:, :1] * patch_size[0] + row_steps  # (B, height)
+        columns = corners[:, 1:] * patch_size[1] + column_steps  # (B, width)
+        return rows[:, :, None], columns[:, None, :]
+
+    from_rows, from_columns = pixels(regions.source_corners)
+    to_rows, to_columns = pixels(regions.target_corners)
+    patches = images[target.flip(0)[:, None, None], :, from_rows, from_columns]  # (B, height, width, C)
+    mixed = images.clone()
+    mixed[target[:, None, None], :, to_rows, to_columns] = patches
+    return mixed
+
+
+def mix_probs(logits: Tensor, lam: Tensor) -> Tensor:
+    """The reference of Eq. 14: lam * Y_A + (1 - lam) * Y_B, Y being the probabilities of the clean images.
+
+    Args:
+        logits: (B, K) of the clean images.
+        lam: (B,).
+
+    Returns:
+        (B, K) float32, rows sum to one.
+    """
+    probs = logits.float().softmax(dim=-1)
+    return mix_labels(probs.flip(0), probs, lam)
+
+
+def mix_logits(logits: Tensor, lam: Tensor) -> Tensor:
+    """The released code's reference: the softmax of mixed logits, a normalised geometric mean (B, K)."""
+    logits = logits.float()
+    return mix_labels(logits.flip(0), logits, lam).softmax(dim=-1)
+
+
+class SMMix(Mixer[tuple[int, int]]):
+    """Max-min attention region mixing (Sec. 4.1) with everything that Sec. 4.2 and 4.3 need to supervise it.
+
+    Args:
+        grid_size: the model's own token grid (rows, columns).
+        side_ratio: range of delta.
+        variant: paper or released arithmetic.
+
+    Raises:
+        ValueError: a grid side below 2, where no region can lie beside another.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        grid_size: tuple[int, int],
+        smoothing: float = 0.1,
+        side_ratio: tuple[float, float] = (0.25, 0.75),
+        variant: Variant = VARIANTS["paper"],
+    ) -> None:
+        super().__init__(num_classes, smoothing)
+        if min(grid_size) < 2:
+            raise ValueError(f"a grid of {grid_size[0]} x {grid_size[1]} tokens has no room for two regions")
+        self.grid_size, self.side_ratio, self.variant = grid_size, side_ratio, variant
+
+    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> tuple[int, int]:
+        return draw_region_size(self.grid_size, self.side_ratio, self.variant.region_size, generator)
+
+    def choose(self, image_attention: Tensor, size: tuple[int, int]) -> Regions:
+        """Eq. 7 for a whole batch: each target's least attended window, its source's most attended one."""
+        scores = region_scores(image_attention, self.grid_size, size)
+        source_corners = pick_regions(scores, largest=True).flip(0)  # (B, 2), now beside their targets
+        target_corners = pick_regions(scores, largest=False)
+        if len(scores) % 2:  # the middle image of an odd batch is its own source: it stays a plain image
+            middle = torch.arange(len(scores), device=scores.device) == len(scores) // 2
+            target_corners = torch.where(middle[:, None], source_corners, target_corners)
+        return Regions(source_corners, target_corners, size)
+
+    def apply(self, images: Tensor, labels: Tensor, drawn: tuple[int, int], guide: Guide) -> MixedBatch:
+        clean = guide(images)
+        assert clean.image_attention is not None
+        regions = self.choose(clean.image_attention, drawn)
+        rows, columns = self.grid_size
+        patch_size = (images.shape[-2] // rows, images.shape[-1] // columns)
+        lam = torch.full((len(images),), drawn[0] * drawn[1] / (rows * columns), device=images.device)  # (B,)
+        target_labels = soft_labels(labels, self.num_classes, self.smoothing)
+        source_labels = target_labels.flip(0)
+        mix_reference = mix_probs if self.variant.consistency == "probs" else mix_logits
+        return MixedBatch(
+            images=paste_regions(images, regions, patch_size),
+            labels=mix_labels(source_labels, target_labels, lam),
+            lam=lam,
+            source_labels=source_labels,
+            target_labels=target_labels,
+            source_mask=region_mask(regions.target_corners, drawn, self.grid_size),
+            reference_probs=mix_reference(clean.logits, lam),
+            clean_logits=clean.logits,
+            image_attention=clean.image_attention,
+            regions=regions,
+        )

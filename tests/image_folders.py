@@ -1,0 +1,135 @@
+"""Small data sets on disk, in every layout that `datasets.open_images` reads. Nothing random, a few kB each."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def picture(number: int, size: tuple[int, int] = (48, 40), mode: str = "RGB") -> Image.Image:
+    """A picture (width, height) that differs for every number: a gradient and a square, in a colour of its own."""
+    width, height = size
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    pixels = np.stack([x, y, np.full_like(x, (number * 37) % 256)], axis=-1).astype(np.uint8)
+    side = min(size) // 4
+    top, left = (number * 5) % (height - side), (number * 11) % (width - side)
+    pixels[top : top + side, left : left + side] = [(number * 83) % 256, 255 - (number * 29) % 256, 128]
+    return Image.fromarray(pixels).convert(mode)
+
+
+def jpeg_bytes(number: int, size: tuple[int, int] = (48, 40)) -> bytes:
+    """`picture` as a JPEG file's content."""
+    buffer = io.BytesIO()
+    picture(number, size).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def make_image_folder(
+    root: Path,
+    classes: Sequence[str] = ("ant", "bee"),
+    per_class: int = 5,
+    splits: Sequence[str] = ("train", "val"),
+    size: tuple[int, int] = (48, 40),
+) -> Path:
+    """IMNET and `timm/`: root/<split>/<class>/<number>.jpg. Returns root."""
+    number = 0
+    for split in splits:
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for place in range(per_class):
+                (folder / f"{place}.jpg").write_bytes(jpeg_bytes(number, size))
+                number += 1
+    return root
+
+
+def make_tar_pair(root: Path, classes: Sequence[str] = ("ant", "bee"), per_class: int = 2) -> Path:
+    """`timm/` on tar files: root/train.tar and root/val.tar with <class>/<number>.jpg inside. Returns root."""
+    root.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        with tarfile.open(root / f"{split}.tar", "w") as tar:
+            for label, name in enumerate(classes):
+                for place in range(per_class):
+                    _add(tar, f"{name}/{place}.jpg", jpeg_bytes(label * per_class + place))
+    return root
+
+
+def make_cifar(root: Path, kind: str, monkeypatch: pytest.MonkeyPatch, per_batch: int = 20) -> Path:
+    """CIFAR ('CIFAR10' or 'CIFAR100') in its own files; torchvision's checksums are told to accept them. Returns root."""
+    names, key, count = (["data_batch_" + str(n) for n in range(1, 6)] + ["test_batch"], "labels", 10)
+    folder, meta, meta_key = root / "cifar-10-batches-py", "batches.meta", "label_names"
+    if kind == "CIFAR100":
+        names, key, count = (["train", "test"], "fine_labels", 100)
+        folder, meta, meta_key = root / "cifar-100-python", "meta", "fine_label_names"
+    folder.mkdir(parents=True)
+    for place, name in enumerate(names):
+        pixels = np.stack(
+            [np.asarray(picture(place * per_batch + n, (32, 32))).transpose(2, 0, 1) for n in range(per_batch)]
+        )  # (N, 3, 32, 32)
+        batch = {"data": pixels.reshape(per_batch, -1), key: [n % count for n in range(per_batch)]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / meta).write_bytes(pickle.dumps({meta_key: [f"class {n}" for n in range(count)]}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).is_file())
+    return root
+
+
+INAT_RECORDS = [  # place in the list = category id
+    {"id": 0, "kingdom": "Plantae", "supercategory": "Plants", "name": "fern"},
+    {"id": 1, "kingdom": "Animalia", "supercategory": "Birds", "name": "wren"},
+    {"id": 2, "kingdom": "Animalia", "supercategory": "Birds", "name": "kite"},
+]
+INAT_ORDER = (2, 0, 1)  # categories as they first appear among the training annotations
+
+
+def make_inat(root: Path, year: int = 2018, per_class: int = 2, flat: bool = False) -> Path:
+    """iNaturalist: the three JSON files and the images, in their own folders or in DeiT's flat ones. Returns root."""
+    others = {key: "-" for key in ("phylum", "class", "order", "family", "genus")}
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "categories.json").write_text(json.dumps([{**record, **others} for record in INAT_RECORDS]))
+    number = 0
+    for split in ("train", "val"):
+        images, annotations = [], []
+        for category in INAT_ORDER if split == "train" else sorted(INAT_ORDER):
+            above = INAT_RECORDS[category]["supercategory"]
+            for _ in range(per_class):
+                name = f"train_val{year}/{above}/{category}/{number}.jpg"
+                file = root / (name.replace(f"{above}/", "") if flat else name)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(jpeg_bytes(number))
+                images.append({"id": number, "file_name": name})
+                annotations.append({"id": number, "image_id": number, "category_id": category})
+                number += 1
+        (root / f"{split}{year}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return root
+
+
+def make_webdataset(root: Path, shards: int = 2, per_shard: int = 6, num_classes: int = 3) -> Path:
+    """`timm/wds/...`: tar shards of <key>.jpg and <key>.cls for train and validation, and `_info.json`. Returns root."""
+    root.mkdir(parents=True, exist_ok=True)
+    splits, number = {}, 0
+    for split in ("train", "validation"):
+        names = [f"{split}-{shard}.tar" for shard in range(shards)]
+        for name in names:
+            with tarfile.open(root / name, "w") as tar:
+                for _ in range(per_shard):
+                    _add(tar, f"{number:05d}.jpg", jpeg_bytes(number))
+                    _add(tar, f"{number:05d}.cls", str(number % num_classes).encode())
+                    number += 1
+        lengths = [per_shard] * shards
+        splits[split] = {"name": split, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
+    return root
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))

@@ -1,0 +1,231 @@
+"""What every room needs and no room owns: processes, devices, keyed randomness, errors, versions.
+
+Level 0: imports nothing from the project. It knows ranks, seeds and messages; it must not know what an image, a class
+token, a mixer or a loss is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import get_worker_info
+
+
+class StopRun(Exception):
+    """Ends a run with a message instead of a traceback, and with `exit_code`."""
+
+    exit_code = 1
+
+    @property
+    def text(self) -> str:
+        """The message alone, also after a loader worker has wrapped it in its own traceback."""
+        return re.split(r"(?:InputError|SampleError): ", str(self))[-1].strip()
+
+
+class InputError(StopRun):
+    """Something the user gave is wrong. The message names the flag, file or value, and the fix."""
+
+    exit_code = 2
+
+
+class SampleError(InputError):
+    """One file is bad: only the rank that read it knows."""
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process stands among its peers. `device` is the one it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all ranks, as a new tensor; itself with one process."""
+        if self.world_size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` (anything picklable) of every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def pick_device(name: str) -> str:
+    """Turns `--device` into a device type: `auto` is the first of CUDA, MPS, CPU that is there.
+
+    Raises:
+        InputError: the device that was asked for is not available.
+    """
+    available: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    available["cpu"] = lambda: True
+    if name == "auto":
+        return next(kind for kind, is_there in available.items() if is_there())
+    if not available[name]():
+        raise InputError(f"--device {name}: this machine or this build of torch has none; use --device auto")
+    return name
+
+
+def init_processes(device_name: str, timeout_minutes: float = 10) -> Processes:
+    """Joins the process group that torchrun described in the environment; one process needs none.
+
+    Rank and world size come from `RANK`, `WORLD_SIZE` and `LOCAL_RANK` only. NCCL on CUDA, gloo elsewhere.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    kind = pick_device(device_name)
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"local rank {local_rank} has no GPU: torchrun started more processes than the {torch.cuda.device_count()} "
+            "GPUs here; lower --nproc_per_node"
+        )
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            backend="nccl" if kind == "cuda" else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=device if kind == "cuda" else None,
+        )
+    return Processes(rank, world_size, device)
+
+
+def close_processes() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------- keyed randomness
+# A draw depends on its position (seed, epoch, index, step, rank, ...) and on nothing that happened before it, so that
+# resuming, another number of workers or another world size leave it as it is.
+
+
+def key_seed(*key: int | str) -> int:
+    """Hashes a position to a seed of 32 bits, all that torch's CPU generator reads of one."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator for the draws at one position. Reading its numbers on the host never waits for a device."""
+    return torch.Generator().manual_seed(key_seed(*key))
+
+
+def seed_globals(*key: int | str, device: bool = True) -> None:
+    """Seeds python's, numpy's and torch's own generators, which libraries we call draw from (dropout, RandAugment).
+
+    Args:
+        device: torch's device generators too; without them the call is 100 times cheaper.
+    """
+    seed = key_seed(*key)
+    random.seed(seed)
+    np.random.seed(seed)
+    if device:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def keyed_globals(*key: int | str) -> Iterator[None]:
+    """Inside, the global generators are those of one position; in the main process they are put back afterwards."""
+    if get_worker_info() is not None:  # a worker has no other use for them
+        seed_globals(*key, device=False)
+        yield
+        return
+    python, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        seed_globals(*key, device=False)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+# ----------------------------------------------------------------------------------------------- the rest
+
+
+def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """One side or (height, width) as (height, width)."""
+    if isinstance(value, int):
+        return value, value
+    height, width = value if len(value) == 2 else (value[0], value[0])
+    return int(height), int(width)
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of what shapes a result, and the commit of this code (`unknown` outside a git checkout)."""
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
+    versions = {name: metadata.version(name) for name in packages}
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        commit = "unknown"
+    return {"python": platform.python_version(), **versions, "commit": commit}
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: allocated on a CUDA device, resident in the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Runs a command's body and turns a `StopRun` into its message. Returns the exit code.
+
+    All ranks meet a `StopRun` alike and rank 0 prints it; a `SampleError` is printed by the rank that met it.
+    """
+    try:
+        command()
+        return 0
+    except StopRun as error:
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, SampleError):
+            print(f"error: {error.text}", file=sys.stderr, flush=True)
+        return error.exit_code
+    finally:
+        close_processes()
