@@ -60,7 +60,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
     """(PIL RGB image, label) by index.
 
     Args:
-        read: index -> (what `decode` or `to_rgb` takes, label); any picklable callable.
+        read: index -> (PIL RGB image, label); picklable, as it travels into workers.
         class_names: one per label.
     """
 
@@ -305,6 +305,11 @@ def _open_timm(
             options["cache_tarfiles"] = False  # an open tar file can neither be pickled nor shared between workers
     elif kind not in ("torch", "hfds", *STREAMS):
         raise InputError(f"--data-set timm/{name}: use timm/ alone, or timm/torch/..., hfds/, hfids/, tfds/ or wds/...")
+    if kind in ("hfds", "hfids") and __name__ == "datasets":
+        raise InputError(
+            f"--data-set timm/{name}: timm reads it with the package `datasets`, which our file of that name hides; "
+            "export it to an image folder (IMNET) or to WebDataset shards (timm/wds/...)"
+        )
     if kind in STREAMS:
         options.update(is_training=train, batch_size=batch_size, seed=seed)
     reasons = []
@@ -315,9 +320,11 @@ def _open_timm(
         except ImportError as error:
             raise InputError(f"--data-set timm/{name}: {error}; install the package it reads with") from error
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
-            reasons.append(f"{split}: {error}")
+            reasons.append(str(error))
     else:
-        raise InputError(f"--data-set timm/{name} --data-path {path}: timm cannot open it ({'; '.join(reasons)})")
+        raise InputError(
+            f"--data-set timm/{name} --data-path {path}: timm cannot open it ({'; '.join(dict.fromkeys(reasons))})"
+        )
     names = _timm_class_names(source, name, num_classes)
     if isinstance(source, IterableDataset):
         return StreamedImages(source, names)
@@ -425,7 +432,7 @@ class StreamedSamples(IterableDataset[tuple[torch.Tensor, int, int]]):
                 yield tensor, label, self.rank + self.world_size * (worker + workers * count)
                 count += 1
             if count == begin:
-                raise InputError(f"worker {worker} of rank {self.rank} has no shard to read: lower --num_workers")
+                raise InputError(f"worker {worker} of rank {self.rank} has no shard to read: lower --num-workers")
 
 
 class StreamedEvalSamples(IterableDataset[tuple[torch.Tensor, int]]):

@@ -264,7 +264,7 @@ def evaluate(
     Returns:
         `acc1`, `acc5`, `loss`, and `images`, how many were counted.
     """
-    device = processes.device
+    device = next(model.parameters()).device  # an average may live in host memory
     sums = torch.zeros(4, device=device)  # images, top-1 hits, top-5 hits, loss; float32 counts exactly up to 2^24
     with eval_mode(model), torch.no_grad():
         for batch in loader:
@@ -275,6 +275,6 @@ def evaluate(
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             count = torch.full((), float(len(labels)), device=device)
             sums += torch.stack((count, best[:, 0].sum().float(), best.sum().float(), loss))
-    total, top1, top5, loss_sum = processes.sum(sums).tolist()
+    total, top1, top5, loss_sum = processes.sum(sums.to(processes.device)).tolist()
     count = max(total, 1)
     return {"acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "loss": loss_sum / count, "images": total}

@@ -9,18 +9,12 @@ The only place where flags become objects; the parsed namespace never leaves thi
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import timm
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
+from timm.optim import optimizer_kwargs
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
@@ -28,50 +22,59 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoints
 import datasets
 import engine
+import optim
+import pictures
+import resume
 import transforms
 import utils
 from logs import RunLog, write_json
 from losses import Criterion, DistillationLoss, SMMixLoss
 from mixers.build import build_mixer
-from mixers.interface import StepRandom
-from models.build import adapt_weights, build_model, own_keys, plain_weights, use_distillation
+from mixers.interface import NoMixing, StepRandom
+from mixers.switch import Switch
+from models.build import build_model, build_teacher, load_foreign, restore_model, use_distillation
 from models.interface import ImageModel
 from options import VARIANT_FLAGS, check_args, explicit_flags, get_args_parser
-from pictures import mixing_picture
 from smmix import VARIANTS, Variant
-from utils import InputError, Processes
+from utils import Processes
+
+# ------------------------------------------------------------------------------------------ flags -> objects
 
 
 def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked. With `--eval` everything it leaves out comes from the checkpoint."""
+    """The command line, checked. With `--eval`, what it leaves out comes from the checkpoint."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.eval and args.resume:
         saved = checkpoints.load_checkpoint(args.resume).get("args", {})
-        known = {action.dest for action in parser._actions}
-        run_only = {"eval", "resume", "output_dir", "device", "start_epoch", "auto_resume", "finetune"}
-        given = explicit_flags(parser, argv)
-        kept = {name: value for name, value in saved.items() if name in known - run_only}
-        args = argparse.Namespace(**{**vars(args), **kept, **given})
+        of_a_run = {"eval", "resume", "output_dir", "device", "amp", "num_workers", "auto_resume", "finetune"}
+        kept = {name: value for name, value in saved.items() if name in vars(args).keys() - of_a_run}
+        args = argparse.Namespace(**{**vars(args), **kept, **explicit_flags(parser, argv)})
     check_args(args)
     return args
 
 
 def resolve_defaults(args: argparse.Namespace, processes: Processes) -> None:
-    """Fills in the defaults that depend on the machine or on other flags; what is saved and shown is the result."""
+    """Fills in what depends on the machine or on other flags; the result is what is shown and saved."""
     args.data_set = args.data_set or ("IMNET" if args.data_path else "DIGITS")
     args.amp = args.amp or ("fp16" if processes.device.type == "cuda" else "none")
     if args.num_workers is None:
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.num_workers = (
-            min(10, len(os.sched_getaffinity(0)) // local_size) if hasattr(os, "sched_getaffinity") else 2
-        )
-    variant = VARIANTS[args.variant]
+        args.num_workers = min(10, utils.cores_per_process())
     for name in VARIANT_FLAGS:
-        setattr(args, name, getattr(args, name) or getattr(variant, name))
+        setattr(args, name, getattr(args, name) or getattr(VARIANTS[args.variant], name))
 
 
-# ------------------------------------------------------------------------------------------ flags -> objects
+def model_config(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
+    """The keywords of `models.build.build_model`; every checkpoint keeps them, so that it can be built again."""
+    return {
+        "name": args.model,
+        "num_classes": num_classes,
+        "input_size": None if args.input_size is None else utils.as_pair(args.input_size),
+        "patch_size": args.patch_size,
+        "drop": args.drop,
+        "drop_path": args.drop_path,
+        "separate_region_head": args.mixer == "smmix" and args.region_head == "separate",
+    }
 
 
 def open_images(args: argparse.Namespace, train: bool) -> Any:
@@ -81,42 +84,26 @@ def open_images(args: argparse.Namespace, train: bool) -> Any:
     )  # fmt: skip
 
 
-def make_model(args: argparse.Namespace, num_classes: int, processes: Processes) -> ImageModel:
-    """The model, freshly initialised alike on all ranks."""
-    utils.seed_globals("init", args.seed)
-    model = build_model(
-        args.model, num_classes,
-        input_size=None if args.input_size is None else utils.as_pair(args.input_size),
-        patch_size=args.patch_size, drop=args.drop, drop_path=args.drop_path,
-        separate_region_head=args.mixer == "smmix" and args.region_head == "separate",
+def make_eval_loader(args: argparse.Namespace, val: Any, spec: transforms.ImageSpec, processes: Processes) -> Any:
+    return datasets.build_eval_loader(
+        datasets.eval_samples(val, transforms.build_eval_transform(spec)), batch_size=int(1.5 * args.batch_size),
+        rank=processes.rank, world_size=processes.world_size, num_workers=args.num_workers,
+        pin_memory=args.pin_mem and processes.device.type == "cuda",
     )  # fmt: skip
-    if args.distillation_type != "none":
-        use_distillation(model, args.model)
-    return model.to(processes.device)
 
 
-def make_loaders(
-    args: argparse.Namespace, train: Any, val: Any, spec: transforms.ImageSpec, processes: Processes
-) -> Any:
-    """The training loader (`None` for evaluation) and the validation loader."""
-    shared = {
-        "rank": processes.rank, "world_size": processes.world_size, "num_workers": args.num_workers,
-        "pin_memory": args.pin_mem and processes.device.type == "cuda",
-    }  # fmt: skip
-    eval_samples = datasets.eval_samples(val, transforms.build_eval_transform(spec))
-    val_loader = datasets.build_eval_loader(eval_samples, batch_size=int(1.5 * args.batch_size), **shared)
-    if train is None:
-        return None, val_loader
+def make_train_loader(args: argparse.Namespace, train: Any, spec: transforms.ImageSpec, processes: Processes) -> Any:
     augment = transforms.Augment(
         aa=args.aa, color_jitter=args.color_jitter, reprob=args.reprob, remode=args.remode, recount=args.recount,
         interpolation=args.train_interpolation,
     )  # fmt: skip
     transform = transforms.build_train_transform(spec, datasets.augment_for(args.data_set, augment))
-    train_loader = datasets.build_train_loader(
+    return datasets.build_train_loader(
         datasets.train_samples(train, transform, args.seed), batch_size=args.batch_size, seed=args.seed,
-        repeats=args.repeats if args.repeated_aug else 1, accum_steps=args.accum_steps, **shared,
+        rank=processes.rank, world_size=processes.world_size, num_workers=args.num_workers,
+        repeats=args.repeats if args.repeated_aug else 1, accum_steps=args.accum_steps,
+        pin_memory=args.pin_mem and processes.device.type == "cuda",
     )  # fmt: skip
-    return train_loader, val_loader
 
 
 def make_criterion(
@@ -126,31 +113,244 @@ def make_criterion(
     base = SMMixLoss(bce=args.bce_loss)
     if args.distillation_type == "none":
         return base
-    if not timm.is_model(args.teacher_model):
-        raise InputError(f"--teacher-model {args.teacher_model}: timm has no model of that name")
-    teacher = timm.create_model(args.teacher_model, num_classes=num_classes).to(device)
-    weights = checkpoints.pick_weights(checkpoints.load_checkpoint(args.teacher_path))
-    checkpoints.load_strictly(teacher, weights, source=f"--teacher-path {args.teacher_path}")
+    teacher = build_teacher(args.teacher_model, args.teacher_path, num_classes).to(device)
     return DistillationLoss(
         base, engine.make_teacher(teacher, autocast), args.distillation_type, args.distillation_alpha,
         args.distillation_tau,
     )  # fmt: skip
 
 
-def make_optimizer(
-    args: argparse.Namespace, model: ImageModel, total_batch: int
-) -> tuple[torch.optim.Optimizer, Scheduler]:
-    """timm's factories, fused where the optimizer has such a form. The peak rate grows with the total batch."""
-    args.lr = args.lr if args.unscale_lr else args.lr * total_batch / 512
-    settings = optimizer_kwargs(args)
-    try:
-        try:
-            optimizer = create_optimizer_v2(model.network, **settings, fused=True)
-        except (TypeError, RuntimeError):  # no fused form
-            optimizer = create_optimizer_v2(model.network, **settings)
-    except (ValueError, AssertionError, TypeError) as error:
-        raise InputError(f"--opt {args.opt}: {error}") from error
-    return optimizer, scheduler
+def total_batch(args: argparse.Namespace, processes: Processes) -> int:
+    """Images per optimizer step, over all ranks."""
+    return args.batch_size * processes.world_size * args.accum_steps
 
 
-# ---------------------------------------------------------------------------------------------------- run
+def peak_rate(args: argparse.Namespace, processes: Processes) -> float:
+    return args.lr if args.unscale_lr else optim.scale_rate(args.lr, total_batch(args, processes))
+
+
+def make_training(
+    args: argparse.Namespace, model: ImageModel, processes: Processes, num_classes: int
+) -> engine.Training:
+    """Everything the step touches."""
+    device, autocast = processes.device, engine.make_autocast(processes.device, args.amp)
+    average = None
+    if args.model_ema:
+        average = ModelEmaV3(
+            model, decay=args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None
+        )
+    wrapped: torch.nn.Module = model
+    if processes.world_size > 1:
+        wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    mixer = build_mixer(
+        args.mixer, num_classes, model.grid_size, smoothing=args.smoothing,
+        variant=Variant(args.region_head, args.consistency, args.region_size), side_ratio=tuple(args.side_ratio),
+        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
+        mixup_prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
+    )  # fmt: skip
+    return engine.Training(
+        module=model,
+        model=cast(torch.nn.Module, torch.compile(wrapped)) if args.compile else wrapped,
+        criterion=make_criterion(args, num_classes, autocast, device),
+        mixer=mixer,
+        guide=engine.make_guide(model, autocast, torch.compile(model) if args.compile else None),
+        optimizer=optim.make_optimizer(model, {**optimizer_kwargs(args), "lr": peak_rate(args, processes)}),
+        scaler=engine.make_scaler(device, args.amp),
+        autocast=autocast,
+        processes=processes,
+        ema=average,
+        clip_grad=args.clip_grad,
+        accum_steps=args.accum_steps,
+        seed=args.seed,
+        train_mode=args.train_mode,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what is said
+
+
+def describe_run(
+    args: argparse.Namespace, training: engine.Training, steps: int, num_images: tuple[int, int], num_classes: int
+) -> list[tuple[str, str]]:
+    """The table at the head of a run."""
+    processes, model, total = training.processes, training.module, total_batch(args, training.processes)
+    mixing = args.mixer + (f" ({args.variant})" if args.mixer == "smmix" else "")
+    if args.mixer in ("smmix", "cutmix") and args.mixup > 0:
+        mixing += f" at {args.mixup_switch_prob:g}, else Mixup"
+    batch = f"{args.batch_size} per process x {processes.world_size} processes x {args.accum_steps} accumulated"
+    scaling = "" if args.unscale_lr else f" = {args.lr:g} x {total} / 512"
+    return [
+        ("data", f"{args.data_set} {args.data_path}".strip()),
+        ("images", f"{num_images[0]} to train on, {num_images[1]} to evaluate on"),
+        ("classes", str(num_classes)),
+        ("model", f"{args.model}, {sum(p.numel() for p in model.network.parameters()):,} parameters"),
+        ("input", "{} x {} pixels, {} x {} tokens".format(*model.input_size, *model.grid_size)),
+        ("mixing", mixing),
+        ("total batch", f"{batch} = {total}"),
+        ("steps", f"{steps} per epoch, {steps * args.epochs} in {args.epochs} epochs"),
+        ("peak learning rate", f"{peak_rate(args, processes):g}{scaling}"),
+        ("precision", "float32" if args.amp == "none" else f"{args.amp} autocast"),
+        ("device", f"{processes.device.type}, {args.num_workers} loader processes per rank"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in utils.describe_versions().items())),
+    ]
+
+
+def warn_early(args: argparse.Namespace, steps: int, log: RunLog) -> None:
+    """Says what is allowed but seldom meant."""
+    memory = 1 / max(1 - args.model_ema_decay, 1e-12)
+    if args.model_ema and memory > steps * args.epochs / 4:
+        log.say(
+            f"warning: --model-ema-decay {args.model_ema_decay} averages over {memory:.0f} steps, this run has "
+            f"{steps * args.epochs}: the average will lag far behind; lower it, or add --no-model-ema"
+        )
+    if args.batch_size == 1 and args.mixer != "none":
+        log.say("warning: --batch-size 1 leaves every image without a partner: nothing is mixed")
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+
+
+def evaluate_all(training: engine.Training, loader: Any) -> dict[str, float]:
+    """Figures of the model, and of its average where there is one, under the names of `log.txt`."""
+    models = {"test": training.module}
+    if training.ema is not None:
+        models["test_ema"] = training.ema.module
+    stats = {}
+    for prefix, model in models.items():
+        figures = engine.evaluate(model, loader, training.processes, training.autocast)
+        stats.update({f"{prefix}_{name}": value for name, value in figures.items() if name != "images"})
+    return stats
+
+
+def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
+    """From flags to the last epoch."""
+    folder = Path(args.output_dir) if args.output_dir else None
+    resume_from = resume.find(args.output_dir, args.resume, args.auto_resume)
+    train_images, val_images = open_images(args, train=True), open_images(args, train=False)
+    datasets.check_same_classes(train_images.class_names, val_images.class_names)
+    num_classes = len(train_images.class_names)
+
+    utils.seed_globals("init", args.seed)  # alike on all ranks
+    model = build_model(**model_config(args, num_classes))
+    args.input_size = list(model.input_size)
+    if args.distillation_type != "none":
+        use_distillation(model, args.model)
+    if args.finetune and not resume_from:
+        log.say("\n  ".join([f"weights from {args.finetune}", *load_foreign(model, args.finetune)]))
+    spec = datasets.image_spec_for(args.data_set, model.input_size, args.eval_crop_ratio)
+    train_loader = make_train_loader(args, train_images, spec, processes)
+    val_loader = make_eval_loader(args, val_images, spec, processes)
+    training = make_training(args, model.to(processes.device), processes, num_classes)
+    identity = resume.Identity(
+        vars(args), model_config(args, num_classes),
+        {"class_names": train_images.class_names, "image_spec": spec.to_plain()}, utils.describe_versions(),
+    )  # fmt: skip
+    steps = datasets.steps_per_epoch(train_loader)
+    log.table(describe_run(args, training, steps, (train_images.num_images, val_images.num_images), num_classes))
+    warn_early(args, steps, log)
+    progress = resume.Progress(args.start_epoch, args.start_epoch * steps)
+    if resume_from:
+        progress = resume.load(resume_from, training, identity)
+        log.say(f"resumed from {resume_from}; next is epoch {progress.epoch}, best top-1 {progress.best_acc1:.2f}")
+    log.drop_epochs_from(progress.epoch, progress.step)
+    if folder is not None and processes.is_main:
+        write_json(folder / "args.json", identity.args)
+        write_json(folder / "environment.json", identity.versions)
+    if progress.epoch >= args.epochs:
+        log.say(f"nothing left to do: all {args.epochs} epochs are done")
+        return
+    schedule = optim.make_schedule(training.optimizer, scheduler_kwargs(args), progress.epoch - 1)
+    show = make_painter(training, val_loader.dataset, spec, identity.data["class_names"], processes)
+    while progress.epoch < args.epochs:
+        stats = run_epoch(args, training, (train_loader, val_loader), progress, log)
+        schedule.step(progress.epoch)
+        is_best = stats["test_acc1"] >= progress.best_acc1
+        progress.best_acc1 = max(progress.best_acc1, stats["test_acc1"])
+        log.epoch(stats)
+        log.say(f"epoch {progress.epoch}: top-1 {stats['test_acc1']:.2f} %, best {progress.best_acc1:.2f} %")
+        if folder is not None and processes.is_main and (picture := show(progress.epoch)) is not None:
+            pictures.save_png(picture, folder / "mixing.png")
+            log.picture("mixing", picture, progress.epoch)
+        progress.epoch, progress.step = progress.epoch + 1, progress.step + steps
+        if folder is not None and processes.is_main:
+            resume.save(folder, training, progress, identity, is_best)
+
+
+def run_epoch(
+    args: argparse.Namespace,
+    training: engine.Training,
+    loaders: tuple[Any, Any],
+    progress: resume.Progress,
+    log: RunLog,
+) -> dict[str, Any]:
+    """Trains and evaluates one epoch; returns its line of `log.txt`."""
+    train_loader, val_loader = loaders
+    rate = training.optimizer.param_groups[0]["lr"]
+
+    def on_log(step: int, means: dict[str, float]) -> None:
+        log.note({**means, "lr": rate})
+        log.scalars(step, {**means, "lr": rate})
+
+    datasets.set_epoch(train_loader, progress.epoch)
+    batches = log.progress(train_loader, len(train_loader), f"epoch {progress.epoch}")
+    figures = engine.train_one_epoch(
+        training, batches, first_step=progress.step, on_log=on_log, log_every=args.log_every
+    )
+    return {
+        "epoch": progress.epoch,
+        "lr": rate,
+        **{f"train_{name}": value for name, value in figures.items()},
+        **evaluate_all(training, val_loader),
+        "n_parameters": sum(p.numel() for p in training.module.parameters() if p.requires_grad),
+        "peak_memory_mb": utils.peak_memory_mb(training.processes.device),
+    }
+
+
+def make_painter(
+    training: engine.Training, samples: Any, spec: transforms.ImageSpec, class_names: list[str], processes: Processes
+) -> Callable[[int], torch.Tensor | None]:
+    """A function from an epoch to the picture of what the mixer makes of the same four validation images."""
+    mixer = cast(Switch, training.mixer).first
+    if isinstance(mixer, NoMixing) or not isinstance(samples, datasets.EvalSamples):
+        return lambda epoch: None
+    images, labels = engine.to_device(processes.device, *pictures.spread_samples(samples, 8))
+
+    def show(epoch: int) -> torch.Tensor:
+        random = utils.keyed_generator("picture", training.seed, epoch)
+        return pictures.picture_of_mixing(
+            mixer, training.guide, images, labels, spec=spec, class_names=class_names,
+            grid_size=training.module.grid_size, random=StepRandom(random, random),
+        )  # fmt: skip
+
+    return show
+
+
+def evaluate(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
+    """`--eval`: figures of a checkpoint, and of its averaged weights, with the input it was trained for."""
+    checkpoint = checkpoints.load_checkpoint(args.resume)
+    spec = transforms.ImageSpec.from_plain(checkpoint["data"]["image_spec"])
+    images = open_images(args, train=False)
+    datasets.check_same_classes(checkpoint["data"]["class_names"], images.class_names)
+    loader, autocast = make_eval_loader(args, images, spec, processes), engine.make_autocast(processes.device, args.amp)
+    for name in ("model", "ema"):
+        if checkpoint.get(name) is None:
+            continue
+        model = restore_model(checkpoint, name == "ema").to(processes.device)
+        figures = engine.evaluate(model, loader, processes, autocast)
+        log.say(
+            f"{args.resume} ({name}): top-1 {figures['acc1']:.3f} %, top-5 {figures['acc5']:.3f} %, "
+            f"loss {figures['loss']:.4f} on {figures['images']:.0f} images"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command line on this process. `utils.run_command` turns its errors into messages."""
+    args = read_args(argv)
+    processes = utils.init_processes(args.device)
+    resolve_defaults(args, processes)
+    with RunLog(args.output_dir or None, processes) as log:
+        (evaluate if args.eval else train)(args, processes, log)
+
+
+if __name__ == "__main__":
+    raise SystemExit(utils.run_command(main))

@@ -43,8 +43,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":
-            self.print_usage(sys.stderr)
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {message} (--help lists all flags)", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -95,7 +94,8 @@ def _add_data(parser: Parser) -> None:
     group.add_argument("--nb-classes", type=int, help="number of classes, for timm/<name> sets that do not know it")
     group.add_argument("--input-size", type=int, nargs="+", metavar="SIDE", help="one side, or height and width, in "
                        "pixels; default: the model's own")  # fmt: skip
-    group.add_argument("--eval-crop-ratio", default=0.875, type=float, help="crop side / resized side in evaluation")
+    group.add_argument("--eval-crop-ratio", type=float, help="crop side / resized side in evaluation; default: the "
+                       "data set's own, 0.875 for photographs")  # fmt: skip
     group.add_argument("--num-workers", type=int, help="loader processes per rank; default: 10, or this rank's cores")
     add_switch(group, "pin-mem", True, "pin host memory for faster transfers to CUDA")
 
@@ -207,7 +207,8 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("side_ratio", "cutmix_minmax"):
         if (pair := getattr(args, name)) is not None:
             _require(0 <= pair[0] <= pair[1] <= 1, name, pair, "must be two shares, the lower first")
-    _require(0 < args.eval_crop_ratio <= 1, "eval_crop_ratio", args.eval_crop_ratio, "must lie between 0 and 1")
+    if args.eval_crop_ratio is not None:
+        _require(0 < args.eval_crop_ratio <= 1, "eval_crop_ratio", args.eval_crop_ratio, "must lie between 0 and 1")
     if args.input_size is not None:
         fine = len(args.input_size) <= 2 and min(args.input_size) > 0
         _require(fine, "input_size", args.input_size, "takes one side, or height and width, in pixels")

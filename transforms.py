@@ -142,7 +142,7 @@ class ResizeTo:
         return transforms.functional.resize(image, [height, width], str_to_interp_mode(mode))
 
 
-def build_train_transform(spec: ImageSpec, augment: Augment) -> Transform:
+def build_train_transform(spec: ImageSpec, augment: Augment) -> transforms.Compose:
     """DeiT's training transform: PIL RGB -> (3, H, W) float32. Draws from python's, numpy's and torch's generators.
 
     Large inputs: random resized crop. Small ones: resized only if they differ, then a random crop of the image padded
@@ -171,7 +171,7 @@ def build_train_transform(spec: ImageSpec, augment: Augment) -> Transform:
     return transforms.Compose([ResizeTo(spec.input_size, augment.interpolation), crop, *after_crop])
 
 
-def build_eval_transform(spec: ImageSpec) -> Transform:
+def build_eval_transform(spec: ImageSpec) -> transforms.Compose:
     """The evaluation transform: PIL RGB -> (3, H, W) float32, nothing random.
 
     Large inputs: resized, keeping the aspect ratio, until the image covers (H, W) / crop_ratio rounded down as in DeiT

@@ -7,12 +7,14 @@ token, a mixer or a loss is.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import get_worker_info
 
 
@@ -124,6 +127,12 @@ def init_processes(device_name: str, timeout_minutes: float = 10) -> Processes:
     return Processes(rank, world_size, device)
 
 
+def cores_per_process() -> int:
+    """How many cores this process may count as its own, its peers on the machine having as many."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def close_processes() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
@@ -218,14 +227,29 @@ def peak_memory_mb(device: torch.device) -> float:
 def run_command(command: Callable[[], None]) -> int:
     """Runs a command's body and turns a `StopRun` into its message. Returns the exit code.
 
-    All ranks meet a `StopRun` alike and rank 0 prints it; a `SampleError` is printed by the rank that met it.
+    All ranks meet a `StopRun` alike and rank 0 prints it; a `SampleError` is printed by the rank that met it. Under
+    torchrun the message also stands in the launcher's closing summary.
     """
+
+    @record  # lets torchrun show the traceback of what nobody foresaw
+    def guarded() -> int:
+        try:
+            command()
+            return 0
+        except StopRun as error:
+            _report(error)
+            return error.exit_code
+
     try:
-        command()
-        return 0
-    except StopRun as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, SampleError):
-            print(f"error: {error.text}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return guarded() or 0
     finally:
         close_processes()
+
+
+def _report(error: StopRun) -> None:
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(path).write_text(json.dumps({"message": f"error: {error.text}", "timestamp": int(time.time())}))
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, SampleError):
+        print(f"error: {error.text}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # the launcher ends all ranks with the first that leaves: rank 0 has the word

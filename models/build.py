@@ -14,7 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from checkpoints import load_strictly
+from checkpoints import load_checkpoint, load_strictly, pick_weights
 from models.deit import PlainViT, init_like_deit
 from models.interface import ImageModel
 from utils import InputError, as_pair
@@ -50,10 +50,7 @@ def build_model(
     """
     name = ALIASES.get(name, name)
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*timm.list_models(), *ALIASES], n=5, cutoff=0.5)
-        raise InputError(
-            f"--model {name}: no such model; did you mean {', '.join(near) or 'one of timm.list_models()'}?"
-        )
+        raise InputError(f"--model {name}: no such model; {_near_misses(name)}")
     entry = timm.model_entrypoint(name)
     if input_size is not None:
         overrides["img_size"] = input_size
@@ -80,6 +77,11 @@ def build_model(
     return model
 
 
+def _near_misses(name: str) -> str:
+    near = difflib.get_close_matches(name, [*timm.list_models(), *ALIASES], n=5, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists all names"
+
+
 def _check_grid(model: ImageModel, name: str, input_size: tuple[int, int] | None) -> None:
     if input_size is not None and input_size != model.input_size:
         raise InputError(
@@ -104,6 +106,38 @@ def use_distillation(model: ImageModel, name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ weights
+
+
+def build_teacher(name: str, path: str, num_classes: int) -> nn.Module:
+    """A timm network with the weights of a file, to distil from.
+
+    Raises:
+        InputError: unknown name, unreadable file, or weights of another network.
+    """
+    if not timm.is_model(name):
+        raise InputError(f"--teacher-model {name}: no such model; {_near_misses(name)}")
+    teacher = timm.create_model(name, num_classes=num_classes)
+    load_strictly(teacher, pick_weights(load_checkpoint(path)), source=f"--teacher-path {path}")
+    return teacher
+
+
+def load_foreign(model: ImageModel, path: str) -> list[str]:
+    """Starts from the weights of a file: this project's, DeiT's, timm's, or the released code's.
+
+    Returns:
+        A note for each thing that had to be changed, see `adapt_weights`.
+
+    Raises:
+        InputError: the file cannot be read, or belongs to another architecture.
+    """
+    checkpoint = load_checkpoint(path)
+    old_grid = None
+    if "model_config" in checkpoint:  # ours: the grid behind its position embedding is known, square or not
+        config = checkpoint["model_config"]
+        old_grid = build_model(**{**config, "input_size": as_pair(config["input_size"])}).grid_size
+    weights, notes = adapt_weights(model, pick_weights(checkpoint), old_grid)
+    load_strictly(model, weights, source=path)
+    return notes
 
 
 def restore_model(checkpoint: Mapping[str, Any], ema: bool = False) -> ImageModel:

@@ -109,7 +109,7 @@ class ImageModel(nn.Module, ABC):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the network exempts from weight decay, as seen from here."""
-        names = getattr(self.network, "no_weight_decay", set)()
+        names: set[str] = getattr(self.network, "no_weight_decay", set)()
         return {f"network.{name}" for name in names}
 
     @property

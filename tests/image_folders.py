@@ -63,7 +63,7 @@ def make_tar_pair(root: Path, classes: Sequence[str] = ("ant", "bee"), per_class
 
 
 def make_cifar(root: Path, kind: str, monkeypatch: pytest.MonkeyPatch, per_batch: int = 20) -> Path:
-    """CIFAR ('CIFAR10' or 'CIFAR100') in its own files; torchvision's checksums are told to accept them. Returns root."""
+    """CIFAR ('CIFAR10' or 'CIFAR100') in its own files; torchvision's checksum test is told to pass. Returns root."""
     names, key, count = (["data_batch_" + str(n) for n in range(1, 6)] + ["test_batch"], "labels", 10)
     folder, meta, meta_key = root / "cifar-10-batches-py", "batches.meta", "label_names"
     if kind == "CIFAR100":
@@ -91,7 +91,7 @@ INAT_ORDER = (2, 0, 1)  # categories as they first appear among the training ann
 
 def make_inat(root: Path, year: int = 2018, per_class: int = 2, flat: bool = False) -> Path:
     """iNaturalist: the three JSON files and the images, in their own folders or in DeiT's flat ones. Returns root."""
-    others = {key: "-" for key in ("phylum", "class", "order", "family", "genus")}
+    others = dict.fromkeys(("phylum", "class", "order", "family", "genus"), "-")
     root.mkdir(parents=True, exist_ok=True)
     (root / "categories.json").write_text(json.dumps([{**record, **others} for record in INAT_RECORDS]))
     number = 0
@@ -112,7 +112,7 @@ def make_inat(root: Path, year: int = 2018, per_class: int = 2, flat: bool = Fal
 
 
 def make_webdataset(root: Path, shards: int = 2, per_shard: int = 6, num_classes: int = 3) -> Path:
-    """`timm/wds/...`: tar shards of <key>.jpg and <key>.cls for train and validation, and `_info.json`. Returns root."""
+    """`timm/wds/...`: tar shards of <key>.jpg and <key>.cls for both halves, and `_info.json`. Returns root."""
     root.mkdir(parents=True, exist_ok=True)
     splits, number = {}, 0
     for split in ("train", "validation"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def all_ranks(num_images: int, batch_size: int, world_size: int, **more) -> list
 def dealt_by_hand(n: int, b: int, w: int, a: int, repeats: int, seed: int, epoch: int) -> list[list[list[Place]]]:
     """Card by card: lay the whole order out, give one card to each rank in turn, drop what fills no whole step."""
     order = torch.randperm(n, generator=keyed_generator(seed, "order", epoch)).tolist()
-    laid_out = []
+    laid_out: list[Place] = []
     for image in order:
         for _ in range(repeats):
             if len(laid_out) < n:
@@ -128,7 +128,7 @@ def test_same_images_per_step_as_deit(world_size: int) -> None:
 
 def test_same_shards_as_torch_without_repeats() -> None:
     for rank in range(3):
-        torchs = DistributedSampler(range(30), 3, rank, shuffle=False)  # type: ignore[arg-type]
+        torchs: DistributedSampler = DistributedSampler(range(30), 3, rank, shuffle=False)  # type: ignore[arg-type]
         assert [i for batch in deal(30, 5, rank, 3, shuffle=False) for _, i, _ in batch] == list(torchs)
 
 
@@ -166,7 +166,7 @@ def test_world_size_leaves_the_places_of_a_step_as_they_are() -> None:
     alone = [sorted(batch) for batch in deal(60, 12, repeats=3)]
     for world_size in (2, 3):
         ranks = all_ranks(60, 12 // world_size, world_size, repeats=3)
-        assert [sorted(sum(step, [])) for step in zip(*ranks, strict=True)] == alone
+        assert [sorted(chain(*step)) for step in zip(*ranks, strict=True)] == alone
 
 
 def test_too_few_images_deal_nothing() -> None:
@@ -178,5 +178,5 @@ def test_too_few_images_deal_nothing() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_shards_count_every_image_once(num_images: int, world_size: int) -> None:
     shards = [EvalShard(num_images, rank, world_size) for rank in range(world_size)]
-    assert sorted(sum((list(shard) for shard in shards), [])) == list(range(num_images))
+    assert sorted(chain(*shards)) == list(range(num_images))
     assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]

@@ -81,18 +81,10 @@ def test_small_images_of_another_size_are_resized_first() -> None:
 
 @pytest.mark.parametrize("side", [32, 64])
 def test_the_flip_probability_is_kept(side: int) -> None:
-    image = picture(1, (side, side))
-    for hflip in (0.0, 1.0):
-        transform = build_train_transform(
-            ImageSpec((side, side)), Augment(aa=None, color_jitter=0, reprob=0, hflip=1.0)
-        )
-        assert any(isinstance(step, tv.RandomHorizontalFlip) and step.p == 1.0 for step in transform.transforms)
-        transform = build_train_transform(
-            ImageSpec((side, side)), Augment(aa=None, color_jitter=0, reprob=0, hflip=hflip)
-        )
-        has_flip = any(isinstance(step, tv.RandomHorizontalFlip) for step in transform.transforms)
-        assert has_flip == (hflip > 0)
-        assert transform(image).shape == (3, side, side)
+    for hflip in (0.0, 0.5, 1.0):
+        transform = build_train_transform(ImageSpec((side, side)), Augment(hflip=hflip))
+        flips = [step.p for step in transform.transforms if isinstance(step, tv.RandomHorizontalFlip)]
+        assert sum(flips) == hflip
 
 
 def test_erasing_and_jitter_and_none_reach_the_pixels() -> None:
@@ -160,15 +152,20 @@ def draw_many(transform, count: int, image: Image.Image) -> None:
 def test_the_default_recipe_survives_its_own_augmentation() -> None:
     image = picture(0, (8, 8))
     spec = ImageSpec((8, 8))
-    draw_many(build_train_transform(spec, Augment()), 12_000, image)
-    draw_many(posterize_only(build_train_transform(spec, Augment())), 3_000, image)  # worth 60,000 of the above
+    draw_many(build_train_transform(spec, Augment()), 2_000, image)
+    draw_many(posterize_only(build_train_transform(spec, Augment())), 4_000, image)  # worth 60,000 of the above
+
+
+@pytest.mark.slow
+def test_the_default_recipe_survives_20_000_draws() -> None:
+    draw_many(build_train_transform(ImageSpec((8, 8)), Augment()), 20_000, picture(0, (8, 8)))
 
 
 @pytest.mark.skipif(not pillow_refuses_0_bits(), reason="this Pillow returns a black image for 0 bits")
 def test_unguarded_the_same_draws_raise() -> None:
     unguarded = tv.Compose([rand_augment_transform(DEIT, {"img_mean": (124, 116, 104)})])
-    with pytest.raises(ValueError, match="bits|Posterize|range"):
-        draw_many(posterize_only(unguarded), 3_000, picture(0, (8, 8)))
+    with pytest.raises(ValueError, match="bits"):
+        draw_many(posterize_only(unguarded), 4_000, picture(0, (8, 8)))
 
 
 @pytest.mark.parametrize("aa", [DEIT, "rand-m9-mstd0.5", "augmix-m3-w2", "original", "originalr", "v0", "v0r"])
@@ -190,9 +187,20 @@ def test_guarded_posterize_equals_timms_wherever_bits_are_left() -> None:
 
 
 def test_other_errors_of_an_operation_surface() -> None:
-    transform = build_train_transform(ImageSpec((32, 32)), Augment())
-    with pytest.raises(Exception, match=r"."):
-        draw_many(transform, 200, "not an image")  # type: ignore[arg-type]
+    transform = posterize_only(build_train_transform(ImageSpec((32, 32)), Augment()))
+    with pytest.raises(ValueError, match="not an operation's business"):
+        draw_many(transform, 10, Refuses("RGB", (32, 32)))
+
+
+class Refuses(Image.Image):
+    """An image that no operation can read."""
+
+    def __init__(self, mode: str, size: tuple[int, int]) -> None:
+        super().__init__()
+        self._mode, self._size = mode, size
+
+    def load(self):
+        raise ValueError("not an operation's business")
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation

@@ -1,0 +1,531 @@
+"""Every data set name on files made here, what each wrong input says, and samples that depend on their place alone."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+from datasets import (
+    EvalSamples,
+    Images,
+    StreamedImages,
+    TrainSamples,
+    augment_for,
+    build_eval_loader,
+    build_train_loader,
+    check_same_classes,
+    eval_samples,
+    image_spec_for,
+    open_images,
+    set_epoch,
+    steps_per_epoch,
+    train_samples,
+)
+from samplers import EpochBatches
+from tests.image_folders import (
+    INAT_ORDER,
+    INAT_RECORDS,
+    jpeg_bytes,
+    make_cifar,
+    make_image_folder,
+    make_inat,
+    make_tar_pair,
+    make_webdataset,
+    picture,
+)
+from transforms import Augment, ImageSpec, build_eval_transform, build_train_transform
+from utils import InputError, SampleError
+
+SPEC = ImageSpec((32, 32))
+
+
+def opened(name: str, path: Path | str = "", train: bool = True, **more) -> Images:
+    images = open_images(name, str(path), train, **more)
+    assert isinstance(images, Images)
+    for index in (0, len(images) - 1):
+        image, label = images[index]
+        assert image.mode == "RGB"
+        assert type(label) is int
+        assert 0 <= label < len(images.class_names)
+    return images
+
+
+def labels_of(images: Images) -> list[int]:
+    return [images[index][1] for index in range(len(images))]
+
+
+def message_of(error: type[Exception], call, *arguments, **more) -> str:
+    with pytest.raises(error) as caught:
+        call(*arguments, **more)
+    return caught.value.text  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------------------------------------ every data set
+
+
+def test_digits_are_split_once_for_all_seeds() -> None:
+    train, held_out = opened("DIGITS"), opened("DIGITS", train=False, seed=5)
+    assert (len(train), len(held_out)) == (1437, 360)
+    assert train.class_names == held_out.class_names == list("0123456789")
+    assert set(Counter(labels_of(held_out)).values()) <= {35, 36, 37}
+    image, _ = train[0]
+    assert image.size == (8, 8)
+    scans = [np.asarray(images[i][0]).tobytes() for images in (train, held_out) for i in range(len(images))]
+    assert len(set(scans)) > 1790  # two scans may look alike, two halves may not
+    assert max(np.asarray(train[i][0]).max() for i in range(50)) == 255
+    again = opened("DIGITS", seed=9)
+    assert [np.asarray(again[i][0]).tobytes() for i in range(1437)] == scans[:1437]
+
+
+@pytest.mark.parametrize(("name", "kind", "classes"), [("CIFAR", "CIFAR100", 100), ("CIFAR10", "CIFAR10", 10)])
+def test_cifar(name: str, kind: str, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cifar(tmp_path, kind, monkeypatch)
+    train, val = opened(name, tmp_path), opened(name, tmp_path, train=False)
+    assert len(train.class_names) == classes
+    assert len(train) == (20 if kind == "CIFAR100" else 100)
+    assert len(val) == 20
+    assert np.array_equal(np.asarray(train[7][0]), np.asarray(picture(7, (32, 32))))
+
+
+def test_image_folder_in_the_order_of_names(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path, ("wasp", "Bee", "ant"), per_class=2)
+    (root / "train" / "ant" / "deeper").mkdir()
+    (root / "train" / "ant" / "deeper" / "x.PNG").write_bytes(jpeg_bytes(0))  # a JPEG by another name
+    (root / "train" / "ant" / "notes.txt").write_text("no image")
+    train, val = opened("IMNET", root), opened("IMNET", root, train=False)
+    assert train.class_names == val.class_names == ["Bee", "ant", "wasp"]
+    assert labels_of(train) == [0, 0, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1", "I;16"])
+def test_any_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path, per_class=1)
+    ending = "jpg" if mode == "CMYK" else "png"
+    image = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)) if mode == "I;16" else picture(0, mode=mode)
+    (root / "train" / "ant" / "0.jpg").unlink()
+    image.save(root / "train" / "ant" / f"0.{ending}")
+    opened("IMNET", root)
+
+
+@pytest.mark.parametrize(("name", "year"), [("INAT", 2018), ("INAT19", 2019)])
+@pytest.mark.parametrize("flat", [False, True])
+def test_inat_numbers_classes_as_training_meets_them(name: str, year: int, flat: bool, tmp_path: Path) -> None:
+    make_inat(tmp_path, year, flat=flat)
+    train, val = opened(name, tmp_path), opened(name, tmp_path, train=False)
+    assert (
+        train.class_names
+        == val.class_names
+        == [INAT_RECORDS[i]["name"] for i in INAT_ORDER]
+        == ["kite", "fern", "wren"]
+    )
+    assert labels_of(train) == [0, 0, 1, 1, 2, 2]
+    assert labels_of(val) == [1, 1, 2, 2, 0, 0]  # listed by category: fern, wren, kite
+    kingdoms = opened(name, tmp_path, inat_category="kingdom")
+    assert kingdoms.class_names == ["Animalia", "Plantae"]
+    assert labels_of(kingdoms) == [0, 0, 1, 1, 0, 0]
+
+
+def test_timm_folder_tar_and_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_image_folder(tmp_path / "folder", ("b", "a"), per_class=2)
+    tars = make_tar_pair(tmp_path / "tars", ("b", "a"))
+    for root in (folder, tars):
+        for train in (True, False):
+            images = opened("timm/", root, train)
+            assert images.class_names == ["a", "b"]
+            assert labels_of(images) == [0, 0, 1, 1]
+    assert len(opened("timm/", tars / "val.tar", train=False)) == 4
+    make_cifar(tmp_path, "CIFAR10", monkeypatch)
+    assert len(opened("timm/torch/cifar10", tmp_path)) == 100
+    assert opened("timm/torch/cifar10", tmp_path, train=False).class_names[3] == "class 3"
+
+
+def test_timm_grey_images_become_rgb(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for half in ("train", "t10k"):
+        header = [0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 28, 0, 0, 0, 28]
+        (raw / f"{half}-images-idx3-ubyte").write_bytes(bytes(header) + bytes(2 * 28 * 28))
+        (raw / f"{half}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 3, 9]))
+    assert labels_of(opened("timm/torch/mnist", tmp_path)) == [3, 9]
+
+
+# ---------------------------------------------------------------------------------------------- what errors say
+
+
+def test_unknown_names_list_the_choices(tmp_path: Path) -> None:
+    for name in ("imnet", "IMAGENET", "", "digits", "timm"):
+        message = message_of(InputError, open_images, name, str(tmp_path), True)
+        assert "--data-set" in message
+        assert all(choice in message for choice in (*datasets.DATA_SETS, "timm/<name>"))
+    assert "timm/torch/" in message_of(InputError, open_images, "timm/foo/bar", str(tmp_path), True)
+
+
+@pytest.mark.parametrize("name", ["CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19", "timm/", "timm/torch/cifar10"])
+def test_a_missing_path_is_named(name: str, tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere")
+    assert f"--data-path {missing}" in message_of(InputError, open_images, name, missing, True)
+    assert str(tmp_path) in message_of(InputError, open_images, name, str(tmp_path), True)  # there, but empty
+
+
+def test_missing_parts_of_each_layout_are_named(tmp_path: Path) -> None:
+    assert "cifar-100-python" in message_of(InputError, open_images, "CIFAR", str(tmp_path), True)
+    assert "cifar-10-batches-py" in message_of(InputError, open_images, "CIFAR10", str(tmp_path), True)
+    assert "train2018.json" in message_of(InputError, open_images, "INAT", str(tmp_path), True)
+    assert "train.tar" in message_of(InputError, open_images, "timm/", str(tmp_path), True)
+    root = make_inat(tmp_path / "inat")
+    assert "--inat-category color" in message_of(
+        InputError, open_images, "INAT", str(root), True, inat_category="color"
+    )
+    (root / "val2018.json").write_text("{")
+    assert "val2018.json" in message_of(InputError, open_images, "INAT", str(root), False)
+    (root / "categories.json").unlink()
+    assert "categories.json" in message_of(InputError, open_images, "INAT", str(root), True)
+
+
+def test_inat_without_its_images_or_with_a_new_class_says_so(tmp_path: Path) -> None:
+    root = make_inat(tmp_path)
+    val = json.loads((root / "val2018.json").read_text())
+    train = json.loads((root / "train2018.json").read_text())
+    train["annotations"] = [one for one in train["annotations"] if one["category_id"] != 1]
+    train["images"] = [one for one in train["images"] if "/1/" not in one["file_name"]]
+    (root / "train2018.json").write_text(json.dumps(train))
+    assert "wren has no training image" in message_of(InputError, open_images, "INAT", str(root), False)
+    val["images"] = [{**one, "file_name": "lost/" + one["file_name"]} for one in val["images"]]
+    val["annotations"] = [one for one in val["annotations"] if one["category_id"] != 1]
+    (root / "val2018.json").write_text(json.dumps({**val, "images": val["images"][-2:]}))
+    assert "no images as val2018.json" in message_of(InputError, open_images, "INAT", str(root), False)
+
+
+def test_folder_mistakes_are_named(tmp_path: Path) -> None:
+    flat = make_image_folder(tmp_path, splits=("flat",)) / "flat"
+    message = message_of(InputError, open_images, "IMNET", str(flat), True)
+    assert "train/" in message
+    assert "ant, bee" in message
+    only_train = make_image_folder(tmp_path / "only", splits=("train",))
+    assert "the folder val/ is missing" in message_of(InputError, open_images, "IMNET", str(only_train), False)
+    assert "val/" in message_of(InputError, open_images, "timm/", str(only_train), False)
+    (only_train / "val").mkdir()
+    assert "no class folders" in message_of(InputError, open_images, "IMNET", str(only_train), False)
+    (only_train / "train" / "cow").mkdir()
+    (only_train / "train" / "cow" / "list.txt").touch()
+    assert "no image in cow" in message_of(InputError, open_images, "IMNET", str(only_train), True)
+    file = tmp_path / "file"
+    file.touch()
+    assert "train/ is missing" in message_of(InputError, open_images, "IMNET", str(file), True)
+
+
+def test_training_on_one_tar_alone_is_refused(tmp_path: Path) -> None:
+    tars = make_tar_pair(tmp_path)
+    assert "train.tar" in message_of(InputError, open_images, "timm/", str(tars / "val.tar"), True)
+
+
+def test_the_halves_must_have_the_same_classes() -> None:
+    check_same_classes(["a", "b"], ["a", "b"])
+    message = message_of(InputError, check_same_classes, ["a", "b", "c"], ["a", "b", "d"])
+    assert "only in training: c" in message
+    assert "only in validation: d" in message
+    many = message_of(InputError, check_same_classes, [str(n) for n in range(100, 200)], [])
+    assert "100 only in training" in many
+    assert len(many) < 200
+    assert "order" in message_of(InputError, check_same_classes, ["a", "b"], ["b", "a"])
+
+
+DAMAGE = {
+    "cut in half": lambda content: content[: len(content) // 2],
+    "cut by two bytes": lambda content: content[:-2],
+    "header only": lambda content: content[:20],
+    "empty": lambda content: b"",
+    "a web page": lambda content: b"<html>404</html>",
+    "zero tail": lambda content: content[: len(content) // 2] + bytes(len(content) // 2),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_image_is_named_and_never_replaced(damage: str, tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path, per_class=1, size=(120, 90))
+    bad = root / "train" / "bee" / "0.jpg"
+    bad.write_bytes(DAMAGE[damage](bad.read_bytes()))
+    for name in ("IMNET", "timm/"):
+        images = open_images(name, str(root), True)
+        assert isinstance(images, Images)
+        assert images[0][1] == 0
+        message = message_of(SampleError, images.__getitem__, 1)
+        assert str(bad) in message
+        assert "replace" in message
+
+
+def test_a_decompression_bomb_is_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_image_folder(tmp_path, per_class=1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    images = open_images("IMNET", str(root), True)
+    assert isinstance(images, Images)
+    assert str(root / "train" / "ant" / "0.jpg") in message_of(SampleError, images.__getitem__, 0)
+
+
+def fail(image: Image.Image) -> torch.Tensor:
+    raise ValueError("a bug in a transform")
+
+
+def test_errors_of_a_transform_surface_as_they_are() -> None:
+    images = opened("DIGITS")
+    with pytest.raises(ValueError, match=r"^a bug in a transform$"):
+        TrainSamples(images, fail, 0)[0, 0, 0]
+    with pytest.raises(ValueError, match=r"^a bug in a transform$"):
+        EvalSamples(images, fail)[0]
+
+
+@pytest.mark.slow  # torch waits 5 s for a worker that met an error
+def test_a_damaged_image_ends_a_loader_with_workers_by_name(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path, per_class=4)
+    (root / "val" / "bee" / "3.jpg").write_bytes(b"")
+    samples = eval_samples(open_images("IMNET", str(root), False), build_eval_transform(SPEC))
+    message = message_of(SampleError, list, build_eval_loader(samples, batch_size=4, num_workers=1))
+    assert message.startswith(str(root / "val" / "bee" / "3.jpg"))
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "pip install scikit-learn" in message_of(InputError, open_images, "DIGITS", "", True)
+
+
+def test_class_counts_come_from_the_data_where_it_knows_them(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path / "folder")
+    assert "--nb-classes 7" in message_of(InputError, open_images, "timm/", str(root), True, num_classes=7)
+    shards = make_webdataset(tmp_path / "shards")
+    message = message_of(InputError, open_images, "timm/wds/shards", str(shards), True)
+    assert "--nb-classes" in message
+
+
+def test_what_timm_cannot_open_says_why(tmp_path: Path) -> None:
+    message = message_of(InputError, open_images, "timm/wds/shards", str(tmp_path), False, num_classes=3)
+    assert f"--data-path {tmp_path}" in message
+    assert "split validation not found" in message
+    message = message_of(InputError, open_images, "timm/torch/nothing", str(tmp_path), True)
+    assert message.count("Unknown torchvision dataset nothing") == 1
+    assert "timm/wds/" in message_of(InputError, open_images, "timm/hfds/mnist", "", True)
+
+
+def test_a_label_outside_the_classes_is_named(tmp_path: Path) -> None:
+    shards = make_webdataset(tmp_path, num_classes=3)
+    images = open_images("timm/wds/shards", str(shards), False, num_classes=2)
+    assert "--nb-classes" in message_of(SampleError, list, images)
+
+
+# ------------------------------------------------------------------------------------------------- keyed samples
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_image_folder(tmp_path / "images", ("ant", "bee"), per_class=5)
+
+
+@pytest.fixture
+def spawn() -> Iterator[None]:
+    """Workers start as on Windows and macOS: everything they need is pickled."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def folder_samples(root: Path, augment: Augment | None = None, seed: int = 0) -> TrainSamples:
+    samples = train_samples(
+        open_images("IMNET", str(root), True), build_train_transform(SPEC, augment or Augment()), seed=seed
+    )
+    assert isinstance(samples, TrainSamples)
+    return samples
+
+
+def epochs_of(loader, epochs=(0, 1)) -> list[tuple[torch.Tensor, ...]]:
+    batches = []
+    for epoch in epochs:
+        set_epoch(loader, epoch)
+        batches += [tuple(batch) for batch in loader]
+    return batches
+
+
+def same(one: list[tuple[torch.Tensor, ...]], other: list[tuple[torch.Tensor, ...]]) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a, b) for batches in pairs for a, b in zip(*batches, strict=True))
+
+
+def test_samples_depend_on_their_place_alone(folder: Path) -> None:
+    samples = folder_samples(folder)
+    image, label, index = samples[2, 7, 4]
+    assert (image.shape, image.dtype, label, index) == ((3, 32, 32), torch.float32, 1, 7)
+    torch.manual_seed(9)
+    assert torch.equal(samples[2, 7, 4][0], image)
+    for other in ((3, 7, 4), (2, 7, 5), (2, 6, 4)):
+        assert not torch.equal(samples[other][0], image)
+    assert not torch.equal(folder_samples(folder, seed=1)[2, 7, 4][0], image)
+
+
+def test_loading_leaves_the_global_generators_alone(folder: Path) -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    state = torch.get_rng_state()
+    for workers in (0, 1):
+        epochs_of(build_train_loader(folder_samples(folder), batch_size=5, num_workers=workers))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.random.rand() == np.random.RandomState(0).rand()
+
+
+def test_worker_counts_give_equal_batches(folder: Path) -> None:
+    alone = epochs_of(build_train_loader(folder_samples(folder), batch_size=3, repeats=3))
+    loader = build_train_loader(folder_samples(folder), batch_size=3, repeats=3, num_workers=2)
+    assert loader.persistent_workers
+    assert len(alone) == 6
+    assert alone[0][0].shape == (3, 3, 32, 32)
+    assert same(epochs_of(loader), alone)
+    assert same(epochs_of(loader, (1,)), alone[3:])  # as a resumed run would ask
+    assert not same(alone[:3], alone[3:])
+
+
+@pytest.mark.slow
+def test_spawned_workers_give_equal_batches(folder: Path, spawn: None) -> None:
+    alone = epochs_of(build_train_loader(folder_samples(folder), batch_size=3))
+    loader = build_train_loader(folder_samples(folder), batch_size=3, num_workers=1)
+    assert same(epochs_of(loader), alone)
+
+
+@pytest.mark.slow
+def test_a_stream_travels_into_spawned_workers(tmp_path: Path, spawn: None) -> None:
+    make_webdataset(tmp_path, shards=1)
+    images = open_images("timm/wds/shards", str(tmp_path), False, num_classes=3)
+    loader = build_eval_loader(eval_samples(images, build_eval_transform(SPEC)), batch_size=64, num_workers=1)
+    assert sum(len(labels) for _, labels in loader) == 6
+
+
+@pytest.mark.parametrize("name", ["DIGITS", "CIFAR10", "IMNET", "INAT", "timm/", "tar", "timm/torch/cifar10"])
+def test_every_data_set_can_be_pickled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cifar(tmp_path, "CIFAR10", monkeypatch)
+    make_inat(tmp_path)
+    (make_tar_pair if name == "tar" else make_image_folder)(tmp_path, per_class=2)
+    images = opened("timm/" if name == "tar" else name, tmp_path)  # also reads two: nothing may stay open
+    samples = TrainSamples(images, build_train_transform(SPEC, Augment()), seed=0)
+    travelled = pickle.loads(pickle.dumps(samples))
+    assert torch.equal(travelled[0, 3, 0][0], samples[0, 3, 0][0])
+
+
+def test_world_sizes_see_equal_samples(folder: Path) -> None:
+    def shown(world_size: int) -> dict[int, list[bytes]]:
+        found: dict[int, list[bytes]] = {}
+        for rank in range(world_size):
+            loader = build_train_loader(
+                folder_samples(folder), batch_size=6 // world_size, rank=rank, world_size=world_size, repeats=3
+            )
+            for images, _, indices in loader:
+                for image, index in zip(images, indices.tolist(), strict=True):
+                    found.setdefault(index, []).append(image.numpy().tobytes())
+        return {index: sorted(views) for index, views in found.items()}
+
+    assert shown(1) == shown(2) == shown(3)
+    assert all(len(set(views)) == len(views) for views in shown(1).values())  # views of one image differ
+
+
+def test_steps_and_seeds(folder: Path) -> None:
+    loader = build_train_loader(folder_samples(folder), batch_size=2, accum_steps=2, seed=3)
+    assert (steps_per_epoch(loader), len(loader)) == (2, 4)
+    other = build_train_loader(folder_samples(folder), batch_size=2, accum_steps=2, seed=4)
+    assert isinstance(loader.batch_sampler, EpochBatches)
+    assert isinstance(other.batch_sampler, EpochBatches)
+    assert list(loader.batch_sampler) != list(other.batch_sampler)
+
+
+def test_too_large_a_batch_names_the_largest_that_fits(folder: Path) -> None:
+    samples = folder_samples(folder)
+    message = message_of(InputError, build_train_loader, samples, batch_size=6, world_size=2)
+    assert "--batch-size 6" in message
+    assert "10 training images" in message
+    assert "at most 5" in message
+    build_train_loader(samples, batch_size=5, world_size=2)
+    assert "fewer processes" in message_of(InputError, build_train_loader, samples, batch_size=1, world_size=11)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_sees_every_image_once(folder: Path, workers: int) -> None:
+    samples = eval_samples(open_images("IMNET", str(folder), False), build_eval_transform(SPEC))
+    parts = [
+        list(build_eval_loader(samples, batch_size=3, rank=rank, world_size=3, num_workers=workers))
+        for rank in range(3)
+    ]
+    assert [[len(labels) for _, labels in part] for part in parts] == [[3, 1], [3], [3]]
+    seen = sorted(image.numpy().tobytes() for part in parts for images, _ in part for image in images)
+    assert seen == sorted(samples[index][0].numpy().tobytes() for index in range(10))
+
+
+# ------------------------------------------------------------------------------------------------------- streams
+
+
+def streamed(root: Path, batch_size: int = 3, workers: int = 0, seed: int = 0, **more):
+    images = open_images("timm/wds/shards", str(root), True, num_classes=3, batch_size=batch_size, seed=seed)
+    assert isinstance(images, StreamedImages)
+    samples = train_samples(images, build_train_transform(SPEC, Augment()), seed=seed)
+    return build_train_loader(samples, batch_size=batch_size, num_workers=workers, seed=seed, **more)
+
+
+def test_a_stream_repeats_exactly_and_resumes_at_an_epoch(tmp_path: Path) -> None:
+    make_webdataset(tmp_path)
+    loader = streamed(tmp_path)
+    torch.manual_seed(1)
+    first = epochs_of(loader)
+    assert (len(loader), steps_per_epoch(loader), len(first)) == (4, 4, 8)
+    images, labels, numbers = first[0]
+    assert (images.shape, labels.dtype, numbers.tolist()) == ((3, 3, 32, 32), torch.int64, [0, 1, 2])
+    torch.manual_seed(2)
+    assert same(epochs_of(streamed(tmp_path)), first)
+    assert same(epochs_of(streamed(tmp_path), (1,)), first[4:])
+    assert not same(first[:4], first[4:])
+
+
+def test_a_streams_workers_share_the_epoch(tmp_path: Path) -> None:
+    make_webdataset(tmp_path, shards=2, per_shard=7)
+    loader = streamed(tmp_path, batch_size=4, workers=2)  # 14 images: 3 batches, 2 and 1 by the workers
+    batches = epochs_of(loader, (0,))
+    assert [len(labels) for _, labels, _ in batches] == [4, 4, 4]
+    assert len({number for *_, numbers in batches for number in numbers.tolist()}) == 12
+    assert steps_per_epoch(streamed(tmp_path, batch_size=2, accum_steps=3)) == 2
+    assert len(streamed(tmp_path, batch_size=2, accum_steps=3)) == 6
+
+
+@pytest.mark.slow  # torch waits 5 s for a worker that met an error
+def test_a_worker_without_a_shard_says_what_to_lower(tmp_path: Path) -> None:
+    make_webdataset(tmp_path, shards=1)
+    assert "--num-workers" in message_of(InputError, list, streamed(tmp_path, workers=2))
+
+
+def test_streams_refuse_repeats_and_too_few_images(tmp_path: Path) -> None:
+    make_webdataset(tmp_path)
+    assert "--no-repeated-aug" in message_of(InputError, streamed, tmp_path, repeats=3)
+    assert "at most 12" in message_of(InputError, streamed, tmp_path, batch_size=13)
+
+
+def test_a_stream_is_evaluated_once_and_in_order(tmp_path: Path) -> None:
+    make_webdataset(tmp_path)
+    images = open_images("timm/wds/shards", str(tmp_path), False, num_classes=3)
+    loader = build_eval_loader(eval_samples(images, build_eval_transform(SPEC)), batch_size=5)
+    for _ in range(2):
+        assert torch.cat([labels for _, labels in loader]).tolist() == [n % 3 for n in range(12, 24)]
+
+
+# ---------------------------------------------------------------------------------------------- per-data-set facts
+
+
+def test_facts_of_data_sets() -> None:
+    assert augment_for("DIGITS", Augment()).hflip == 0.0
+    assert augment_for("timm/torch/mnist", Augment()).hflip == 0.0
+    assert augment_for("IMNET", Augment(aa=None)) == Augment(aa=None)
+    assert image_spec_for("IMNET", 224) == ImageSpec((224, 224), crop_ratio=0.875)
+    assert image_spec_for("DIGITS", (48, 32)).crop_ratio == 1.0
+    assert image_spec_for("DIGITS", 64, 0.9) == ImageSpec((64, 64), crop_ratio=0.9)
