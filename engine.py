@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,14 @@ def to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
+class Seen(NamedTuple):
+    """What a report on a failed step will need; device values, not read yet."""
+
+    step: int
+    indices: Tensor  # (B,)
+    values: Terms
+
+
 @dataclass
 class Training:
     """Everything one optimizer step touches.
@@ -102,6 +110,8 @@ class Training:
         ema: updated after each step if there is one (timm's `ModelEmaV3`).
         module: the unwrapped model, which `ema` averages.
         accum_steps: micro-batches per optimizer step.
+        watch_gradients: a gradient that is not finite stops the run like such a loss. Not so under fp16, where it only
+            means that the loss was scaled too far.
     """
 
     module: ImageModel
@@ -118,10 +128,9 @@ class Training:
     accum_steps: int = 1
     seed: int = 0
     train_mode: bool = True
+    watch_gradients: bool = True
     health: Tensor = field(init=False)  # 0; NaN for good once a loss was not finite
-    unchecked: deque[tuple[int, Tensor, Terms]] = field(
-        default_factory=deque
-    )  # (step, indices, terms) since the last check
+    unchecked: deque[Seen] = field(default_factory=deque)  # micro-batches since the last check
 
     def __post_init__(self) -> None:
         self.health = torch.zeros((), device=self.processes.device)
@@ -137,7 +146,7 @@ class Training:
         return nullcontext() if last or self.processes.world_size == 1 else cast(Any, self.model).no_sync()
 
     def stop_if_not_finite(self) -> None:
-        """Reads whether any rank's loss has failed to be finite since the last call, and stops all ranks then.
+        """Reads whether any rank's loss (or gradient) was not finite since the last call, and stops all ranks then.
 
         Raises:
             NonFiniteLoss: with the first such step, its terms and the indices of its images, per rank.
@@ -145,7 +154,7 @@ class Training:
         if self.processes.sum(self.health).isfinite():
             self.unchecked.clear()
             return
-        bad = (entry for entry in self.unchecked if not all(term.isfinite() for term in entry[2].values()))
+        bad = (seen for seen in self.unchecked if not all(value.isfinite() for value in seen.values.values()))
         reports = self.processes.gather(next(map(_describe_failure, bad), None))
         lines = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if report]
         raise NonFiniteLoss(
@@ -155,10 +164,9 @@ class Training:
         )
 
 
-def _describe_failure(entry: tuple[int, Tensor, Terms]) -> str:
-    step, indices, terms = entry
-    values = ", ".join(f"{name} {float(term):g}" for name, term in terms.items())
-    return f"step {step}, {values}; images {indices.tolist()}"
+def _describe_failure(seen: Seen) -> str:
+    values = ", ".join(f"{name} {float(value):g}" for name, value in seen.values.items())
+    return f"step {seen.step}, {values}; images {seen.indices.tolist()}"
 
 
 def train_step(
@@ -185,9 +193,13 @@ def train_step(
             training.health += 0.0 * terms["total"].detach()
             loss = terms["total"] * (1.0 + training.health) / training.accum_steps
             training.scaler.scale(loss).backward()
-        training.unchecked.append((step, indices, {name: term.detach() for name, term in terms.items()}))
+        training.unchecked.append(Seen(step, indices, {name: term.detach() for name, term in terms.items()}))
         meters.update(**_logged(terms, batch, labels))
-    meters.update(grad_norm=update_weights(training))
+    norm = update_weights(training)
+    if training.watch_gradients:
+        training.health += 0.0 * norm
+        training.unchecked[-1].values["grad_norm"] = norm
+    meters.update(grad_norm=norm)
 
 
 def update_weights(training: Training) -> Tensor:

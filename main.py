@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoints
 import datasets
 import engine
+import loaders
 import optim
 import pictures
 import resume
@@ -85,8 +86,8 @@ def open_images(args: argparse.Namespace, train: bool) -> Any:
 
 
 def make_eval_loader(args: argparse.Namespace, val: Any, spec: transforms.ImageSpec, processes: Processes) -> Any:
-    return datasets.build_eval_loader(
-        datasets.eval_samples(val, transforms.build_eval_transform(spec)), batch_size=int(1.5 * args.batch_size),
+    return loaders.build_eval_loader(
+        loaders.eval_samples(val, transforms.build_eval_transform(spec)), batch_size=int(1.5 * args.batch_size),
         rank=processes.rank, world_size=processes.world_size, num_workers=args.num_workers,
         pin_memory=args.pin_mem and processes.device.type == "cuda",
     )  # fmt: skip
@@ -98,8 +99,8 @@ def make_train_loader(args: argparse.Namespace, train: Any, spec: transforms.Ima
         interpolation=args.train_interpolation,
     )  # fmt: skip
     transform = transforms.build_train_transform(spec, datasets.augment_for(args.data_set, augment))
-    return datasets.build_train_loader(
-        datasets.train_samples(train, transform, args.seed), batch_size=args.batch_size, seed=args.seed,
+    return loaders.build_train_loader(
+        loaders.train_samples(train, transform, args.seed), batch_size=args.batch_size, seed=args.seed,
         rank=processes.rank, world_size=processes.world_size, num_workers=args.num_workers,
         repeats=args.repeats if args.repeated_aug else 1, accum_steps=args.accum_steps,
         pin_memory=args.pin_mem and processes.device.type == "cuda",
@@ -163,6 +164,7 @@ def make_training(
         accum_steps=args.accum_steps,
         seed=args.seed,
         train_mode=args.train_mode,
+        watch_gradients=args.amp != "fp16",
     )
 
 
@@ -245,7 +247,7 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
         vars(args), model_config(args, num_classes),
         {"class_names": train_images.class_names, "image_spec": spec.to_plain()}, utils.describe_versions(),
     )  # fmt: skip
-    steps = datasets.steps_per_epoch(train_loader)
+    steps = loaders.steps_per_epoch(train_loader)
     log.table(describe_run(args, training, steps, (train_images.num_images, val_images.num_images), num_classes))
     warn_early(args, steps, log)
     progress = resume.Progress(args.start_epoch, args.start_epoch * steps)
@@ -279,19 +281,19 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
 def run_epoch(
     args: argparse.Namespace,
     training: engine.Training,
-    loaders: tuple[Any, Any],
+    train_and_val: tuple[Any, Any],
     progress: resume.Progress,
     log: RunLog,
 ) -> dict[str, Any]:
     """Trains and evaluates one epoch; returns its line of `log.txt`."""
-    train_loader, val_loader = loaders
+    train_loader, val_loader = train_and_val
     rate = training.optimizer.param_groups[0]["lr"]
 
     def on_log(step: int, means: dict[str, float]) -> None:
         log.note({**means, "lr": rate})
         log.scalars(step, {**means, "lr": rate})
 
-    datasets.set_epoch(train_loader, progress.epoch)
+    loaders.set_epoch(train_loader, progress.epoch)
     batches = log.progress(train_loader, len(train_loader), f"epoch {progress.epoch}")
     figures = engine.train_one_epoch(
         training, batches, first_step=progress.step, on_log=on_log, log_every=args.log_every
@@ -311,7 +313,7 @@ def make_painter(
 ) -> Callable[[int], torch.Tensor | None]:
     """A function from an epoch to the picture of what the mixer makes of the same four validation images."""
     mixer = cast(Switch, training.mixer).first
-    if isinstance(mixer, NoMixing) or not isinstance(samples, datasets.EvalSamples):
+    if isinstance(mixer, NoMixing) or not isinstance(samples, loaders.EvalSamples):
         return lambda epoch: None
     images, labels = engine.to_device(processes.device, *pictures.spread_samples(samples, 8))
 

@@ -82,20 +82,24 @@ def init_like_deit(network: VisionTransformer) -> None:
 # For small inputs (28 or 32 pixels) on a laptop. Registered with timm, so that `timm.create_model` finds them too.
 
 
-def _small_vit(width: int, depth: int, heads: int, **kwargs: Any) -> VisionTransformer:
-    for name in ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        kwargs.pop(name, None)  # timm's registry passes these; there are no weights to load
-    settings = {"img_size": 32, "patch_size": 4, "embed_dim": width, "depth": depth, "num_heads": heads}
-    return VisionTransformer(**{**settings, **kwargs})
+def _small_vit(settings: dict[str, Any], kwargs: dict[str, Any]) -> VisionTransformer:
+    weights = (
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "cache_dir",
+    )  # timm passes these; there are none
+    given = {name: value for name, value in kwargs.items() if name not in weights}
+    return VisionTransformer(**{"img_size": 32, "patch_size": 4, **settings, **given})
 
 
 @register_model
 def vit_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """64 wide, 4 deep: what the quickstart trains."""
-    return _small_vit(64, 4, 4, **kwargs)
+    return _small_vit({"embed_dim": 64, "depth": 4, "num_heads": 4}, kwargs)
 
 
 @register_model
 def vit_mini_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """96 wide, 6 deep: for CIFAR-10 in an afternoon."""
-    return _small_vit(96, 6, 3, **kwargs)
+    return _small_vit({"embed_dim": 96, "depth": 6, "num_heads": 3}, kwargs)

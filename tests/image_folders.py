@@ -14,6 +14,13 @@ import pytest
 from PIL import Image
 
 
+def message_of(error: type[Exception], call, *arguments, **more) -> str:
+    """The message of the error that `call` ends with."""
+    with pytest.raises(error) as caught:
+        call(*arguments, **more)
+    return caught.value.text  # type: ignore[attr-defined]
+
+
 def picture(number: int, size: tuple[int, int] = (48, 40), mode: str = "RGB") -> Image.Image:
     """A picture (width, height) that differs for every number: a gradient and a square, in a colour of its own."""
     width, height = size

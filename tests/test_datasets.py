@@ -1,38 +1,19 @@
-"""Every data set name on files made here, what each wrong input says, and samples that depend on their place alone."""
+"""Every data set name on files made here, and what each wrong input says."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import pickle
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import datasets
-from datasets import (
-    EvalSamples,
-    Images,
-    StreamedImages,
-    TrainSamples,
-    augment_for,
-    build_eval_loader,
-    build_train_loader,
-    check_same_classes,
-    eval_samples,
-    image_spec_for,
-    open_images,
-    set_epoch,
-    steps_per_epoch,
-    train_samples,
-)
-from samplers import EpochBatches
+from datasets import augment_for, check_same_classes, image_spec_for, open_images
+from images import Images
 from tests.image_folders import (
     INAT_ORDER,
     INAT_RECORDS,
@@ -42,12 +23,11 @@ from tests.image_folders import (
     make_inat,
     make_tar_pair,
     make_webdataset,
+    message_of,
     picture,
 )
-from transforms import Augment, ImageSpec, build_eval_transform, build_train_transform
+from transforms import Augment, ImageSpec
 from utils import InputError, SampleError
-
-SPEC = ImageSpec((32, 32))
 
 
 def opened(name: str, path: Path | str = "", train: bool = True, **more) -> Images:
@@ -63,12 +43,6 @@ def opened(name: str, path: Path | str = "", train: bool = True, **more) -> Imag
 
 def labels_of(images: Images) -> list[int]:
     return [images[index][1] for index in range(len(images))]
-
-
-def message_of(error: type[Exception], call, *arguments, **more) -> str:
-    with pytest.raises(error) as caught:
-        call(*arguments, **more)
-    return caught.value.text  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------------------------------ every data set
@@ -273,27 +247,6 @@ def test_a_decompression_bomb_is_a_bad_sample(tmp_path: Path, monkeypatch: pytes
     assert str(root / "train" / "ant" / "0.jpg") in message_of(SampleError, images.__getitem__, 0)
 
 
-def fail(image: Image.Image) -> torch.Tensor:
-    raise ValueError("a bug in a transform")
-
-
-def test_errors_of_a_transform_surface_as_they_are() -> None:
-    images = opened("DIGITS")
-    with pytest.raises(ValueError, match=r"^a bug in a transform$"):
-        TrainSamples(images, fail, 0)[0, 0, 0]
-    with pytest.raises(ValueError, match=r"^a bug in a transform$"):
-        EvalSamples(images, fail)[0]
-
-
-@pytest.mark.slow  # torch waits 5 s for a worker that met an error
-def test_a_damaged_image_ends_a_loader_with_workers_by_name(tmp_path: Path) -> None:
-    root = make_image_folder(tmp_path, per_class=4)
-    (root / "val" / "bee" / "3.jpg").write_bytes(b"")
-    samples = eval_samples(open_images("IMNET", str(root), False), build_eval_transform(SPEC))
-    message = message_of(SampleError, list, build_eval_loader(samples, batch_size=4, num_workers=1))
-    assert message.startswith(str(root / "val" / "bee" / "3.jpg"))
-
-
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert "pip install scikit-learn" in message_of(InputError, open_images, "DIGITS", "", True)
@@ -320,203 +273,6 @@ def test_a_label_outside_the_classes_is_named(tmp_path: Path) -> None:
     shards = make_webdataset(tmp_path, num_classes=3)
     images = open_images("timm/wds/shards", str(shards), False, num_classes=2)
     assert "--nb-classes" in message_of(SampleError, list, images)
-
-
-# ------------------------------------------------------------------------------------------------- keyed samples
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_image_folder(tmp_path / "images", ("ant", "bee"), per_class=5)
-
-
-@pytest.fixture
-def spawn() -> Iterator[None]:
-    """Workers start as on Windows and macOS: everything they need is pickled."""
-    before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("spawn", force=True)
-    yield
-    multiprocessing.set_start_method(before, force=True)
-
-
-def folder_samples(root: Path, augment: Augment | None = None, seed: int = 0) -> TrainSamples:
-    samples = train_samples(
-        open_images("IMNET", str(root), True), build_train_transform(SPEC, augment or Augment()), seed=seed
-    )
-    assert isinstance(samples, TrainSamples)
-    return samples
-
-
-def epochs_of(loader, epochs=(0, 1)) -> list[tuple[torch.Tensor, ...]]:
-    batches = []
-    for epoch in epochs:
-        set_epoch(loader, epoch)
-        batches += [tuple(batch) for batch in loader]
-    return batches
-
-
-def same(one: list[tuple[torch.Tensor, ...]], other: list[tuple[torch.Tensor, ...]]) -> bool:
-    pairs = zip(one, other, strict=True)
-    return all(torch.equal(a, b) for batches in pairs for a, b in zip(*batches, strict=True))
-
-
-def test_samples_depend_on_their_place_alone(folder: Path) -> None:
-    samples = folder_samples(folder)
-    image, label, index = samples[2, 7, 4]
-    assert (image.shape, image.dtype, label, index) == ((3, 32, 32), torch.float32, 1, 7)
-    torch.manual_seed(9)
-    assert torch.equal(samples[2, 7, 4][0], image)
-    for other in ((3, 7, 4), (2, 7, 5), (2, 6, 4)):
-        assert not torch.equal(samples[other][0], image)
-    assert not torch.equal(folder_samples(folder, seed=1)[2, 7, 4][0], image)
-
-
-def test_loading_leaves_the_global_generators_alone(folder: Path) -> None:
-    torch.manual_seed(0)
-    np.random.seed(0)
-    state = torch.get_rng_state()
-    for workers in (0, 1):
-        epochs_of(build_train_loader(folder_samples(folder), batch_size=5, num_workers=workers))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert np.random.rand() == np.random.RandomState(0).rand()
-
-
-def test_worker_counts_give_equal_batches(folder: Path) -> None:
-    alone = epochs_of(build_train_loader(folder_samples(folder), batch_size=3, repeats=3))
-    loader = build_train_loader(folder_samples(folder), batch_size=3, repeats=3, num_workers=2)
-    assert loader.persistent_workers
-    assert len(alone) == 6
-    assert alone[0][0].shape == (3, 3, 32, 32)
-    assert same(epochs_of(loader), alone)
-    assert same(epochs_of(loader, (1,)), alone[3:])  # as a resumed run would ask
-    assert not same(alone[:3], alone[3:])
-
-
-@pytest.mark.slow
-def test_spawned_workers_give_equal_batches(folder: Path, spawn: None) -> None:
-    alone = epochs_of(build_train_loader(folder_samples(folder), batch_size=3))
-    loader = build_train_loader(folder_samples(folder), batch_size=3, num_workers=1)
-    assert same(epochs_of(loader), alone)
-
-
-@pytest.mark.slow
-def test_a_stream_travels_into_spawned_workers(tmp_path: Path, spawn: None) -> None:
-    make_webdataset(tmp_path, shards=1)
-    images = open_images("timm/wds/shards", str(tmp_path), False, num_classes=3)
-    loader = build_eval_loader(eval_samples(images, build_eval_transform(SPEC)), batch_size=64, num_workers=1)
-    assert sum(len(labels) for _, labels in loader) == 6
-
-
-@pytest.mark.parametrize("name", ["DIGITS", "CIFAR10", "IMNET", "INAT", "timm/", "tar", "timm/torch/cifar10"])
-def test_every_data_set_can_be_pickled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_cifar(tmp_path, "CIFAR10", monkeypatch)
-    make_inat(tmp_path)
-    (make_tar_pair if name == "tar" else make_image_folder)(tmp_path, per_class=2)
-    images = opened("timm/" if name == "tar" else name, tmp_path)  # also reads two: nothing may stay open
-    samples = TrainSamples(images, build_train_transform(SPEC, Augment()), seed=0)
-    travelled = pickle.loads(pickle.dumps(samples))
-    assert torch.equal(travelled[0, 3, 0][0], samples[0, 3, 0][0])
-
-
-def test_world_sizes_see_equal_samples(folder: Path) -> None:
-    def shown(world_size: int) -> dict[int, list[bytes]]:
-        found: dict[int, list[bytes]] = {}
-        for rank in range(world_size):
-            loader = build_train_loader(
-                folder_samples(folder), batch_size=6 // world_size, rank=rank, world_size=world_size, repeats=3
-            )
-            for images, _, indices in loader:
-                for image, index in zip(images, indices.tolist(), strict=True):
-                    found.setdefault(index, []).append(image.numpy().tobytes())
-        return {index: sorted(views) for index, views in found.items()}
-
-    assert shown(1) == shown(2) == shown(3)
-    assert all(len(set(views)) == len(views) for views in shown(1).values())  # views of one image differ
-
-
-def test_steps_and_seeds(folder: Path) -> None:
-    loader = build_train_loader(folder_samples(folder), batch_size=2, accum_steps=2, seed=3)
-    assert (steps_per_epoch(loader), len(loader)) == (2, 4)
-    other = build_train_loader(folder_samples(folder), batch_size=2, accum_steps=2, seed=4)
-    assert isinstance(loader.batch_sampler, EpochBatches)
-    assert isinstance(other.batch_sampler, EpochBatches)
-    assert list(loader.batch_sampler) != list(other.batch_sampler)
-
-
-def test_too_large_a_batch_names_the_largest_that_fits(folder: Path) -> None:
-    samples = folder_samples(folder)
-    message = message_of(InputError, build_train_loader, samples, batch_size=6, world_size=2)
-    assert "--batch-size 6" in message
-    assert "10 training images" in message
-    assert "at most 5" in message
-    build_train_loader(samples, batch_size=5, world_size=2)
-    assert "fewer processes" in message_of(InputError, build_train_loader, samples, batch_size=1, world_size=11)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_sees_every_image_once(folder: Path, workers: int) -> None:
-    samples = eval_samples(open_images("IMNET", str(folder), False), build_eval_transform(SPEC))
-    parts = [
-        list(build_eval_loader(samples, batch_size=3, rank=rank, world_size=3, num_workers=workers))
-        for rank in range(3)
-    ]
-    assert [[len(labels) for _, labels in part] for part in parts] == [[3, 1], [3], [3]]
-    seen = sorted(image.numpy().tobytes() for part in parts for images, _ in part for image in images)
-    assert seen == sorted(samples[index][0].numpy().tobytes() for index in range(10))
-
-
-# ------------------------------------------------------------------------------------------------------- streams
-
-
-def streamed(root: Path, batch_size: int = 3, workers: int = 0, seed: int = 0, **more):
-    images = open_images("timm/wds/shards", str(root), True, num_classes=3, batch_size=batch_size, seed=seed)
-    assert isinstance(images, StreamedImages)
-    samples = train_samples(images, build_train_transform(SPEC, Augment()), seed=seed)
-    return build_train_loader(samples, batch_size=batch_size, num_workers=workers, seed=seed, **more)
-
-
-def test_a_stream_repeats_exactly_and_resumes_at_an_epoch(tmp_path: Path) -> None:
-    make_webdataset(tmp_path)
-    loader = streamed(tmp_path)
-    torch.manual_seed(1)
-    first = epochs_of(loader)
-    assert (len(loader), steps_per_epoch(loader), len(first)) == (4, 4, 8)
-    images, labels, numbers = first[0]
-    assert (images.shape, labels.dtype, numbers.tolist()) == ((3, 3, 32, 32), torch.int64, [0, 1, 2])
-    torch.manual_seed(2)
-    assert same(epochs_of(streamed(tmp_path)), first)
-    assert same(epochs_of(streamed(tmp_path), (1,)), first[4:])
-    assert not same(first[:4], first[4:])
-
-
-def test_a_streams_workers_share_the_epoch(tmp_path: Path) -> None:
-    make_webdataset(tmp_path, shards=2, per_shard=7)
-    loader = streamed(tmp_path, batch_size=4, workers=2)  # 14 images: 3 batches, 2 and 1 by the workers
-    batches = epochs_of(loader, (0,))
-    assert [len(labels) for _, labels, _ in batches] == [4, 4, 4]
-    assert len({number for *_, numbers in batches for number in numbers.tolist()}) == 12
-    assert steps_per_epoch(streamed(tmp_path, batch_size=2, accum_steps=3)) == 2
-    assert len(streamed(tmp_path, batch_size=2, accum_steps=3)) == 6
-
-
-@pytest.mark.slow  # torch waits 5 s for a worker that met an error
-def test_a_worker_without_a_shard_says_what_to_lower(tmp_path: Path) -> None:
-    make_webdataset(tmp_path, shards=1)
-    assert "--num-workers" in message_of(InputError, list, streamed(tmp_path, workers=2))
-
-
-def test_streams_refuse_repeats_and_too_few_images(tmp_path: Path) -> None:
-    make_webdataset(tmp_path)
-    assert "--no-repeated-aug" in message_of(InputError, streamed, tmp_path, repeats=3)
-    assert "at most 12" in message_of(InputError, streamed, tmp_path, batch_size=13)
-
-
-def test_a_stream_is_evaluated_once_and_in_order(tmp_path: Path) -> None:
-    make_webdataset(tmp_path)
-    images = open_images("timm/wds/shards", str(tmp_path), False, num_classes=3)
-    loader = build_eval_loader(eval_samples(images, build_eval_transform(SPEC)), batch_size=5)
-    for _ in range(2):
-        assert torch.cat([labels for _, labels in loader]).tolist() == [n % 3 for n in range(12, 24)]
 
 
 # ---------------------------------------------------------------------------------------------- per-data-set facts

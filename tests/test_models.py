@@ -172,7 +172,7 @@ def test_predictions_and_scores_are_timms(make_model: MakeModel, case: str) -> N
     assert score.shape == (3, model.grid_size[0] * model.grid_size[1])
     torch.testing.assert_close(score.double(), slow_score(own, images, prefix), atol=1e-6, rtol=0)
     sums = score.sum(dim=1)
-    assert ((sums - 1).abs() < 1e-6).all() if prefix == 0 else ((sums > 0) & (sums < 1)).all()
+    assert ((sums - 1).abs() < 1e-6).all() if prefix == 0 else ((sums > 0) & (sums < 1 + 1e-6)).all()
 
 
 def test_score_of_a_fresh_model_is_about_uniform() -> None:
@@ -210,7 +210,7 @@ def test_regions_are_classified_by_their_mean_token(make_model: MakeModel, case:
     for b in range(3):
         for region, inside in enumerate((True, False)):
             members = [output.tokens[b, n] for n in range(mask.shape[1]) if bool(mask[b, n]) is inside]
-            pooled = sum(members) / len(members)  # type: ignore[arg-type]
+            pooled = sum(members) / len(members)
             if separate:
                 assert model.token_head is not None
                 expected = model.token_head(pooled)
@@ -322,7 +322,7 @@ def test_plain_weights_have_timms_keys(make_model: MakeModel, case: str) -> None
 
 def test_deit_starts_its_class_token_as_deit_did() -> None:
     model = build_model("deit_tiny_patch16_224", 7, **{**TINY, "embed_dim": 768, "depth": 1})
-    assert float(model.network.cls_token.detach().std()) == pytest.approx(0.02, rel=0.15)  # type: ignore[union-attr, operator]
+    assert float(model.network.cls_token.detach().std()) == pytest.approx(0.02, rel=0.15)  # type: ignore[operator]
 
 
 def test_the_released_codes_names_are_aliases() -> None:
@@ -574,7 +574,7 @@ def test_the_guide_sees_the_images_in_evaluation_mode_without_gradient(make_mode
     model = make_model(drop=0.5, drop_path=0.5)
     expected = model(images, need_attention=True)
     watching = Watching()
-    model.network.blocks[-1].add_module("drop_path2", watching)  # type: ignore[union-attr, index, operator]
+    model.network.blocks[-1].add_module("drop_path2", watching)  # type: ignore[union-attr, index]
     clean = make_guide(model.train(), NO_AMP)(images)
     assert watching.seen == [(False, False)]
     torch.testing.assert_close(clean.logits, expected.logits, atol=1e-5, rtol=1e-5)

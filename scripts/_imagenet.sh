@@ -1,0 +1,103 @@
+# shellcheck shell=bash
+# How the scripts of Table 1 start: their arguments, the split of the total batch, torchrun on one or more machines.
+# Sourced, never run by itself. The recipe itself stands in each script.
+
+# shellcheck source=scripts/_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
+
+# train_on_imagenet NAME TOTAL LARGEST ARGUMENT...: trains with the flags of the array `recipe`.
+#   NAME      of the output folder
+#   TOTAL     images per optimizer step, over all processes
+#   LARGEST   images per process and micro-batch; what goes beyond is accumulated
+train_on_imagenet() {
+  local name=$1 total=$2 largest=$3 data='' nproc='' output='' mixer=smmix flag value
+  local passed=()
+  batch='' accum=''
+  shift 3
+  while (($#)); do
+    flag=${1%%=*}
+    [[ $flag != --* ]] || flag=${flag//_/-}
+    case $flag in
+      -h | --help)
+        show_header
+        exit 0
+        ;;
+      --data-path | --nproc | --output | --output-dir | --batch-size | --accum-steps | --mixer) ;;
+      *)
+        passed+=("$1")
+        shift
+        continue
+        ;;
+    esac
+    if [[ $1 == *=* ]]; then
+      value=${1#*=}
+      shift
+    else
+      (($# > 1)) || die "$flag needs a value"
+      value=$2
+      shift 2
+    fi
+    case $flag in
+      --data-path) data=$value ;;
+      --nproc) nproc=$value ;;
+      --output | --output-dir) output=$value ;;
+      --batch-size) batch=$value ;;
+      --accum-steps) accum=$value ;;
+      --mixer) mixer=$value ;;
+    esac
+  done
+
+  [[ -n $data ]] || die "--data-path DIR is missing: the folder that holds ImageNet's train/ and val/"
+  # An activated environment comes first, then the one that scripts/quickstart.sh makes.
+  command -v torchrun >/dev/null || PATH=$venv/bin:$PATH
+  [[ -n $nproc ]] || nproc=$(count_gpus)
+  read_launch "$nproc"
+  share_batch "$total" "$largest" $((nproc * ${NNODES:-1}))
+  # shellcheck disable=SC2154  # recipe comes from the script that sources this file
+  run "${launch[@]}" "$root/main.py" "${recipe[@]}" --mixer "$mixer" --batch-size "$batch" --accum-steps "$accum" \
+    --data-path "$data" --output-dir "${output:-$root/output/${name}_$mixer}" ${passed[@]+"${passed[@]}"}
+}
+
+# The comment at the head of the script that was started.
+show_header() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
+
+count_gpus() {
+  python3 -c 'import torch; print(max(1, torch.cuda.device_count()))' 2>/dev/null || echo 1
+}
+
+is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
+
+# Sets `launch`: torchrun for NPROC processes here, and for several machines what NNODES, NODE_RANK, MASTER_ADDR and
+# MASTER_PORT say.
+read_launch() {
+  is_count "$1" || die "--nproc $1: must be a whole number above 0"
+  is_count "${NNODES:-1}" || die "NNODES=$NNODES: must be a whole number above 0"
+  if ((${NNODES:-1} == 1)); then
+    launch=(torchrun --standalone "--nproc_per_node=$1")
+    return
+  fi
+  [[ -n ${MASTER_ADDR:-} && -n ${NODE_RANK:-} ]] ||
+    die "NNODES=$NNODES needs MASTER_ADDR (the first machine's address) and NODE_RANK (0 there, then 1, 2, ...)"
+  launch=(torchrun "--nnodes=$NNODES" "--node_rank=$NODE_RANK" "--master_addr=$MASTER_ADDR"
+    "--master_port=${MASTER_PORT:-29500}" "--nproc_per_node=$1")
+}
+
+# Sets `batch` (per process) and `accum` where the user did not, so that their product over all processes stays TOTAL.
+share_batch() {
+  local total=$1 largest=$2 processes=$3 given=$batch share actual
+  [[ -z $batch ]] || is_count "$batch" || die "--batch-size $batch: must be a whole number above 0"
+  [[ -z $accum ]] || is_count "$accum" || die "--accum-steps $accum: must be a whole number above 0"
+  share=$((total / processes / ${accum:-1}))
+  [[ -n $batch ]] || batch=$((share < largest || ${accum:-0} ? share : largest))
+  if [[ -z $accum ]]; then
+    accum=1
+    ((batch == 0 || total % (processes * batch))) || accum=$((total / (processes * batch)))
+  fi
+  actual=$((batch * processes * accum))
+  [[ -n $given ]] || ((actual == total)) ||
+    die "the total batch of $total does not divide evenly into $processes processes x $accum micro-batches;" \
+      "take another --nproc (a power of 2), or set --batch-size yourself"
+  say "total batch: $batch per process x $processes processes x $accum accumulated = $actual"
+  ((actual == total)) ||
+    say "note: this recipe's total batch is $total; with $actual the peak learning rate changes in proportion"
+}

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Lint, format, types, tests: what a change must pass. Makes or reuses .venv like quickstart.sh.
+#
+#   bash scripts/test.sh [ARGUMENT of pytest ...]
+#   bash scripts/test.sh tests/test_smmix.py -k lam
+#
+# PYTHON=...   the interpreter that .venv is made with (Python 3.10 or later)
+# DRY_RUN=1    show the commands only
+
+set -euo pipefail
+
+# shellcheck source=scripts/_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
+
+cd "$root"
+use_environment requirements.txt requirements-dev.txt
+run ruff check
+run ruff format --check
+run mypy .
+run python -m pytest "$@" # last, so that its summary is the last line

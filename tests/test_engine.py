@@ -1,0 +1,224 @@
+"""The step's promises that no other file tests: no hidden read, finiteness, precision, exact evaluation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import engine
+import optim
+import utils
+from logs import Meters
+from losses import SMMixLoss
+from mixers.build import build_mixer
+from mixers.switch import Choice, Switch
+from models.build import build_model
+from models.interface import ImageModel
+from samplers import EvalShard
+from smmix import VARIANTS, SMMix
+
+CLASSES = 5
+CPU = utils.Processes(0, 1, torch.device("cpu"))
+
+
+def make_training(amp: str = "none", opt: str = "adamw", **settings: Any) -> engine.Training:
+    utils.seed_globals("init", 0)
+    model = build_model("vit_nano_patch4_32", CLASSES, input_size=(16, 16), embed_dim=16, depth=2, num_heads=2)
+    autocast = engine.make_autocast(CPU.device, amp)
+    mixer = build_mixer(
+        "smmix", CLASSES, model.grid_size, smoothing=0.1, variant=VARIANTS["paper"], side_ratio=(0.25, 0.75),
+        mixup_alpha=0.8, cutmix_alpha=1.0, cutmix_minmax=None, mixup_prob=1.0, switch_prob=0.5, mode="batch",
+    )  # fmt: skip
+    return engine.Training(
+        module=model, model=model, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
+        optimizer=optim.make_optimizer(model, {"opt": opt, "lr": 1e-3}), scaler=engine.make_scaler(CPU.device, amp),
+        autocast=autocast, processes=CPU, watch_gradients=amp != "fp16", **settings,
+    )  # fmt: skip
+
+
+def batch_of(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(4, 3, 16, 16, generator=generator), torch.arange(4), torch.arange(4) + 10 * step
+
+
+def weights_of(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def epoch_of(training: engine.Training, steps: int, **settings: Any) -> dict[str, float]:
+    batches = [batch_of(step) for step in range(steps)]
+    return engine.train_one_epoch(training, batches, first_step=0, on_log=lambda step, means: None, **settings)
+
+
+class CountReads(TorchDispatchMode):
+    """Counts the operations that make the host wait for a device value."""
+
+    READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal", "aten.masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).rsplit(".", 1)[0]
+        if name in self.READS:
+            self.reads[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_a_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch, first: bool, amp: str) -> None:
+    """Draws come from CPU generators and may be read; everything else would stall a GPU."""
+    training = make_training(amp, clip_grad=1.0)
+    training.model.train()
+    meters = Meters()
+    engine.train_step(training, [batch_of(0)], 0, meters)  # the optimizer's state exists from now on
+    monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, first))
+    monkeypatch.setattr(SMMix, "draw", lambda self, *args: (2, 1))
+    monkeypatch.setattr("mixers.mixup.Mixup.draw", lambda self, count, *args: [0.3] * count)
+    with CountReads() as counter:
+        engine.train_step(training, [batch_of(1)], 1, meters)
+    assert not counter.reads
+    with CountReads() as counter:  # the control: a logging step does read
+        training.stop_if_not_finite()
+    assert counter.reads
+
+
+def test_an_optimizer_without_a_fused_form_still_skips_a_failed_step() -> None:
+    training = make_training(opt="lamb")
+    before = weights_of(training.module)
+    training.health += float("nan")
+    engine.train_step(training, [batch_of(0)], 0, Meters())
+    assert torch.equal(weights_of(training.module), before)
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+@pytest.mark.parametrize("term", ["cls", "fine", "con"])
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    amp: str, term: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, True))
+    training, good = make_training(amp), SMMixLoss()
+    kept: list[Tensor] = []
+
+    def planted(output: Any, batch: Any) -> Any:
+        terms = good(output, batch)
+        kept.append(weights_of(training.module))
+        if len(kept) == 3:
+            terms[term] = terms[term] * float("nan")
+        return {**terms, "total": terms["cls"] + terms["fine"] + terms["con"]}
+
+    training.criterion = planted
+    with pytest.raises(engine.NonFiniteLoss) as failure:
+        epoch_of(training, 6, log_every=5)
+    message = str(failure.value)
+    assert "step 2, total nan" in message
+    assert f"{term} nan" in message
+    assert "images [20, 21, 22, 23]" in message
+    assert torch.equal(weights_of(training.module), kept[2]), "nothing may change from the failed step on"
+
+
+def test_a_gradient_that_is_not_finite_stops_too() -> None:
+    training = make_training()
+    training.module.network.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = weights_of(training.module)
+    with pytest.raises(engine.NonFiniteLoss, match=r"step 0.*grad_norm"):
+        epoch_of(training, 2)
+    assert torch.equal(weights_of(training.module), before)
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_precisions_train_and_agree_roughly(amp: str) -> None:
+    exact, rough = make_training("none"), make_training(amp)
+    losses = [epoch_of(training, 4)["loss"] for training in (exact, rough)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert torch.isfinite(weights_of(rough.module)).all()
+    assert all(parameter.dtype == torch.float32 for parameter in rough.module.parameters())
+
+
+def test_clipping_bounds_the_gradient_the_optimizer_meets() -> None:
+    training = make_training(clip_grad=1e-3)
+    norms: list[float] = []
+    training.optimizer.register_step_pre_hook(
+        lambda *args: norms.append(
+            float(torch.nn.utils.get_total_norm([p.grad for p in training.module.parameters() if p.grad is not None]))
+        )
+    )
+    logged = epoch_of(training, 2)["grad_norm"]
+    assert all(norm == pytest.approx(1e-3, rel=1e-3) for norm in norms)
+    assert logged > 1e-2, "the log shows the norm before clipping"
+
+
+def test_the_log_has_each_term_over_the_steps_that_had_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = iter([True, False, False, True])
+    monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, next(choices)))
+    training, seen = make_training(), []
+    good = training.criterion
+
+    def watch(output: Any, batch: Any) -> Any:
+        terms = good(output, batch)
+        seen.append({name: float(value.detach()) for name, value in terms.items()})
+        return terms
+
+    training.criterion = watch
+    figures = epoch_of(training, 4)
+    assert figures["loss"] == pytest.approx(sum(terms["total"] for terms in seen) / 4)
+    assert figures["loss_fine"] == pytest.approx((seen[0]["fine"] + seen[3]["fine"]) / 2)
+    assert figures["loss_con"] == pytest.approx((seen[0]["con"] + seen[3]["con"]) / 2)
+    assert 0 <= figures["clean_acc1"] <= 100
+
+
+def test_every_step_has_draws_of_its_own_and_repeats_them() -> None:
+    training = make_training()
+    draws = [torch.rand(3, generator=training.random(step, micro).own) for step in range(3) for micro in range(2)]
+    again = torch.rand(3, generator=training.random(1, 1).own)
+    assert torch.equal(draws[3], again)
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(draws)
+
+
+class Planted(nn.Module):
+    """Stands for an `ImageModel` whose logits are the images' first pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Any:
+        return type("Output", (), {"logits": images[:, 0, 0, :CLASSES]})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_counts_each_image_once(world_size: int) -> None:
+    """Planted logits, 17 images, unequal shares: hits over all ranks equal a plain loop's."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(17, 1, 1, 8, generator=generator), torch.randint(CLASSES, (17,), generator=generator)
+    model: Any = Planted()
+    figures = []
+    for rank in range(world_size):
+        shard = list(EvalShard(17, rank, world_size))
+        loader = [(images[shard[i : i + 4]], labels[shard[i : i + 4]]) for i in range(0, len(shard), 4)]
+        figures.append(engine.evaluate(model, loader, CPU, engine.make_autocast(CPU.device, "none")))
+    assert sum(part["images"] for part in figures) == 17
+    hits = sum(part["acc1"] * part["images"] / 100 for part in figures)
+    logits = images[:, 0, 0, :CLASSES]
+    assert hits == pytest.approx(
+        sum(int(row.argmax()) == int(label) for row, label in zip(logits, labels, strict=True))
+    )
+    assert all(part["acc5"] == 100 for part in figures), "top-5 of five classes is every class"
+    loss = sum(part["loss"] * part["images"] for part in figures) / 17
+    assert loss == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), rel=1e-6)
+
+
+def test_evaluation_leaves_modes_as_they_are() -> None:
+    model: ImageModel = make_training().module.train()
+    model.network.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    loader = [(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long))]
+    engine.evaluate(model, loader, CPU, engine.make_autocast(CPU.device, "none"))
+    assert [module.training for module in model.modules()] == modes
