@@ -75,7 +75,7 @@ def open_images(
 
     Args:
         name: one of `DATA_SETS`, or `timm/<name>` (`timm/` alone reads a folder or tar files as timm does).
-        path: the data folder (`--data-path`); DIGITS needs none.
+        path: the data folder (`--data-path`); DIGITS needs none, and for `timm/hfds/` it is the cache.
         train: training images, or those held out.
         inat_category: which of `INAT_CATEGORIES` is the label.
         num_classes: `--nb-classes`, only for a timm data set that does not know its classes.
@@ -226,9 +226,9 @@ def _open_timm(
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
             reasons.append(str(error))
     else:
-        raise InputError(
-            f"--data-set timm/{name} --data-path {path}: timm cannot open it ({'; '.join(dict.fromkeys(reasons))})"
-        )
+        why = "; ".join(dict.fromkeys(reasons))
+        hint = "; timm/hfds/ reads the same data and counts it itself" if kind == "hfids" else ""
+        raise InputError(f"--data-set timm/{name} --data-path {path}: timm cannot open it ({why}){hint}")
     if package is not None:
         _check_columns(source.reader, name)
     names = _timm_class_names(source, name, num_classes)
@@ -238,6 +238,18 @@ def _open_timm(
         read = partial(read_timm, source.reader, path if package is None else which)
         return Images(len(source), read, names, package)
     return Images(len(source), partial(read_dataset, source), names)
+
+
+def _check_columns(reader: Any, name: str) -> None:
+    """Holds a Hugging Face set to the columns that timm reads."""
+    mapped = getattr(reader, "dataset", None)  # a stream has none
+    columns = list((reader.builder.info if mapped is None else mapped).features or ("image", "label"))
+    if mapped and mapped[0]["image"] is None:  # timm has added what was missing, empty
+        columns.remove("image")
+    if not {"image", "label"} <= set(columns):
+        raise InputError(
+            f"--data-set timm/{name}: timm reads the columns image and label, this set has {', '.join(columns)}"
+        )
 
 
 def _find_split(path: str, train: bool) -> str:

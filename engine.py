@@ -68,10 +68,12 @@ def make_guide(model: ImageModel, autocast: Autocast, call: Callable[..., ModelO
         call: what to call in the model's place, for instance its compiled form.
     """
 
+    show = model if call is None else call
+
     def guide(images: Tensor) -> ModelOutput:
         # An autocast context of its own: weights cast under no_grad must not be cached for the pass that learns.
         with eval_mode(model), torch.no_grad(), autocast():
-            return (call or model)(images, need_attention=True)
+            return show(images, need_attention=True)
 
     return guide
 

@@ -130,7 +130,8 @@ class ImageModel(nn.Module, ABC):
         tokens = self.image_tokens(features)
         region_logits = None
         if source_mask is not None:
-            region_logits = (self.token_head or self.classify)(pool_regions(tokens, source_mask))  # (B, 2, K)
+            classify = self.classify if self.token_head is None else self.token_head
+            region_logits = classify(pool_regions(tokens, source_mask))  # (B, 2, K)
         elif self.token_head is not None and self.training:
             # A step without regions leaves this head idle. Zero gradients instead of none keep DDP from having to
             # search for unused parameters on every step.

@@ -40,6 +40,10 @@ say "1 of 3: environment"
 use_environment requirements.txt
 
 say "2 of 3: training on DIGITS with SMMix, 2 processes"
+if (($# > 0)) && [[ ${DRY_RUN:-0} != 1 ]]; then # a mistyped flag must not cost the last run's results
+  python -c 'import main, utils; raise SystemExit(utils.run_command(lambda: main.read_args(None)))' \
+    "${settings[@]}" "$@"
+fi
 if [[ -e $output ]]; then
   say "removing the last run's $output"
   [[ ${DRY_RUN:-0} == 1 ]] || rm -rf "$output"

@@ -250,6 +250,10 @@ def test_a_decompression_bomb_is_a_bad_sample(tmp_path: Path, monkeypatch: pytes
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert "pip install scikit-learn" in message_of(InputError, open_images, "DIGITS", "", True)
+    monkeypatch.setattr(sys, "path", [str(Path(datasets.__file__).parent)])
+    for name in ("timm/hfds/some/set", "timm/hfids/some/set"):
+        assert "pip install datasets" in message_of(InputError, open_images, name, "", True)
+    assert sys.modules["datasets"] is datasets
 
 
 def test_class_counts_come_from_the_data_where_it_knows_them(tmp_path: Path) -> None:
@@ -266,7 +270,8 @@ def test_what_timm_cannot_open_says_why(tmp_path: Path) -> None:
     assert "split validation not found" in message
     message = message_of(InputError, open_images, "timm/torch/nothing", str(tmp_path), True)
     assert message.count("Unknown torchvision dataset nothing") == 1
-    assert "timm/wds/" in message_of(InputError, open_images, "timm/hfds/mnist", "", True)
+    for name in ("timm/hfds", "timm/torch/", "timm/wds"):  # timm itself would take these for folders of classes
+        assert "hfds/" in message_of(InputError, open_images, name, str(tmp_path), True)
 
 
 def test_a_label_outside_the_classes_is_named(tmp_path: Path) -> None:
@@ -278,10 +283,16 @@ def test_a_label_outside_the_classes_is_named(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- per-data-set facts
 
 
-def test_facts_of_data_sets() -> None:
+def test_mirroring_is_left_out_where_it_would_change_the_class() -> None:
     assert augment_for("DIGITS", Augment()).hflip == 0.0
     assert augment_for("timm/torch/mnist", Augment()).hflip == 0.0
     assert augment_for("IMNET", Augment(aa=None)) == Augment(aa=None)
-    assert image_spec_for("IMNET", 224) == ImageSpec((224, 224), crop_ratio=0.875)
-    assert image_spec_for("DIGITS", (48, 32)).crop_ratio == 1.0
+
+
+def test_the_crop_is_the_data_sets_own_unless_it_is_given() -> None:
+    for name in ("IMNET", "CIFAR", "timm/torch/mnist"):
+        assert image_spec_for(name, 224) == image_spec_for(name, 224, None) == ImageSpec((224, 224), crop_ratio=0.875)
+    assert image_spec_for("DIGITS", (48, 32)) == image_spec_for("DIGITS", (48, 32), None)
+    assert image_spec_for("DIGITS", (48, 32), None) == ImageSpec((48, 32), crop_ratio=1.0)
     assert image_spec_for("DIGITS", 64, 0.9) == ImageSpec((64, 64), crop_ratio=0.9)
+    assert image_spec_for("IMNET", 64, 1.0) == ImageSpec((64, 64), crop_ratio=1.0)

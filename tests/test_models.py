@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import Attention
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -16,6 +17,7 @@ from torch.nn.functional import interpolate
 from checkpoints import load_strictly
 from engine import eval_mode, make_autocast, make_guide, make_teacher
 from losses import soft_cross_entropy
+from models.blocks import attention_map
 from models.build import (
     ALIASES,
     adapt_weights,
@@ -195,6 +197,22 @@ def test_score_stays_float32_under_autocast(make_model: MakeModel, case: str) ->
     assert not output.image_attention.requires_grad
     assert (output.image_attention - plain).abs().max() < 0.1 * plain.max()
     assert output.logits.dtype == torch.bfloat16
+
+
+def test_similarities_are_computed_in_float32_under_autocast() -> None:
+    """Queries and keys that bfloat16 holds exactly: whatever differs from float64 was lost after them."""
+    layer = Attention(16, num_heads=2, qkv_bias=True)
+    with torch.no_grad():
+        layer.qkv.weight.copy_(torch.randint(-2, 3, (48, 16)) / 4)
+        layer.qkv.bias.copy_(torch.randint(-2, 3, (48,)) / 4)
+    tokens = torch.randint(-2, 3, (3, 9, 16)) / 4
+    with BF16():
+        ours = attention_map(layer, tokens)
+    queries_keys = tokens.double() @ layer.qkv.weight[:32].detach().double().T + layer.qkv.bias[:32].detach().double()
+    queries, keys = queries_keys.unflatten(2, (2, 2, 8)).permute(2, 0, 3, 1, 4)  # (B, H, T, D / H) each
+    assert torch.equal(queries_keys, queries_keys.bfloat16().double())
+    expected = (queries @ keys.transpose(-2, -1) / 8**0.5).softmax(dim=-1)
+    torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=0)
 
 
 @case

@@ -1,0 +1,548 @@
+"""Every command we show is one that its program takes, and every flag a program takes is one that it reads.
+
+Commands come from the fenced bash blocks of the documents, from docstrings, from the headers of scripts, and from what
+the scripts print with DRY_RUN=1. What is not understood here fails, so that nothing is passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import inspect
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm.optim
+import timm.scheduler.scheduler_factory
+from torch.distributed.run import parse_args as parse_torchrun
+
+import optim
+from evaluation import show_mixing
+from options import GONE, Parser, check_args, explicit_flags, get_args_parser
+from utils import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+SCRIPTS = sorted(path for path in ROOT.glob("scripts/*.sh") if not path.name.startswith("_"))
+MODULES = sorted([*ROOT.glob("*.py"), *ROOT.glob("evaluation/*.py")])
+OTHER_PROGRAMS = {"source", "pip", "ruff", "mypy", "pre-commit", "tensorboard"}  # no parser of ours
+
+# Table 1 of the paper, CutMix and SMMix; images per process and micro-batch.
+TABLE_1 = {"tiny": (72.2, 73.6, 256), "small": (79.8, 81.1, 256), "base": (81.8, 82.9, 64)}
+# DeiT's recipe (arXiv 2012.12877, Table 9, and its code) as every script of Table 1 must spell it out.
+RECIPE: dict[str, Any] = {
+    "data_set": "IMNET", "input_size": [224], "eval_crop_ratio": 0.875, "epochs": 300, "seed": 0, "amp": "fp16",
+    "opt": "adamw", "opt_eps": 1e-8, "weight_decay": 0.05, "lr": 5e-4, "sched": "cosine", "warmup_epochs": 5,
+    "warmup_lr": 1e-6, "min_lr": 1e-5, "drop": 0.0, "drop_path": 0.1, "model_ema": True, "model_ema_decay": 0.99996,
+    "aa": "rand-m9-mstd0.5-inc1", "train_interpolation": "bicubic", "repeated_aug": True, "repeats": 3, "reprob": 0.25,
+    "remode": "pixel", "recount": 1, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0,
+    "mixup_switch_prob": 0.5, "mixup_mode": "batch", "mixer": "smmix", "variant": "paper", "side_ratio": [0.25, 0.75],
+    "auto_resume": True,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- finding commands
+
+
+def joined(lines: list[str]) -> Iterator[str]:
+    """Lines with their continuations, comments and empty lines left out."""
+    text = "\n".join(lines).replace("\\\n", " ")
+    yield from (line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#"))
+
+
+def commands_of_document(text: str) -> list[str]:
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, flags=re.M | re.S)
+    return [command for block in blocks for command in joined(block.splitlines())]
+
+
+def commands_of_docstring(text: str) -> list[str]:
+    """Indented lines that start like a command."""
+    starts = ("python ", "torchrun ", "bash ")
+    return [
+        line for line in joined(text.splitlines()) if f"    {line.split('  ')[0]}" in text and line.startswith(starts)
+    ]
+
+
+def commands_of_header(text: str) -> list[str]:
+    """Indented lines of a script's comment; a gap ends the command, and a usage line with [] is none."""
+    lines = re.findall(r"^#   (bash .*)$", text, flags=re.M)
+    return [re.split(r" {3,}", line)[0] for line in lines if "[" not in line]
+
+
+def all_commands() -> list[tuple[str, str]]:
+    found = [(path, commands_of_document(path.read_text())) for path in DOCUMENTS]
+    for path in MODULES:
+        found.append((path, commands_of_docstring(ast.get_docstring(ast.parse(path.read_text()), clean=False) or "")))
+    found += [(path, commands_of_header(path.read_text())) for path in SCRIPTS]
+    return [(path.relative_to(ROOT).as_posix(), command) for path, commands in found for command in commands]
+
+
+# ------------------------------------------------------------------------------------------- parsing commands
+
+
+def dry_run(words: list[str], **environment: str) -> str:
+    """What a script prints with DRY_RUN=1; its messages of refusal as an AssertionError."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("NNODES", "NODE_", "MASTER_"))}
+    done = subprocess.run(
+        ["bash", *words], cwd=ROOT, env={**clean, **environment, "DRY_RUN": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_command(command: str) -> list[argparse.Namespace]:
+    """Parses one command line as its program would, and what a script of ours would run in turn.
+
+    Returns:
+        The parsed flags of each call of main.py in it.
+    """
+    words = shlex.split(command, comments=True)
+    environment = {}
+    while re.match(r"[A-Z_]+=", words[0]):
+        name, _, environment[name] = words.pop(0).partition("=")
+    program, rest = words[0], words[1:]
+    if program == "bash":
+        assert (ROOT / rest[0]).is_file(), f"no script {rest[0]}"
+        printed = dry_run(rest, **environment).splitlines()
+        shown = [line for line in printed if not line.startswith("== ")]
+        assert shown, f"{rest[0]} shows no command with DRY_RUN=1"
+        return [args for line in shown for args in check_command(line)]
+    if program == "torchrun":
+        launch = parse_torchrun(rest)
+        return check_python([launch.training_script, *launch.training_script_args])
+    if program in ("python", "python3"):
+        return check_python(rest)
+    assert program in OTHER_PROGRAMS, f"no rule for {program}"
+    return []
+
+
+def check_python(words: list[str]) -> list[argparse.Namespace]:
+    """`main.py ...` or `-m module ...`."""
+    if words[0] == "-m":
+        if words[1] in ("venv", "pytest"):
+            return []
+        module = importlib.import_module(words[1])
+        module.read_args(words[2:])
+        return []
+    assert Path(words[0]).name == "main.py", f"no rule for python {words[0]}"
+    args = get_args_parser().parse_args(words[1:])
+    check_args(args)
+    return [args]
+
+
+@pytest.mark.parametrize(("where", "command"), all_commands())
+def test_every_command_shown_is_accepted(where: str, command: str) -> None:
+    check_command(command)
+
+
+def test_commands_are_found_in_all_the_places_that_have_them() -> None:
+    places = {where for where, _ in all_commands()}
+    assert {"README.md", "CONTRIBUTING.md", "main.py", "evaluation/show_mixing.py", "scripts/deit_tiny.sh"} <= places
+    assert any("--finetune" in command and "--input-size 384" in command for _, command in all_commands())
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "python main.py --batchsize 64",
+        "python main.py --batch 64",
+        "torchrun --nproc_per_node=2 main.py --local-rank 0",
+        "torchrun --nproc=2x --nosuch main.py",
+        "python -m evaluation.show_mixing --nosuch",
+        "bash scripts/deit_tiny.sh --data-path /imagenet --nproc 4 --nosuch",
+        "python main.py --eval",
+        "python other.py",
+        "conda install torch",
+    ],
+)
+def test_a_planted_wrong_command_is_found(planted: str) -> None:
+    continued = planted.replace(" --", " \\\n    --", 1)
+    document = f"Text.\n\n```bash\n# a comment\n{continued}\n```\n"
+    (command,) = commands_of_document(document)
+    assert shlex.split(command) == shlex.split(planted)
+    with pytest.raises((SystemExit, AssertionError, InputError)):
+        check_command(command)
+
+
+def test_a_script_that_is_not_there_is_found() -> None:
+    with pytest.raises(AssertionError, match="no script"):
+        check_command("bash scripts/deit_huge.sh --data-path /imagenet")
+
+
+# ------------------------------------------------------------------------------------------------- no dead flag
+
+
+def names_read(source: str, variable: str) -> set[str]:
+    """Attributes of `variable` that the source reads, also through getattr with a written-out name."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load):
+            found |= {node.attr} if node.value.id == variable else set()
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+            owner, name = node.args[:2]
+            if isinstance(owner, ast.Name) and owner.id == variable and isinstance(name, ast.Constant):
+                found.add(str(name.value))
+    return found
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    return {action.dest for action in parser._actions} - {"help"}
+
+
+def unread(parser: argparse.ArgumentParser) -> set[str]:
+    """Flags of main.py that neither main.py nor timm's helpers, which main.py hands the namespace to, ever read."""
+    main = (ROOT / "main.py").read_text()
+    read = names_read(main, "args")
+    helpers = {
+        "optimizer_kwargs": timm.optim.optimizer_kwargs,
+        "scheduler_kwargs": timm.scheduler.scheduler_factory.scheduler_kwargs,
+    }
+    for name, helper in helpers.items():
+        assert f"{name}(args)" in main
+        read |= names_read(inspect.getsource(helper), "cfg")
+    return flags_of(parser) - read
+
+
+def test_every_flag_is_read() -> None:
+    assert not unread(get_args_parser())
+    module = Path(inspect.getfile(show_mixing)).read_text()
+    assert flags_of(show_mixing.get_args_parser()) <= names_read(module, "args")
+
+
+def test_a_planted_dead_flag_is_found() -> None:
+    parser = get_args_parser()
+    parser.add_argument("--multi-reso", action="store_true")
+    assert unread(parser) == {"multi_reso"}
+
+
+# ----------------------------------------------------------------------------------------------------- spelling
+
+
+def example(action: argparse.Action) -> list[str]:
+    """Words that the flag takes."""
+    if action.nargs == 0:
+        return []
+    word = str(next(iter(action.choices))) if action.choices else "1"
+    return [word] * (action.nargs if isinstance(action.nargs, int) else 1)
+
+
+LONG_FLAGS = [
+    (option, action)
+    for action in get_args_parser()._actions
+    for option in action.option_strings
+    if "-" in option.removeprefix("--") and action.dest != "help"
+]
+
+
+@pytest.mark.parametrize(("option", "action"), LONG_FLAGS, ids=[option for option, _ in LONG_FLAGS])
+def test_hyphens_and_underscores_are_alike(option: str, action: argparse.Action) -> None:
+    parser, words = get_args_parser(), example(action)
+    other = "--" + option.removeprefix("--").replace("-", "_")
+    expected = explicit_flags(parser, [option, *words])
+    assert list(expected) == [action.dest]
+    assert explicit_flags(parser, [other, *words]) == expected
+    if len(words) == 1:
+        assert explicit_flags(parser, [f"{other}={words[0]}"]) == expected
+
+
+def test_underscores_in_values_stay() -> None:
+    args = get_args_parser().parse_args(["--data_path=a_b/c_d", "--model", "deit_tiny_patch16_224"])
+    assert (args.data_path, args.model) == ("a_b/c_d", "deit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize("spelling", ["{}", "{} 1", "{}=1", "underscores"])
+@pytest.mark.parametrize("flag", GONE)
+def test_flags_that_are_gone_say_what_to_use(flag: str, spelling: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "--" + flag[2:].replace("-", "_") if spelling == "underscores" else spelling.format(flag)
+    with pytest.raises(SystemExit) as stopped:
+        get_args_parser().parse_args(text.split())
+    assert stopped.value.code == 2
+    assert GONE[flag] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", GONE)
+def test_what_a_gone_flag_advises_exists(flag: str) -> None:
+    options = {option for action in get_args_parser()._actions for option in action.option_strings}
+    advised = set(re.findall(r"--[a-z][a-z-]*(?![a-z_-])", GONE[flag])) - {flag}  # torchrun's have underscores
+    assert advised <= options
+    assert flag not in options
+
+
+def test_deits_own_spelling_of_three_augment_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args(["--ThreeAugment"])
+    assert "--aa 3a" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- scripts of Table 1
+
+
+def run_of(size: str, *words: str, **environment: str) -> tuple[argparse.Namespace, str]:
+    """The one call of main.py that a script of Table 1 shows, parsed, and all that it prints."""
+    printed = dry_run([f"scripts/deit_{size}.sh", "--data-path", "/imagenet", *words], **environment)
+    (args,) = [args for line in printed.splitlines() if line.startswith("torchrun") for args in check_command(line)]
+    return args, printed
+
+
+def processes_of(printed: str) -> int:
+    (line,) = [line for line in printed.splitlines() if line.startswith("torchrun")]
+    launch = parse_torchrun(shlex.split(line)[1:])
+    return int(launch.nproc_per_node) * int(launch.nnodes.split(":")[-1])
+
+
+def refusal(words: list[str], **environment: str) -> str:
+    with pytest.raises(AssertionError) as refused:
+        dry_run(words, **environment)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("size", TABLE_1)
+def test_a_script_spells_out_deits_recipe(size: str) -> None:
+    args, printed = run_of(size, "--nproc", "4")
+    line = next(line for line in printed.splitlines() if line.startswith("torchrun"))
+    written = explicit_flags(get_args_parser(), parse_torchrun(shlex.split(line)[1:]).training_script_args)
+    own = {"model", "batch_size", "accum_steps", "data_path", "output_dir"}
+    assert {name: value for name, value in written.items() if name not in own} == RECIPE
+    assert args.model == f"deit_{size}_patch16_224"
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8, 16, 64])
+@pytest.mark.parametrize("size", TABLE_1)
+def test_the_total_batch_is_1024_whatever_the_number_of_processes(size: str, processes: int) -> None:
+    args, printed = run_of(size, "--nproc", str(processes))
+    total = args.batch_size * processes * args.accum_steps
+    assert total == 1024
+    assert processes_of(printed) == processes
+    assert args.batch_size <= TABLE_1[size][2]
+    assert args.accum_steps == 1 or args.batch_size == TABLE_1[size][2]  # accumulates only what has to be
+    assert optim.scale_rate(args.lr, total) == pytest.approx(1e-3)
+    assert f"{args.batch_size} per process x {processes} processes x {args.accum_steps} accumulated = 1024" in printed
+
+
+def test_the_papers_hardware_needs_no_accumulation() -> None:
+    assert vars(run_of("tiny", "--nproc", "4")[0])["batch_size"] == 256
+    args, printed = run_of("base", "--nproc", "8", NNODES="2", NODE_RANK="1", MASTER_ADDR="node0")
+    assert (args.batch_size, args.accum_steps, processes_of(printed)) == (64, 1, 16)
+    for word in ("--nnodes=2", "--node_rank=1", "--master_addr=node0", "--master_port=29500"):
+        assert word in printed
+    assert "--standalone" not in printed
+    assert "--standalone" in run_of("base", "--nproc", "8")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "batch", "accum", "total"),
+    [
+        (["--batch-size", "128"], 128, 2, 1024),  # keeps the total by accumulating
+        (["--batch_size=100"], 100, 1, 400),
+        (["--accum-steps", "2"], 128, 2, 1024),
+        (["--accum_steps=8", "--batch-size", "16"], 16, 8, 512),
+    ],
+)
+def test_ones_own_batch_size_is_taken_and_the_total_said(words: list[str], batch: int, accum: int, total: int) -> None:
+    args, printed = run_of("small", "--nproc", "4", *words)
+    assert (args.batch_size, args.accum_steps) == (batch, accum)
+    assert f"= {total}\n" in printed
+    assert ("note: this recipe's total batch is 1024" in printed) == (total != 1024)
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "message"),
+    [
+        (["--nproc", "3"], {}, "does not divide evenly into 3 processes"),
+        (["--nproc", "4", "--accum-steps", "3"], {}, "x 3 micro-batches"),
+        (["--nproc", "2048"], {}, "does not divide"),
+        (["--nproc", "0"], {}, "--nproc 0: must be a whole number above 0"),
+        (["--nproc", "four"], {}, "--nproc four"),
+        (["--nproc", "4", "--batch-size", "x"], {}, "--batch-size x"),
+        (["--nproc", "4", "--accum-steps", "0"], {}, "--accum-steps 0"),
+        (["--nproc"], {}, "--nproc needs a value"),
+        (["--nproc", "8"], {"NNODES": "2"}, "needs MASTER_ADDR"),
+        (["--nproc", "8"], {"NNODES": "2", "MASTER_ADDR": "node0"}, "NODE_RANK"),
+        (["--nproc", "8"], {"NNODES": "two"}, "NNODES=two"),
+    ],
+)
+def test_a_script_refuses_what_it_cannot_share_out(words: list[str], environment: dict[str, str], message: str) -> None:
+    assert message in refusal(["scripts/deit_base.sh", "--data-path", "/imagenet", *words], **environment)
+
+
+def test_a_script_without_data_says_so() -> None:
+    assert "--data-path DIR is missing" in refusal(["scripts/deit_tiny.sh", "--nproc", "4"])
+
+
+def test_a_scripts_other_arguments_win_over_the_recipe() -> None:
+    args, _ = run_of("tiny", "--nproc", "4", "--variant", "released", "--no-repeated-aug", "--reprob", "0")
+    assert (args.variant, args.repeated_aug, args.reprob) == ("released", False, 0.0)
+    args, _ = run_of("tiny", "--nproc", "4", "--mixer", "cutmix")
+    assert args.mixer == "cutmix"
+    assert args.output_dir.endswith("output/deit_tiny_cutmix")  # does not meet SMMix's run
+    assert run_of("tiny", "--nproc", "4", "--output", "my runs/a")[0].output_dir == "my runs/a"
+
+
+def test_the_number_of_processes_defaults_to_the_gpus_here(tmp_path: Path) -> None:
+    python = tmp_path / "python3"
+    python.write_text("#!/bin/sh\necho 2\n")
+    python.chmod(0o755)
+    args, printed = run_of("tiny", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (processes_of(printed), args.accum_steps) == (2, 2)
+
+
+@pytest.mark.parametrize("size", TABLE_1)
+def test_headers_and_readme_quote_the_papers_table(size: str) -> None:
+    cutmix, ours, largest = TABLE_1[size]
+    header = (ROOT / f"scripts/deit_{size}.sh").read_text()
+    assert f"CutMix {cutmix}, SMMix {ours}" in header
+    assert "Not run by us" in header
+    processes, images = re.findall(r"(\d+) x (\d+) images = 1024", header)[0]
+    assert (int(processes) * int(images), int(images)) == (1024, largest)
+    row = f"| DeiT-{size[0].upper()} | {cutmix} | {ours} | "
+    assert row in (ROOT / "README.md").read_text()
+    assert row.split(" | ")[0].removeprefix("| ") in header
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_bash_without_mistakes_and_explain_themselves(script: Path) -> None:
+    for path in (script, ROOT / "scripts/_common.sh", ROOT / "scripts/_imagenet.sh", ROOT / ".ci/run"):
+        subprocess.run(["bash", "-n", str(path)], check=True)
+        assert ";;&" not in path.read_text()  # bash 3.2 of macOS
+    if script.name != "test.sh":
+        asked = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True, check=True)
+        assert f"bash scripts/{script.name}" in asked.stdout
+
+
+# ------------------------------------------------------------------------------- quickstart, test.sh, .ci/run
+
+
+def test_quickstart_trains_on_two_processes_and_evaluates_what_it_trained() -> None:
+    printed = dry_run(["scripts/quickstart.sh", "--epochs", "1"])
+    trained, evaluated = (args for line in printed.splitlines() if " main.py" in line for args in check_command(line))
+    assert "--nproc_per_node=2" in printed
+    assert (trained.data_set, trained.mixer, trained.epochs, trained.device) == ("DIGITS", "smmix", 1, "cpu")
+    assert evaluated.eval
+    assert evaluated.resume == f"{trained.output_dir}/checkpoint.pth"
+
+
+@pytest.mark.parametrize("words", [["--output-dir", "x"], ["--output_dir=x"]])
+def test_quickstart_has_one_place_to_write_to(words: list[str]) -> None:
+    assert "this script writes to output/quickstart" in refusal(["scripts/quickstart.sh", *words])
+
+
+@pytest.fixture
+def bare_project(tmp_path: Path) -> Path:
+    """A folder with our shell files and an environment whose python only notes what it was asked for."""
+    project = tmp_path / "a project"
+    shutil.copytree(ROOT / "scripts", project / "scripts")
+    shutil.copytree(ROOT / ".ci", project / ".ci")
+    python = project / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >>"{project}/calls"\n')
+    python.chmod(0o755)
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        (project / name).write_text("torch\n")
+    return project
+
+
+def test_a_mistyped_flag_does_not_cost_the_last_quickstart(bare_project: Path) -> None:
+    (bare_project / ".venv/bin/python").write_text('#!/bin/sh\n[ "$1" != -c ]\n')
+    kept = bare_project / "output/quickstart/log.txt"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    command = ["bash", str(bare_project / "scripts/quickstart.sh"), "--nosuch"]
+    assert subprocess.run(command, env={**os.environ, "DRY_RUN": "0"}, capture_output=True).returncode != 0
+    assert kept.exists()
+
+
+def use_environment(project: Path, *files: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    script = f'set -euo pipefail; source "{project}/scripts/_common.sh"; use_environment {" ".join(files)}'
+    return subprocess.run(
+        ["bash", "-c", script], env={**os.environ, "DRY_RUN": "0", **environment}, capture_output=True, text=True
+    )
+
+
+def test_requirements_are_installed_once_and_again_when_they_change(bare_project: Path) -> None:
+    def calls() -> int:
+        return len((bare_project / "calls").read_text().splitlines())
+
+    assert "installing requirements.txt" in use_environment(bare_project, "requirements.txt").stdout
+    assert "reusing .venv" in use_environment(bare_project, "requirements.txt").stdout
+    assert calls() == 1
+    use_environment(bare_project, "requirements.txt", "requirements-dev.txt")
+    assert calls() == 2
+    (bare_project / "requirements.txt").write_text("torch>=3\n")
+    use_environment(bare_project, "requirements.txt", "requirements-dev.txt")
+    assert calls() == 3
+
+
+def test_an_installation_that_fails_is_not_taken_for_done(bare_project: Path) -> None:
+    (bare_project / ".venv/bin/python").write_text("#!/bin/sh\nexit 1\n")
+    for _ in range(2):
+        failed = use_environment(bare_project, "requirements.txt")
+        assert failed.returncode == 2
+        assert "pip could not install requirements.txt" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('[ "$1" = --version ] && echo Python 3.9.1 && exit 0\nexit 1', "is Python 3.9.1; Python 3.10 or later"),
+        (None, "not found; install Python 3.10"),
+        ('[ "$1" != -m ] || exit 1\necho Python 3.12.0', "cannot make an environment"),
+    ],
+)
+def test_an_interpreter_that_will_not_do_is_refused(bare_project: Path, body: str | None, message: str) -> None:
+    shutil.rmtree(bare_project / ".venv")
+    python = bare_project / "python"
+    if body is not None:
+        python.write_text(f"#!/bin/sh\n{body}\n")
+        python.chmod(0o755)
+    refused = use_environment(bare_project, "requirements.txt", PYTHON=str(python))
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert not (bare_project / ".venv").exists()
+
+
+def test_the_test_script_checks_before_it_tests_and_passes_arguments_on() -> None:
+    printed = dry_run(["scripts/test.sh", "tests/test_smmix.py", "-k", "lam"]).splitlines()
+    assert [line.strip() for line in printed] == [
+        "ruff check", "ruff format --check", "mypy .", "python -m pytest tests/test_smmix.py -k lam",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "last", "wanted"),
+    [
+        ("3 passed in 0.10s", 0, "3 passed in 0.10s", 0),
+        ("====== 3 passed, 1 warning in 61.20s (0:01:01) ======\nlate words", 0, "3 passed, 1 warning in 61.20s", 0),
+        ("1 failed, 2 passed in 0.10s", 1, "1 failed, 2 passed in 0.10s", 1),
+        ("no tests ran in 0.01s", 5, "0 tests ran", 5),
+        ("2 skipped in 0.01s", 0, "2 skipped in 0.01s", 1),
+        ("Found 1 error.", 1, "0 tests ran", 1),
+        ("", 0, "0 tests ran", 1),
+    ],
+)
+def test_ci_ends_with_the_count_of_tests_and_with_their_status(
+    bare_project: Path, printed: str, status: int, last: str, wanted: int
+) -> None:
+    (bare_project / "scripts/test.sh").write_text(f"echo '{printed}'\nexit {status}\n")
+    done = subprocess.run([str(bare_project / ".ci/run")], capture_output=True, text=True)
+    assert last in done.stdout.splitlines()[-1]
+    assert done.returncode == wanted
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert "bash scripts/test.sh" in commands_of_document((ROOT / "README.md").read_text())
+    assert "bash scripts/test.sh" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_parser_never_abbreviates() -> None:
+    assert isinstance(get_args_parser(), Parser)
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args(["--epoch", "3"])

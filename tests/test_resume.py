@@ -1,0 +1,240 @@
+"""A run that was killed and gone on with is the run that was not, and nothing else is ever taken for it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.image_folders import make_image_folder
+from tests.runs import (
+    Killed,
+    differences,
+    killed_after,
+    read_log,
+    run_main,
+    run_small,
+    split,
+    state_of,
+    tensors_in,
+)
+
+# Everything that draws: augmentation, repeats, drop path, both mixers. Two epochs of three steps each come after a kill.
+WORDS = "--aa rand-m9-mstd0.5-inc1 --repeated-aug --drop-path 0.2 --epochs 3 --warmup-epochs 1 --lr 0.1"
+CLOCKS = ("train_images_per_second", "peak_memory_mb")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image_folder(tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(20, 20))
+
+
+@pytest.fixture(scope="module")
+def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one epoch. Copy it before anything writes there."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert run_small("--data-path", photos, "--output-dir", folder).code == 0
+    return folder
+
+
+def without_clocks(folder: Path) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in read_log(folder)]
+
+
+# --------------------------------------------------------------------------------------------- going on with a run
+
+
+@pytest.mark.parametrize(
+    ("flags", "before", "after"),
+    [
+        ("", "--num-workers 2", "--num-workers 2"),
+        ("", "--num-workers 2", "--num-workers 0"),
+        ("--amp fp16 --opt momentum --clip-grad 1", "--num-workers 0", "--num-workers 0"),
+        ("--batch-size 4 --accum-steps 2 --variant released --no-model-ema", "--num-workers 0", "--num-workers 0"),
+    ],
+)
+def test_resumed_is_uninterrupted(photos: Path, tmp_path: Path, flags: str, before: str, after: str) -> None:
+    """Bit for bit: weights, average, optimizer, loss scale, log and checkpoint."""
+    words = split(WORDS, flags, "--data-path", photos)
+    whole = run_small(*words, before, "--output-dir", tmp_path / "whole").training
+    with pytest.raises(Killed), killed_after(4):  # in the middle of epoch 1
+        run_small(*words, before, "--output-dir", tmp_path / "parts")
+    resumed = run_small(*words, after, "--output-dir", tmp_path / "parts", "--auto-resume")
+    assert "next is epoch 1" in resumed.out
+    assert differences(state_of(whole), state_of(resumed.training)) == []
+    assert without_clocks(tmp_path / "whole") == without_clocks(tmp_path / "parts")
+    assert [line["epoch"] for line in read_log(tmp_path / "parts")] == [0, 1, 2]
+    for name in ("checkpoint.pth", "best_checkpoint.pth"):
+        left, right = (torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "parts"))
+        parts = ("model", "ema", "optimizer", "scaler", "epoch", "step", "best_acc1")
+        assert differences(*(tensors_in({part: file[part] for part in parts}) for file in (left, right))) == []
+
+
+def test_a_kill_between_epochs_loses_nothing(photos: Path, tmp_path: Path) -> None:
+    """Killed with the epoch's line written and its checkpoint not, or twice in a row: each epoch stands there once."""
+    words = split(WORDS, "--data-path", photos, "--output-dir", tmp_path)
+    with pytest.raises(Killed), killed_after(3):
+        run_small(*words)
+    with open(tmp_path / "log.txt", "a", encoding="utf-8") as log:
+        log.write('{"epoch": 1, "lr": 5}\n{"epoch": 2, "l')
+    with pytest.raises(Killed), killed_after(6):
+        run_small(*words, "--auto-resume")
+    run = run_small(*words, "--auto-resume")
+    assert "next is epoch 2" in run.out
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1, 2]
+    assert read_log(tmp_path)[1]["lr"] != 5
+    assert (tmp_path / "train.log").read_text(encoding="utf-8").count("resumed from") == 2
+
+
+def test_leftovers_of_a_kill_are_cleared(photos: Path, finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    leftover = folder / "checkpoint.pth.123.unfinished.tmp"
+    leftover.write_bytes(b"half a checkpoint")
+    assert run_small("--epochs 2 --auto-resume --data-path", photos, "--output-dir", folder).code == 0
+    assert not leftover.exists()
+
+
+def test_a_given_checkpoint_goes_on_in_another_folder(photos: Path, finished: Path, tmp_path: Path) -> None:
+    before = (finished / "checkpoint.pth").read_bytes()
+    words = split("--epochs 2 --data-path", photos, "--resume", finished / "checkpoint.pth")
+    run = run_small(*words, "--output-dir", tmp_path)
+    assert f"resumed from {finished / 'checkpoint.pth'}" in run.out
+    assert [line["epoch"] for line in read_log(tmp_path)] == [1]
+    assert (finished / "checkpoint.pth").read_bytes() == before
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
+
+
+def test_more_epochs_go_on_with_the_optimizer(photos: Path, finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    old = torch.load(folder / "checkpoint.pth", weights_only=True)
+    run = run_small("--epochs 2 --drop-path 0.3 --auto-resume --data-path", photos, "--output-dir", folder)
+    steps = {int(state["step"]) for state in run.training.optimizer.state_dict()["state"].values()}
+    assert steps == {6}
+    assert old["step"] == 3
+
+
+def test_auto_resume_starts_where_there_is_nothing_yet(photos: Path, tmp_path: Path) -> None:
+    run = run_small("--auto-resume --data-path", photos, "--output-dir", tmp_path / "a" / "b")
+    assert run.code == 0, run.err
+    assert "resumed" not in run.out
+    assert (tmp_path / "a" / "b" / "checkpoint.pth").is_file()
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(photos: Path, finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    kept = {name: (folder / name).read_bytes() for name in ("checkpoint.pth", "best_checkpoint.pth", "log.txt")}
+    run = run_small("--auto-resume --data-path", photos, "--output-dir", folder)
+    assert run.code == 0, run.err
+    assert "nothing left to do: all 1 epochs are done" in run.out
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+
+
+@pytest.mark.parametrize(("flag", "field"), [("--lr 0.25 --unscale-lr", "lr"), ("--weight-decay 0.25", "weight_decay")])
+def test_a_changed_setting_is_taken_or_refused(photos: Path, finished: Path, flag: str, field: str) -> None:
+    """A lower --lr is what a failed run is told to try: the checkpoint's old one must not win in silence."""
+    words = split("--epochs 2 --sched step --data-path", photos, "--resume", finished / "checkpoint.pth")
+    run = run_small(*words, flag)
+    if run.code == 2:
+        assert flag.split()[0] in run.err
+    else:
+        assert run.training.optimizer.param_groups[-1][field] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), ("none", "fp16")])
+def test_another_precision_has_its_own_loss_scale(photos: Path, tmp_path: Path, before: str, after: str) -> None:
+    """fp16 needs a scale, which adapts; elsewhere it is one and stays, or it grows until gradients overflow."""
+    assert run_small(f"--amp {before} --data-path", photos, "--output-dir", tmp_path).code == 0
+    words = split(f"--amp {after} --epochs 2 --data-path", photos)
+    resumed, fresh = run_small(*words, "--auto-resume --output-dir", tmp_path), run_small(*words)
+    if resumed.code == 2:
+        assert "--amp" in resumed.err
+        return
+    left, right = (run.training.scaler for run in (resumed, fresh))
+    assert left.get_scale() == pytest.approx(right.get_scale(), rel=16)
+    assert left.get_growth_interval() == right.get_growth_interval()
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_folder_with_a_run_is_not_written_over(photos: Path, finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    kept = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    run = run_small("--data-path", photos, "--output-dir", folder)
+    assert run.code == 2
+    assert "already holds a run" in run.err
+    assert "--auto-resume" in run.err
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == kept
+
+
+def test_a_folder_with_a_run_is_not_written_over_by_another_one(photos: Path, finished: Path, tmp_path: Path) -> None:
+    """--resume names one run, --output-dir holds another."""
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    kept = (folder / "checkpoint.pth").read_bytes()
+    words = split("--epochs 2 --data-path", photos, "--resume", finished / "checkpoint.pth")
+    run = run_small(*words, "--output-dir", folder)
+    assert run.code == 2, run.out
+    assert "already holds a run" in run.err
+    assert (folder / "checkpoint.pth").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        ("--model vit_mini_patch4_32", ["model", "vit_nano_patch4_32", "vit_mini_patch4_32"]),
+        ("--input-size 24", ["input_size", "16", "24"]),
+        ("--patch-size 8", ["patch_size", "8"]),
+        ("--variant released", ["separate_region_head"]),
+        ("--eval-crop-ratio 0.5", ["crop_ratio", "0.5"]),
+        ("--opt lion", ["--opt lion"]),
+    ],
+)
+def test_another_run_is_refused(photos: Path, finished: Path, flags: str, fragments: list[str]) -> None:
+    path = finished / "checkpoint.pth"
+    run = run_small("--epochs 2", flags, "--data-path", photos, "--resume", path)
+    assert run.code == 2, run.out
+    for fragment in [f"--resume {path}", *fragments]:
+        assert fragment in run.err
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize("classes", [("ant", "bee"), ("ant", "bee", "dog")])
+def test_other_classes_are_refused(finished: Path, tmp_path: Path, classes: tuple[str, ...]) -> None:
+    others = make_image_folder(tmp_path / "others", classes, per_class=8, size=(20, 20))
+    run = run_small("--epochs 2 --data-path", others, "--resume", finished / "checkpoint.pth")
+    assert run.code == 2
+    assert f"--resume {finished / 'checkpoint.pth'}" in run.err
+    assert "cat" in run.err or "num_classes 3" in run.err
+    evaluated = run_main("--eval --resume", finished / "checkpoint.pth", "--data-path", others, "--device cpu")
+    assert evaluated.code == 2, evaluated.out
+    assert "classes" in evaluated.err
+
+
+@pytest.mark.parametrize("part", ["optimizer", "ema", "model", "data", "model_config"])
+def test_an_incomplete_checkpoint_is_refused(photos: Path, finished: Path, tmp_path: Path, part: str) -> None:
+    state = torch.load(finished / "checkpoint.pth", weights_only=True)
+    del state[part]
+    torch.save(state, tmp_path / "part.pth")
+    run = run_small("--epochs 2 --data-path", photos, "--resume", tmp_path / "part.pth")
+    assert run.code == 2
+    assert f"holds no {part}" in run.err
+    assert "--finetune" in run.err
+
+
+def test_a_run_without_an_average_can_be_gone_on_with_without_one(photos: Path, finished: Path) -> None:
+    run = run_small("--epochs 2 --no-model-ema --data-path", photos, "--resume", finished / "checkpoint.pth")
+    assert run.code == 0, run.err
+    assert run.training.ema is None
+
+
+def test_weights_of_other_shapes_are_refused(photos: Path, finished: Path, tmp_path: Path) -> None:
+    state = torch.load(finished / "checkpoint.pth", weights_only=True)
+    state["model"]["blocks.0.mlp.fc1.weight"] = torch.zeros(3, 3)
+    torch.save(state, tmp_path / "shapes.pth")
+    run = run_small("--epochs 2 --data-path", photos, "--resume", tmp_path / "shapes.pth")
+    assert run.code == 2
+    assert "blocks.0.mlp.fc1.weight" in run.err
+    assert "(3, 3)" in run.err
