@@ -267,6 +267,18 @@ def train_one_epoch(
     return {**means, "images_per_second": images * training.processes.world_size / seconds}
 
 
+def evaluate_all(training: Training, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Figures of the model, `test_*`, and of its average where there is one, `test_ema_*`; see `evaluate`."""
+    models = {"test": training.module}
+    if training.ema is not None:
+        models["test_ema"] = training.ema.module
+    stats = {}
+    for prefix, model in models.items():
+        figures = evaluate(model, loader, training.processes, training.autocast)
+        stats.update({f"{prefix}_{name}": value for name, value in figures.items() if name != "images"})
+    return stats
+
+
 def evaluate(
     model: ImageModel, loader: Iterable[tuple[Tensor, Tensor]], processes: utils.Processes, autocast: Autocast
 ) -> dict[str, float]:

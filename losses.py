@@ -27,8 +27,11 @@ def soft_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """One yes-or-no question per class, averaged over batch and classes (`--bce-loss`, as in DeiT III)."""
-    return binary_cross_entropy_with_logits(logits.float(), labels)
+    """One yes-or-no question per class, averaged over batch and classes (`--bce-loss`, as in DeiT III).
+
+    Every class that has a share in a mixed label counts as present, whatever its share.
+    """
+    return binary_cross_entropy_with_logits(logits.float(), (labels > 0).float())
 
 
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]

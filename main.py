@@ -26,6 +26,7 @@ import loaders
 import optim
 import pictures
 import resume
+import summary
 import transforms
 import utils
 from logs import RunLog, write_json
@@ -168,60 +169,7 @@ def make_training(
     )
 
 
-# ------------------------------------------------------------------------------------------------ what is said
-
-
-def describe_run(
-    args: argparse.Namespace, training: engine.Training, steps: int, num_images: tuple[int, int], num_classes: int
-) -> list[tuple[str, str]]:
-    """The table at the head of a run."""
-    processes, model, total = training.processes, training.module, total_batch(args, training.processes)
-    mixing = args.mixer + (f" ({args.variant})" if args.mixer == "smmix" else "")
-    if args.mixer in ("smmix", "cutmix") and args.mixup > 0:
-        mixing += f" at {args.mixup_switch_prob:g}, else Mixup"
-    batch = f"{args.batch_size} per process x {processes.world_size} processes x {args.accum_steps} accumulated"
-    scaling = "" if args.unscale_lr else f" = {args.lr:g} x {total} / 512"
-    return [
-        ("data", f"{args.data_set} {args.data_path}".strip()),
-        ("images", f"{num_images[0]} to train on, {num_images[1]} to evaluate on"),
-        ("classes", str(num_classes)),
-        ("model", f"{args.model}, {sum(p.numel() for p in model.network.parameters()):,} parameters"),
-        ("input", "{} x {} pixels, {} x {} tokens".format(*model.input_size, *model.grid_size)),
-        ("mixing", mixing),
-        ("total batch", f"{batch} = {total}"),
-        ("steps", f"{steps} per epoch, {steps * args.epochs} in {args.epochs} epochs"),
-        ("peak learning rate", f"{peak_rate(args, processes):g}{scaling}"),
-        ("precision", "float32" if args.amp == "none" else f"{args.amp} autocast"),
-        ("device", f"{processes.device.type}, {args.num_workers} loader processes per rank"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in utils.describe_versions().items())),
-    ]
-
-
-def warn_early(args: argparse.Namespace, steps: int, log: RunLog) -> None:
-    """Says what is allowed but seldom meant."""
-    memory = 1 / max(1 - args.model_ema_decay, 1e-12)
-    if args.model_ema and memory > steps * args.epochs / 4:
-        log.say(
-            f"warning: --model-ema-decay {args.model_ema_decay} averages over {memory:.0f} steps, this run has "
-            f"{steps * args.epochs}: the average will lag far behind; lower it, or add --no-model-ema"
-        )
-    if args.batch_size == 1 and args.mixer != "none":
-        log.say("warning: --batch-size 1 leaves every image without a partner: nothing is mixed")
-
-
 # ------------------------------------------------------------------------------------------------------- runs
-
-
-def evaluate_all(training: engine.Training, loader: Any) -> dict[str, float]:
-    """Figures of the model, and of its average where there is one, under the names of `log.txt`."""
-    models = {"test": training.module}
-    if training.ema is not None:
-        models["test_ema"] = training.ema.module
-    stats = {}
-    for prefix, model in models.items():
-        figures = engine.evaluate(model, loader, training.processes, training.autocast)
-        stats.update({f"{prefix}_{name}": value for name, value in figures.items() if name != "images"})
-    return stats
 
 
 def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
@@ -248,8 +196,9 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
         {"class_names": train_images.class_names, "image_spec": spec.to_plain()}, utils.describe_versions(),
     )  # fmt: skip
     steps = loaders.steps_per_epoch(train_loader)
-    log.table(describe_run(args, training, steps, (train_images.num_images, val_images.num_images), num_classes))
-    warn_early(args, steps, log)
+    log.table(summary.describe_run(identity, training, steps, (train_images.num_images, val_images.num_images)))
+    for warning in summary.warnings(identity.args, steps):
+        log.say(f"warning: {warning}")
     progress = resume.Progress(args.start_epoch, args.start_epoch * steps)
     if resume_from:
         progress = resume.load(resume_from, training, identity)
@@ -302,7 +251,7 @@ def run_epoch(
         "epoch": progress.epoch,
         "lr": rate,
         **{f"train_{name}": value for name, value in figures.items()},
-        **evaluate_all(training, val_loader),
+        **engine.evaluate_all(training, val_loader),
         "n_parameters": sum(p.numel() for p in training.module.parameters() if p.requires_grad),
         "peak_memory_mb": utils.peak_memory_mb(training.processes.device),
     }
@@ -328,17 +277,24 @@ def make_painter(
 
 
 def evaluate(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
-    """`--eval`: figures of a checkpoint, and of its averaged weights, with the input it was trained for."""
-    checkpoint = checkpoints.load_checkpoint(args.resume)
-    spec = transforms.ImageSpec.from_plain(checkpoint["data"]["image_spec"])
-    images = open_images(args, train=False)
-    datasets.check_same_classes(checkpoint["data"]["class_names"], images.class_names)
+    """`--eval`: figures of a checkpoint, and of its averaged weights, with the input it was trained for.
+
+    Another project's weights (DeiT's, timm's) say nothing of their model and input: `--model` and the like do.
+    """
+    checkpoint, images = checkpoints.load_checkpoint(args.resume), open_images(args, train=False)
+    if resume.is_ours(checkpoint):
+        spec = transforms.ImageSpec.from_plain(checkpoint["data"]["image_spec"])
+        datasets.check_same_classes(checkpoint["data"]["class_names"], images.class_names)
+        names = [name for name in ("model", "ema") if checkpoint[name] is not None]
+        models = {name: restore_model(checkpoint, name == "ema") for name in names}
+    else:
+        model = build_model(**model_config(args, len(images.class_names)))
+        load_foreign(model, args.resume, fresh_heads=False)
+        spec = datasets.image_spec_for(args.data_set, model.input_size, args.eval_crop_ratio)
+        models = {"model": model}
     loader, autocast = make_eval_loader(args, images, spec, processes), engine.make_autocast(processes.device, args.amp)
-    for name in ("model", "ema"):
-        if checkpoint.get(name) is None:
-            continue
-        model = restore_model(checkpoint, name == "ema").to(processes.device)
-        figures = engine.evaluate(model, loader, processes, autocast)
+    for name, model in models.items():
+        figures = engine.evaluate(model.to(processes.device), loader, processes, autocast)
         log.say(
             f"{args.resume} ({name}): top-1 {figures['acc1']:.3f} %, top-5 {figures['acc5']:.3f} %, "
             f"loss {figures['loss']:.4f} on {figures['images']:.0f} images"

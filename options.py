@@ -234,6 +234,11 @@ def _check_together(args: argparse.Namespace) -> None:
             args.mixer != "smmix" and bool(overrides),
             f"{', '.join(overrides)}: --mixer {args.mixer} has no variants, only smmix does",
         ),
+        (
+            args.bce_loss and args.smoothing > 0,
+            f"--bce-loss counts each class with a share in a label as present, and --smoothing {args.smoothing} gives "
+            "every class one: add --smoothing 0",
+        ),
         (args.eval and not args.resume, "--eval needs --resume CHECKPOINT, the model to evaluate"),
         (
             bool(args.resume) and bool(args.finetune),

@@ -41,6 +41,11 @@ class Identity:
     versions: dict[str, str]
 
 
+def is_ours(checkpoint: dict[str, Any]) -> bool:
+    """Whether `save` wrote it: then it says itself which model and which input it is for."""
+    return {"format", "model_config", "data", "model", "ema"} <= checkpoint.keys()
+
+
 def find(output_dir: str, given: str, automatic: bool) -> str:
     """The checkpoint to go on from: the one given, else with `automatic` the output folder's, else "".
 

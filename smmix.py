@@ -70,7 +70,7 @@ def region_scores(image_attention: Tensor, grid_size: tuple[int, int], size: tup
         have exactly equal sums.
     """
     grid = image_attention.float().unflatten(1, grid_size)  # (B, rows, columns)
-    return avg_pool2d(grid[:, None], size, stride=1)[:, 0] * (size[0] * size[1])
+    return avg_pool2d(grid[:, None], size, stride=1, divisor_override=1)[:, 0]
 
 
 def pick_regions(scores: Tensor, largest: bool) -> Tensor:

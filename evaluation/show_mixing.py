@@ -15,6 +15,7 @@ import torch
 
 import datasets
 import engine
+import loaders
 import utils
 from checkpoints import load_checkpoint, load_strictly, pick_weights
 from mixers.build import build_mixer
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, spec = restore(args.resume, args.ema) if args.resume else build(args, len(names))
     mixer = make_mixer(args, len(names), model.grid_size)
 
-    samples = datasets.eval_samples(images, build_eval_transform(spec))
+    samples = loaders.eval_samples(images, build_eval_transform(spec))
     pixels, labels = engine.to_device(device, *spread_samples(samples, 2 * args.count))
     guide = engine.make_guide(model.to(device), engine.make_autocast(device, "none"))
     random = utils.keyed_generator("picture", args.seed, 0)

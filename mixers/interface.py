@@ -68,7 +68,9 @@ def soft_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
         (B, K) float32, rows sum to one if the distributions do.
     """
     classes = torch.arange(num_classes, device=labels.device)
-    hot = labels[:, None] == classes if labels.ndim == 1 else labels  # one_hot would read the labels back on some devices
+    hot = (
+        labels[:, None] == classes if labels.ndim == 1 else labels
+    )  # one_hot would read the labels back on some devices
     return hot.float() * (1.0 - smoothing) + smoothing / num_classes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import Attention
+from timm.models.vision_transformer import Attention  # also in releases where timm.layers has none
 from torch import Tensor
 
 

@@ -59,22 +59,28 @@ def build_model(
     try:
         network = entry(num_classes=num_classes, drop_rate=drop, drop_path_rate=drop_path, **overrides)
     except (TypeError, AssertionError, ValueError) as error:
+        with torch.device("meta"):
+            _wrapper_of(entry(), name)  # a family that SMMix cannot read may not know these settings: say that first
         raise InputError(f"--model {name}: timm cannot build it with these settings: {error}") from error
-    wrap = next((wrapper for kind, wrapper in FAMILIES.items() if isinstance(network, kind)), None)
-    if wrap is None:
-        supported = ", ".join(kind.__name__ for kind in FAMILIES)
-        raise InputError(
-            f"--model {name}: a {type(network).__name__} has no attention score that SMMix can read; "
-            f"supported are timm's {supported} models (deit_*, deit3_*, vit_*)"
-        )
     try:
-        model = wrap(network, separate_region_head)
+        model = _wrapper_of(network, name)(network, separate_region_head)
     except ValueError as error:
         raise InputError(f"--model {name} gives no attention score: {error}") from error
     _check_grid(model, name, input_size)
     if name.startswith("deit_"):
         init_like_deit(network)
     return model
+
+
+def _wrapper_of(network: nn.Module, name: str) -> Callable[..., ImageModel]:
+    for kind, wrapper in FAMILIES.items():
+        if isinstance(network, kind):
+            return wrapper
+    supported = ", ".join(kind.__name__ for kind in FAMILIES)
+    raise InputError(
+        f"--model {name}: a {type(network).__name__} has no attention score that SMMix can read; "
+        f"supported are timm's {supported} models (deit_*, deit3_*, vit_*)"
+    )
 
 
 def _near_misses(name: str) -> str:
@@ -121,8 +127,11 @@ def build_teacher(name: str, path: str, num_classes: int) -> nn.Module:
     return teacher
 
 
-def load_foreign(model: ImageModel, path: str) -> list[str]:
+def load_foreign(model: ImageModel, path: str, fresh_heads: bool = True) -> list[str]:
     """Starts from the weights of a file: this project's, DeiT's, timm's, or the released code's.
+
+    Args:
+        fresh_heads: a head that does not fit starts anew; otherwise it is refused.
 
     Returns:
         A note for each thing that had to be changed, see `adapt_weights`.
@@ -135,7 +144,7 @@ def load_foreign(model: ImageModel, path: str) -> list[str]:
     if "model_config" in checkpoint:  # ours: the grid behind its position embedding is known, square or not
         config = checkpoint["model_config"]
         old_grid = build_model(**{**config, "input_size": as_pair(config["input_size"])}).grid_size
-    weights, notes = adapt_weights(model, pick_weights(checkpoint), old_grid)
+    weights, notes = adapt_weights(model, pick_weights(checkpoint), old_grid, fresh_heads)
     load_strictly(model, weights, source=path)
     return notes
 
@@ -175,13 +184,17 @@ def own_keys(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def adapt_weights(
-    model: ImageModel, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None = None
+    model: ImageModel,
+    weights: Mapping[str, Tensor],
+    old_grid: tuple[int, int] | None = None,
+    fresh_heads: bool = True,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Makes plain weights of the same architecture fit another input size, patch size or class count.
 
     Args:
         weights: keys as `plain_weights` gives them (timm's, DeiT's and the released code's files have the same).
         old_grid: the grid the weights were trained on; a square one is assumed if absent.
+        fresh_heads: let heads that do not fit start anew.
 
     Returns:
         The weights under `ImageModel`'s own keys, complete, and a note for each thing that was changed. Heads that do
@@ -201,7 +214,7 @@ def adapt_weights(
         new = list(own["patch_embed.proj.weight"].shape[2:])
         adapted["patch_embed.proj.weight"] = resample_patch_embed(kernel, new)
         notes.append(f"patch_embed.proj.weight resized from {tuple(kernel.shape[2:])} to {tuple(new)}")
-    for head in ("head", "head_dist", "token_head"):
+    for head in ("head", "head_dist", "token_head") if fresh_heads else ():
         for key in (f"{head}.weight", f"{head}.bias"):
             if key in adapted and key not in own:
                 del adapted[key]

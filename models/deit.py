@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from timm.layers import Attention
 from timm.models import register_model
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from models.blocks import attention_map
@@ -67,7 +66,7 @@ class PlainViT(ImageModel):
 
     def classify(self, pooled: Tensor) -> Tensor:
         network = self.network
-        pooled = network.head_drop(network.fc_norm(pooled))
+        pooled = network.head_drop(network.fc_norm(pooled))  # attention pooling, where there is some, has no part in F
         if isinstance(network, VisionTransformerDistilled) and not network.distilled_training:
             return (network.head(pooled) + network.head_dist(pooled)) / 2  # as its own prediction
         return network.head(pooled)

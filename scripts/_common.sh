@@ -20,7 +20,8 @@ run() {
 }
 
 # Makes sure that .venv exists and holds what the given requirements files name, and puts it first on PATH.
-# PYTHON names the interpreter that makes it. Nothing is installed twice: a stamp keeps each file's checksum.
+# PYTHON names the interpreter that makes it. Nothing is installed twice: a stamp keeps each file's checksum. What is in
+# it is started as `python -m ...`, because its launchers (torchrun, mypy) break when the project's folder moves.
 use_environment() {
   local file stamp checksum
   [[ ${DRY_RUN:-0} != 1 ]] || return 0

@@ -39,7 +39,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 say "1 of 3: environment"
 use_environment requirements.txt
 
-say "2 of 3: training on DIGITS with SMMix, 2 processes"
+say "2 of 3: training on DIGITS with SMMix, 2 processes (torch.distributed.run is torchrun)"
 if (($# > 0)) && [[ ${DRY_RUN:-0} != 1 ]]; then # a mistyped flag must not cost the last run's results
   python -c 'import main, utils; raise SystemExit(utils.run_command(lambda: main.read_args(None)))' \
     "${settings[@]}" "$@"
@@ -48,7 +48,8 @@ if [[ -e $output ]]; then
   say "removing the last run's $output"
   [[ ${DRY_RUN:-0} == 1 ]] || rm -rf "$output"
 fi
-run torchrun --standalone --nproc_per_node=2 main.py "${settings[@]}" --output-dir "$output" "$@"
+run python -m torch.distributed.run --standalone --nproc_per_node=2 \
+  main.py "${settings[@]}" --output-dir "$output" "$@"
 
 say "3 of 3: evaluating the trained model (and the running average of its weights, \"ema\")"
 run python main.py --eval --resume "$output/checkpoint.pth" --device cpu
@@ -58,4 +59,4 @@ say "done; everything is in $root/$output:"
 say "  log.txt          one line of JSON per epoch; train.log is what was printed"
 say "  mixing.png       what SMMix made of four pairs of images"
 say "  checkpoint.pth   the last epoch; best_checkpoint.pth is the best one"
-say "  curves           $venv/bin/tensorboard --logdir $root/$output"
+say "  curves           $venv/bin/python -m tensorboard.main --logdir $root/$output"

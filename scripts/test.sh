@@ -14,7 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
 cd "$root"
 use_environment requirements.txt requirements-dev.txt
-run ruff check
-run ruff format --check
-run mypy .
+run python -m ruff check
+run python -m ruff format --check
+run python -m mypy .
 run python -m pytest "$@" # last, so that its summary is the last line

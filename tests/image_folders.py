@@ -162,7 +162,7 @@ dataset_info:
                 "label": [n % len(classes) for n in numbers],
             }
             parquet.write_table(pyarrow.table(rows), root / f"{split}-{shard:05d}-of-{shards:05d}.parquet")
-        card += f"\n  - name: {split}\n    num_examples: {shards * per_shard}"
+        card += f"\n  - name: {split}\n    num_examples: {shards * per_shard}\n    num_bytes: 0"
     (root / "README.md").write_text(card + "\n---\n")
     return root
 

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A second's work with a small image folder. Later flags win, so that a test can override any of these.
 SMALL = (
-    "--model vit_nano_patch4_32 --input-size 16 --batch-size 8 --no-repeated-aug --aa none --epochs 1 --warmup-epochs 0 "
-    "--num-workers 0 --device cpu"
+    "--model vit_nano_patch4_32 --input-size 16 --batch-size 8 --no-repeated-aug --aa none --epochs 1 "
+    "--warmup-epochs 0 --num-workers 0 --device cpu"
 )
 
 

@@ -127,7 +127,9 @@ def check_command(command: str) -> list[argparse.Namespace]:
 def check_python(words: list[str]) -> list[argparse.Namespace]:
     """`main.py ...` or `-m module ...`."""
     if words[0] == "-m":
-        if words[1] in ("venv", "pytest"):
+        if words[1] == "torch.distributed.run":
+            return check_command(shlex.join(["torchrun", *words[2:]]))
+        if words[1] in ("venv", "pytest", "ruff", "mypy"):
             return []
         module = importlib.import_module(words[1])
         module.read_args(words[2:])
@@ -423,7 +425,7 @@ def test_scripts_are_bash_without_mistakes_and_explain_themselves(script: Path) 
 def test_quickstart_trains_on_two_processes_and_evaluates_what_it_trained() -> None:
     printed = dry_run(["scripts/quickstart.sh", "--epochs", "1"])
     trained, evaluated = (args for line in printed.splitlines() if " main.py" in line for args in check_command(line))
-    assert "--nproc_per_node=2" in printed
+    assert "torch.distributed.run --standalone --nproc_per_node=2 main.py" in printed
     assert (trained.data_set, trained.mixer, trained.epochs, trained.device) == ("DIGITS", "smmix", 1, "cpu")
     assert evaluated.eval
     assert evaluated.resume == f"{trained.output_dir}/checkpoint.pth"
@@ -511,8 +513,11 @@ def test_an_interpreter_that_will_not_do_is_refused(bare_project: Path, body: st
 def test_the_test_script_checks_before_it_tests_and_passes_arguments_on() -> None:
     printed = dry_run(["scripts/test.sh", "tests/test_smmix.py", "-k", "lam"]).splitlines()
     assert [line.strip() for line in printed] == [
-        "ruff check", "ruff format --check", "mypy .", "python -m pytest tests/test_smmix.py -k lam",
-    ]  # fmt: skip
+        "python -m ruff check",
+        "python -m ruff format --check",
+        "python -m mypy .",
+        "python -m pytest tests/test_smmix.py -k lam",
+    ]
 
 
 @pytest.mark.parametrize(

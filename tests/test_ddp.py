@@ -76,7 +76,7 @@ def work(rank: int, world_size: int, folder: str, variant: str) -> None:
             seen["sizes"].append(training.mixer.first.draw(BATCH, SIDE, random.own))  # type: ignore[attr-defined]
         engine.train_step(training, [batch_of(rank, step, micro) for micro in range(2)], step, Meters())
     seen.update(weights=flat(training.module), average=flat(training.ema.module))
-    seen["searches"] = training.model.find_unused_parameters  # type: ignore[union-attr]
+    seen["searches"] = training.model.find_unused_parameters
     torch.save(seen, Path(folder) / f"{rank}.pt")
     if world_size == 2:
         seen["failure"] = fail_on_one_rank(training, rank)

@@ -126,7 +126,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
 
 def test_a_gradient_that_is_not_finite_stops_too() -> None:
     training = make_training()
-    training.module.network.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    network: Any = training.module.network
+    network.head.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = weights_of(training.module)
     with pytest.raises(engine.NonFiniteLoss, match=r"step 0.*grad_norm"):
         epoch_of(training, 2)
@@ -217,7 +218,7 @@ def test_evaluation_counts_each_image_once(world_size: int) -> None:
 
 def test_evaluation_leaves_modes_as_they_are() -> None:
     model: ImageModel = make_training().module.train()
-    model.network.blocks[0].eval()
+    next(model.network.children()).eval()
     modes = [module.training for module in model.modules()]
     loader = [(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long))]
     engine.evaluate(model, loader, CPU, engine.make_autocast(CPU.device, "none"))

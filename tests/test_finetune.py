@@ -67,7 +67,7 @@ def test_another_input_size_resizes_the_positions(photos: Path, pretrained: Path
     assert second.code == 0, second.err
     assert "pos_embed resized from (1, 25, 64) to (1, 25, 64)" in second.out
     assert "token_head.weight dropped" in second.out
-    grids = [run.training.module.network.pos_embed[:, 1:] for run in (first, second)]
+    grids = [run.training.module.network.get_parameter("pos_embed")[:, 1:] for run in (first, second)]
     assert not torch.equal(grids[0], grids[1])
     upright = grids[0].reshape(4, 6, 64).mean(dim=(0, 1))
     assert torch.allclose(upright, grids[1].mean(dim=(0, 1)), atol=0.05)

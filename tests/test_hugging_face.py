@@ -55,26 +55,33 @@ def message(name: str, workers: int = 0) -> str:
     return ""
 
 
-def script(folder: str, shards: str, start: str) -> dict[str, Any]:
-    """All that the tests below compare, as plain data."""
-    multiprocessing.set_start_method(start)
+def forked(folder: str, shards: str) -> dict[str, Any]:
+    """What the tests below compare, with workers that are forked."""
     found: dict[str, Any] = {}
     for half, train in (("train", True), ("val", False)):
-        found[f"folder {half}"] = batches("IMNET", folder, train)
-        for workers in (0, 2):
-            found[f"hfids {half} {workers}"] = batches(f"timm/hfids/{shards}", "", train, workers)
-            found[f"hfds {half} {workers}"] = batches(f"timm/hfds/{shards}", "", train, workers)
-            found[f"hfds folder {half} {workers}"] = batches(f"timm/hfds/{folder}", "", train, workers)
+        found[f"files {half}"] = batches("IMNET", folder, train)
+        found[f"folder {half}"] = batches(f"timm/hfds/{folder}", "", train)
         for kind in ("hfds", "hfids"):
-            found[f"{kind} {half} classes"] = datasets.open_images(f"timm/{kind}/{shards}", "", train).class_names
+            name = f"timm/{kind}/{shards}"
+            found[f"{kind} {half} classes"] = datasets.open_images(name, "", train).class_names
+            for workers in (0, 2):
+                found[f"{kind} {half} {workers}"] = batches(name, "", train, workers)
     package = sys.modules["datasets"]
     found["bound"] = [hasattr(package, "load_dataset"), package is not datasets, datasets.DATA_SETS[0]]
     found["three workers"] = message(f"timm/hfids/{shards}", workers=3)
     found["no count"] = message(f"timm/hfids/{folder}/train")
     other = os.path.join(os.path.dirname(shards), "other")
-    package.load_dataset(shards, split="train").rename_columns({"image": "img"}).to_parquet(f"{other}/train.parquet")
+    os.mkdir(other)
+    package.load_dataset(shards, split="train").rename_column("image", "img").to_parquet(f"{other}/train.parquet")
     found["columns"] = message(f"timm/hfds/{other}")
     return found
+
+
+def spawned(shards: str) -> dict[str, Any]:
+    """Batches of no worker and of one that is spawned: it imports this file, and so our `datasets.py`, first."""
+    multiprocessing.set_start_method("spawn")
+    cases = {"hfds": (f"timm/hfds/{shards}", "", True), "hfids": (f"timm/hfids/{shards}", "", False)}
+    return {kind: [batches(*case, workers=workers) for workers in (0, 1)] for kind, case in cases.items()}
 
 
 # --------------------------------------------------------------------------------------------------- in the tests
@@ -88,17 +95,19 @@ def has_package() -> bool:
         return False
 
 
-@pytest.fixture(scope="module", params=["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    if not has_package():
-        pytest.skip("the Hugging Face package is not installed")
-    root = tmp_path_factory.mktemp("hub")
-    folder = make_image_folder(root / "folder")
-    shards = make_parquet(root / "shards", classes=CLASSES)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not has_package(), reason="the Hugging Face package is not installed"),
+]
+
+
+def run(part: str, *folders: Path) -> dict[str, Any]:
+    """What function `part` of this file gives in a process of its own that reaches no hub."""
+    home = str(folders[0].parent / "home")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.test_hugging_face", str(folder), str(shards), request.param],
+        [sys.executable, "-m", "tests.test_hugging_face", part, *map(str, folders)],
         cwd=Path(datasets.__file__).parent,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home"), "HF_DATASETS_CACHE": str(root / "c")},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": home, "HF_DATASETS_CACHE": home},
         capture_output=True,
         text=True,
         timeout=300,
@@ -107,10 +116,15 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("hub")
+    return run("forked", make_image_folder(root / "folder"), make_parquet(root / "shards", classes=CLASSES))
+
+
 def test_a_set_read_by_index_gives_what_its_files_give(found: dict[str, Any]) -> None:
-    for half in ("train", "val"):
-        for workers in (0, 2):
-            assert found[f"hfds folder {half} {workers}"] == found[f"folder {half}"]
+    assert found["folder train"] == found["files train"]
+    assert found["folder val"] == found["files val"]
 
 
 def test_both_halves_and_their_classes_come_from_the_set(found: dict[str, Any]) -> None:
@@ -118,7 +132,8 @@ def test_both_halves_and_their_classes_come_from_the_set(found: dict[str, Any]) 
         for half in ("train", "val"):
             assert found[f"{kind} {half} classes"] == CLASSES
             for workers in (0, 2):
-                assert sum((labels for labels, _ in found[f"{kind} {half} {workers}"]), []).count(0) == 6
+                labels = [label for batch, _ in found[f"{kind} {half} {workers}"] for label in batch]
+                assert sorted(labels) == [0] * 6 + [1] * 6
         assert [labels for labels, _ in found[f"{kind} val 0"]] == [[0, 1, 0], [1, 0, 1]] * 2
     assert found["hfds val 0"] == found["hfds val 2"] == found["hfids val 0"]
     assert found["hfds train 0"] == found["hfds train 2"]
@@ -134,5 +149,13 @@ def test_what_cannot_be_read_says_why(found: dict[str, Any]) -> None:
     assert found["columns"].endswith("timm reads the columns image and label, this set has img, label")
 
 
+def test_spawned_workers_import_the_package_before_what_needs_it(tmp_path: Path) -> None:
+    found = run("spawned", make_parquet(tmp_path / "shards", classes=CLASSES))
+    for alone, with_worker in found.values():
+        assert with_worker == alone
+        assert len(alone) == 4
+
+
 if __name__ == "__main__":
-    print(json.dumps(script(*sys.argv[1:])))
+    _, part, *folders = sys.argv
+    print(json.dumps(forked(*folders) if part == "forked" else spawned(*folders)))

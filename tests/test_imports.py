@@ -25,8 +25,12 @@ FORBIDDEN = {
     "samplers.py": {"torchvision", "PIL", "transforms"},
     "options.py": {"torch", "timm", "models", "mixers"},
     "checkpoints.py": {"timm", "models", "engine"},
+    "images.py": {"transforms", "datasets", "mixers", "models"},
+    "optim.py": {"argparse", "engine", "options"},
     "logs.py": {"losses", "models", "mixers"},
-    "datasets.py": {"mixers", "models", "torch.distributed"},
+    "datasets.py": {"loaders", "mixers", "models", "torch.distributed"},
+    "loaders.py": {"datasets", "mixers", "models", "torch.distributed"},
+    "resume.py": {"argparse", "options"},
     "smmix.py": {"losses", "models", "engine", "random", "numpy"},
     "losses.py": {"smmix", "random", "numpy"},
     "engine.py": {"smmix", "argparse", "pathlib", "timm", "models.build", "models.deit"},
@@ -90,11 +94,10 @@ def imported_files(path: str) -> set[tuple[int, str]]:
 
 def test_the_reader_understands_the_table() -> None:
     levels = table()
-    assert levels["utils.py"] == 0
-    assert levels["smmix.py"] == 2
-    assert levels["main.py"] == 4
-    assert level("models/deit.py") == level("mixers/cutmix.py") == 2
-    assert level("models/interface.py") == 0
+    assert levels["utils.py"] == level("models/interface.py") == 0
+    assert levels["smmix.py"] == level("models/deit.py") == level("mixers/cutmix.py") == 2
+    assert level("evaluation/show_mixing.py") == levels["main.py"] > levels["engine.py"] > 2
+    assert level("no_such_room.py") is None
     assert {"smmix.py", "engine.py", "main.py", "models/deit.py"} <= set(FILES)
     assert "mixers/interface.py" in {name for _, name in imported_files("smmix.py")}
 
@@ -144,10 +147,10 @@ def test_the_rules_are_about_files_that_exist() -> None:
     assert [where for where in FORBIDDEN if not (ROOT / where).exists()] == []
 
 
-def test_smmix_has_one_importer() -> None:
-    """Outside `TOP` and the commands of `evaluation/`: the step and the mixers do not know which method they run."""
+def test_only_the_builder_and_the_commands_import_smmix() -> None:
+    """The step and the mixers do not know which method they run."""
     users = {path for path in FILES if "smmix.py" in {name for _, name in imported_files(path)}}
-    assert {path for path in users if not path.startswith("evaluation/")} == {"mixers/build.py"}
+    assert {path for path in users if not path.startswith("evaluation/")} == {"mixers/build.py", "main.py"}
 
 
 @files

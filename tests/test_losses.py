@@ -47,8 +47,10 @@ def loop_ce(logits: Tensor, labels: Tensor) -> float:
 
 
 def loop_bce(logits: Tensor, labels: Tensor) -> float:
+    """A class is present if it has any share in the label."""
     total = 0.0
-    for z, y in zip(logits.double().flatten().tolist(), labels.double().flatten().tolist(), strict=True):
+    for z, share in zip(logits.double().flatten().tolist(), labels.double().flatten().tolist(), strict=True):
+        y = 1.0 if share > 0 else 0.0
         total -= y * -math.log1p(math.exp(-z)) + (1 - y) * (-z - math.log1p(math.exp(-z)))
     return total / logits.numel()
 
@@ -140,6 +142,15 @@ def test_low_precision_logits_are_promoted(dtype: torch.dtype) -> None:
     assert float(value) == pytest.approx(loop_kl(labels, logits), rel=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert consistency(logits, labels).dtype == torch.float32
+
+
+def test_binary_cross_entropy_asks_which_classes_are_present() -> None:
+    """DeiT III: a label mixed from two classes asks for both of them, whatever their shares."""
+    logits = rows()
+    labels = mix_labels(torch.eye(K)[:B], torch.eye(K)[1 : B + 1], torch.full((B,), 0.2))
+    both = ((torch.eye(K)[:B] + torch.eye(K)[1 : B + 1]) > 0).float()
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(logits, both)
+    assert torch.equal(binary_cross_entropy(logits, labels), wanted)
 
 
 def test_mixed_labels_give_the_mixed_loss() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -92,7 +93,7 @@ def test_two_processes_train_resume_and_evaluate(tmp_path: Path) -> None:
 
     said = (folder / "train.log").read_text(encoding="utf-8")
     assert "total batch" in said
-    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d .*epoch 1 \[2/5\] loss ", said, flags=re.MULTILINE)
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d epoch 1 \[1/5\] .*loss ", said, flags=re.MULTILINE)
     scalars = scalars_of(folder)
     for name in needed - {"epoch"}:
         assert scalars[name] == pytest.approx({line["epoch"]: line[name] for line in lines}, rel=1e-6), name
@@ -159,6 +160,16 @@ def test_the_head_says_what_will_be_done(photos: Path) -> None:
     assert run_small("--unscale-lr --lr 0.25", "--data-path", photos).training.optimizer.param_groups[0]["lr"] == 0.25
 
 
+def test_a_handful_of_images_will_do(tmp_path: Path) -> None:
+    """Fewer to evaluate on than the picture shows, and a batch of one, which has no partner."""
+    few = make_image_folder(tmp_path / "few", ("ant", "bee"), per_class=1, size=(20, 20))
+    for batch_size in (1, 2):
+        run = run_small(f"--batch-size {batch_size} --data-path", few, "--output-dir", tmp_path / str(batch_size))
+        assert run.code == 0, run.err
+        assert ("leaves every image without a partner" in run.out) == (batch_size == 1)
+        assert (tmp_path / str(batch_size) / "mixing.png").exists()
+
+
 def test_without_an_output_folder_nothing_is_written(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,17 +230,19 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("loss", ["", "--bce-loss"])
 @pytest.mark.parametrize("mixer", ["smmix", "smmix --variant released", "cutmix", "mixup", "none"])
 def test_every_combination_trains(photos: Path, teacher: Path, mixer: str, loss: str, distillation: str) -> None:
-    words = split(f"--model deit_runs_distilled_patch4_16 --batch-size 12 --mixer {mixer} {loss}", "--data-path", photos)
+    words = split(
+        f"--model deit_runs_distilled_patch4_16 --batch-size 12 --mixer {mixer} {loss}", "--data-path", photos
+    )
     if distillation != "none":
         words += split(f"--distillation-type {distillation} --teacher-model test_resnet --teacher-path", teacher)
-    for smoothing in ("0", "0.1"):
-        steps: list[dict[str, Tensor]] = []
-        with watching_steps(lambda training, step: steps.append(training.unchecked[-1].values)):
+    steps: list[dict[str, Tensor]] = []
+    with watching_steps(lambda training, step: steps.append(training.unchecked[-1].values)):
+        for smoothing in ("0", "0.1") if not loss else ("0",):
             run = run_small(*words, f"--smoothing {smoothing}")
-        assert run.code == 0, run.err
-        assert len(steps) == 2
-        assert all(bool(value.isfinite()) for terms in steps for value in terms.values())
-        assert all(("distill" in terms) == (distillation != "none") for terms in steps)
+            assert run.code == 0, run.err
+    assert len(steps) == (2 if loss else 4)
+    assert all(bool(value.isfinite()) for terms in steps for value in terms.values())
+    assert all(("distill" in terms) == (distillation != "none") for terms in steps)
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
@@ -279,14 +292,41 @@ def test_images_need_not_be_square(photos: Path, tmp_path: Path) -> None:
 def test_evaluation_needs_no_other_flag(photos: Path, tmp_path: Path, mixer: str) -> None:
     """Whatever a run was given is taken from its checkpoint, and none of it is held against the command line."""
     assert run_small(f"--mixer {mixer} --data-path", photos, "--output-dir", tmp_path).code == 0
+    assert (tmp_path / "mixing.png").exists() == (mixer != "none")
     evaluated = run_main("--eval --resume", tmp_path / "checkpoint.pth")
     assert evaluated.code == 0, evaluated.err
     assert f"top-1 {read_log(tmp_path)[0]['test_acc1']:.3f} %" in evaluated.out
 
 
+def test_weights_of_another_project_are_evaluated(photos: Path, tmp_path: Path) -> None:
+    """DeiT's file, with its flags inside: they describe another run, and the model is the one on the command line."""
+    torch.manual_seed(4)
+    model = timm.create_model("vit_nano_patch4_32", num_classes=3, img_size=16)
+    flags = argparse.Namespace(model="deit_base_patch16_224", data_path="/far/away", batch_size=3, smoothing=0.1, lr=1)
+    torch.save({"model": model.state_dict(), "args": flags, "epoch": 299}, tmp_path / "deit.pth")
+    torch.save(model.state_dict(), tmp_path / "timm.pth")
+    said = []
+    for name in ("deit.pth", "timm.pth"):
+        words = split("--model vit_nano_patch4_32 --input-size 16 --device cpu --num-workers 0 --data-path", photos)
+        run = run_main(*words, "--eval --resume", tmp_path / name)
+        assert run.code == 0, run.err
+        assert "on 24 images" in run.out
+        said.append(run.out.split(": ", 1)[1])
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("flag", ["--model vit_mini_patch4_32", "--input-size 24", "--variant released"])
+def test_evaluation_does_not_ignore_what_is_written(photos: Path, tmp_path: Path, flag: str) -> None:
+    """The checkpoint says what the model is; a flag that says otherwise cannot be followed."""
+    assert run_small("--data-path", photos, "--output-dir", tmp_path).code == 0
+    evaluated = run_main("--device cpu --eval --resume", tmp_path / "checkpoint.pth", flag)
+    assert evaluated.code == 2, evaluated.out
+    assert flag.split()[0] in evaluated.err
+
+
 def test_a_student_with_a_teacher_is_evaluated_without_it(photos: Path, teacher: Path, tmp_path: Path) -> None:
     student = split("--model deit_runs_distilled_patch4_16 --distillation-type hard --teacher-model test_resnet")
-    own = shutil.copy(teacher, tmp_path / "teacher.pth")
+    own = Path(shutil.copy(teacher, tmp_path / "teacher.pth"))
     run = run_small(*student, "--teacher-path", own, "--data-path", photos, "--output-dir", tmp_path / "run")
     assert run.code == 0, run.err
     own.unlink()

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import Attention
-from timm.models.vision_transformer import ResPostBlock
+from timm.models.vision_transformer import Attention, ResPostBlock
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
 
 def slow_forward(model: ImageModel, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, image tokens and Eq. 6's score of a ViT, attention written out per head (Eq. 5)."""
-    net = model.network
+    net: Any = model.network
     x = net.patch_embed.proj(images).flatten(2).transpose(1, 2)
     x = torch.cat((net.cls_token.expand(len(x), -1, -1), x), dim=1) + net.pos_embed
     score = None
@@ -120,7 +121,7 @@ def slow_smmix_loss(
         cells = {(ti + p) * GRID[1] + tj + q for p in range(h) for q in range(w)}
         source = torch.stack([tokens[0, i] for i in sorted(cells)]).mean(0)
         target = torch.stack([tokens[0, i] for i in range(GRID[0] * GRID[1]) if i not in cells]).mean(0)
-        classify = model.token_head if model.token_head is not None else model.network.head
+        classify: Any = model.token_head if model.token_head is not None else model.network.head
         label_a, label_b = smooth(int(labels[a])), smooth(int(labels[b]))
         terms["cls"].append(cross_entropy(logits[0], lam * label_a + (1 - lam) * label_b))
         terms["fine"].append((cross_entropy(classify(source), label_a) + cross_entropy(classify(target), label_b)) / 2)
@@ -206,8 +207,6 @@ def test_ten_steps_equal_the_slow_reference(variant: str) -> None:
     for step, (ours, theirs) in enumerate(zip(history, expected, strict=True)):
         assert ours == pytest.approx(theirs, abs=2e-5), f"step {step}"
     for (name, ours_p), theirs_p in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(
-            ours_p, theirs_p, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(ours_p, theirs_p, atol=2e-5, rtol=1e-4, msg=f"{name} differs after ten steps")
     for name, value in training.ema.module.named_parameters():
         torch.testing.assert_close(value, average[name], atol=2e-5, rtol=1e-4)

@@ -22,7 +22,7 @@ from tests.runs import (
     tensors_in,
 )
 
-# Everything that draws: augmentation, repeats, drop path, both mixers. Two epochs of three steps each come after a kill.
+# Everything that draws: augmentation, repeats, drop path, both mixers. An epoch has three steps.
 WORDS = "--aa rand-m9-mstd0.5-inc1 --repeated-aug --drop-path 0.2 --epochs 3 --warmup-epochs 1 --lr 0.1"
 CLOCKS = ("train_images_per_second", "peak_memory_mb")
 
@@ -153,7 +153,7 @@ def test_another_precision_has_its_own_loss_scale(photos: Path, tmp_path: Path, 
         assert "--amp" in resumed.err
         return
     left, right = (run.training.scaler for run in (resumed, fresh))
-    assert left.get_scale() == pytest.approx(right.get_scale(), rel=16)
+    assert (left.get_scale() > 1) == (right.get_scale() > 1) == (after == "fp16")
     assert left.get_growth_interval() == right.get_growth_interval()
 
 

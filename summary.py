@@ -1,0 +1,58 @@
+"""What a run says of itself before it starts: the table at its head, and what is allowed but seldom meant.
+
+Only turns values into text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from engine import Training
+from resume import Identity
+
+
+def describe_run(
+    identity: Identity, training: Training, steps: int, num_images: tuple[int, int]
+) -> list[tuple[str, str]]:
+    """Rows of (name, value).
+
+    Args:
+        steps: optimizer steps per epoch.
+        num_images: to train and to evaluate on.
+    """
+    flags, processes, model = identity.args, training.processes, training.module
+    total = flags["batch_size"] * processes.world_size * training.accum_steps
+    batch = f"{flags['batch_size']} per process x {processes.world_size} processes x {training.accum_steps} accumulated"
+    mixing = flags["mixer"] + (f" ({flags['variant']})" if flags["mixer"] == "smmix" else "")
+    if flags["mixer"] in ("smmix", "cutmix") and flags["mixup"] > 0:
+        mixing += f" at {flags['mixup_switch_prob']:g}, else Mixup"
+    peak = max(group["lr"] for group in training.optimizer.param_groups)
+    scaling = "" if flags["unscale_lr"] else f" = {flags['lr']:g} x {total} / 512"
+    amp = flags["amp"]
+    return [
+        ("data", f"{flags['data_set']} {flags['data_path']}".strip()),
+        ("images", f"{num_images[0]} to train on, {num_images[1]} to evaluate on"),
+        ("classes", str(model.num_classes)),
+        ("model", f"{flags['model']}, {sum(p.numel() for p in model.network.parameters()):,} parameters"),
+        ("input", "{} x {} pixels, {} x {} tokens".format(*model.input_size, *model.grid_size)),
+        ("mixing", mixing),
+        ("total batch", f"{batch} = {total}"),
+        ("steps", f"{steps} per epoch, {steps * flags['epochs']} in {flags['epochs']} epochs"),
+        ("peak learning rate", f"{peak:g}{scaling}"),
+        ("precision", "float32" if amp == "none" else f"{amp} autocast"),
+        ("device", f"{processes.device.type}, {flags['num_workers']} loader processes per rank"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in identity.versions.items())),
+    ]
+
+
+def warnings(flags: dict[str, Any], steps: int) -> Iterator[str]:
+    """What is allowed but seldom meant, with the flag to change."""
+    memory, all_steps = 1 / max(1 - flags["model_ema_decay"], 1e-12), steps * flags["epochs"]
+    if flags["model_ema"] and memory > all_steps / 4:
+        yield (
+            f"--model-ema-decay {flags['model_ema_decay']} averages over {memory:.0f} steps, this run has {all_steps}: "
+            "the average will lag far behind; lower it, or add --no-model-ema"
+        )
+    if flags["batch_size"] == 1 and flags["mixer"] != "none":
+        yield "--batch-size 1 leaves every image without a partner: nothing is mixed"
