@@ -88,6 +88,8 @@ def open_images(
         return _open_digits(train)
     if name not in DATA_SETS and not name.startswith("timm/"):
         raise InputError(f"--data-set {name}: unknown; choose {', '.join(DATA_SETS)} or timm/<name>")
+    if not path and name in DATA_SETS:
+        raise InputError(f"--data-set {name} needs --data-path FOLDER, where its files are")
     if not os.path.exists(path) and name.split("/")[:2] not in (["timm", "hfds"], ["timm", "hfids"], ["timm", "tfds"]):
         raise InputError(f"--data-path {path}: no such folder")
     if name in CIFARS:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import to_plain, write_atomically
-from utils import InputError, Processes
+from utils import InputError, Processes, StopRun
 
 Item = TypeVar("Item")
 Number = float | Tensor
@@ -168,6 +168,7 @@ class RunLog:
         self._tensorboard = tensorboard and self._folder is not None
         self._purge_steps: dict[str, int | None] = {}
         self._bar: Any = None
+        self._has_spoken = False
         self._progress = ""  # description and total of the loop under way
         self._done = 0
         self._append("train.log", "")  # finds out now whether that is possible
@@ -187,6 +188,7 @@ class RunLog:
         """Prints `text` to stdout, above the bar if there is one, and to `train.log`."""
         if not self._active:
             return
+        self._has_spoken = True
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
         else:
@@ -321,6 +323,8 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, StopRun) and self._has_spoken:  # printed by who catches it; a refused run leaves no trace
+            self._keep(f"error: {error.text}")
         self.close()
 
 

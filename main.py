@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,14 +45,14 @@ from utils import Processes
 
 
 def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked. With `--eval`, what it leaves out comes from the checkpoint."""
+    """The command line, checked. With `--eval`, what it leaves out comes from the checkpoint if that is ours."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.eval and args.resume:
-        saved = checkpoints.load_checkpoint(args.resume).get("args", {})
-        of_a_run = {"eval", "resume", "output_dir", "device", "amp", "num_workers", "auto_resume", "finetune"}
-        kept = {name: value for name, value in saved.items() if name in vars(args).keys() - of_a_run}
-        args = argparse.Namespace(**{**vars(args), **kept, **explicit_flags(parser, argv)})
+        checkpoint = checkpoints.load_checkpoint(args.resume)
+        if resume.is_ours(checkpoint):
+            saved = resume.flags_for_evaluation(checkpoint["args"], explicit_flags(parser, argv))
+            args = argparse.Namespace(**{**vars(args), **saved})
     check_args(args)
     return args
 
@@ -62,7 +63,7 @@ def resolve_defaults(args: argparse.Namespace, processes: Processes) -> None:
     args.amp = args.amp or ("fp16" if processes.device.type == "cuda" else "none")
     if args.num_workers is None:
         args.num_workers = min(10, utils.cores_per_process())
-    for name in VARIANT_FLAGS:
+    for name in VARIANT_FLAGS if args.mixer == "smmix" else ():
         setattr(args, name, getattr(args, name) or getattr(VARIANTS[args.variant], name))
 
 
@@ -109,15 +110,15 @@ def make_train_loader(args: argparse.Namespace, train: Any, spec: transforms.Ima
 
 
 def make_criterion(
-    args: argparse.Namespace, num_classes: int, autocast: engine.Autocast, device: torch.device
+    args: argparse.Namespace, model: ImageModel, autocast: engine.Autocast, device: torch.device
 ) -> Criterion:
     """The sum of Eq. 15, inside DeiT's distillation if that is asked for."""
     base = SMMixLoss(bce=args.bce_loss)
     if args.distillation_type == "none":
         return base
-    teacher = build_teacher(args.teacher_model, args.teacher_path, num_classes).to(device)
+    teacher = build_teacher(args.teacher_model, args.teacher_path, model.num_classes, model.input_size)
     return DistillationLoss(
-        base, engine.make_teacher(teacher, autocast), args.distillation_type, args.distillation_alpha,
+        base, engine.make_teacher(teacher.to(device), autocast), args.distillation_type, args.distillation_alpha,
         args.distillation_tau,
     )  # fmt: skip
 
@@ -144,16 +145,18 @@ def make_training(
     wrapped: torch.nn.Module = model
     if processes.world_size > 1:
         wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    is_smmix = args.mixer == "smmix"
+    variant = Variant(args.region_head, args.consistency, args.region_size) if is_smmix else Variant()
     mixer = build_mixer(
         args.mixer, num_classes, model.grid_size, smoothing=args.smoothing,
-        variant=Variant(args.region_head, args.consistency, args.region_size), side_ratio=tuple(args.side_ratio),
+        variant=variant, side_ratio=tuple(args.side_ratio),
         mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
         mixup_prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
     )  # fmt: skip
     return engine.Training(
         module=model,
         model=cast(torch.nn.Module, torch.compile(wrapped)) if args.compile else wrapped,
-        criterion=make_criterion(args, num_classes, autocast, device),
+        criterion=make_criterion(args, model, autocast, device),
         mixer=mixer,
         guide=engine.make_guide(model, autocast, torch.compile(model) if args.compile else None),
         optimizer=optim.make_optimizer(model, {**optimizer_kwargs(args), "lr": peak_rate(args, processes)}),
@@ -201,10 +204,13 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
         log.say(f"warning: {warning}")
     progress = resume.Progress(args.start_epoch, args.start_epoch * steps)
     if resume_from:
-        progress = resume.load(resume_from, training, identity)
+        progress, changes = resume.load(resume_from, training, identity)
         log.say(f"resumed from {resume_from}; next is epoch {progress.epoch}, best top-1 {progress.best_acc1:.2f}")
+        for change in changes:
+            log.say(f"  changed since then: {change}")
     log.drop_epochs_from(progress.epoch, progress.step)
     if folder is not None and processes.is_main:
+        checkpoints.remove_stale(folder)
         write_json(folder / "args.json", identity.args)
         write_json(folder / "environment.json", identity.versions)
     if progress.epoch >= args.epochs:
@@ -284,6 +290,7 @@ def evaluate(args: argparse.Namespace, processes: Processes, log: RunLog) -> Non
     checkpoint, images = checkpoints.load_checkpoint(args.resume), open_images(args, train=False)
     if resume.is_ours(checkpoint):
         spec = transforms.ImageSpec.from_plain(checkpoint["data"]["image_spec"])
+        spec = replace(spec, crop_ratio=args.eval_crop_ratio or spec.crop_ratio)
         datasets.check_same_classes(checkpoint["data"]["class_names"], images.class_names)
         names = [name for name in ("model", "ema") if checkpoint[name] is not None]
         models = {name: restore_model(checkpoint, name == "ema") for name in names}

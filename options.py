@@ -6,6 +6,7 @@ Builds nothing. Every flag may be written with hyphens or underscores.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -177,19 +178,12 @@ def _add_distillation(parser: Parser) -> None:
 
 
 VARIANT_FLAGS = ("region_head", "consistency", "region_size")
-POSITIVE = (
-    "batch_size",
-    "accum_steps",
-    "epochs",
-    "repeats",
-    "recount",
-    "log_every",
-    "lr",
-    "opt_eps",
-    "distillation_tau",
-)
+POSITIVE = ("batch_size", "accum_steps", "epochs", "repeats", "recount", "log_every", "lr", "opt_eps",
+            "distillation_tau", "patch_size", "nb_classes", "decay_epochs", "decay_rate")  # fmt: skip
+NOT_NEGATIVE = ("mixup", "cutmix", "weight_decay", "momentum", "warmup_lr", "min_lr", "warmup_epochs", "start_epoch",
+                "num_workers", "color_jitter", "lr_noise_pct", "lr_noise_std")  # fmt: skip
 SHARES = ("mixup_prob", "mixup_switch_prob", "smoothing", "reprob", "drop", "drop_path", "model_ema_decay",
-          "distillation_alpha")  # fmt: skip
+          "distillation_alpha", "eval_crop_ratio")  # fmt: skip
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -198,22 +192,29 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         InputError: names the flag and the fix.
     """
-    for name in POSITIVE:
-        _require(getattr(args, name) > 0, name, getattr(args, name), "must be above 0")
-    for name in SHARES:
-        _require(0 <= getattr(args, name) <= 1, name, getattr(args, name), "must lie between 0 and 1")
-    for name in ("mixup", "weight_decay", "warmup_lr", "min_lr", "warmup_epochs", "start_epoch"):
-        _require(getattr(args, name) >= 0, name, getattr(args, name), "must not be negative")
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            _require(not isinstance(number, float) or math.isfinite(number), name, value, "must be a finite number")
+    for names, holds, rule in (
+        (POSITIVE, lambda value: value > 0, "must be above 0"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
+        (SHARES, lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
+    ):
+        for name in names:
+            if (value := getattr(args, name)) is not None:
+                _require(holds(value), name, value, rule)
     for name in ("side_ratio", "cutmix_minmax"):
         if (pair := getattr(args, name)) is not None:
             _require(0 <= pair[0] <= pair[1] <= 1, name, pair, "must be two shares, the lower first")
-    if args.eval_crop_ratio is not None:
-        _require(0 < args.eval_crop_ratio <= 1, "eval_crop_ratio", args.eval_crop_ratio, "must lie between 0 and 1")
+    _require(args.eval_crop_ratio != 0, "eval_crop_ratio", args.eval_crop_ratio, "must be above 0")
+    if args.clip_grad is not None:
+        _require(args.clip_grad > 0, "clip_grad", args.clip_grad, "must be above 0; leave it out for no clipping")
     if args.input_size is not None:
         fine = len(args.input_size) <= 2 and min(args.input_size) > 0
         _require(fine, "input_size", args.input_size, "takes one side, or height and width, in pixels")
-    if args.clip_grad is not None:
-        _require(args.clip_grad > 0, "clip_grad", args.clip_grad, "must be above 0; leave it out for no clipping")
+    if args.opt_betas is not None:
+        fine = len(args.opt_betas) >= 2 and all(0 <= beta < 1 for beta in args.opt_betas)
+        _require(fine, "opt_betas", args.opt_betas, "takes two numbers from 0 to below 1")
     _check_together(args)
 
 

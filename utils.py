@@ -239,6 +239,10 @@ def run_command(command: Callable[[], None]) -> int:
         except StopRun as error:
             _report(error)
             return error.exit_code
+        except RuntimeError as error:  # gloo's "connection closed by peer", NCCL's DistBackendError
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                time.sleep(5)  # the peer that left first has the word: the launcher ends this one meanwhile
+            raise
 
     try:
         return guarded() or 0

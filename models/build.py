@@ -114,16 +114,31 @@ def use_distillation(model: ImageModel, name: str) -> None:
 # ------------------------------------------------------------------------------------------------ weights
 
 
-def build_teacher(name: str, path: str, num_classes: int) -> nn.Module:
-    """A timm network with the weights of a file, to distil from.
+def _build_again(config: Any) -> ImageModel:
+    try:
+        return build_model(**{**config, "input_size": as_pair(config["input_size"])})
+    except (TypeError, KeyError) as error:
+        raise InputError(f"the checkpoint's model_config is damaged: {error}") from error
+
+
+def build_teacher(name: str, path: str, num_classes: int, input_size: tuple[int, int]) -> nn.Module:
+    """A timm network with the weights of a file, to distil from images of `input_size` (height, width).
 
     Raises:
-        InputError: unknown name, unreadable file, or weights of another network.
+        InputError: unknown name, unreadable file, weights of another network, or one that refuses such images.
     """
     if not timm.is_model(name):
         raise InputError(f"--teacher-model {name}: no such model; {_near_misses(name)}")
     teacher = timm.create_model(name, num_classes=num_classes)
     load_strictly(teacher, pick_weights(load_checkpoint(path)), source=f"--teacher-path {path}")
+    try:
+        with torch.no_grad():
+            teacher.eval()(torch.zeros(1, 3, *input_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = f"{input_size[0]} x {input_size[1]}"
+        raise InputError(
+            f"--teacher-model {name} cannot take the student's images of {size} pixels: {error}"
+        ) from error
     return teacher
 
 
@@ -142,8 +157,7 @@ def load_foreign(model: ImageModel, path: str, fresh_heads: bool = True) -> list
     checkpoint = load_checkpoint(path)
     old_grid = None
     if "model_config" in checkpoint:  # ours: the grid behind its position embedding is known, square or not
-        config = checkpoint["model_config"]
-        old_grid = build_model(**{**config, "input_size": as_pair(config["input_size"])}).grid_size
+        old_grid = _build_again(checkpoint["model_config"]).grid_size
     weights, notes = adapt_weights(model, pick_weights(checkpoint), old_grid, fresh_heads)
     load_strictly(model, weights, source=path)
     return notes
@@ -163,9 +177,7 @@ def restore_model(checkpoint: Mapping[str, Any], ema: bool = False) -> ImageMode
     if "model_config" not in checkpoint or checkpoint.get(key) is None:
         missing = "model_config" if "model_config" not in checkpoint else key
         raise InputError(f"the checkpoint holds no {missing}: it was not written by this project's main.py")
-    config = dict(checkpoint["model_config"])
-    config["input_size"] = as_pair(config["input_size"])
-    model = build_model(**config)
+    model = _build_again(checkpoint["model_config"])
     load_strictly(model, own_keys(checkpoint[key]), source="the checkpoint")
     return model
 
