@@ -17,10 +17,10 @@ import datasets
 import engine
 import loaders
 import utils
-from checkpoints import load_checkpoint, load_strictly, pick_weights
+from checkpoints import load_checkpoint
 from mixers.build import build_mixer
 from mixers.interface import Mixer, StepRandom
-from models.build import adapt_weights, build_model, restore_model
+from models.build import build_model, load_foreign, restore_model
 from models.interface import ImageModel
 from options import Parser
 from pictures import Pair, describe_pairs, mixing_picture, save_png, spread_samples
@@ -100,9 +100,7 @@ def build(args: argparse.Namespace, num_classes: int) -> tuple[ImageModel, Image
     utils.seed_globals("init", args.seed)
     model = build_model(args.model, num_classes, input_size=input_size, patch_size=args.patch_size)
     if args.weights:
-        adapted, notes = adapt_weights(model, pick_weights(load_checkpoint(args.weights)))
-        load_strictly(model, adapted, source=args.weights)
-        for note in notes:
+        for note in load_foreign(model, args.weights):
             print(f"{args.weights}: {note}")
     elif args.mixer == "smmix":
         print(f"{args.model} is untrained: its attention carries no meaning yet; give --resume or --weights")
