@@ -132,9 +132,7 @@ def peak_rate(args: argparse.Namespace, processes: Processes) -> float:
     return args.lr if args.unscale_lr else optim.scale_rate(args.lr, total_batch(args, processes))
 
 
-def make_training(
-    args: argparse.Namespace, model: ImageModel, processes: Processes, num_classes: int
-) -> engine.Training:
+def make_training(args: argparse.Namespace, model: ImageModel, processes: Processes) -> engine.Training:
     """Everything the step touches."""
     device, autocast = processes.device, engine.make_autocast(processes.device, args.amp)
     average = None
@@ -148,10 +146,10 @@ def make_training(
     is_smmix = args.mixer == "smmix"
     variant = Variant(args.region_head, args.consistency, args.region_size) if is_smmix else Variant()
     mixer = build_mixer(
-        args.mixer, num_classes, model.grid_size, smoothing=args.smoothing,
-        variant=variant, side_ratio=tuple(args.side_ratio),
-        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
-        mixup_prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
+        args.mixer, model.num_classes, model.grid_size, smoothing=args.smoothing, variant=variant,
+        side_ratio=tuple(args.side_ratio), mixup_alpha=args.mixup, cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax, mixup_prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
     )  # fmt: skip
     return engine.Training(
         module=model,
@@ -179,6 +177,7 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
     """From flags to the last epoch."""
     folder = Path(args.output_dir) if args.output_dir else None
     resume_from = resume.find(args.output_dir, args.resume, args.auto_resume)
+    resume.check_agreement(processes.gather(resume_from), args.output_dir)
     train_images, val_images = open_images(args, train=True), open_images(args, train=False)
     datasets.check_same_classes(train_images.class_names, val_images.class_names)
     num_classes = len(train_images.class_names)
@@ -193,7 +192,7 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
     spec = datasets.image_spec_for(args.data_set, model.input_size, args.eval_crop_ratio)
     train_loader = make_train_loader(args, train_images, spec, processes)
     val_loader = make_eval_loader(args, val_images, spec, processes)
-    training = make_training(args, model.to(processes.device), processes, num_classes)
+    training = make_training(args, model.to(processes.device), processes)
     identity = resume.Identity(
         vars(args), model_config(args, num_classes),
         {"class_names": train_images.class_names, "image_spec": spec.to_plain()}, utils.describe_versions(),

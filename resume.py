@@ -98,6 +98,20 @@ def find(output_dir: str, given: str, automatic: bool) -> str:
     return str(there)
 
 
+def check_agreement(found: list[str], output_dir: str) -> None:
+    """Refuses that some ranks go on with a run and others begin one. `found` is what `find` gave on each rank.
+
+    Raises:
+        InputError: they differ, as on machines that do not share the output folder.
+    """
+    if len(set(found)) > 1:
+        without = [rank for rank, path in enumerate(found) if not path]
+        raise InputError(
+            f"--output-dir {output_dir}: ranks {without} do not see the checkpoint that others do; "
+            "the folder must be on storage that all machines share"
+        )
+
+
 def save(folder: Path, training: Training, progress: Progress, identity: Identity, is_best: bool) -> None:
     """Writes `checkpoint.pth`, and `best_checkpoint.pth` if the last epoch was the best so far. For rank 0 alone."""
     state = {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import resume
 from tests.image_folders import make_image_folder
 from tests.runs import (
     Killed,
@@ -21,6 +22,7 @@ from tests.runs import (
     state_of,
     tensors_in,
 )
+from utils import InputError
 
 # Everything that draws: augmentation, repeats, drop path, both mixers. An epoch has three steps.
 WORDS = "--aa rand-m9-mstd0.5-inc1 --repeated-aug --drop-path 0.2 --epochs 3 --warmup-epochs 1 --lr 0.1"
@@ -238,3 +240,9 @@ def test_weights_of_other_shapes_are_refused(photos: Path, finished: Path, tmp_p
     assert run.code == 2
     assert "blocks.0.mlp.fc1.weight" in run.err
     assert "(3, 3)" in run.err
+
+
+def test_ranks_that_see_different_folders_are_refused() -> None:
+    resume.check_agreement(["a.pth", "a.pth"], "out")
+    with pytest.raises(InputError, match=r"--output-dir out: ranks \[1, 3\] do not see .* share"):
+        resume.check_agreement(["a.pth", "", "a.pth", ""], "out")
