@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Attention  # also in releases where timm.layers has none
 from torch import Tensor
 
@@ -30,3 +33,23 @@ def attention_map(attention: Attention, tokens: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, enabled=False):
             similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B, H, T, T)
             return similarity.softmax(dim=-1)
+
+
+def resize_positions(
+    positions: Tensor, grid_size: tuple[int, int], num_prefix_tokens: int, old_grid: tuple[int, int] | None
+) -> Tensor:
+    """Position embeddings (1, prefix + N_old, D) resampled (bicubic) to a grid; the same tensor if nothing is to do.
+
+    Args:
+        old_grid: the grid they belong to. If absent: this one if the count fits, else a square.
+    """
+    count = positions.shape[1] - num_prefix_tokens
+    if old_grid is None:
+        side = math.isqrt(max(count, 0))
+        old_grid = grid_size if count == math.prod(grid_size) else (side, side)
+    if old_grid == grid_size or count != math.prod(old_grid):
+        return positions
+    with torch.no_grad():
+        return resample_abs_pos_embed(
+            positions, new_size=list(grid_size), old_size=list(old_grid), num_prefix_tokens=num_prefix_tokens
+        )

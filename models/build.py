@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -213,19 +211,7 @@ def adapt_weights(
         not fit keep their fresh initialisation, which the notes say.
     """
     own = plain_weights(model)
-    adapted, notes = dict(weights), []
-    adapted = {key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): v for key, v in adapted.items()}
-    position = adapted.get("pos_embed")
-    if position is not None and "pos_embed" in own:
-        resized = _resize_positions(model, position, own["pos_embed"], old_grid)
-        if resized is not position:
-            notes.append(f"pos_embed resized from {tuple(position.shape)} to {tuple(resized.shape)}")
-            adapted["pos_embed"] = resized
-    kernel = adapted.get("patch_embed.proj.weight")
-    if kernel is not None and kernel.ndim == 4 and kernel.shape[2:] != own["patch_embed.proj.weight"].shape[2:]:
-        new = list(own["patch_embed.proj.weight"].shape[2:])
-        adapted["patch_embed.proj.weight"] = resample_patch_embed(kernel, new)
-        notes.append(f"patch_embed.proj.weight resized from {tuple(kernel.shape[2:])} to {tuple(new)}")
+    adapted, notes = model.resize_weights(weights, old_grid)
     for head in ("head", "head_dist", "token_head") if fresh_heads else ():
         for key in (f"{head}.weight", f"{head}.bias"):
             if key in adapted and key not in own:
@@ -236,19 +222,3 @@ def adapt_weights(
                 notes.append(f"{key} {was} in the file: starts anew with shape {tuple(own[key].shape)}")
                 adapted[key] = own[key]
     return own_keys(adapted), notes
-
-
-def _resize_positions(model: ImageModel, old: Tensor, own: Tensor, old_grid: tuple[int, int] | None) -> Tensor:
-    """Position embeddings (1, prefix + N, D) resampled from the old grid to the model's; itself if it fits."""
-    network = model.network
-    prefix = own.shape[1] - math.prod(model.grid_size)
-    if old_grid is None:
-        side = math.isqrt(old.shape[1] - prefix)
-        old_grid = model.grid_size if old.shape[1] == own.shape[1] else (side, side)
-    if old_grid == model.grid_size or old.shape[1] != prefix + math.prod(old_grid) or old.shape[-1] != own.shape[-1]:
-        return old  # fits, or belongs to another architecture: the strict loading that follows says so
-    assert isinstance(network, VisionTransformer)
-    with torch.no_grad():
-        return resample_abs_pos_embed(
-            old, new_size=list(model.grid_size), old_size=list(old_grid), num_prefix_tokens=prefix
-        )

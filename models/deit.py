@@ -8,14 +8,17 @@ Papers: DeiT (arXiv 2012.12877), ViT (arXiv 2010.11929).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, cast
 
+from timm.layers import resample_patch_embed
 from timm.models import register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from models.blocks import attention_map
+from models.blocks import attention_map, resize_positions
 from models.interface import ImageModel, image_attention_score
 
 
@@ -70,6 +73,22 @@ class PlainViT(ImageModel):
         if isinstance(network, VisionTransformerDistilled) and not network.distilled_training:
             return (network.head(pooled) + network.head_dist(pooled)) / 2  # as its own prediction
         return network.head(pooled)
+
+    def resize_weights(
+        self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        own, notes = self.network.state_dict(), []
+        new = {key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): v for key, v in weights.items()}
+        position, kernel = new.get("pos_embed"), new.get("patch_embed.proj.weight")
+        if position is not None and "pos_embed" in own:
+            prefix = own["pos_embed"].shape[1] - math.prod(self.grid_size)
+            new["pos_embed"] = resize_positions(position, self.grid_size, prefix, old_grid)
+            if new["pos_embed"] is not position:
+                notes.append(f"pos_embed resized from {tuple(position.shape)} to {tuple(new['pos_embed'].shape)}")
+        if kernel is not None and kernel.ndim == 4 and kernel.shape[2:] != self.patch_size:
+            new["patch_embed.proj.weight"] = resample_patch_embed(kernel, list(self.patch_size))
+            notes.append(f"patch_embed.proj.weight resized from {tuple(kernel.shape[2:])} to {tuple(self.patch_size)}")
+        return new, notes
 
 
 def init_like_deit(network: VisionTransformer) -> None:

@@ -9,6 +9,7 @@ Letters: B batch, N image tokens (row-major over the grid), D width, K classes, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,20 @@ class ImageModel(nn.Module, ABC):
     @abstractmethod
     def classify(self, pooled: Tensor) -> Tensor:
         """The classifier F of Eq. 3 on pooled tokens (..., D) -> (..., K)."""
+
+    def resize_weights(
+        self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Weights of the same architecture, under the network's own keys, made to fit this input and patch size.
+
+        Args:
+            old_grid: the grid they were trained on; a square one is assumed if absent.
+
+        Returns:
+            New weights, and a note for each tensor that was changed. What cannot be made to fit stays as it is: the
+            strict loading that follows says so.
+        """
+        return dict(weights), []
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the network exempts from weight decay, as seen from here."""
