@@ -114,6 +114,7 @@ class Training:
         accum_steps: micro-batches per optimizer step.
         watch_gradients: a gradient that is not finite stops the run like such a loss. Not so under fp16, where it only
             means that the loss was scaled too far.
+        after_update: told the number of each step that is done; a schedule by update is.
     """
 
     module: ImageModel
@@ -131,6 +132,7 @@ class Training:
     seed: int = 0
     train_mode: bool = True
     watch_gradients: bool = True
+    after_update: Callable[[int], None] | None = None
     health: Tensor = field(init=False)  # 0; NaN for good once a loss was not finite
     unchecked: deque[Seen] = field(default_factory=deque)  # micro-batches since the last check
 
@@ -202,6 +204,8 @@ def train_step(
         training.health += 0.0 * norm
         training.unchecked[-1].values["grad_norm"] = norm
     meters.update(grad_norm=norm)
+    if training.after_update is not None:
+        training.after_update(step)
 
 
 def update_weights(training: Training) -> Tensor:

@@ -35,7 +35,15 @@ from losses import Criterion, DistillationLoss, SMMixLoss
 from mixers.build import build_mixer
 from mixers.interface import NoMixing, StepRandom
 from mixers.switch import Switch
-from models.build import build_model, build_teacher, load_foreign, restore_model, use_distillation
+from models.build import (
+    build_model,
+    build_teacher,
+    list_models,
+    load_foreign,
+    restore_model,
+    use_distillation,
+    use_grad_checkpointing,
+)
 from models.interface import ImageModel
 from options import VARIANT_FLAGS, check_args, explicit_flags, get_args_parser
 from smmix import VARIANTS, Variant
@@ -132,6 +140,15 @@ def peak_rate(args: argparse.Namespace, processes: Processes) -> float:
     return args.lr if args.unscale_lr else optim.scale_rate(args.lr, total_batch(args, processes))
 
 
+def schedule_settings(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
+    """Keywords of timm's schedule; with `--scale-schedule` its ends grow with the total batch like the peak."""
+    settings = scheduler_kwargs(args)
+    if args.scale_schedule:
+        for name in ("warmup_lr", "min_lr"):
+            settings[name] = optim.scale_rate(settings[name], total_batch(args, processes))
+    return settings
+
+
 def make_training(args: argparse.Namespace, model: ImageModel, processes: Processes) -> engine.Training:
     """Everything the step touches."""
     device, autocast = processes.device, engine.make_autocast(processes.device, args.amp)
@@ -187,6 +204,8 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
     args.input_size = list(model.input_size)
     if args.distillation_type != "none":
         use_distillation(model, args.model)
+    if args.grad_checkpointing:
+        use_grad_checkpointing(model, args.model)
     if args.finetune and not resume_from:
         log.say("\n  ".join([f"weights from {args.finetune}", *load_foreign(model, args.finetune)]))
     spec = datasets.image_spec_for(args.data_set, model.input_size, args.eval_crop_ratio)
@@ -215,11 +234,12 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
     if progress.epoch >= args.epochs:
         log.say(f"nothing left to do: all {args.epochs} epochs are done")
         return
-    schedule = optim.make_schedule(training.optimizer, scheduler_kwargs(args), progress.epoch - 1)
+    schedule = optim.Schedule(training.optimizer, schedule_settings(args, processes), steps, progress.epoch)
+    training.after_update = schedule.after_update
     show = make_painter(training, val_loader.dataset, spec, identity.data["class_names"], processes)
     while progress.epoch < args.epochs:
         stats = run_epoch(args, training, (train_loader, val_loader), progress, log)
-        schedule.step(progress.epoch)
+        schedule.after_epoch(progress.epoch)
         is_best = stats["test_acc1"] >= progress.best_acc1
         progress.best_acc1 = max(progress.best_acc1, stats["test_acc1"])
         log.epoch(stats)
@@ -241,11 +261,13 @@ def run_epoch(
 ) -> dict[str, Any]:
     """Trains and evaluates one epoch; returns its line of `log.txt`."""
     train_loader, val_loader = train_and_val
-    rate = training.optimizer.param_groups[0]["lr"]
+    groups = training.optimizer.param_groups
+    first_rate = groups[0]["lr"]
 
     def on_log(step: int, means: dict[str, float]) -> None:
-        log.note({**means, "lr": rate})
-        log.scalars(step, {**means, "lr": rate})
+        values = {**means, "lr": groups[0]["lr"]}
+        log.note(values)
+        log.scalars(step, values)
 
     loaders.set_epoch(train_loader, progress.epoch)
     batches = log.progress(train_loader, len(train_loader), f"epoch {progress.epoch}")
@@ -254,7 +276,7 @@ def run_epoch(
     )
     return {
         "epoch": progress.epoch,
-        "lr": rate,
+        "lr": first_rate,
         **{f"train_{name}": value for name, value in figures.items()},
         **engine.evaluate_all(training, val_loader),
         "n_parameters": sum(p.numel() for p in training.module.parameters() if p.requires_grad),
@@ -310,6 +332,10 @@ def evaluate(args: argparse.Namespace, processes: Processes, log: RunLog) -> Non
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command line on this process. `utils.run_command` turns its errors into messages."""
     args = read_args(argv)
+    if args.list_models:
+        for row in list_models():
+            print("{:<26} {:<56} {:<9} {}".format(*row), flush=True)
+        return
     processes = utils.init_processes(args.device)
     resolve_defaults(args, processes)
     with RunLog(args.output_dir or None, processes) as log:

@@ -38,23 +38,40 @@ def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Op
         raise InputError(f"--opt {settings.get('opt')} with these --opt-* settings: {error}") from error
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, settings: dict[str, Any], last_epoch: int = -1) -> Scheduler:
-    """timm's schedule, to be stepped after each epoch with that epoch's number, as DeiT does: rates lag by one epoch.
+class Schedule:
+    """timm's schedule of learning rates, a function of how far a run is and no state to save.
+
+    By epoch (DeiT): stepped after each epoch with that epoch's number, so that rates lag by one epoch. By update (Swin;
+    `step_on_epochs` false): stepped after each update with that update's number.
 
     Args:
         settings: keywords of timm's `create_scheduler_v2` (`sched`, `num_epochs`, `warmup_epochs`, ...).
-        last_epoch: the last epoch that is done, -1 for none. The schedule is a function of it, not a state to save.
+        steps: updates per epoch.
+        done_epochs: epochs that are done already.
 
     Raises:
         InputError: a schedule that timm does not have or that needs a metric.
     """
-    name = settings.get("sched")
-    try:
-        schedule = None if name == "plateau" else create_scheduler_v2(optimizer, **settings)[0]
-    except (ValueError, AssertionError, TypeError) as error:
-        raise InputError(f"--sched {name} with these settings: {error}") from error
-    if schedule is None:
-        raise InputError(f"--sched {name}: not offered; use cosine, tanh, step, multistep or poly")
-    if last_epoch >= 0:
-        schedule.step(last_epoch)
-    return schedule
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, settings: dict[str, Any], steps: int, done_epochs: int = 0
+    ) -> None:
+        name, self.by_epoch = settings.get("sched"), settings.get("step_on_epochs", True)
+        try:
+            made = None if name == "plateau" else create_scheduler_v2(optimizer, **settings, updates_per_epoch=steps)[0]
+        except (ValueError, AssertionError, TypeError) as error:
+            raise InputError(f"--sched {name} with these settings: {error}") from error
+        if made is None:
+            raise InputError(f"--sched {name}: not offered; use cosine, tanh, step, multistep or poly")
+        self.timm: Scheduler = made
+        if done_epochs:
+            self.after_epoch(done_epochs - 1)
+            self.after_update(done_epochs * steps - 1)
+
+    def after_epoch(self, epoch: int) -> None:
+        if self.by_epoch:
+            self.timm.step(epoch)
+
+    def after_update(self, update: int) -> None:
+        if not self.by_epoch:
+            self.timm.step_update(update)

@@ -3,25 +3,55 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from checkpoints import load_checkpoint, load_strictly, pick_weights
+from models.cait import CaiT
 from models.deit import PlainViT, init_like_deit
 from models.interface import ImageModel
+from models.pvt import PVT, PyramidVisionTransformer
+from models.swin import Swin
 from utils import InputError, as_pair
 
 # The released research code's names for the same networks.
 ALIASES = {f"vit_deit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")}
 
-# The seam for further families: a timm class, and the file that knows how to read it.
-FAMILIES: dict[type[nn.Module], Callable[..., ImageModel]] = {VisionTransformer: PlainViT}
+
+class Family(NamedTuple):
+    """The seam for further families."""
+
+    kind: type[nn.Module]  # the plain network's class
+    wrapper: Callable[..., ImageModel]  # how SMMix reads it
+    modules: tuple[str, ...]  # timm's modules whose names build it
+    score: str  # what its attention score means
+
+
+FAMILIES = (
+    Family(
+        VisionTransformer, PlainViT, ("vision_transformer", "deit"),
+        "the last block's map, image-token queries and keys (Eq. 6)",
+    ),
+    Family(
+        Cait, CaiT, ("cait",),
+        "the last self-attention block's map, between softmax and second head mix; class attention is left out",
+    ),
+    Family(
+        PyramidVisionTransformer, PVT, ("pvt",), "the last block's map in stage 4, image-token queries and keys",
+    ),
+    Family(
+        SwinTransformer, Swin, ("swin_transformer",),
+        "the last block's map; with several windows, each token's mean over the queries of its own window",
+    ),
+)  # fmt: skip
 
 
 def build_model(
@@ -71,14 +101,35 @@ def build_model(
 
 
 def _wrapper_of(network: nn.Module, name: str) -> Callable[..., ImageModel]:
-    for kind, wrapper in FAMILIES.items():
-        if isinstance(network, kind):
-            return wrapper
-    supported = ", ".join(kind.__name__ for kind in FAMILIES)
+    for family in FAMILIES:
+        if isinstance(network, family.kind):
+            return family.wrapper
+    supported = ", ".join(family.kind.__name__ for family in FAMILIES)
     raise InputError(
         f"--model {name}: a {type(network).__name__} has no attention score that SMMix can read; "
-        f"supported are timm's {supported} models (deit_*, deit3_*, vit_*)"
+        f"supported are {supported}: see --list-models"
     )
+
+
+def list_models() -> Iterator[tuple[str, str, str, str]]:
+    """Family, name, grid and the meaning of the score of every name that builds, or the reason why one cannot be read.
+
+    Each is built without memory to find out: all of them take a minute or two.
+    """
+    for family in FAMILIES:
+        for name in sorted({name for module in family.modules for name in timm.list_models(module=module)}):
+            try:
+                with torch.device("meta"):
+                    model = build_model(name, 1000)
+            except InputError as error:
+                yield family.kind.__name__, name, "-", f"refused: {error.text.split(': ', 1)[-1]}"
+            else:
+                yield family.kind.__name__, name, " x ".join(map(str, model.grid_size)), family.score
+
+
+def describe_families() -> list[tuple[str, str]]:
+    """Class and meaning of the score, for the documentation."""
+    return [(family.kind.__name__, family.score) for family in FAMILIES]
 
 
 def _near_misses(name: str) -> str:
@@ -91,7 +142,7 @@ def _check_grid(model: ImageModel, name: str, input_size: tuple[int, int] | None
         raise InputError(
             f"--input-size {input_size[0]} {input_size[1]}: not divisible by the patch size "
             f"{model.patch_size[0]}x{model.patch_size[1]} of {name}; the next smaller size is "
-            f"{model.input_size[0]} {model.input_size[1]}, or choose another --patch-size"
+            f"{model.input_size[0]} {model.input_size[1]}; a plain ViT also takes another --patch-size"
         )
 
 
@@ -107,6 +158,18 @@ def use_distillation(model: ImageModel, name: str) -> None:
             "(deit_tiny_distilled_patch16_224, deit_small_..., deit_base_...) or --distillation-type none"
         )
     model.network.set_distilled_training(True)
+
+
+def use_grad_checkpointing(model: ImageModel, name: str) -> None:
+    """Recomputes activations in the backward pass.
+
+    Raises:
+        InputError: timm's model cannot.
+    """
+    try:
+        cast(Any, model.network).set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise InputError(f"--grad-checkpointing: {name} does not offer it: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -212,7 +275,7 @@ def adapt_weights(
     """
     own = plain_weights(model)
     adapted, notes = model.resize_weights(weights, old_grid)
-    for head in ("head", "head_dist", "token_head") if fresh_heads else ():
+    for head in ("head", "head.fc", "head_dist", "token_head") if fresh_heads else ():
         for key in (f"{head}.weight", f"{head}.bias"):
             if key in adapted and key not in own:
                 del adapted[key]

@@ -365,11 +365,12 @@ def rates(line: str) -> list[float]:
     """The learning rate of each epoch, stepped as `main.py` steps it."""
     args = get_args_parser().parse_args(line.split())
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
-    schedule = optim.make_schedule(optimizer, scheduler_kwargs(args))
+    schedule = optim.Schedule(optimizer, scheduler_kwargs(args), steps=7)
     seen = []
     for epoch in range(args.epochs):
         seen.append(float(optimizer.param_groups[0]["lr"]))
-        schedule.step(epoch)
+        schedule.after_update(epoch)  # which a schedule by epoch does not listen to
+        schedule.after_epoch(epoch)
     return seen
 
 

@@ -370,8 +370,8 @@ def test_an_unknown_name_lists_near_misses() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"input_size": (64, 64)}, {"patch_size": 8}])
 def test_a_network_without_attention_is_refused_with_the_reason(settings: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"--model resnet50.*ResNet.*attention"):
-        build_model("resnet50", 7, **settings)
+    with pytest.raises(InputError, match=r"--model vgg11.*VGG.*attention"):
+        build_model("vgg11", 7, **settings)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,347 @@
+"""PVT v1, which timm does not have, and SMMix's reading of it: "last block" is the last block of stage 4.
+
+Four stages on grids of 1/4, 1/8, 1/16 and 1/32 of the image; keys and values are taken from a grid shrunk to that of
+stage 4, where a class token joins. The state dict has the keys of the published PVT files. Knows no mixer and no loss.
+
+Paper: Pyramid Vision Transformer (arXiv 2102.12122). Letters: B batch, R x C a stage's grid, N = R * C, T all tokens
+(N, in stage 4 N + 1), M keys, D the stage's width, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp, resample_abs_pos_embed, to_2tuple
+from timm.models import register_model
+from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from models.interface import ImageModel, image_attention_score
+
+Grid = tuple[int, int]
+STRIDES = (4, 2, 2, 2)  # of the patch embeddings
+BLOCK_EPS = 1e-6  # of the blocks' and the final LayerNorm; those behind convolutions keep PyTorch's 1e-5
+
+
+def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
+    """(B, N, D) -> (B, D, R, C)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+class PatchEmbedding(nn.Module):
+    """Patches of stride x stride pixels -> normed tokens: (B, D_in, R_in, C_in) -> (B, N, D)."""
+
+    def __init__(self, stride: int, width_in: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(width_in, width, stride, stride)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.proj(images).flatten(2).transpose(1, 2))
+
+
+class ReducedAttention(nn.Module):
+    """Attention whose keys and values come from the grid shrunk `reduction` times (PVT Sec. 3.3), fused."""
+
+    def __init__(self, width: int, num_heads: int, reduction: int, drop: float) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide a width of {width}")
+        self.num_heads, self.reduction = num_heads, reduction
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(drop)
+        if reduction > 1:
+            self.sr = nn.Conv2d(width, width, reduction, reduction)
+            self.norm = nn.LayerNorm(width)
+
+    def _reduce(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """(B, T, D) -> (B, M, D), what keys and values are made of."""
+        if self.reduction == 1:
+            return tokens
+        return self.norm(self.sr(_to_map(tokens, grid)).flatten(2).transpose(1, 2))
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        """(B, T, D) -> (B, H, T, D / H)."""
+        return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        queries = self._split(self.q(tokens))  # (B, H, T, D / H)
+        keys, values = map(self._split, self.kv(self._reduce(tokens, grid)).chunk(2, dim=-1))  # (B, H, M, D / H)
+        mixed = scaled_dot_product_attention(queries, keys, values)  # (B, H, T, D / H)
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))  # (B, T, D)
+
+    def attention_map(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """The map A of Eq. 5 that `forward` uses on `tokens`: (B, H, T, M), in float32 and without gradient.
+
+        The fused kernel gives none, so queries and keys are computed a second time here (values are not).
+        """
+        width = self.q.in_features
+        with torch.no_grad():
+            queries = self._split(self.q(tokens))
+            keys = self._split(linear(self._reduce(tokens, grid), self.kv.weight[:width], self.kv.bias[:width]))
+            with torch.autocast(tokens.device.type, enabled=False):
+                scale = queries.shape[-1] ** -0.5
+                return ((queries.float() * scale) @ keys.float().transpose(-2, -1)).softmax(dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(norm x), then x + MLP(norm x), each dropped by stochastic depth."""
+
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float, *, reduction: int, drop: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=BLOCK_EPS)
+        self.attn = ReducedAttention(width, num_heads, reduction, drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=BLOCK_EPS)
+        self.mlp = Mlp(width, int(width * mlp_ratio), drop=drop)
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), grid))
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))  # (B, T, D)
+
+
+class PyramidVisionTransformer(nn.Module):
+    """PVT v1: (B, in_chans, height, width) images of one size -> (B, num_classes) logits.
+
+    Args:
+        img_size: side, or (height, width), in pixels. Position embeddings are made for it, nothing is interpolated
+            while running. A remainder beyond 32 is cut off, as strided convolutions do.
+        patch_size: that of stage 1, which is always 4.
+        drop_rate: dropout behind position embeddings, attention and in MLPs.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 over the blocks of all stages.
+        embed_dims, num_heads, mlp_ratios, depths, sr_ratios: one value per stage; stage 4 has no reduction (1).
+
+    Raises:
+        ValueError: settings that do not make a PVT.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = STRIDES[0],
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        embed_dims: Sequence[int] = (64, 128, 320, 512),
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+    ) -> None:
+        super().__init__()
+        height, width = to_2tuple(img_size)
+        self.img_size: Grid = (height, width)
+        per_stage = embed_dims, num_heads, mlp_ratios, depths, sr_ratios
+        _check_settings(self.img_size, patch_size, per_stage)
+        strides = [math.prod(STRIDES[: stage + 1]) for stage in range(4)]
+        self.grid_sizes: list[Grid] = [(self.img_size[0] // s, self.img_size[1] // s) for s in strides]
+        self.num_classes, self.num_features = num_classes, embed_dims[-1]
+        self.grad_checkpointing = False
+        self.pos_drop = nn.Dropout(drop_rate)
+        rates = iter(index * drop_path_rate / max(sum(depths) - 1, 1) for index in range(sum(depths)))
+        dims_in = (in_chans, *embed_dims[:-1])
+        for stage, (dim, heads, ratio, depth, reduction) in enumerate(zip(*per_stage, strict=True)):
+            positions = math.prod(self.grid_sizes[stage]) + (stage == 3)
+            blocks = [
+                Block(dim, heads, ratio, reduction=reduction, drop=drop_rate, drop_path=next(rates))
+                for _ in range(depth)
+            ]
+            # The published names: patch_embed1, pos_embed1, block1, ... and no list of stages.
+            self.add_module(f"patch_embed{stage + 1}", PatchEmbedding(STRIDES[stage], dims_in[stage], dim))
+            self.register_parameter(f"pos_embed{stage + 1}", nn.Parameter(torch.zeros(1, positions, dim)))
+            self.add_module(f"block{stage + 1}", nn.ModuleList(blocks))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.num_features))
+        self.norm = nn.LayerNorm(self.num_features, eps=BLOCK_EPS)
+        self.head: nn.Module = nn.Identity()
+        self.reset_classifier(num_classes)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Linear layers, position embeddings and class token: deviation 0.02. Convolutions keep PyTorch's own."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters(recurse=False):
+            assert name == "cls_token" or name.startswith("pos_embed")
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """PVT decays its position embeddings."""
+        return {"cls_token"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward pass and compute the rest again."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new classifier for `num_classes` classes; none for 0."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        for name, parameter in self.head.named_parameters():
+            _ = nn.init.zeros_(parameter) if name == "bias" else nn.init.trunc_normal_(parameter, std=0.02)
+
+    def blocks_of(self, stage: int) -> Sequence[Block]:
+        """The blocks of stage 0 to 3."""
+        return getattr(self, f"block{stage + 1}")
+
+    def enter_stage(self, stage: int, images: Tensor) -> Tensor:
+        """The image or the feature map before stage 0 to 3 -> tokens (B, T, D) for its first block."""
+        tokens = getattr(self, f"patch_embed{stage + 1}")(images)  # (B, N, D)
+        if stage == 3:
+            tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)  # (B, 1 + N, D)
+        return self.pos_drop(tokens + getattr(self, f"pos_embed{stage + 1}"))
+
+    def run_block(self, block: Block, tokens: Tensor, grid: Grid) -> Tensor:
+        """(B, T, D) -> (B, T, D), with gradient checkpointing where that is on."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, grid, use_reentrant=False)
+        return block(tokens, grid)
+
+    def forward_to_last_block(self, images: Tensor) -> Tensor:
+        """(B, in_chans, height, width) -> (B, 1 + N, D), what the last block receives."""
+        size = tuple(images.shape[-2:])
+        torch._assert(size == self.img_size, f"images of {size} pixels, but this network was made for {self.img_size}")
+        for stage, grid in enumerate(self.grid_sizes[:-1]):
+            tokens = self.enter_stage(stage, images)  # (B, N, D)
+            for block in self.blocks_of(stage):
+                tokens = self.run_block(block, tokens, grid)
+            images = _to_map(tokens, grid)  # (B, D, R, C)
+        tokens = self.enter_stage(3, images)  # (B, 1 + N, D)
+        for block in self.blocks_of(3)[:-1]:
+            tokens = self.run_block(block, tokens, self.grid_sizes[3])
+        return tokens
+
+    def forward_last_block(self, tokens: Tensor) -> Tensor:
+        """What the last block receives -> final normed tokens (B, 1 + N, D)."""
+        return self.norm(self.run_block(self.blocks_of(3)[-1], tokens, self.grid_sizes[3]))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, in_chans, height, width) -> (B, 1 + N, D), class token first."""
+        return self.forward_last_block(self.forward_to_last_block(images))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, 1 + N, D) -> (B, K) logits, or (B, D) class tokens."""
+        return features[:, 0] if pre_logits else self.head(features[:, 0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+def _check_settings(img_size: Grid, patch_size: Any, per_stage: tuple[Sequence[float], ...]) -> None:
+    if tuple(to_2tuple(patch_size)) != (STRIDES[0], STRIDES[0]):
+        raise ValueError(f"PVT's patches are fixed (strides {STRIDES}): patch_size can only be {STRIDES[0]}")
+    if min(img_size) < math.prod(STRIDES):
+        raise ValueError(f"images of {img_size} pixels are smaller than one final token of {math.prod(STRIDES)}")
+    if any(len(values) != 4 for values in per_stage):
+        raise ValueError("embed_dims, num_heads, mlp_ratios, depths and sr_ratios need one value for each of 4 stages")
+    *_, depths, reductions = per_stage
+    if depths[3] < 1 or reductions[3] != 1:
+        raise ValueError("stage 4 needs at least one block and no reduction (1): it holds the class token")
+
+
+class PVT(ImageModel):
+    """PVT as SMMix reads it: the attention of stage 4's last block over image tokens only (the class token is cut)."""
+
+    network: PyramidVisionTransformer
+
+    def __init__(self, network: PyramidVisionTransformer, separate_region_head: bool = False) -> None:
+        super().__init__(network, network.num_features, network.num_classes, separate_region_head)
+
+    @property
+    def grid_size(self) -> Grid:
+        return self.network.grid_sizes[-1]
+
+    @property
+    def patch_size(self) -> Grid:
+        return math.prod(STRIDES), math.prod(STRIDES)
+
+    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+        network, score = self.network, None
+        tokens = network.forward_to_last_block(images)  # (B, 1 + N, D)
+        if need_attention:
+            last = network.blocks_of(3)[-1]
+            attention = last.attn.attention_map(last.norm1(tokens), self.grid_size)  # (B, H, 1 + N, 1 + N)
+            score = image_attention_score(attention, num_prefix_tokens=1)  # (B, N)
+        return network.forward_last_block(tokens), score
+
+    def image_tokens(self, features: Tensor) -> Tensor:
+        return features[:, 1:]
+
+    def head(self, features: Tensor) -> tuple[Tensor, None]:
+        return self.network.forward_head(features), None
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        return self.network.head(pooled)
+
+    def resize_weights(
+        self, weights: Mapping[str, Tensor], old_grid: Grid | None
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        new, notes = dict(weights), []
+        for stage, grid in enumerate(self.network.grid_sizes):
+            key, scale = f"pos_embed{stage + 1}", 2 ** (3 - stage)
+            if (positions := new.get(key)) is None or positions.ndim != 3:
+                continue
+            # Each stage from its own old grid to its own new one: counts of different stages may coincide.
+            old = None if old_grid is None else (old_grid[0] * scale, old_grid[1] * scale)
+            new[key] = _resize(positions, old, grid, num_prefix_tokens=int(stage == 3))
+            if new[key] is not positions:
+                notes.append(f"{key} resized from {tuple(positions.shape)} to {tuple(new[key].shape)}")
+        return new, notes
+
+
+def _resize(positions: Tensor, old_grid: Grid | None, grid: Grid, num_prefix_tokens: int) -> Tensor:
+    """(1, prefix + N_old, D) -> (1, prefix + N, D), bilinear as PVT does it; the same tensor if nothing is to do."""
+    count = positions.shape[1] - num_prefix_tokens
+    if old_grid is None:
+        side = math.isqrt(max(count, 0))
+        old_grid = grid if count == math.prod(grid) else (side, side)
+    if old_grid == grid or count != math.prod(old_grid):
+        return positions
+    with torch.no_grad():
+        return resample_abs_pos_embed(
+            positions, list(grid), list(old_grid), num_prefix_tokens, interpolation="bilinear", antialias=False
+        )
+
+
+# Registered with timm, so that `timm.create_model` finds them too.
+
+
+def _pvt(depths: Sequence[int], pretrained: bool, kwargs: dict[str, Any]) -> PyramidVisionTransformer:
+    if pretrained:
+        raise ValueError("there are no weights of PVT v1 to download by name: load a file of them instead")
+    unused = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # timm passes these
+    given = {name: value for name, value in kwargs.items() if name not in unused}
+    return PyramidVisionTransformer(**{"depths": depths, **given})
+
+
+@register_model
+def pvt_tiny(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
+    return _pvt((2, 2, 2, 2), pretrained, kwargs)
+
+
+@register_model
+def pvt_small(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
+    return _pvt((3, 4, 6, 3), pretrained, kwargs)
+
+
+@register_model
+def pvt_medium(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
+    return _pvt((3, 4, 18, 3), pretrained, kwargs)
+
+
+@register_model
+def pvt_large(pretrained: bool = False, **kwargs: Any) -> PyramidVisionTransformer:
+    return _pvt((3, 8, 27, 3), pretrained, kwargs)

@@ -1,0 +1,201 @@
+"""Swin (version 1) through timm's own class: attention inside windows, tokens merged from stage to stage.
+
+"Last block" is the last one of the last stage. Where one window covers its grid, as at 224 pixels, its map is Eq. 5's.
+Elsewhere there is no map over all tokens: each token's score is then read in its own window, from the queries of that
+window. Windows are comparable: where attention is equal, it scores 1 / (tokens per window) in each of them. So these
+scores sum to the number of windows, not to one; which region is picked does not depend on a common factor. Knows no
+mixer and no loss.
+
+Paper: Swin Transformer (arXiv 2103.14030).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from timm.layers import PatchEmbed, resize_rel_pos_bias_table
+from timm.models.swin_transformer import (
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    WindowAttention,
+    window_partition,
+    window_reverse,
+)
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from models.interface import ImageModel
+
+TABLE = "relative_position_bias_table"
+BUFFERS = ("relative_position_index", "attn_mask")  # in official files; timm computes them and does not save them
+
+
+class Swin(ImageModel):
+    """Any timm `SwinTransformer` that predicts from the mean of its tokens.
+
+    Raises:
+        ValueError: it predicts from something else.
+    """
+
+    network: SwinTransformer
+
+    def __init__(self, network: SwinTransformer, separate_region_head: bool = False) -> None:
+        if network.global_pool != "avg":
+            raise ValueError(f"global_pool is {network.global_pool!r}, and regions are classified by their mean token")
+        super().__init__(network, network.num_features, network.num_classes, separate_region_head)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """That of the last stage. A size which timm would pad on the way there gives fewer rows than timm's."""
+        height, width = cast(tuple[int, int], cast(PatchEmbed, self.network.patch_embed).img_size)
+        return height // self.patch_size[0], width // self.patch_size[1]
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        height, width = cast(PatchEmbed, self.network.patch_embed).patch_size
+        merged = 2 ** (len(self.network.layers) - 1)  # each stage after the first halves the grid
+        return height * merged, width * merged
+
+    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+        network = self.network
+        if not need_attention:
+            return network.forward_features(images), None  # (B, R, C, D)
+        tokens = network.patch_embed(images)
+        for stage in network.layers[:-1]:
+            tokens = stage(tokens)
+        final = cast(SwinTransformerStage, network.layers[-1])
+        tokens = final.downsample(tokens)  # (B, R, C, D)
+        for block in final.blocks[:-1]:
+            tokens = block(tokens)
+        last = cast(SwinTransformerBlock, final.blocks[-1])
+        score = window_score(last, last.norm1(tokens))  # (B, N)
+        return network.norm(last(tokens)), score
+
+    def image_tokens(self, features: Tensor) -> Tensor:
+        return features.flatten(1, 2)
+
+    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.network.forward_head(features), None
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        head = self.network.head
+        return head.fc(head.drop(pooled))
+
+    def resize_weights(
+        self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        new, notes = from_official_names(weights)
+        for name, layer in self.network.named_modules():
+            table = new.get(f"{name}.{TABLE}")
+            if not isinstance(layer, WindowAttention) or table is None or table.ndim != 2:
+                continue
+            window = layer.window_size
+            if len(table) == (2 * window[0] - 1) * (2 * window[1] - 1) and old_grid in (None, self.grid_size):
+                continue
+            merged = 2 ** (len(self.network.layers) - 1 - int(name.split(".")[1]))  # name: layers.<stage>.blocks. ...
+            old_window = window_of(len(table), old_grid and (old_grid[0] * merged, old_grid[1] * merged))
+            if old_window is not None and old_window != window:
+                new[f"{name}.{TABLE}"] = resize_table(table, old_window, window)
+                notes.append(f"{name}.{TABLE} resized from window {old_window} to {window}")
+        return new, notes
+
+
+def window_score(block: SwinTransformerBlock, tokens: Tensor) -> Tensor:
+    """How much attention each token receives, averaged over heads and the queries of its own window (Eq. 6).
+
+    Tokens that timm pads with are no queries; what they receive is left out without renormalising.
+
+    Args:
+        tokens: (B, R, C, D), what the attention of the block receives.
+
+    Returns:
+        (B, N) float32, row-major over the grid, no gradient.
+    """
+    batch, rows, columns, _ = tokens.shape
+    size, (down, right) = block.window_size, block.shift_size
+    padding = (0, 0, 0, -columns % size[1], 0, -rows % size[0])
+    shifted = pad(torch.roll(tokens, (-down, -right), dims=(1, 2)), padding)  # first shifted, then padded: as timm does
+    mask = block.get_attn_mask(shifted) if block.dynamic_mask else cast(Tensor | None, block.attn_mask)  # (W, A, A)
+    attention = window_attention_map(block.attn, window_partition(shifted, size).flatten(1, 2), mask)  # (B W, H, A, A)
+
+    grid = shifted.shape[1:3]
+    is_query = window_partition(pad(attention.new_ones(1, rows, columns, 1), padding), size).flatten(1)  # (W, A)
+    weights = (is_query / is_query.sum(dim=1, keepdim=True)).repeat(batch, 1)  # (B W, A): of a mean over queries
+    received = (attention.mean(dim=1) * weights[:, :, None]).sum(dim=1)  # (B W, A); a product would be autocast
+    score = window_reverse(received.unflatten(1, size).unsqueeze(3), size, *grid)[:, :rows, :columns]  # (B, R, C, 1)
+    return torch.roll(score, (down, right), dims=(1, 2)).flatten(1)
+
+
+def window_attention_map(attention: WindowAttention, windows: Tensor, mask: Tensor | None) -> Tensor:
+    """The map that a window attention layer would use, in float32 and without gradient.
+
+    Args:
+        windows: (B W, A, D), what the layer itself receives: W windows of A tokens from each image.
+        mask: (W, A, A), added before the softmax: keeps apart what only the shift made neighbours.
+
+    Returns:
+        (B W, H, A, A), rows (queries) sum to one.
+    """
+    width = attention.qkv.out_features // 3 * 2  # of queries and keys
+    weight, bias = attention.qkv.weight[:width], attention.qkv.bias
+    with torch.no_grad():
+        queries_keys = linear(windows, weight, None if bias is None else bias[:width])
+        queries_keys = queries_keys.unflatten(2, (2, attention.num_heads, -1))  # (B W, A, 2, H, D / H)
+        queries, keys = queries_keys.permute(2, 0, 3, 1, 4)  # (B W, H, A, D / H)
+        with torch.autocast(windows.device.type, enabled=False):
+            similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B W, H, A, A)
+            similarity = similarity + attention._get_rel_pos_bias().float()
+            if mask is not None:
+                masks = mask.float().repeat(len(windows) // len(mask), 1, 1)  # (B W, A, A)
+                similarity = similarity + masks[:, None]
+            return similarity.softmax(dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+def from_official_names(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights under timm's names, and a note for each rule that was applied. timm's own come back as they are.
+
+    Microsoft's files merge tokens at the end of a stage, timm at the start of the next one.
+    """
+    new = {key: value for key, value in weights.items() if not key.endswith(BUFFERS)}
+    notes = []
+    for buffer in BUFFERS:
+        count = sum(key.endswith(buffer) for key in weights)
+        if count:
+            notes.append(f"{buffer} dropped from {count} places: the network computes it")
+    if "layers.0.downsample.reduction.weight" in new:  # timm's first stage has nothing to merge
+        new = {re.sub(r"^layers\.(\d+)\.downsample\.", _next_stage, key): value for key, value in new.items()}
+        new = {re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key): value for key, value in new.items()}
+        notes.append("layers.<i>.downsample renamed to layers.<i + 1>.downsample, head to head.fc: timm's names")
+    return new, notes
+
+
+def _next_stage(found: re.Match[str]) -> str:
+    return f"layers.{int(found[1]) + 1}.downsample."
+
+
+def window_of(entries: int, grid: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The window behind a table of relative positions: a square one, cut to its stage's grid if that is known."""
+    rows, columns = grid or (0, 0)
+    for side in range(1, max(rows, columns) + 1):
+        window = min(side, rows), min(side, columns)
+        if (2 * window[0] - 1) * (2 * window[1] - 1) == entries:
+            return window
+    side = (math.isqrt(entries) + 1) // 2
+    return (side, side) if (2 * side - 1) ** 2 == entries else None
+
+
+def resize_table(table: Tensor, old_window: tuple[int, int], window: tuple[int, int]) -> Tensor:
+    """A table of relative positions (entries, H) for another window, by timm's rule: near offsets keep their values."""
+    heads = table.shape[1]
+    old_size, size = ((2 * side[0] - 1, 2 * side[1] - 1) for side in (old_window, window))
+    grid = table.T.reshape(heads, *old_size)  # a flat table, older releases of timm take for that of a square window
+    resized = resize_rel_pos_bias_table(grid, new_window_size=window, new_bias_shape=(heads, *size))
+    return resized.reshape(heads, -1).T.contiguous()

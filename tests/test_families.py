@@ -1,0 +1,122 @@
+"""One contract over every family: SMMix and Mixup steps teach every parameter, and the guide leaves no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+import engine
+import optim
+import utils
+from logs import Meters
+from losses import SMMixLoss
+from mixers.build import build_mixer
+from mixers.switch import Choice, Switch
+from models.build import FAMILIES, build_model, use_grad_checkpointing
+from smmix import VARIANTS
+
+CPU = utils.Processes(0, 1, torch.device("cpu"))
+CLASSES, SIDE = 5, 64
+
+# A tiny member of each family: name and keywords. 2 x 2 tokens or more at 64 pixels.
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "VisionTransformer": ("deit_tiny_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
+    "VisionTransformerDistilled": ("deit_tiny_distilled_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
+    "Cait": ("cait_xxs24_224", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
+    "PyramidVisionTransformer": (
+        "pvt_tiny", {"embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1)},
+    ),
+    "SwinTransformer": (
+        "swin_tiny_patch4_window7_224", {"embed_dim": 8, "depths": (1, 1, 1, 2), "num_heads": (1, 1, 2, 2)},
+    ),
+}  # fmt: skip
+
+
+def make_training(family: str, variant: str) -> engine.Training:
+    name, settings = TINY[family]
+    utils.seed_globals("init", 0)
+    separate = VARIANTS[variant].region_head == "separate"
+    model = build_model(name, CLASSES, input_size=(SIDE, SIDE), separate_region_head=separate, **settings)
+    autocast = engine.make_autocast(CPU.device, "none")
+    mixer = build_mixer(
+        "smmix", CLASSES, model.grid_size, smoothing=0.1, variant=VARIANTS[variant], side_ratio=(0.25, 0.75),
+        mixup_alpha=0.8, cutmix_alpha=1.0, cutmix_minmax=None, mixup_prob=1.0, switch_prob=0.5, mode="batch",
+    )  # fmt: skip
+    return engine.Training(
+        module=model, model=model, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
+        optimizer=optim.make_optimizer(model, {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05}),
+        scaler=engine.make_scaler(CPU.device, "none"), autocast=autocast, processes=CPU,
+    )  # fmt: skip
+
+
+def batch_of(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(4, 3, SIDE, SIDE, generator=generator), torch.arange(4), torch.arange(4)
+
+
+def test_every_family_is_in_this_contract() -> None:
+    covered: set[Any] = set()
+    for name, _ in TINY.values():
+        with torch.device("meta"):
+            network = timm.create_model(name)
+        covered.update(family.kind for family in FAMILIES if isinstance(network, family.kind))
+    assert covered == {family.kind for family in FAMILIES}
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("family", TINY)
+def test_two_steps_reach_every_parameter(family: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = iter([True, False])
+    monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, next(choices)))
+    training = make_training(family, variant)
+    training.model.train()
+    idle: list[str] = []
+    training.optimizer.register_step_pre_hook(
+        lambda *args: idle.extend(name for name, p in training.module.named_parameters() if p.grad is None)
+    )
+    before = [p.detach().clone() for p in training.module.parameters()]
+    for step in range(2):
+        engine.train_step(training, [batch_of(step)], step, meters := Meters())
+        assert all(torch.isfinite(torch.tensor(value)) for value in meters.read().values())
+    assert idle == []
+    moved = [not torch.equal(old, new) for old, new in zip(before, training.module.parameters(), strict=True)]
+    assert all(moved)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_recomputed_activations_give_the_same_gradients(family: str) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = make_training(family, "paper").module.train()
+        for module in model.modules():
+            if hasattr(module, "drop_prob"):
+                setattr(module, "drop_prob", 0.0)  # noqa: B010, mypy does not know it
+        if recompute:
+            use_grad_checkpointing(model, family)
+        mask = torch.arange(model.grid_size[0] * model.grid_size[1]).expand(4, -1) < 2
+        output = model(batch_of(0)[0], mask)
+        assert output.region_logits is not None
+        (output.logits.square().sum() + output.region_logits.square().sum()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_score_is_asked_for_without_changing_the_prediction(family: str) -> None:
+    model = make_training(family, "paper").module.eval()
+    images = batch_of(1)[0]
+    with torch.no_grad():
+        plain, scored, network = model(images), model(images, need_attention=True), model.network(images)
+    torch.testing.assert_close(plain.logits, network, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scored.logits, network, atol=1e-5, rtol=1e-5)
+    rows, columns = model.grid_size
+    assert scored.image_attention is not None
+    assert scored.image_attention.shape == (4, rows * columns)
+    assert scored.image_attention.dtype == torch.float32
+    assert (scored.image_attention >= 0).all()
+    assert plain.image_attention is None
+    assert plain.tokens.shape[:2] == (4, rows * columns)

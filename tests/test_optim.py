@@ -1,0 +1,73 @@
+"""Learning rates by update, as Swin trains, and going on in the middle of either kind of schedule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from timm.optim import optimizer_kwargs
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+
+import main
+import optim
+import utils
+from options import get_args_parser
+
+EPOCHS, STEPS, WARMUP = 6, 4, 2
+PEAK, LOW, END = 1e-3, 1e-6, 1e-5
+BY_UPDATE = f"--epochs {EPOCHS} --warmup-epochs {WARMUP} --sched-on-updates --lr {PEAK}"
+
+
+def rates(line: str, done_epochs: int = 0) -> list[float]:
+    """The rate of each update from `done_epochs` on, stepped as `main.py` and `engine.py` do."""
+    args = get_args_parser().parse_args(line.split())
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
+    schedule = optim.Schedule(optimizer, scheduler_kwargs(args), STEPS, done_epochs)
+    seen = []
+    for epoch in range(done_epochs, args.epochs):
+        for step in range(epoch * STEPS, (epoch + 1) * STEPS):
+            seen.append(float(optimizer.param_groups[0]["lr"]))
+            schedule.after_update(step)
+        schedule.after_epoch(epoch)
+    return seen
+
+
+def test_by_update_the_rate_is_warmup_then_cosine_one_update_late() -> None:
+    def at(update: int) -> float:
+        if update < WARMUP * STEPS:
+            return LOW + update * (PEAK - LOW) / (WARMUP * STEPS)
+        return END + (PEAK - END) * (1 + math.cos(math.pi * update / (EPOCHS * STEPS))) / 2
+
+    expected = [LOW] + [at(update) for update in range(EPOCHS * STEPS - 1)]
+    assert rates(BY_UPDATE) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("line", [BY_UPDATE, BY_UPDATE.replace("--sched-on-updates", "")])
+@pytest.mark.parametrize("done", [1, 3, 5])
+def test_going_on_continues_the_sequence(line: str, done: int) -> None:
+    assert [rate.hex() for rate in rates(line, done)] == [rate.hex() for rate in rates(line)[done * STEPS :]]
+
+
+def test_the_whole_schedule_scales_when_asked() -> None:
+    processes = utils.Processes(0, 8, torch.device("cpu"))
+    line = "--batch-size 128 --warmup-lr 5e-7 --min-lr 5e-6 --scale-schedule"
+    args = get_args_parser().parse_args(line.split())
+    settings = main.schedule_settings(args, processes)
+    assert (settings["warmup_lr"], settings["min_lr"]) == pytest.approx((1e-6, 1e-5))
+    assert main.peak_rate(args, processes) == pytest.approx(1e-3)
+    args.scale_schedule = False
+    assert main.schedule_settings(args, processes)["min_lr"] == pytest.approx(5e-6)
+
+
+def test_swins_tables_and_one_dimensional_parameters_are_not_decayed() -> None:
+    """Weight decay is split by dimension, by `.bias`, and by the model's own list."""
+    model = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(4), "linear": torch.nn.Linear(4, 4)})
+    model.no_weight_decay = lambda: {"linear.weight"}  # type: ignore[assignment]
+    args = get_args_parser().parse_args([])
+    groups = optim.make_optimizer(model, optimizer_kwargs(args)).param_groups
+    assert all(group["weight_decay"] == 0 for group in groups)
+    model.no_weight_decay = set  # type: ignore[assignment]
+    decayed = [p for group in optim.make_optimizer(model, optimizer_kwargs(args)).param_groups
+               if group["weight_decay"] > 0 for p in group["params"]]  # fmt: skip
+    assert [tuple(p.shape) for p in decayed] == [(4, 4)]
