@@ -104,7 +104,9 @@ def _add_data(parser: Parser) -> None:
 def _add_model(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="deit_base_patch16_224", help="timm's name")
-    group.add_argument("--list-models", action="store_true", help="print every model that trains, and stop")
+    group.add_argument(
+        "--list-models", action="store_true", help="print every model that trains (builds each: a minute or two)"
+    )
     group.add_argument("--patch-size", type=int, help="side of a patch in pixels; default: the model's own")
     group.add_argument("--drop", default=0.0, type=float, help="dropout")
     group.add_argument("--drop-path", default=0.1, type=float, help="stochastic depth")

@@ -8,18 +8,33 @@ from typing import Any, NamedTuple, cast
 
 import timm
 import torch
+from timm.models.beit import Beit
 from timm.models.cait import Cait
+from timm.models.convnext import ConvNeXt
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.maxxvit import MaxxVit
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.twins import Twins
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from checkpoints import load_checkpoint, load_strictly, pick_weights
+from models.beit import BEiT
 from models.cait import CaiT
+from models.convnet import ConvNet
 from models.deit import PlainViT, init_like_deit
+from models.eva import EVA
 from models.interface import ImageModel
+from models.maxvit import MaxViT
 from models.pvt import PVT, PyramidVisionTransformer
+from models.pvt_v2 import PVTv2
 from models.swin import Swin
+from models.swin_v2 import SwinV2
+from models.twins import TwinsModel
 from utils import InputError, as_pair
 
 # The released research code's names for the same networks.
@@ -33,8 +48,10 @@ class Family(NamedTuple):
     wrapper: Callable[..., ImageModel]  # how SMMix reads it
     modules: tuple[str, ...]  # timm's modules whose names build it
     score: str  # what its attention score means
+    sized: bool = True  # the class itself is built for an input size; otherwise the wrapper is told
 
 
+ENERGY = "an extension beyond the paper: each cell's share in the energy of the final feature map, no attention"
 FAMILIES = (
     Family(
         VisionTransformer, PlainViT, ("vision_transformer", "deit"),
@@ -51,7 +68,30 @@ FAMILIES = (
         SwinTransformer, Swin, ("swin_transformer",),
         "the last block's map; with several windows, each token's mean over the queries of its own window",
     ),
+    Family(
+        Beit, BEiT, ("beit",), "the last block's map with its relative position biases, class token cut",
+    ),
+    Family(
+        Eva, EVA, ("eva",), "the last block's map after the rotary embedding, class and register tokens cut",
+    ),
+    Family(
+        SwinTransformerV2, SwinV2, ("swin_transformer_v2",),
+        "the last block's cosine map; with several windows, each token's mean over its own, over their number",
+    ),
+    Family(
+        PyramidVisionTransformerV2, PVTv2, ("pvt_v2",),
+        "the last block's map; where keys are reduced, each one's score is shared by its cells", sized=False,
+    ),
+    Family(Twins, TwinsModel, ("twins",), "the map of the last global attention"),
+    Family(
+        MaxxVit, MaxViT, ("maxxvit",), "MaxViT: the last grid attention's map; CoAtNet: its global attention's",
+    ),
+    Family(ConvNeXt, ConvNet, ("convnext",), ENERGY, sized=False),
+    Family(ResNet, ConvNet, ("resnet", "res2net", "resnest", "sknet"), ENERGY, sized=False),
 )  # fmt: skip
+
+# Families without such a score, for the refusal.
+NO_SCORE = {"Xcit": "its attention runs across channels, so no token receives a score"}
 
 
 def build_model(
@@ -80,8 +120,11 @@ def build_model(
     if not timm.is_model(name):
         raise InputError(f"--model {name}: no such model; {_near_misses(name)}")
     entry = timm.model_entrypoint(name)
-    if input_size is not None:
+    sized = all(family.sized for family in FAMILIES if entry.__module__.rsplit(".")[-1] in family.modules)
+    if input_size is not None and sized:
         overrides["img_size"] = input_size
+    if patch_size is not None and not sized:
+        raise InputError(f"--patch-size {patch_size}: {name} has none to choose; leave the flag out")
     if patch_size is not None:
         overrides["patch_size"] = patch_size
     try:
@@ -91,9 +134,10 @@ def build_model(
             _wrapper_of(entry(), name)  # a family that SMMix cannot read may not know these settings: say that first
         raise InputError(f"--model {name}: timm cannot build it with these settings: {error}") from error
     try:
-        model = _wrapper_of(network, name)(network, separate_region_head)
+        told = {} if sized else {"input_size": input_size}
+        model = _wrapper_of(network, name)(network, separate_region_head, **told)
     except ValueError as error:
-        raise InputError(f"--model {name} gives no attention score: {error}") from error
+        raise InputError(f"--model {name} cannot be trained with SMMix: {error}") from error
     _check_grid(model, name, input_size)
     if name.startswith("deit_"):
         init_like_deit(network)
@@ -104,9 +148,10 @@ def _wrapper_of(network: nn.Module, name: str) -> Callable[..., ImageModel]:
     for family in FAMILIES:
         if isinstance(network, family.kind):
             return family.wrapper
-    supported = ", ".join(family.kind.__name__ for family in FAMILIES)
+    kind, supported = type(network).__name__, ", ".join(family.kind.__name__ for family in FAMILIES)
+    reason = f" ({NO_SCORE[kind]})" if kind in NO_SCORE else ""
     raise InputError(
-        f"--model {name}: a {type(network).__name__} has no attention score that SMMix can read; "
+        f"--model {name}: a {kind} has no attention score that SMMix can read{reason}; "
         f"supported are {supported}: see --list-models"
     )
 
@@ -275,7 +320,7 @@ def adapt_weights(
     """
     own = plain_weights(model)
     adapted, notes = model.resize_weights(weights, old_grid)
-    for head in ("head", "head.fc", "head_dist", "token_head") if fresh_heads else ():
+    for head in ("head", "head.fc", "fc", "head_dist", "token_head") if fresh_heads else ():
         for key in (f"{head}.weight", f"{head}.bias"):
             if key in adapted and key not in own:
                 del adapted[key]

@@ -2,9 +2,9 @@
 
 "Last block" is the last one of the last stage. Where one window covers its grid, as at 224 pixels, its map is Eq. 5's.
 Elsewhere there is no map over all tokens: each token's score is then read in its own window, from the queries of that
-window. Windows are comparable: where attention is equal, it scores 1 / (tokens per window) in each of them. So these
-scores sum to the number of windows, not to one; which region is picked does not depend on a common factor. Knows no
-mixer and no loss.
+window. Windows are comparable: where attention is equal, it scores 1 / (tokens per window) in each of them. So, where
+nothing is padded, the scores sum to the number of windows, not to one; a common factor does not change which region is
+picked. Knows no mixer and no loss.
 
 Paper: Swin Transformer (arXiv 2103.14030).
 """

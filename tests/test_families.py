@@ -33,6 +33,20 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "SwinTransformer": (
         "swin_tiny_patch4_window7_224", {"embed_dim": 8, "depths": (1, 1, 1, 2), "num_heads": (1, 1, 2, 2)},
     ),
+    "Beit": ("beit_base_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
+    "Eva": ("eva02_tiny_patch14_224", {"patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3}),
+    "SwinTransformerV2": (
+        "swinv2_tiny_window8_256", {"embed_dim": 8, "depths": (1, 1, 1, 2), "num_heads": (1, 1, 2, 2)},
+    ),
+    "PyramidVisionTransformerV2": (
+        "pvt_v2_b0", {"embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1)},
+    ),
+    "Twins": (
+        "twins_pcpvt_small", {"embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1)},
+    ),
+    "MaxxVit": ("test_maxvit", {}),
+    "ConvNeXt": ("test_convnext", {}),
+    "ResNet": ("test_resnet", {}),
 }  # fmt: skip
 
 
@@ -87,7 +101,12 @@ def test_two_steps_reach_every_parameter(family: str, variant: str, monkeypatch:
     assert all(moved)
 
 
-@pytest.mark.parametrize("family", TINY)
+def test_a_family_without_checkpointing_says_so() -> None:
+    with pytest.raises(utils.InputError, match=r"--grad-checkpointing: Twins does not offer it"):
+        use_grad_checkpointing(make_training("Twins", "paper").module, "Twins")
+
+
+@pytest.mark.parametrize("family", [family for family in TINY if family != "Twins"])
 def test_recomputed_activations_give_the_same_gradients(family: str) -> None:
     gradients = []
     for recompute in (False, True):

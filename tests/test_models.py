@@ -379,7 +379,7 @@ def test_a_network_without_attention_is_refused_with_the_reason(settings: dict[s
     [("vit_small_patch16_18x2_224", "ModuleList|Parallel"), ("vit_dpwee_patch16_reg1_gap_256", "Diff")],
 )
 def test_unreadable_attention_is_refused_with_the_reason(name: str, kind: str) -> None:
-    with pytest.raises(InputError, match=rf"--model {name} gives no attention score.*({kind})"):
+    with pytest.raises(InputError, match=rf"--model {name} cannot be trained with SMMix.*({kind})"):
         build_model(name, 7, **TINY)
 
 

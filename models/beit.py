@@ -1,0 +1,142 @@
+"""BEiT and BEiT v2 through timm's own class: a plain vision transformer with relative position biases.
+
+"Last block" is `blocks[-1]`; its biases, its own and those shared by all blocks, are part of the map. The class token's
+row and column are cut. Members that predict from the mean have no norm before it: their tokens are the last block's,
+and `fc_norm` belongs to the classifier. Knows no mixer and no loss.
+
+Papers: BEiT (arXiv 2106.08254), BEiT v2 (arXiv 2208.06366).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from timm.layers import resample_patch_embed, resize_rel_pos_bias_table
+from timm.models.beit import Beit, Block
+from torch import Tensor
+from torch.nn.functional import linear
+
+from models.blocks import resize_positions
+from models.interface import ImageModel, image_attention_score
+
+TABLE = "relative_position_bias_table"
+INDEX = "relative_position_index"  # timm computes it; official files have it
+EXTRA = 3  # entries at a table's end: class token to image token, image to class, class to class
+
+
+class BEiT(ImageModel):
+    """Any timm `Beit`.
+
+    Raises:
+        ValueError: it does not pool its tokens, so it gives no prediction for an image.
+    """
+
+    network: Beit
+
+    def __init__(self, network: Beit, separate_region_head: bool = False) -> None:
+        if not network.global_pool:
+            raise ValueError("it has no pooling (global_pool is empty)")
+        super().__init__(network, network.embed_dim, network.num_classes, separate_region_head)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        return self.network.patch_embed.grid_size
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.network.patch_embed.patch_size
+
+    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+        network = self.network
+        if not need_attention:
+            return network.forward_features(images), None  # (B, 1 + N, D)
+        tokens = network.patch_embed(images)  # (B, N, D)
+        tokens = torch.cat((network.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        if network.pos_embed is not None:
+            tokens = tokens + network.pos_embed
+        tokens = network.pos_drop(tokens)
+        shared = network.rel_pos_bias() if network.rel_pos_bias is not None else None  # (H, 1 + N, 1 + N)
+        for block in network.blocks[:-1]:
+            tokens = block(tokens, shared_rel_pos_bias=shared)
+        last = cast(Block, network.blocks[-1])
+        attention = biased_attention_map(last.attn, last.norm1(tokens), shared)  # (B, H, 1 + N, 1 + N)
+        score = image_attention_score(attention, network.num_prefix_tokens)  # (B, N)
+        return network.norm(last(tokens, shared_rel_pos_bias=shared)), score
+
+    def image_tokens(self, features: Tensor) -> Tensor:
+        return features[:, self.network.num_prefix_tokens :]
+
+    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.network.forward_head(features), None
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        network = self.network
+        return network.head(network.head_drop(network.fc_norm(pooled)))
+
+    def resize_weights(
+        self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        own = self.network.state_dict()
+        new = {key: value for key, value in weights.items() if not key.endswith(INDEX)}
+        new.update({key: value for key, value in own.items() if key.endswith(INDEX)})  # older releases save them
+        notes = [f"{key} dropped: the network computes it" for key in weights if key not in new]
+        for key, value in new.items():
+            if key == "pos_embed":
+                new[key] = resize_positions(value, self.grid_size, self.network.num_prefix_tokens, old_grid)
+            elif key == "patch_embed.proj.weight" and value.ndim == 4 and value.shape[2:] != self.patch_size:
+                new[key] = resample_patch_embed(value, list(self.patch_size))
+            elif key.endswith(TABLE) and value.ndim == 2:
+                new[key] = resize_table(value, self.grid_size, old_grid)
+            if new[key] is not value:
+                notes.append(f"{key} resized from {tuple(value.shape)} to {tuple(new[key].shape)}")
+        return new, notes
+
+
+def biased_attention_map(attention: Any, tokens: Tensor, shared_bias: Tensor | None) -> Tensor:
+    """The map A of Eq. 5 that a BEiT layer would use on `tokens`, in float32 and without gradient.
+
+    Queries and keys are computed a second time here (values are not).
+
+    Args:
+        attention: timm's `Attention` of this family.
+        tokens: (B, T, D), what the layer itself receives.
+        shared_bias: (H, T, T), what all layers add before the softmax.
+
+    Returns:
+        (B, H, T, T), rows (queries) sum to one.
+    """
+    width = attention.qkv.out_features // 3 * 2  # of queries and keys
+    with torch.no_grad():
+        bias = None if attention.q_bias is None else torch.cat((attention.q_bias, attention.k_bias))
+        queries_keys = linear(tokens, attention.qkv.weight[:width], bias).unflatten(2, (2, attention.num_heads, -1))
+        queries, keys = queries_keys.permute(2, 0, 3, 1, 4)  # (B, H, T, D / H) each
+        with torch.autocast(tokens.device.type, enabled=False):
+            similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B, H, T, T)
+            if attention.relative_position_bias_table is not None:
+                similarity = similarity + attention._get_rel_pos_bias().float()
+            if shared_bias is not None:
+                similarity = similarity + shared_bias.float()
+            return similarity.softmax(dim=-1)
+
+
+def resize_table(table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int] | None) -> Tensor:
+    """A table of relative positions (entries, H) for another grid, by timm's rule; the same tensor if nothing is to do.
+
+    Args:
+        old_grid: the grid it belongs to. If absent: this one if the count fits, else a square.
+    """
+    near, extra = table[:-EXTRA], table[-EXTRA:]
+    size = 2 * grid[0] - 1, 2 * grid[1] - 1
+    if old_grid is None:
+        side = (math.isqrt(len(near)) + 1) // 2
+        old_grid = grid if len(near) == math.prod(size) else (side, side)
+    old_size = 2 * old_grid[0] - 1, 2 * old_grid[1] - 1
+    if old_grid == grid or len(near) != math.prod(old_size):
+        return table
+    heads = table.shape[1]
+    square = near.T.reshape(heads, *old_size)  # in this shape all supported releases take grids that are not square
+    resized = resize_rel_pos_bias_table(square, new_window_size=grid, new_bias_shape=(heads, *size))
+    return torch.cat((resized.reshape(heads, -1).T, extra))

@@ -1,0 +1,134 @@
+"""EVA, EVA-02 and further plain transformers of timm's `Eva` class, most of them with rotary position embeddings.
+
+"Last block" is `blocks[-1]`; queries and keys are turned by its rotary embedding before they are compared. Rows and
+columns of class and register tokens are cut. Where `fc_norm` comes after the mean it belongs to the classifier, and
+the tokens are the last block's. Knows no mixer and no loss.
+
+Papers: EVA (arXiv 2211.07636), EVA-02 (arXiv 2303.11331).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.layers import apply_rot_embed_cat, resample_patch_embed
+from timm.models.eva import Eva, EvaBlock
+from torch import Tensor
+from torch.nn.functional import linear
+
+from models.blocks import resize_positions
+from models.interface import ImageModel, image_attention_score
+
+
+class EVA(ImageModel):
+    """Any timm `Eva` that pools its tokens and keeps all of them.
+
+    Raises:
+        ValueError: it drops patches while training, or gives no prediction for an image.
+    """
+
+    network: Eva
+
+    def __init__(self, network: Eva, separate_region_head: bool = False) -> None:
+        if not network.global_pool:
+            raise ValueError("it has no pooling (global_pool is empty)")
+        if network.patch_drop is not None:
+            raise ValueError("it drops patches while training (patch_drop_rate), so regions lose their tokens")
+        super().__init__(network, network.embed_dim, network.num_classes, separate_region_head)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        return self.network.patch_embed.grid_size
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.network.patch_embed.patch_size
+
+    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+        network = self.network
+        if not need_attention:
+            return network.forward_features(images), None  # (B, T, D)
+        tokens, rotation = network._pos_embed(network.patch_embed(images))  # (B, T, D), (N, 2 D / H)
+        if getattr(network, "norm_pre", None) is not None:  # not in timm's older releases
+            tokens = network.norm_pre(tokens)
+        own = getattr(network, "rope_mixed", False) and rotation is not None  # a rotation for each block and head
+        rotations: Any = rotation if own else [rotation] * len(network.blocks)
+        for block, turn in zip(network.blocks[:-1], rotations, strict=False):
+            tokens = block(tokens, rope=turn)
+        last: Any = network.blocks[-1]
+        seen = last.norm1(tokens) if isinstance(last, EvaBlock) else tokens  # a post-norm block sees its raw input
+        attention = rotated_attention_map(last.attn, seen, rotations[-1])  # (B, H, T, T)
+        score = image_attention_score(attention, network.num_prefix_tokens)  # (B, N)
+        return network.norm(last(tokens, rope=rotations[-1])), score
+
+    def image_tokens(self, features: Tensor) -> Tensor:
+        return features[:, self.network.num_prefix_tokens :]
+
+    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.network.forward_head(features), None
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        network = self.network
+        return network.head(network.head_drop(network.fc_norm(pooled)))  # attention pooling has no part in F
+
+    def resize_weights(
+        self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        new, notes = dict(weights), []
+        own = self.network.pos_embed
+        for key, value in weights.items():
+            if key == "pos_embed" and own is not None:
+                prefix = own.shape[1] - math.prod(self.grid_size)  # some give prefix tokens no position
+                new[key] = resize_positions(value, self.grid_size, prefix, old_grid)
+            elif key == "patch_embed.proj.weight" and value.ndim == 4 and value.shape[2:] != self.patch_size:
+                new[key] = resample_patch_embed(value, list(self.patch_size))
+            if new[key] is not value:
+                notes.append(f"{key} resized from {tuple(value.shape)} to {tuple(new[key].shape)}")
+        return new, notes
+
+
+def rotated_attention_map(attention: Any, tokens: Tensor, rotation: Tensor | None) -> Tensor:
+    """The map A of Eq. 5 that an EVA layer would use on `tokens`, in float32 and without gradient.
+
+    Queries and keys are computed a second time here (values are not).
+
+    Args:
+        attention: timm's `EvaAttention` or `AttentionRope`: one joint projection or three, keys for fewer heads or all.
+        tokens: (B, T, D), what the layer itself receives.
+        rotation: sines and cosines for the N image tokens: (N, 2 D / H), or (H, N, 2 D / H) where heads differ.
+
+    Returns:
+        (B, H, T, T), rows (queries) sum to one.
+    """
+    heads = attention.num_heads
+    with torch.no_grad():
+        if attention.qkv is None:
+            queries, keys = attention.q_proj(tokens), attention.k_proj(tokens)
+        else:
+            width = attention.qkv.out_features // 3
+            weight, bias = attention.qkv.weight[: 2 * width], attention.qkv.bias
+            if getattr(attention, "q_bias", None) is not None:
+                bias = torch.cat((attention.q_bias, attention.k_bias))
+            joint = linear(tokens, weight, None if bias is None else bias[: 2 * width])
+            queries, keys = joint.split(width, dim=-1)
+        queries = queries.unflatten(2, (heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
+        keys = keys.unflatten(2, (getattr(attention, "num_kv_heads", heads), -1)).transpose(1, 2)
+        if getattr(attention, "q_norm", None) is not None:  # not in timm's older releases
+            queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+        with torch.autocast(tokens.device.type, enabled=False):
+            queries, keys = (_turn(attention, part.float(), rotation) for part in (queries, keys))
+            keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)  # (B, H, T, D / H)
+            return ((queries * attention.scale) @ keys.transpose(-2, -1)).softmax(dim=-1)
+
+
+def _turn(attention: Any, parts: Tensor, rotation: Tensor | None) -> Tensor:
+    """Queries or keys (B, H, T, D / H) with their image tokens turned; class and register tokens stay."""
+    if rotation is None:
+        return parts
+    prefix = attention.num_prefix_tokens
+    layout = {"half": True} if getattr(attention, "rotate_half", False) else {}  # older releases know one layout
+    turned = apply_rot_embed_cat(parts[:, :, prefix:], rotation.float(), **layout)
+    return torch.cat((parts[:, :, :prefix], turned), dim=2)

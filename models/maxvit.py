@@ -1,0 +1,159 @@
+"""MaxViT and CoAtNet through timm's own class (`MaxxVit`): convolutions first, attention in the last blocks.
+
+"Last block" is the last one of the last stage: in MaxViT its grid attention, which follows its window attention, in
+CoAtNet attention over all tokens. At the sizes timm builds for, one grid covers the last stage and its map is Eq. 5's.
+Elsewhere each token's score is read in its own grid of spread tokens, put back in place and divided by the number of
+grids, so that the scores sum to one. Knows no mixer and no loss.
+
+Papers: MaxViT (arXiv 2204.01697), CoAtNet (arXiv 2106.04803). Letters: W grids of A tokens each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.layers import NormMlpClassifierHead
+from timm.models.maxxvit import (
+    MaxxVit,
+    MaxxVitBlock,
+    TransformerBlock2d,
+    checkpoint_filter_fn,
+    grid_partition,
+    grid_reverse,
+)
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from models.interface import ImageModel
+
+
+class MaxViT(ImageModel):
+    """Any timm `MaxxVit` that ends in one attention layer and predicts from the mean of its tokens.
+
+    Raises:
+        ValueError: its last block is another, or it predicts from something else.
+    """
+
+    network: MaxxVit
+
+    def __init__(self, network: MaxxVit, separate_region_head: bool = False) -> None:
+        blocks: Any = network.stages[-1].blocks
+        last = blocks[-1]
+        if not isinstance(last, (MaxxVitBlock, TransformerBlock2d)):
+            raise ValueError(f"its last block is a {type(last).__name__}, which has no single attention map")
+        if network.global_pool != "avg":
+            raise ValueError(f"global_pool is {network.global_pool!r}, and regions are classified by their mean token")
+        first_norm = last.attn_grid.norm1 if isinstance(last, MaxxVitBlock) else last.norm1
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in first_norm.modules()):
+            raise ValueError("its last block normalises with batch statistics, which a second reading would change")
+        super().__init__(network, network.num_features, network.num_classes, separate_region_head)
+        self.image_size = input_size_of(network)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """That of the last stage. A size which timm would round on the way there gives fewer rows than timm's."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        stride = self.network.stem.stride * 2 ** len(self.network.stages)
+        return stride, stride
+
+    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+        network = self.network
+        if not need_attention:
+            return network.forward_features(images), None  # (B, D, R, C)
+        maps = network.stem(images)
+        for stage in network.stages[:-1]:
+            maps = stage(maps)
+        blocks: Any = network.stages[-1].blocks
+        for block in blocks[:-1]:
+            maps = block(maps)
+        last = blocks[-1]
+        if isinstance(last, TransformerBlock2d):
+            seen = last.norm1(maps).permute(0, 2, 3, 1)  # (B, R, C, D), also where the block halves the grid
+            score = grid_score(last.attn, seen, tuple(seen.shape[1:3]))  # (B, N)
+            return network.norm(last(maps)), score
+        maps = last.conv(maps)
+        maps = maps if last.nchw_attn else maps.permute(0, 2, 3, 1)
+        if last.attn_block is not None:
+            maps = last.attn_block(maps)
+        seen = last.attn_grid.norm1(maps)
+        seen = seen.permute(0, 2, 3, 1) if last.nchw_attn else seen  # (B, R, C, D)
+        score = grid_score(last.attn_grid.attn, seen, last.attn_grid.partition_size)  # (B, N)
+        maps = last.attn_grid(maps)
+        return network.norm(maps if last.nchw_attn else maps.permute(0, 3, 1, 2)), score
+
+    def image_tokens(self, features: Tensor) -> Tensor:
+        return features.flatten(2).transpose(1, 2)
+
+    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.network.forward_head(features), None
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        head = self.network.head
+        tokens = pooled.reshape(-1, pooled.shape[-1])
+        if isinstance(head, NormMlpClassifierHead):  # a norm and a hidden layer of its own, behind the mean
+            tokens = head.pre_logits(head.flatten(head.norm(tokens[:, :, None, None])))
+        return head.fc(head.drop(tokens)).reshape(*pooled.shape[:-1], -1)
+
+    def resize_weights(
+        self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        own, new, notes = self.network.state_dict(), dict(weights), []
+        for key, value in weights.items():
+            if key in own and own[key].shape != value.shape:
+                try:
+                    new[key] = checkpoint_filter_fn({key: value}, self.network)[key]
+                except (AssertionError, RuntimeError, ValueError):
+                    continue  # the strict loading that follows says so
+            if new[key].shape != value.shape:
+                notes.append(f"{key} resized from {tuple(value.shape)} to {tuple(new[key].shape)}")
+        return new, notes
+
+
+def input_size_of(network: MaxxVit) -> tuple[int, int]:
+    """Height and width in pixels that the network was built for.
+
+    timm's older releases do not keep them: there one grid is taken to cover the last stage.
+    """
+    if hasattr(network, "img_size"):
+        size: Any = network.img_size
+        return size[0], size[1]
+    blocks: Any = network.stages[-1].blocks
+    last = blocks[-1]
+    grid = last.attn_grid.partition_size if isinstance(last, MaxxVitBlock) else last.attn.rel_pos.window_size
+    stride = network.stem.stride * 2 ** len(network.stages)
+    return grid[0] * stride, grid[1] * stride
+
+
+def grid_score(attention: Any, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """How much attention each token receives, averaged over heads and the queries of its own grid (Eq. 6), over W.
+
+    The joint projection is computed a second time here, since some members keep queries and keys apart in it.
+
+    Args:
+        attention: timm's `Attention2d` or `AttentionCl`.
+        tokens: (B, R, C, D), what the layer receives before it is partitioned.
+        size: rows and columns of one grid; its tokens are spread over the whole of R x C.
+
+    Returns:
+        (B, N) float32, row-major over R x C, no gradient.
+    """
+    batch, heads = len(tokens), attention.num_heads
+    with torch.no_grad():
+        grids = grid_partition(tokens, list(size)).flatten(1, 2)  # (B W, A, D)
+        joint = linear(grids, attention.qkv.weight.flatten(1), attention.qkv.bias)
+        order = (heads, 3, -1) if attention.head_first else (3, heads, -1)
+        joint = joint.unflatten(2, order)
+        joint = joint if attention.head_first else joint.transpose(2, 3)  # (B W, A, H, 3, D / H)
+        queries, keys, _ = joint.transpose(1, 2).unbind(3)  # (B W, H, A, D / H)
+        with torch.autocast(tokens.device.type, enabled=False):
+            similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B W, H, A, A)
+            if attention.rel_pos is not None:
+                similarity = similarity + attention.rel_pos.get_bias().float()
+            received = similarity.softmax(dim=-1).mean(dim=(1, 2)) * batch / len(grids)  # (B W, A)
+            score = grid_reverse(received.unflatten(1, size).unsqueeze(3), list(size), list(tokens.shape[1:3]))
+            return score.flatten(1)

@@ -1,0 +1,145 @@
+"""Swin (version 2) through timm's own class: cosine attention inside windows, tokens merged from stage to stage.
+
+"Last block" is the last one of the last stage; its learned scale and its continuous position bias are part of the map.
+Where one window covers its grid, as at the published sizes, that map is Eq. 5's. Elsewhere each token's score is read
+in its own window, from the queries of that window, put back in place (the shift undone) and divided by the number of
+windows, so that the scores have one scale and sum to one, less what the tokens that timm pads with receive. Knows no
+mixer and no loss.
+
+Paper: Swin Transformer V2 (arXiv 2111.09883). Letters: W windows of A tokens each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from timm.models.swin_transformer_v2 import (
+    SwinTransformerV2,
+    SwinTransformerV2Block,
+    checkpoint_filter_fn,
+    window_partition,
+    window_reverse,
+)
+from torch import Tensor
+from torch.nn.functional import linear, normalize, pad
+
+from models.interface import ImageModel
+
+
+class SwinV2(ImageModel):
+    """Any timm `SwinTransformerV2` that predicts from the mean of its tokens.
+
+    Raises:
+        ValueError: it predicts from something else.
+    """
+
+    network: SwinTransformerV2
+
+    def __init__(self, network: SwinTransformerV2, separate_region_head: bool = False) -> None:
+        if network.global_pool != "avg":
+            raise ValueError(f"global_pool is {network.global_pool!r}, and regions are classified by their mean token")
+        super().__init__(network, network.num_features, network.num_classes, separate_region_head)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """That of the last stage. A size which timm would pad on the way there gives fewer rows than timm's."""
+        height, width = self.network.patch_embed.img_size
+        return height // self.patch_size[0], width // self.patch_size[1]
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        height, width = self.network.patch_embed.patch_size
+        merged = 2 ** (len(self.network.layers) - 1)  # each stage after the first halves the grid
+        return height * merged, width * merged
+
+    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+        network = self.network
+        if not need_attention:
+            return network.forward_features(images), None  # (B, R, C, D)
+        tokens = network.patch_embed(images)
+        for stage in network.layers[:-1]:
+            tokens = stage(tokens)
+        final: Any = network.layers[-1]
+        tokens = final.downsample(tokens)  # (B, R, C, D)
+        for block in final.blocks[:-1]:
+            tokens = block(tokens)
+        last = cast(SwinTransformerV2Block, final.blocks[-1])
+        score = window_score(last, tokens)  # (B, N); the norms come after attention: it receives the raw tokens
+        return network.norm(last(tokens)), score
+
+    def image_tokens(self, features: Tensor) -> Tensor:
+        return features.flatten(1, 2)
+
+    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.network.forward_head(features), None
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        head = self.network.head
+        return head.fc(head.drop(pooled))
+
+    def resize_weights(
+        self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        new = checkpoint_filter_fn(dict(weights), self.network)  # the position bias is a network of its own: no tables
+        notes = [f"{key} renamed, or dropped: the network computes it" for key in weights if key not in new]
+        for key, value in weights.items():
+            if key in new and new[key].shape != value.shape:
+                notes.append(f"{key} resized from {tuple(value.shape)} to {tuple(new[key].shape)}")
+        return new, notes
+
+
+def window_score(block: SwinTransformerV2Block, tokens: Tensor) -> Tensor:
+    """How much attention each token receives, averaged over heads and the queries of its own window (Eq. 6), over W.
+
+    Tokens that timm pads with are no queries; what they receive is left out without renormalising.
+
+    Args:
+        tokens: (B, R, C, D), what the attention of the block receives.
+
+    Returns:
+        (B, N) float32, row-major over the grid, no gradient.
+    """
+    batch, rows, columns, _ = tokens.shape
+    size, (down, right) = block.window_size, block.shift_size
+    padding = (0, 0, 0, -columns % size[1], 0, -rows % size[0])
+    shifted = pad(torch.roll(tokens, (-down, -right), dims=(1, 2)), padding)  # first shifted, then padded: as timm does
+    mask: Any = block.get_attn_mask(shifted) if block.dynamic_mask else block.attn_mask  # (W, A, A)
+    attention = cosine_attention_map(block.attn, window_partition(shifted, size).flatten(1, 2), mask)  # (B W, H, A, A)
+
+    grid = shifted.shape[1:3]
+    is_query = window_partition(pad(attention.new_ones(1, rows, columns, 1), padding), size).flatten(1)  # (W, A)
+    is_query = (is_query / is_query.sum(dim=1, keepdim=True)).repeat(batch, 1)  # (B W, A): the weights of a mean
+    weighted = attention.mean(dim=1) * is_query[:, :, None]  # not a matrix product: autocast would lower its precision
+    received = weighted.sum(dim=1) * batch / len(attention)  # (B W, A)
+    score = window_reverse(received.unflatten(1, size).unsqueeze(3), size, grid)[:, :rows, :columns]  # (B, R, C, 1)
+    return torch.roll(score, (down, right), dims=(1, 2)).flatten(1)
+
+
+def cosine_attention_map(attention: Any, windows: Tensor, mask: Tensor | None) -> Tensor:
+    """The map that a window attention layer would use, in float32 and without gradient.
+
+    Args:
+        attention: timm's `WindowAttention` of this family.
+        windows: (B W, A, D), what the layer itself receives: W windows of A tokens from each image.
+        mask: (W, A, A), added before the softmax: keeps apart what only the shift made neighbours.
+
+    Returns:
+        (B W, H, A, A), rows (queries) sum to one.
+    """
+    width, heads = attention.qkv.out_features // 3 * 2, attention.num_heads  # width of queries and keys
+    with torch.no_grad():
+        bias = None if attention.q_bias is None else torch.cat((attention.q_bias, attention.k_bias))
+        queries_keys = linear(windows, attention.qkv.weight[:width], bias)
+        queries, keys = queries_keys.unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # (B W, H, A, D / H)
+        with torch.autocast(windows.device.type, enabled=False):
+            cosine = normalize(queries.float(), dim=-1) @ normalize(keys.float(), dim=-1).transpose(-2, -1)
+            similarity = cosine * attention.logit_scale.float().clamp(max=math.log(100)).exp()  # (B W, H, A, A)
+            table = attention.cpb_mlp(attention.relative_coords_table).view(-1, heads)
+            positions = table[attention.relative_position_index].permute(2, 0, 1)  # (H, A, A)
+            similarity = similarity + 16 * positions.float().sigmoid()
+            if mask is not None:
+                similarity = similarity + mask.float().repeat(len(windows) // len(mask), 1, 1)[:, None]
+            return similarity.softmax(dim=-1)

@@ -1,0 +1,96 @@
+"""Twins (PCPVT and SVT) through timm's own class: four stages, position encodings from convolutions.
+
+"Last block" is the last one of the last stage. In all published members it attends globally and without shrinking its
+keys, so its map is Eq. 5's. Knows no mixer and no loss.
+
+Paper: Twins (arXiv 2104.13840).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.twins import Block, GlobalSubSampleAttn, Twins
+from torch import Tensor
+from torch.nn.functional import linear
+
+from models.interface import ImageModel, image_attention_score
+
+
+class TwinsModel(ImageModel):
+    """Any timm `Twins` whose last block attends to all tokens, and that predicts from their mean.
+
+    Raises:
+        ValueError: its last block attends in windows or to shrunk keys, or it predicts from something else.
+    """
+
+    network: Twins
+
+    def __init__(self, network: Twins, separate_region_head: bool = False) -> None:
+        blocks: Any = network.blocks[-1]
+        attention = blocks[-1].attn
+        if not isinstance(attention, GlobalSubSampleAttn):
+            raise ValueError(f"its last block computes attention in {type(attention).__name__}, not over all tokens")
+        if attention.sr is not None:
+            raise ValueError("the keys of its last block are shrunk, so its tokens have no scores of their own")
+        if network.global_pool != "avg":
+            raise ValueError(f"global_pool is {network.global_pool!r}, and regions are classified by their mean token")
+        super().__init__(network, network.num_features, network.num_classes, separate_region_head)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        last: Any = self.network.patch_embeds[-1]
+        return last.H, last.W
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        embeds: Any = self.network.patch_embeds
+        height = width = 1
+        for embed in embeds:  # each shrinks the grid of the one before
+            height, width = height * embed.patch_size[0], width * embed.patch_size[1]
+        return height, width
+
+    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+        network: Any = self.network
+        if not need_attention:
+            return network.forward_features(images), None  # (B, N, D)
+        stages = zip(network.patch_embeds, network.pos_drops, network.blocks, network.pos_block, strict=True)
+        maps, score = images, None
+        for embed, drop, blocks, encode in stages:
+            tokens, grid = embed(maps)
+            tokens = drop(tokens)
+            for index, block in enumerate(blocks):
+                if block is network.blocks[-1][-1]:
+                    score = global_score(block, tokens)  # (B, N)
+                tokens = block(tokens, grid)
+                if index == 0:
+                    tokens = encode(tokens, grid)
+            maps = tokens.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, R, C)
+        return network.norm(tokens), score
+
+    def image_tokens(self, features: Tensor) -> Tensor:
+        return features
+
+    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.network.forward_head(features), None
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        return self.network.head(self.network.head_drop(pooled))
+
+
+def global_score(block: Block, tokens: Tensor) -> Tensor:
+    """Eq. 6 for a block that attends to all tokens: (B, N, D), its input, -> (B, N) in float32 and without gradient.
+
+    Queries and keys are computed a second time here (values are not).
+    """
+    attention: Any = block.attn
+    width, heads = attention.q.out_features, attention.num_heads
+    with torch.no_grad():
+        seen = block.norm1(tokens)
+        queries = attention.q(seen).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, H, N, D / H)
+        keys = linear(seen, attention.kv.weight[:width], attention.kv.bias[:width])
+        keys = keys.unflatten(2, (heads, -1)).transpose(1, 2)
+        with torch.autocast(tokens.device.type, enabled=False):
+            similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B, H, N, N)
+            return image_attention_score(similarity.softmax(dim=-1), num_prefix_tokens=0)
