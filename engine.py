@@ -114,6 +114,7 @@ class Training:
         accum_steps: micro-batches per optimizer step.
         watch_gradients: a gradient that is not finite stops the run like such a loss. Not so under fp16, where it only
             means that the loss was scaled too far.
+        memory_format: of the images, to match the model's.
         after_update: told the number of each step that is done; a schedule by update is.
     """
 
@@ -133,6 +134,7 @@ class Training:
     train_mode: bool = True
     watch_gradients: bool = True
     after_update: Callable[[int], None] | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
     health: Tensor = field(init=False)  # 0; NaN for good once a loss was not finite
     unchecked: deque[Seen] = field(default_factory=deque)  # micro-batches since the last check
 
@@ -186,6 +188,7 @@ def train_step(
     device = training.processes.device
     for micro, (host_images, host_labels, indices) in enumerate(micro_batches):
         images, labels = to_device(device, host_images, host_labels)
+        images = images.contiguous(memory_format=training.memory_format)
         utils.seed_globals("forward", training.seed, step, micro, training.processes.rank)  # dropout, drop path
         batch = training.mixer(images, labels, training.guide, training.random(step, micro))
         with training.syncing(micro):

@@ -184,6 +184,7 @@ def make_training(args: argparse.Namespace, model: ImageModel, processes: Proces
         seed=args.seed,
         train_mode=args.train_mode,
         watch_gradients=args.amp != "fp16",
+        memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
     )
 
 
@@ -211,7 +212,9 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
     spec = datasets.image_spec_for(args.data_set, model.input_size, args.eval_crop_ratio)
     train_loader = make_train_loader(args, train_images, spec, processes)
     val_loader = make_eval_loader(args, val_images, spec, processes)
-    training = make_training(args, model.to(processes.device), processes)
+    model.to(processes.device)
+    model.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    training = make_training(args, model, processes)
     identity = resume.Identity(
         vars(args), model_config(args, num_classes),
         {"class_names": train_images.class_names, "image_spec": spec.to_plain()}, utils.describe_versions(),

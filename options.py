@@ -82,6 +82,7 @@ def _add_run(parser: Parser) -> None:
     group.add_argument("--auto-resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pth if it is there")
     group.add_argument("--finetune", default="", help="weights to start from; heads of other sizes start anew")
     group.add_argument("--log-every", default=10, type=int, help="steps between lines of the log")
+    add_switch(group, "channels-last", False, "keep images and convolutions channels-last: faster for ConvNets on CUDA")
     add_switch(group, "train-mode", True, "train in training mode; off fine-tunes without dropout and drop path")
 
 

@@ -101,6 +101,56 @@ def test_two_steps_reach_every_parameter(family: str, variant: str, monkeypatch:
     assert all(moved)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TINY)
+def test_a_compiled_model_takes_the_same_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced whole by dynamo and autograd's own tracer; the code generator behind them is torch's affair."""
+    monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, True))
+    losses, gradients = [], []
+    for compiled in (False, True):
+        training = make_training(family, "paper")
+        for module in training.module.modules():
+            if hasattr(module, "drop_prob"):
+                setattr(module, "drop_prob", 0.0)  # noqa: B010
+        training.model.train()
+        if compiled:
+            torch._dynamo.reset()
+            training.model = torch.compile(training.module, backend="aot_eager")  # type: ignore[assignment]
+            call = torch.compile(training.module, backend="aot_eager")
+            training.guide = engine.make_guide(training.module, training.autocast, call)  # type: ignore[arg-type]
+        seen: list[Tensor] = []
+        training.optimizer.register_step_pre_hook(
+            lambda *args, seen=seen, training=training: seen.extend(
+                p.grad.flatten().clone() for p in training.module.parameters()
+            )
+        )
+        engine.train_step(training, [batch_of(0)], 0, meters := Meters())
+        losses.append(meters.read()["loss"])
+        gradients.append(torch.cat(seen))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["ResNet", "ConvNeXt", "VisionTransformer", "SwinTransformer"])
+def test_channels_last_takes_the_same_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, True))
+    losses = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        training = make_training(family, "paper")
+        training.module.to(memory_format=memory_format)
+        training.memory_format = memory_format
+        formats: list[bool] = []
+        training.module.register_forward_pre_hook(
+            lambda module, given, formats=formats: formats.append(
+                given[0].is_contiguous(memory_format=torch.channels_last)
+            )
+        )
+        engine.train_step(training, [batch_of(0)], 0, meters := Meters())
+        losses.append(meters.read()["loss"])
+        assert all(formats) == (memory_format is torch.channels_last)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
 def test_a_family_without_checkpointing_says_so() -> None:
     with pytest.raises(utils.InputError, match=r"--grad-checkpointing: Twins does not offer it"):
         use_grad_checkpointing(make_training("Twins", "paper").module, "Twins")
