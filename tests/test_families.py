@@ -12,11 +12,13 @@ from torch import Tensor
 import engine
 import optim
 import utils
+from checkpoints import load_strictly
 from logs import Meters
 from losses import SMMixLoss
 from mixers.build import build_mixer
 from mixers.switch import Choice, Switch
-from models.build import FAMILIES, build_model, use_grad_checkpointing
+from models.build import FAMILIES, adapt_weights, build_model, plain_weights, use_grad_checkpointing
+from models.interface import ImageModel
 from smmix import VARIANTS
 
 CPU = utils.Processes(0, 1, torch.device("cpu"))
@@ -50,11 +52,14 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make_training(family: str, variant: str) -> engine.Training:
+def make_model(family: str, num_classes: int = CLASSES, separate: bool = False) -> ImageModel:
     name, settings = TINY[family]
-    utils.seed_globals("init", 0)
-    separate = VARIANTS[variant].region_head == "separate"
-    model = build_model(name, CLASSES, input_size=(SIDE, SIDE), separate_region_head=separate, **settings)
+    utils.seed_globals("init", num_classes)
+    return build_model(name, num_classes, input_size=(SIDE, SIDE), separate_region_head=separate, **settings)
+
+
+def make_training(family: str, variant: str) -> engine.Training:
+    model = make_model(family, separate=VARIANTS[variant].region_head == "separate")
     autocast = engine.make_autocast(CPU.device, "none")
     mixer = build_mixer(
         "smmix", CLASSES, model.grid_size, smoothing=0.1, variant=VARIANTS[variant], side_ratio=(0.25, 0.75),
@@ -117,7 +122,7 @@ def test_a_compiled_model_takes_the_same_step(family: str, monkeypatch: pytest.M
             torch._dynamo.reset()
             training.model = torch.compile(training.module, backend="aot_eager")  # type: ignore[assignment]
             call = torch.compile(training.module, backend="aot_eager")
-            training.guide = engine.make_guide(training.module, training.autocast, call)  # type: ignore[arg-type]
+            training.guide = engine.make_guide(training.module, training.autocast, call)
         seen: list[Tensor] = []
         training.optimizer.register_step_pre_hook(
             lambda *args, seen=seen, training=training: seen.extend(
@@ -149,6 +154,19 @@ def test_channels_last_takes_the_same_step(family: str, monkeypatch: pytest.Monk
         losses.append(meters.read()["loss"])
         assert all(formats) == (memory_format is torch.channels_last)
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_weights_move_to_other_classes_and_the_heads_are_said(family: str) -> None:
+    old, new = make_model(family), make_model(family, num_classes=3)
+    weights, notes = adapt_weights(new, plain_weights(old))
+    load_strictly(new, weights, source="the test")
+    ours, theirs = new.network.state_dict(), old.network.state_dict()
+    changed = {key for key in ours if ours[key].shape != theirs[key].shape}
+    assert changed
+    assert all("head" in key or key.startswith("fc.") for key in changed)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys() - changed)
+    assert {note.split()[0] for note in notes} == changed
 
 
 def test_a_family_without_checkpointing_says_so() -> None:
