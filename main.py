@@ -49,8 +49,6 @@ from options import VARIANT_FLAGS, check_args, explicit_flags, get_args_parser
 from smmix import VARIANTS, Variant
 from utils import Processes
 
-# ------------------------------------------------------------------------------------------ flags -> objects
-
 
 def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked. With `--eval`, what it leaves out comes from the checkpoint if that is ours."""
@@ -86,6 +84,23 @@ def model_config(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
         "drop_path": args.drop_path,
         "separate_region_head": args.mixer == "smmix" and args.region_head == "separate",
     }
+
+
+def make_model(
+    args: argparse.Namespace, num_classes: int, processes: Processes, log: RunLog, load_weights: bool
+) -> ImageModel:
+    """The model on its device, alike on all ranks; with `load_weights`, from the weights of `--finetune`."""
+    utils.seed_globals("init", args.seed)
+    model = build_model(**model_config(args, num_classes))
+    args.input_size = list(model.input_size)
+    if args.distillation_type != "none":
+        use_distillation(model, args.model)
+    if args.grad_checkpointing:
+        use_grad_checkpointing(model, args.model)
+    if args.finetune and load_weights:
+        log.say("\n  ".join([f"weights from {args.finetune}", *load_foreign(model, args.finetune)]))
+    model.to(processes.device)
+    return model.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
 
 
 def open_images(args: argparse.Namespace, train: bool) -> Any:
@@ -188,9 +203,6 @@ def make_training(args: argparse.Namespace, model: ImageModel, processes: Proces
     )
 
 
-# ------------------------------------------------------------------------------------------------------- runs
-
-
 def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
     """From flags to the last epoch."""
     folder = Path(args.output_dir) if args.output_dir else None
@@ -200,20 +212,10 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
     datasets.check_same_classes(train_images.class_names, val_images.class_names)
     num_classes = len(train_images.class_names)
 
-    utils.seed_globals("init", args.seed)  # alike on all ranks
-    model = build_model(**model_config(args, num_classes))
-    args.input_size = list(model.input_size)
-    if args.distillation_type != "none":
-        use_distillation(model, args.model)
-    if args.grad_checkpointing:
-        use_grad_checkpointing(model, args.model)
-    if args.finetune and not resume_from:
-        log.say("\n  ".join([f"weights from {args.finetune}", *load_foreign(model, args.finetune)]))
+    model = make_model(args, num_classes, processes, log, load_weights=not resume_from)
     spec = datasets.image_spec_for(args.data_set, model.input_size, args.eval_crop_ratio)
     train_loader = make_train_loader(args, train_images, spec, processes)
     val_loader = make_eval_loader(args, val_images, spec, processes)
-    model.to(processes.device)
-    model.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     training = make_training(args, model, processes)
     identity = resume.Identity(
         vars(args), model_config(args, num_classes),

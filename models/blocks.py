@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models.swin_transformer import window_partition, window_reverse
 from timm.models.vision_transformer import Attention  # also in releases where timm.layers has none
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def attention_map(attention: Attention, tokens: Tensor) -> Tensor:
@@ -53,3 +57,32 @@ def resize_positions(
         return resample_abs_pos_embed(
             positions, new_size=list(grid_size), old_size=list(old_grid), num_prefix_tokens=num_prefix_tokens
         )
+
+
+def windowed_score(block: Any, tokens: Tensor, attention_of: Callable[[Any, Tensor, Tensor | None], Tensor]) -> Tensor:
+    """How much attention each token receives, averaged over heads and the queries of its own window (Eq. 6).
+
+    Tokens that timm pads with are no queries; what they receive is left out without renormalising. Scores sum to the
+    number of windows, less what padding receives.
+
+    Args:
+        block: a block of timm's Swin, version 1 or 2; W windows of A tokens each.
+        tokens: (B, R, C, D), what the attention of the block receives.
+        attention_of: layer, windows (B W, A, D) and mask (W, A, A) -> map (B W, H, A, A) in float32 without gradient.
+
+    Returns:
+        (B, N) float32, row-major over the grid, no gradient.
+    """
+    batch, rows, columns, _ = tokens.shape
+    size, (down, right) = block.window_size, block.shift_size
+    padding = (0, 0, 0, -columns % size[1], 0, -rows % size[0])
+    shifted = pad(torch.roll(tokens, (-down, -right), dims=(1, 2)), padding)  # first shifted, then padded: as timm does
+    mask = block.get_attn_mask(shifted) if block.dynamic_mask else block.attn_mask  # (W, A, A)
+    attention = attention_of(block.attn, window_partition(shifted, size).flatten(1, 2), mask)  # (B W, H, A, A)
+
+    grid = shifted.shape[1:3]
+    is_query = window_partition(pad(attention.new_ones(1, rows, columns, 1), padding), size).flatten(1)  # (W, A)
+    weights = (is_query / is_query.sum(dim=1, keepdim=True)).repeat(batch, 1)  # (B W, A): of a mean over queries
+    received = (attention.mean(dim=1) * weights[:, :, None]).sum(dim=1)  # (B W, A); a product would be autocast
+    score = window_reverse(received.unflatten(1, size).unsqueeze(3), size, *grid)[:, :rows, :columns]  # (B, R, C, 1)
+    return torch.roll(score, (down, right), dims=(1, 2)).flatten(1)

@@ -23,12 +23,11 @@ from timm.models.swin_transformer import (
     SwinTransformerBlock,
     SwinTransformerStage,
     WindowAttention,
-    window_partition,
-    window_reverse,
 )
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
+from models.blocks import windowed_score
 from models.interface import ImageModel
 
 TABLE = "relative_position_bias_table"
@@ -73,7 +72,7 @@ class Swin(ImageModel):
         for block in final.blocks[:-1]:
             tokens = block(tokens)
         last = cast(SwinTransformerBlock, final.blocks[-1])
-        score = window_score(last, last.norm1(tokens))  # (B, N)
+        score = windowed_score(last, last.norm1(tokens), window_attention_map)  # (B, N)
         return network.norm(last(tokens)), score
 
     def image_tokens(self, features: Tensor) -> Tensor:
@@ -103,32 +102,6 @@ class Swin(ImageModel):
                 new[f"{name}.{TABLE}"] = resize_table(table, old_window, window)
                 notes.append(f"{name}.{TABLE} resized from window {old_window} to {window}")
         return new, notes
-
-
-def window_score(block: SwinTransformerBlock, tokens: Tensor) -> Tensor:
-    """How much attention each token receives, averaged over heads and the queries of its own window (Eq. 6).
-
-    Tokens that timm pads with are no queries; what they receive is left out without renormalising.
-
-    Args:
-        tokens: (B, R, C, D), what the attention of the block receives.
-
-    Returns:
-        (B, N) float32, row-major over the grid, no gradient.
-    """
-    batch, rows, columns, _ = tokens.shape
-    size, (down, right) = block.window_size, block.shift_size
-    padding = (0, 0, 0, -columns % size[1], 0, -rows % size[0])
-    shifted = pad(torch.roll(tokens, (-down, -right), dims=(1, 2)), padding)  # first shifted, then padded: as timm does
-    mask = block.get_attn_mask(shifted) if block.dynamic_mask else cast(Tensor | None, block.attn_mask)  # (W, A, A)
-    attention = window_attention_map(block.attn, window_partition(shifted, size).flatten(1, 2), mask)  # (B W, H, A, A)
-
-    grid = shifted.shape[1:3]
-    is_query = window_partition(pad(attention.new_ones(1, rows, columns, 1), padding), size).flatten(1)  # (W, A)
-    weights = (is_query / is_query.sum(dim=1, keepdim=True)).repeat(batch, 1)  # (B W, A): of a mean over queries
-    received = (attention.mean(dim=1) * weights[:, :, None]).sum(dim=1)  # (B W, A); a product would be autocast
-    score = window_reverse(received.unflatten(1, size).unsqueeze(3), size, *grid)[:, :rows, :columns]  # (B, R, C, 1)
-    return torch.roll(score, (down, right), dims=(1, 2)).flatten(1)
 
 
 def window_attention_map(attention: WindowAttention, windows: Tensor, mask: Tensor | None) -> Tensor:

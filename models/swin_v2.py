@@ -20,12 +20,11 @@ from timm.models.swin_transformer_v2 import (
     SwinTransformerV2,
     SwinTransformerV2Block,
     checkpoint_filter_fn,
-    window_partition,
-    window_reverse,
 )
 from torch import Tensor
-from torch.nn.functional import linear, normalize, pad
+from torch.nn.functional import linear, normalize
 
+from models.blocks import windowed_score
 from models.interface import ImageModel
 
 
@@ -67,8 +66,9 @@ class SwinV2(ImageModel):
         for block in final.blocks[:-1]:
             tokens = block(tokens)
         last = cast(SwinTransformerV2Block, final.blocks[-1])
-        score = window_score(last, tokens)  # (B, N); the norms come after attention: it receives the raw tokens
-        return network.norm(last(tokens)), score
+        score = windowed_score(last, tokens, cosine_attention_map)  # (B, N); attention receives the raw tokens
+        windows = math.prod(math.ceil(n / side) for n, side in zip(tokens.shape[1:3], last.window_size, strict=True))
+        return network.norm(last(tokens)), score / windows
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features.flatten(1, 2)
@@ -89,33 +89,6 @@ class SwinV2(ImageModel):
             if key in new and new[key].shape != value.shape:
                 notes.append(f"{key} resized from {tuple(value.shape)} to {tuple(new[key].shape)}")
         return new, notes
-
-
-def window_score(block: SwinTransformerV2Block, tokens: Tensor) -> Tensor:
-    """How much attention each token receives, averaged over heads and the queries of its own window (Eq. 6), over W.
-
-    Tokens that timm pads with are no queries; what they receive is left out without renormalising.
-
-    Args:
-        tokens: (B, R, C, D), what the attention of the block receives.
-
-    Returns:
-        (B, N) float32, row-major over the grid, no gradient.
-    """
-    batch, rows, columns, _ = tokens.shape
-    size, (down, right) = block.window_size, block.shift_size
-    padding = (0, 0, 0, -columns % size[1], 0, -rows % size[0])
-    shifted = pad(torch.roll(tokens, (-down, -right), dims=(1, 2)), padding)  # first shifted, then padded: as timm does
-    mask: Any = block.get_attn_mask(shifted) if block.dynamic_mask else block.attn_mask  # (W, A, A)
-    attention = cosine_attention_map(block.attn, window_partition(shifted, size).flatten(1, 2), mask)  # (B W, H, A, A)
-
-    grid = shifted.shape[1:3]
-    is_query = window_partition(pad(attention.new_ones(1, rows, columns, 1), padding), size).flatten(1)  # (W, A)
-    is_query = (is_query / is_query.sum(dim=1, keepdim=True)).repeat(batch, 1)  # (B W, A): the weights of a mean
-    weighted = attention.mean(dim=1) * is_query[:, :, None]  # not a matrix product: autocast would lower its precision
-    received = weighted.sum(dim=1) * batch / len(attention)  # (B W, A)
-    score = window_reverse(received.unflatten(1, size).unsqueeze(3), size, grid)[:, :rows, :columns]  # (B, R, C, 1)
-    return torch.roll(score, (down, right), dims=(1, 2)).flatten(1)
 
 
 def cosine_attention_map(attention: Any, windows: Tensor, mask: Tensor | None) -> Tensor:

@@ -285,6 +285,9 @@ def test_the_hub_takes_our_modules_whatever_the_caller_has_by_their_names(
     checkpoint: Path, place: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     """`utils`, `models` and `datasets` are everybody's names: theirs stay theirs, and ours are used meanwhile."""
+    from timm.models import _registry  # our models are registered a second time inside: not for the tests that follow
+
+    monkeypatch.setattr(_registry, "_model_entrypoints", dict(_registry._model_entrypoints))
     theirs: dict[str, ModuleType] = {}
     for name in ("utils", "models", "models.build", "datasets", "checkpoints"):
         theirs[name] = ModuleType(name)

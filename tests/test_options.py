@@ -24,6 +24,8 @@ DEIT = {
 SMMIX: dict[str, Any] = {
     "mixer": "smmix", "variant": "paper", "side_ratio": (0.25, 0.75), "region_head": None, "consistency": None,
     "region_size": None, "accum_steps": 1, "compile": False, "auto_resume": False,
+    "sched_on_updates": False, "scale_schedule": False, "grad_checkpointing": False, "channels_last": False,
+    "list_models": False,
 }  # fmt: skip
 # Decided by the machine, the data or the model, see `main.resolve_defaults`.
 OPEN = {"device", "amp", "num_workers", "data_set", "data_path", "nb_classes", "input_size", "eval_crop_ratio",
