@@ -1,7 +1,6 @@
 """Training and evaluation: flags -> objects -> epochs.
 
-    torchrun --nproc_per_node=4 main.py --model deit_small_patch16_224 --batch-size 256 --data-path /imagenet \\
-        --output_dir output/deit_small
+    torchrun --nproc_per_node=4 main.py --model deit_small_patch16_224 --data-path /imagenet --output_dir output
 
 The only place where flags become objects; the parsed namespace never leaves this file. No tensor arithmetic here.
 """
@@ -175,8 +174,8 @@ def make_training(args: argparse.Namespace, model: ImageModel, processes: Proces
     wrapped: torch.nn.Module = model
     if processes.world_size > 1:
         wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    is_smmix = args.mixer == "smmix"
-    variant = Variant(args.region_head, args.consistency, args.region_size) if is_smmix else Variant()
+    arithmetic = (args.region_head, args.consistency, args.region_size)
+    variant = Variant(*arithmetic) if args.mixer == "smmix" else Variant()
     mixer = build_mixer(
         args.mixer, model.num_classes, model.grid_size, smoothing=args.smoothing, variant=variant,
         side_ratio=tuple(args.side_ratio), mixup_alpha=args.mixup, cutmix_alpha=args.cutmix,
