@@ -207,3 +207,13 @@ def test_the_score_is_asked_for_without_changing_the_prediction(family: str) -> 
     assert (scored.image_attention >= 0).all()
     assert plain.image_attention is None
     assert plain.tokens.shape[:2] == (4, rows * columns)
+
+
+def test_attention_across_channels_gives_no_score() -> None:
+    with pytest.raises(utils.InputError, match=r"--model xcit_nano_12_p16_224: a Xcit .*across channels"):
+        build_model("xcit_nano_12_p16_224", CLASSES, input_size=(SIDE, SIDE))
+
+
+def test_a_convolutional_network_has_no_patches_to_choose() -> None:
+    with pytest.raises(utils.InputError, match=r"--patch-size 4: resnet50 has none to choose"):
+        build_model("resnet50", CLASSES, input_size=(SIDE, SIDE), patch_size=4)
