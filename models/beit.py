@@ -19,15 +19,15 @@ from timm.models.beit import Beit, Block
 from torch import Tensor
 from torch.nn.functional import linear
 
-from models.blocks import resize_positions
-from models.interface import ImageModel, image_attention_score
+from models.blocks import PlainTransformer, resize_positions
+from models.interface import image_attention_score
 
 TABLE = "relative_position_bias_table"
 INDEX = "relative_position_index"  # timm computes it; official files have it
 EXTRA = 3  # entries at a table's end: class token to image token, image to class, class to class
 
 
-class BEiT(ImageModel):
+class BEiT(PlainTransformer):
     """Any timm `Beit`.
 
     Raises:
@@ -40,14 +40,6 @@ class BEiT(ImageModel):
         if not network.global_pool:
             raise ValueError("it has no pooling (global_pool is empty)")
         super().__init__(network, network.embed_dim, network.num_classes, separate_region_head)
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        return self.network.patch_embed.grid_size
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        return self.network.patch_embed.patch_size
 
     def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
         network = self.network
@@ -65,12 +57,6 @@ class BEiT(ImageModel):
         attention = biased_attention_map(last.attn, last.norm1(tokens), shared)  # (B, H, 1 + N, 1 + N)
         score = image_attention_score(attention, network.num_prefix_tokens)  # (B, N)
         return network.norm(last(tokens, shared_rel_pos_bias=shared)), score
-
-    def image_tokens(self, features: Tensor) -> Tensor:
-        return features[:, self.network.num_prefix_tokens :]
-
-    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.network.forward_head(features), None
 
     def classify(self, pooled: Tensor) -> Tensor:
         network = self.network

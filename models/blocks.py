@@ -13,6 +13,28 @@ from timm.models.vision_transformer import Attention  # also in releases where t
 from torch import Tensor
 from torch.nn.functional import pad
 
+from models.interface import ImageModel
+
+
+class PlainTransformer(ImageModel):
+    """A family that embeds its patches once and keeps all tokens to the end, prefix tokens first."""
+
+    network: Any  # timm's VisionTransformer, Beit, Eva: they name these parts alike
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        return self.network.patch_embed.grid_size
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.network.patch_embed.patch_size
+
+    def image_tokens(self, features: Tensor) -> Tensor:
+        return features[:, self.network.num_prefix_tokens :]
+
+    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.network.forward_head(features), None
+
 
 def attention_map(attention: Attention, tokens: Tensor) -> Tensor:
     """The map A of Eq. 5 that a timm attention layer would use on `tokens`, in float32 and without gradient.

@@ -18,11 +18,11 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from models.blocks import attention_map, resize_positions
-from models.interface import ImageModel, image_attention_score
+from models.blocks import PlainTransformer, attention_map, resize_positions
+from models.interface import image_attention_score
 
 
-class PlainViT(ImageModel):
+class PlainViT(PlainTransformer):
     """Any timm `VisionTransformer` whose last block computes attention from a joint qkv projection.
 
     Raises:
@@ -38,14 +38,6 @@ class PlainViT(ImageModel):
             raise ValueError(f"its last block computes attention in {kind}, whose map cannot be read")
         super().__init__(network, network.embed_dim, network.num_classes, separate_region_head)
 
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        return self.network.patch_embed.grid_size
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        return self.network.patch_embed.patch_size
-
     def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
         network = self.network
         if not need_attention:
@@ -59,9 +51,6 @@ class PlainViT(ImageModel):
         attention = attention_map(cast(Attention, last.attn), seen)  # (B, H, T, T)
         score = image_attention_score(attention, network.num_prefix_tokens)  # (B, N)
         return network.norm(last(tokens)), score
-
-    def image_tokens(self, features: Tensor) -> Tensor:
-        return features[:, self.network.num_prefix_tokens :]
 
     def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = self.network.forward_head(features)

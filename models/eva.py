@@ -19,11 +19,11 @@ from timm.models.eva import Eva, EvaBlock
 from torch import Tensor
 from torch.nn.functional import linear
 
-from models.blocks import resize_positions
-from models.interface import ImageModel, image_attention_score
+from models.blocks import PlainTransformer, resize_positions
+from models.interface import image_attention_score
 
 
-class EVA(ImageModel):
+class EVA(PlainTransformer):
     """Any timm `Eva` that pools its tokens and keeps all of them.
 
     Raises:
@@ -38,14 +38,6 @@ class EVA(ImageModel):
         if network.patch_drop is not None:
             raise ValueError("it drops patches while training (patch_drop_rate), so regions lose their tokens")
         super().__init__(network, network.embed_dim, network.num_classes, separate_region_head)
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        return self.network.patch_embed.grid_size
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        return self.network.patch_embed.patch_size
 
     def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
         network = self.network
@@ -63,12 +55,6 @@ class EVA(ImageModel):
         attention = rotated_attention_map(last.attn, seen, rotations[-1])  # (B, H, T, T)
         score = image_attention_score(attention, network.num_prefix_tokens)  # (B, N)
         return network.norm(last(tokens, rope=rotations[-1])), score
-
-    def image_tokens(self, features: Tensor) -> Tensor:
-        return features[:, self.network.num_prefix_tokens :]
-
-    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.network.forward_head(features), None
 
     def classify(self, pooled: Tensor) -> Tensor:
         network = self.network
