@@ -204,13 +204,12 @@ def make_training(args: argparse.Namespace, model: ImageModel, processes: Proces
 
 def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
     """From flags to the last epoch."""
-    folder = Path(args.output_dir) if args.output_dir else None
+    folder = Path(args.output_dir) if args.output_dir and processes.is_main else None  # rank 0 alone writes
     resume_from = resume.find(args.output_dir, args.resume, args.auto_resume)
     resume.check_agreement(processes.gather(resume_from), args.output_dir)
     train_images, val_images = open_images(args, train=True), open_images(args, train=False)
     datasets.check_same_classes(train_images.class_names, val_images.class_names)
     num_classes = len(train_images.class_names)
-
     model = make_model(args, num_classes, processes, log, load_weights=not resume_from)
     spec = datasets.image_spec_for(args.data_set, model.input_size, args.eval_crop_ratio)
     train_loader = make_train_loader(args, train_images, spec, processes)
@@ -231,7 +230,7 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
         for change in changes:
             log.say(f"  changed since then: {change}")
     log.drop_epochs_from(progress.epoch, progress.step)
-    if folder is not None and processes.is_main:
+    if folder is not None:
         checkpoints.remove_stale(folder)
         write_json(folder / "args.json", identity.args)
         write_json(folder / "environment.json", identity.versions)
@@ -240,7 +239,8 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
         return
     schedule = optim.Schedule(training.optimizer, schedule_settings(args, processes), steps, progress.epoch)
     training.after_update = schedule.after_update
-    show = make_painter(training, val_loader.dataset, spec, identity.data["class_names"], processes)
+    samples = val_loader.dataset if folder else None  # what nobody keeps is not drawn
+    show = make_painter(training, samples, spec, train_images.class_names, processes)
     while progress.epoch < args.epochs:
         stats = run_epoch(args, training, (train_loader, val_loader), progress, log)
         schedule.after_epoch(progress.epoch)
@@ -248,11 +248,11 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
         progress.best_acc1 = max(progress.best_acc1, stats["test_acc1"])
         log.epoch(stats)
         log.say(f"epoch {progress.epoch}: top-1 {stats['test_acc1']:.2f} %, best {progress.best_acc1:.2f} %")
-        if folder is not None and processes.is_main and (picture := show(progress.epoch)) is not None:
+        if folder is not None and (picture := show(progress.epoch)) is not None:
             pictures.save_png(picture, folder / "mixing.png")
             log.picture("mixing", picture, progress.epoch)
         progress.epoch, progress.step = progress.epoch + 1, progress.step + steps
-        if folder is not None and processes.is_main:
+        if folder is not None:
             resume.save(folder, training, progress, identity, is_best)
 
 

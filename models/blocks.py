@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,61 @@ class PlainTransformer(ImageModel):
 
     def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.network.forward_head(features), None
+
+
+class WindowedTransformer(ImageModel):
+    """A family that attends in windows, merges its tokens from stage to stage, and predicts from their mean.
+
+    Raises:
+        ValueError: it predicts from something else.
+    """
+
+    network: Any  # timm's SwinTransformer, version 1 or 2: they name these parts alike
+
+    def __init__(self, network: Any, separate_region_head: bool = False) -> None:
+        if network.global_pool != "avg":
+            raise ValueError(f"global_pool is {network.global_pool!r}, and regions are classified by their mean token")
+        super().__init__(network, network.num_features, network.num_classes, separate_region_head)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """That of the last stage. A size which timm would pad on the way there gives fewer rows than timm's."""
+        height, width = self.network.patch_embed.img_size
+        return height // self.patch_size[0], width // self.patch_size[1]
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        height, width = self.network.patch_embed.patch_size
+        merged = 2 ** (len(self.network.layers) - 1)  # each stage after the first halves the grid
+        return height * merged, width * merged
+
+    @abstractmethod
+    def score(self, block: Any, tokens: Tensor) -> Tensor:
+        """The score (B, N) that the last block gives the tokens (B, R, C, D) it receives."""
+
+    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+        network = self.network
+        if not need_attention:
+            return network.forward_features(images), None  # (B, R, C, D)
+        tokens = network.patch_embed(images)
+        for stage in network.layers[:-1]:
+            tokens = stage(tokens)
+        final = network.layers[-1]
+        tokens = final.downsample(tokens)  # (B, R, C, D)
+        for block in final.blocks[:-1]:
+            tokens = block(tokens)
+        last = final.blocks[-1]
+        return network.norm(last(tokens)), self.score(last, tokens)
+
+    def image_tokens(self, features: Tensor) -> Tensor:
+        return features.flatten(1, 2)
+
+    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.network.forward_head(features), None
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        head = self.network.head
+        return head.fc(head.drop(pooled))
 
 
 def attention_map(attention: Attention, tokens: Tensor) -> Tensor:

@@ -14,27 +14,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import cast
 
 import torch
-from timm.layers import PatchEmbed, resize_rel_pos_bias_table
+from timm.layers import resize_rel_pos_bias_table
 from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,
-    SwinTransformerStage,
     WindowAttention,
 )
 from torch import Tensor
 from torch.nn.functional import linear
 
-from models.blocks import windowed_score
-from models.interface import ImageModel
+from models.blocks import WindowedTransformer, windowed_score
 
 TABLE = "relative_position_bias_table"
 BUFFERS = ("relative_position_index", "attn_mask")  # in official files; timm computes them and does not save them
 
 
-class Swin(ImageModel):
+class Swin(WindowedTransformer):
     """Any timm `SwinTransformer` that predicts from the mean of its tokens.
 
     Raises:
@@ -43,47 +40,8 @@ class Swin(ImageModel):
 
     network: SwinTransformer
 
-    def __init__(self, network: SwinTransformer, separate_region_head: bool = False) -> None:
-        if network.global_pool != "avg":
-            raise ValueError(f"global_pool is {network.global_pool!r}, and regions are classified by their mean token")
-        super().__init__(network, network.num_features, network.num_classes, separate_region_head)
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """That of the last stage. A size which timm would pad on the way there gives fewer rows than timm's."""
-        height, width = cast(tuple[int, int], cast(PatchEmbed, self.network.patch_embed).img_size)
-        return height // self.patch_size[0], width // self.patch_size[1]
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        height, width = cast(PatchEmbed, self.network.patch_embed).patch_size
-        merged = 2 ** (len(self.network.layers) - 1)  # each stage after the first halves the grid
-        return height * merged, width * merged
-
-    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
-        network = self.network
-        if not need_attention:
-            return network.forward_features(images), None  # (B, R, C, D)
-        tokens = network.patch_embed(images)
-        for stage in network.layers[:-1]:
-            tokens = stage(tokens)
-        final = cast(SwinTransformerStage, network.layers[-1])
-        tokens = final.downsample(tokens)  # (B, R, C, D)
-        for block in final.blocks[:-1]:
-            tokens = block(tokens)
-        last = cast(SwinTransformerBlock, final.blocks[-1])
-        score = windowed_score(last, last.norm1(tokens), window_attention_map)  # (B, N)
-        return network.norm(last(tokens)), score
-
-    def image_tokens(self, features: Tensor) -> Tensor:
-        return features.flatten(1, 2)
-
-    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.network.forward_head(features), None
-
-    def classify(self, pooled: Tensor) -> Tensor:
-        head = self.network.head
-        return head.fc(head.drop(pooled))
+    def score(self, block: SwinTransformerBlock, tokens: Tensor) -> Tensor:
+        return windowed_score(block, block.norm1(tokens), window_attention_map)
 
     def resize_weights(
         self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None

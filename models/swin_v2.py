@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.models.swin_transformer_v2 import (
@@ -24,11 +24,10 @@ from timm.models.swin_transformer_v2 import (
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from models.blocks import windowed_score
-from models.interface import ImageModel
+from models.blocks import WindowedTransformer, windowed_score
 
 
-class SwinV2(ImageModel):
+class SwinV2(WindowedTransformer):
     """Any timm `SwinTransformerV2` that predicts from the mean of its tokens.
 
     Raises:
@@ -37,48 +36,9 @@ class SwinV2(ImageModel):
 
     network: SwinTransformerV2
 
-    def __init__(self, network: SwinTransformerV2, separate_region_head: bool = False) -> None:
-        if network.global_pool != "avg":
-            raise ValueError(f"global_pool is {network.global_pool!r}, and regions are classified by their mean token")
-        super().__init__(network, network.num_features, network.num_classes, separate_region_head)
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """That of the last stage. A size which timm would pad on the way there gives fewer rows than timm's."""
-        height, width = self.network.patch_embed.img_size
-        return height // self.patch_size[0], width // self.patch_size[1]
-
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        height, width = self.network.patch_embed.patch_size
-        merged = 2 ** (len(self.network.layers) - 1)  # each stage after the first halves the grid
-        return height * merged, width * merged
-
-    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
-        network = self.network
-        if not need_attention:
-            return network.forward_features(images), None  # (B, R, C, D)
-        tokens = network.patch_embed(images)
-        for stage in network.layers[:-1]:
-            tokens = stage(tokens)
-        final: Any = network.layers[-1]
-        tokens = final.downsample(tokens)  # (B, R, C, D)
-        for block in final.blocks[:-1]:
-            tokens = block(tokens)
-        last = cast(SwinTransformerV2Block, final.blocks[-1])
-        score = windowed_score(last, tokens, cosine_attention_map)  # (B, N); attention receives the raw tokens
-        windows = math.prod(math.ceil(n / side) for n, side in zip(tokens.shape[1:3], last.window_size, strict=True))
-        return network.norm(last(tokens)), score / windows
-
-    def image_tokens(self, features: Tensor) -> Tensor:
-        return features.flatten(1, 2)
-
-    def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.network.forward_head(features), None
-
-    def classify(self, pooled: Tensor) -> Tensor:
-        head = self.network.head
-        return head.fc(head.drop(pooled))
+    def score(self, block: SwinTransformerV2Block, tokens: Tensor) -> Tensor:
+        windows = math.prod(math.ceil(n / side) for n, side in zip(tokens.shape[1:3], block.window_size, strict=True))
+        return windowed_score(block, tokens, cosine_attention_map) / windows  # attention receives the raw tokens
 
     def resize_weights(
         self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None
