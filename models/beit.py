@@ -1,8 +1,8 @@
 """BEiT and BEiT v2 through timm's own class: a plain vision transformer with relative position biases.
 
 "Last block" is `blocks[-1]`; its biases, its own and those shared by all blocks, are part of the map. The class token's
-row and column are cut. Members that predict from the mean have no norm before it: their tokens are the last block's,
-and `fc_norm` belongs to the classifier. Knows no mixer and no loss.
+row and column are cut, or its row alone is read. Members that predict from the mean have no norm before it: their
+tokens are the last block's, and `fc_norm` belongs to the classifier. Knows no mixer and no loss.
 
 Papers: BEiT (arXiv 2106.08254), BEiT v2 (arXiv 2208.06366).
 """
@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.layers import resample_patch_embed, resize_rel_pos_bias_table
-from timm.models.beit import Beit, Block
+from timm.models.beit import Beit
 from torch import Tensor
-from torch.nn.functional import linear
 
-from models.blocks import PlainTransformer, resize_positions
-from models.interface import image_attention_score
+from models.blocks import PlainTransformer, queries_and_keys, resize_positions
 
 TABLE = "relative_position_bias_table"
 INDEX = "relative_position_index"  # timm computes it; official files have it
@@ -41,22 +39,17 @@ class BEiT(PlainTransformer):
             raise ValueError("it has no pooling (global_pool is empty)")
         super().__init__(network, network.embed_dim, network.num_classes, separate_region_head)
 
-    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def embed(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         network = self.network
-        if not need_attention:
-            return network.forward_features(images), None  # (B, 1 + N, D)
         tokens = network.patch_embed(images)  # (B, N, D)
         tokens = torch.cat((network.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
         if network.pos_embed is not None:
             tokens = tokens + network.pos_embed
-        tokens = network.pos_drop(tokens)
         shared = network.rel_pos_bias() if network.rel_pos_bias is not None else None  # (H, 1 + N, 1 + N)
-        for block in network.blocks[:-1]:
-            tokens = block(tokens, shared_rel_pos_bias=shared)
-        last = cast(Block, network.blocks[-1])
-        attention = biased_attention_map(last.attn, last.norm1(tokens), shared)  # (B, H, 1 + N, 1 + N)
-        score = image_attention_score(attention, network.num_prefix_tokens)  # (B, N)
-        return network.norm(last(tokens, shared_rel_pos_bias=shared)), score
+        return network.pos_drop(tokens), [{"shared_rel_pos_bias": shared}] * len(network.blocks)
+
+    def map_of(self, block: Any, tokens: Tensor, beside: dict[str, Any], class_only: bool) -> Tensor:
+        return biased_attention_map(block.attn, block.norm1(tokens), beside["shared_rel_pos_bias"], class_only)
 
     def classify(self, pooled: Tensor) -> Tensor:
         network = self.network
@@ -81,7 +74,7 @@ class BEiT(PlainTransformer):
         return new, notes
 
 
-def biased_attention_map(attention: Any, tokens: Tensor, shared_bias: Tensor | None) -> Tensor:
+def biased_attention_map(attention: Any, tokens: Tensor, shared_bias: Tensor | None, class_only: bool) -> Tensor:
     """The map A of Eq. 5 that a BEiT layer would use on `tokens`, in float32 and without gradient.
 
     Queries and keys are computed a second time here (values are not).
@@ -90,21 +83,21 @@ def biased_attention_map(attention: Any, tokens: Tensor, shared_bias: Tensor | N
         attention: timm's `Attention` of this family.
         tokens: (B, T, D), what the layer itself receives.
         shared_bias: (H, T, T), what all layers add before the softmax.
+        class_only: compute the first token's row alone (Q = 1), else all (Q = T).
 
     Returns:
-        (B, H, T, T), rows (queries) sum to one.
+        (B, H, Q, T), rows (queries) sum to one.
     """
-    width = attention.qkv.out_features // 3 * 2  # of queries and keys
     with torch.no_grad():
         bias = None if attention.q_bias is None else torch.cat((attention.q_bias, attention.k_bias))
-        queries_keys = linear(tokens, attention.qkv.weight[:width], bias).unflatten(2, (2, attention.num_heads, -1))
-        queries, keys = queries_keys.permute(2, 0, 3, 1, 4)  # (B, H, T, D / H) each
+        queries, keys = queries_and_keys(tokens, attention.qkv.weight, bias, attention.num_heads, class_only)
+        rows = slice(queries.shape[2])
         with torch.autocast(tokens.device.type, enabled=False):
-            similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B, H, T, T)
+            similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B, H, Q, T)
             if attention.relative_position_bias_table is not None:
-                similarity = similarity + attention._get_rel_pos_bias().float()
+                similarity = similarity + attention._get_rel_pos_bias()[:, :, rows].float()
             if shared_bias is not None:
-                similarity = similarity + shared_bias.float()
+                similarity = similarity + shared_bias[:, rows].float()
             return similarity.softmax(dim=-1)
 
 

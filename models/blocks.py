@@ -12,9 +12,21 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.swin_transformer import window_partition, window_reverse
 from timm.models.vision_transformer import Attention  # also in releases where timm.layers has none
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
+from torch.utils.checkpoint import checkpoint
 
-from models.interface import ImageModel
+from models.interface import AttentionOf, ImageModel, class_attention_score, image_attention_score
+
+
+def run_block(stage: Any, block: Any, *given: Any, **named: Any) -> Tensor:
+    """`block(...)`, with gradient checkpointing where that is on: one turn of the loop over blocks in timm's networks.
+
+    Args:
+        stage: what keeps `grad_checkpointing`: the network, or its stage.
+    """
+    if stage.grad_checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *given, use_reentrant=False, **named)
+    return block(*given, **named)
 
 
 class PlainTransformer(ImageModel):
@@ -29,6 +41,33 @@ class PlainTransformer(ImageModel):
     @property
     def patch_size(self) -> tuple[int, int]:
         return self.network.patch_embed.patch_size
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.network.cls_token is not None
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """(B, C, height, width) images -> tokens (B, T, D) for the first block, and what each block takes besides."""
+
+    @abstractmethod
+    def map_of(self, block: Any, tokens: Tensor, beside: dict[str, Any], class_only: bool) -> Tensor:
+        """The attention map of a block on what it receives: (B, H, T, T), or the class token's row (B, H, 1, T)."""
+
+    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
+        network = self.network
+        if need_attention is None:
+            return network.forward_features(images), None  # (B, T, D)
+        tokens, beside = self.embed(images)
+        for block, more in zip(network.blocks[:-1], beside[:-1], strict=True):
+            tokens = run_block(network, block, tokens, **more)
+        last = network.blocks[-1]
+        features = network.norm(run_block(network, last, tokens, **beside[-1]))
+        class_only = need_attention == "class" and self.has_class_token
+        score_of = class_attention_score if class_only else image_attention_score
+        with torch.no_grad():
+            attention = self.map_of(last, tokens, beside[-1], class_only)
+            return features, score_of(attention, network.num_prefix_tokens)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features[:, self.network.num_prefix_tokens :]
@@ -67,9 +106,9 @@ class WindowedTransformer(ImageModel):
     def score(self, block: Any, tokens: Tensor) -> Tensor:
         """The score (B, N) that the last block gives the tokens (B, R, C, D) it receives."""
 
-    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
         network = self.network
-        if not need_attention:
+        if need_attention is None:
             return network.forward_features(images), None  # (B, R, C, D)
         tokens = network.patch_embed(images)
         for stage in network.layers[:-1]:
@@ -77,9 +116,11 @@ class WindowedTransformer(ImageModel):
         final = network.layers[-1]
         tokens = final.downsample(tokens)  # (B, R, C, D)
         for block in final.blocks[:-1]:
-            tokens = block(tokens)
+            tokens = run_block(final, block, tokens)
         last = final.blocks[-1]
-        return network.norm(last(tokens)), self.score(last, tokens)
+        features = network.norm(run_block(final, last, tokens))
+        with torch.no_grad():
+            return features, self.score(last, tokens)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features.flatten(1, 2)
@@ -92,7 +133,37 @@ class WindowedTransformer(ImageModel):
         return head.fc(head.drop(pooled))
 
 
-def attention_map(attention: Attention, tokens: Tensor) -> Tensor:
+def queries_and_keys(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, heads: int, class_only: bool
+) -> tuple[Tensor, Tensor]:
+    """Queries (B, H, Q, D / H) and keys (B, H, T, D / H) of a joint projection; its values are not computed.
+
+    Args:
+        tokens: (B, T, D), what the attention layer receives.
+        weight: of queries, keys and values, one below the other.
+        bias: in the same order; it may end with the keys.
+        class_only: only the first token asks (Q = 1), else all do (Q = T).
+    """
+    width = len(weight) // 3
+    first, second = slice(width), slice(width, 2 * width)
+    asking = tokens[:, :1] if class_only else tokens
+    queries = linear(asking, weight[first], None if bias is None else bias[first])
+    keys = linear(tokens, weight[second], None if bias is None else bias[second])
+    return split_heads(queries, heads), split_heads(keys, heads)
+
+
+def split_heads(tokens: Tensor, heads: int) -> Tensor:
+    """(B, T, D) -> (B, H, T, D / H)."""
+    return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def softmax_map(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """(B, H, Q, D / H) and (B, H, T, D / H) -> (B, H, Q, T) in float32, under autocast too; rows sum to one."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return ((queries.float() * scale) @ keys.float().transpose(-2, -1)).softmax(dim=-1)
+
+
+def attention_map(attention: Attention, tokens: Tensor, class_only: bool = False) -> Tensor:
     """The map A of Eq. 5 that a timm attention layer would use on `tokens`, in float32 and without gradient.
 
     The layer itself may go on with its fused kernel, which gives no map: queries and keys are computed a second time
@@ -101,20 +172,15 @@ def attention_map(attention: Attention, tokens: Tensor) -> Tensor:
     Args:
         attention: a timm self-attention layer with a joint `qkv` projection.
         tokens: (B, T, D), what the layer itself receives.
+        class_only: compute the first token's row alone, for half of that cost.
 
     Returns:
-        (B, H, T, T), rows (queries) sum to one.
+        (B, H, T, T), or (B, H, 1, T); rows (queries) sum to one.
     """
-    batch, count, _ = tokens.shape
-    width = attention.num_heads * attention.head_dim
-    weight, bias = attention.qkv.weight[: 2 * width], attention.qkv.bias
+    qkv = attention.qkv
     with torch.no_grad():
-        queries_keys = torch.nn.functional.linear(tokens, weight, None if bias is None else bias[: 2 * width])
-        queries, keys = queries_keys.reshape(batch, count, 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        queries, keys = attention.q_norm(queries), attention.k_norm(keys)  # (B, H, T, D / H)
-        with torch.autocast(tokens.device.type, enabled=False):
-            similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B, H, T, T)
-            return similarity.softmax(dim=-1)
+        queries, keys = queries_and_keys(tokens, qkv.weight, qkv.bias, attention.num_heads, class_only)
+        return softmax_map(attention.q_norm(queries), attention.k_norm(keys), attention.scale)
 
 
 def resize_positions(

@@ -118,7 +118,7 @@ def build_model(
     """
     name = ALIASES.get(name, name)
     if not timm.is_model(name):
-        raise InputError(f"--model {name}: no such model; {_near_misses(name)}")
+        raise InputError(f"--model {name}: no such model; {near_misses(name)}")
     entry = timm.model_entrypoint(name)
     sized = all(family.sized for family in FAMILIES if entry.__module__.rsplit(".")[-1] in family.modules)
     if input_size is not None and sized:
@@ -177,7 +177,8 @@ def describe_families() -> list[tuple[str, str]]:
     return [(family.kind.__name__, family.score) for family in FAMILIES]
 
 
-def _near_misses(name: str) -> str:
+def near_misses(name: str) -> str:
+    """Advice on a name that timm does not have."""
     near = difflib.get_close_matches(name, [*timm.list_models(), *ALIASES], n=5, cutoff=0.5)
     return f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists all names"
 
@@ -225,27 +226,6 @@ def _build_again(config: Any) -> ImageModel:
         return build_model(**{**config, "input_size": as_pair(config["input_size"])})
     except (TypeError, KeyError) as error:
         raise InputError(f"the checkpoint's model_config is damaged: {error}") from error
-
-
-def build_teacher(name: str, path: str, num_classes: int, input_size: tuple[int, int]) -> nn.Module:
-    """A timm network with the weights of a file, to distil from images of `input_size` (height, width).
-
-    Raises:
-        InputError: unknown name, unreadable file, weights of another network, or one that refuses such images.
-    """
-    if not timm.is_model(name):
-        raise InputError(f"--teacher-model {name}: no such model; {_near_misses(name)}")
-    teacher = timm.create_model(name, num_classes=num_classes)
-    load_strictly(teacher, pick_weights(load_checkpoint(path)), source=f"--teacher-path {path}")
-    try:
-        with torch.no_grad():
-            teacher.eval()(torch.zeros(1, 3, *input_size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        size = f"{input_size[0]} x {input_size[1]}"
-        raise InputError(
-            f"--teacher-model {name} cannot take the student's images of {size} pixels: {error}"
-        ) from error
-    return teacher
 
 
 def load_foreign(model: ImageModel, path: str, fresh_heads: bool = True) -> list[str]:

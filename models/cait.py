@@ -2,7 +2,8 @@
 
 "Last block" is the last self-attention block, `blocks[-1]`: the class-attention blocks after it have a single query,
 the class token, and do not change the image tokens. Its score is read from the map after the softmax and before the
-second mix of the heads, because only there rows are positive and sum to one. Knows no mixer and no loss.
+second mix of the heads, because only there rows are positive and sum to one. The class token's own score comes from the
+last class-attention block, `blocks_token_only[-1]`. Knows no mixer and no loss.
 
 Paper: Going deeper with Image Transformers (arXiv 2103.17239).
 """
@@ -10,16 +11,16 @@ Paper: Going deeper with Image Transformers (arXiv 2103.17239).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models.cait import Cait, LayerScaleBlock, TalkingHeadAttn
+from timm.models.cait import Cait, ClassAttn, LayerScaleBlock, TalkingHeadAttn
 from torch import Tensor
 from torch.nn.functional import linear
 
-from models.blocks import resize_positions
-from models.interface import ImageModel, image_attention_score
+from models.blocks import resize_positions, run_block, softmax_map, split_heads
+from models.interface import AttentionOf, ImageModel, class_attention_score, image_attention_score
 
 
 class CaiT(ImageModel):
@@ -48,21 +49,30 @@ class CaiT(ImageModel):
     def patch_size(self) -> tuple[int, int]:
         return cast(PatchEmbed, self.network.patch_embed).patch_size
 
-    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
-        network = self.network
-        if not need_attention:
+    @property
+    def has_class_token(self) -> bool:
+        return True
+
+    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
+        network: Any = self.network
+        if need_attention is None:
             return network.forward_features(images), None  # (B, 1 + N, D)
         tokens = network.pos_drop(network.patch_embed(images) + network.pos_embed)  # (B, N, D)
         for block in network.blocks[:-1]:
-            tokens = block(tokens)
-        last = cast(LayerScaleBlock, network.blocks[-1])
-        attention = talking_heads_map(cast(TalkingHeadAttn, last.attn), last.norm1(tokens))  # (B, H, N, N)
-        score = image_attention_score(attention, num_prefix_tokens=0)  # (B, N)
-        tokens = last(tokens)
+            tokens = run_block(network, block, tokens)
+        last, received = network.blocks[-1], tokens
+        tokens = run_block(network, last, received)
         class_token = network.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
-        for block in network.blocks_token_only:
+        for block in network.blocks_token_only[:-1]:  # not checkpointed: timm does not either
             class_token = block(tokens, class_token)
-        return network.norm(torch.cat((class_token, tokens), dim=1)), score
+        last_of_class = network.blocks_token_only[-1]
+        features = network.norm(torch.cat((last_of_class(tokens, class_token), tokens), dim=1))
+        with torch.no_grad():
+            if need_attention == "image":
+                attention = talking_heads_map(last.attn, last.norm1(received))  # (B, H, N, N)
+                return features, image_attention_score(attention, num_prefix_tokens=0)
+            seen = last_of_class.norm1(torch.cat((class_token, tokens), dim=1))
+            return features, class_attention_score(class_token_map(last_of_class.attn, seen), num_prefix_tokens=1)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features[:, 1:]
@@ -108,3 +118,18 @@ def talking_heads_map(attention: TalkingHeadAttn, tokens: Tensor) -> Tensor:
             mix = attention.proj_l
             mixed = linear(similarity.permute(0, 2, 3, 1), mix.weight.float(), mix.bias.float())  # (B, N, N, H)
             return mixed.permute(0, 3, 1, 2).softmax(dim=-1)
+
+
+def class_token_map(attention: ClassAttn, tokens: Tensor) -> Tensor:
+    """The map that a class-attention layer would use on `tokens`, in float32 and without gradient.
+
+    Args:
+        tokens: (B, 1 + N, D), what the layer itself receives; only the first of them asks.
+
+    Returns:
+        (B, H, 1, 1 + N), rows sum to one.
+    """
+    with torch.no_grad():
+        queries = split_heads(attention.q(tokens[:, :1]), attention.num_heads)  # (B, H, 1, D / H)
+        keys = split_heads(attention.k(tokens), attention.num_heads)
+        return softmax_map(queries, keys, attention.scale)

@@ -22,7 +22,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
 from torch import Tensor
 
-from models.interface import ImageModel
+from models.interface import AttentionOf, ImageModel
 
 
 def energy_score(features: Tensor) -> Tensor:
@@ -86,11 +86,11 @@ class ConvNet(ImageModel):
     def patch_size(self) -> tuple[int, int]:
         return self._stride, self._stride
 
-    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
         if images.shape[-2:] != self.input_size:
             raise ValueError(f"images of {tuple(images.shape[-2:])} pixels for a model built for {self.input_size}")
         features = self.network.forward_features(images)  # (B, D, R, C)
-        return features, energy_score(features) if need_attention else None
+        return features, None if need_attention is None else energy_score(features)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features.flatten(2).transpose(1, 2)  # (B, N, D)

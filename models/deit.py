@@ -1,7 +1,7 @@
 """Plain vision transformers through timm's own classes: DeiT, DeiT distilled, DeiT III, ViT; and two small ones.
 
 "Last block" is `blocks[-1]`; its score is read over image tokens only (paper Sec. 3.2; class, distillation and register
-tokens are cut). Knows no mixer and no loss.
+tokens are cut). The class token, where there is one, is the first. Knows no mixer and no loss.
 
 Papers: DeiT (arXiv 2012.12877), ViT (arXiv 2010.11929).
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from timm.layers import resample_patch_embed
 from timm.models import register_model
@@ -19,7 +19,6 @@ from timm.models.vision_transformer import Attention, Block, ResPostBlock, Visio
 from torch import Tensor, nn
 
 from models.blocks import PlainTransformer, attention_map, resize_positions
-from models.interface import image_attention_score
 
 
 class PlainViT(PlainTransformer):
@@ -38,19 +37,14 @@ class PlainViT(PlainTransformer):
             raise ValueError(f"its last block computes attention in {kind}, whose map cannot be read")
         super().__init__(network, network.embed_dim, network.num_classes, separate_region_head)
 
-    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def embed(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         network = self.network
-        if not need_attention:
-            return network.forward_features(images), None  # (B, T, D)
         tokens = network._pos_embed(network.patch_embed(images))  # (B, T, D)
-        tokens = network.norm_pre(network.patch_drop(tokens))
-        for block in network.blocks[:-1]:
-            tokens = block(tokens)
-        last = network.blocks[-1]
-        seen = last.norm1(tokens) if isinstance(last, Block) else tokens  # a post-norm block attends to its raw input
-        attention = attention_map(cast(Attention, last.attn), seen)  # (B, H, T, T)
-        score = image_attention_score(attention, network.num_prefix_tokens)  # (B, N)
-        return network.norm(last(tokens)), score
+        return network.norm_pre(network.patch_drop(tokens)), [{}] * len(network.blocks)
+
+    def map_of(self, block: Any, tokens: Tensor, beside: dict[str, Any], class_only: bool) -> Tensor:
+        seen = block.norm1(tokens) if isinstance(block, Block) else tokens  # a post-norm block attends to its raw input
+        return attention_map(block.attn, seen, class_only)
 
     def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = self.network.forward_head(features)

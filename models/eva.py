@@ -1,8 +1,8 @@
 """EVA, EVA-02 and further plain transformers of timm's `Eva` class, most of them with rotary position embeddings.
 
 "Last block" is `blocks[-1]`; queries and keys are turned by its rotary embedding before they are compared. Rows and
-columns of class and register tokens are cut. Where `fc_norm` comes after the mean it belongs to the classifier, and
-the tokens are the last block's. Knows no mixer and no loss.
+columns of class and register tokens are cut. The class token, where there is one, is the first. Where `fc_norm` comes
+after the mean it belongs to the classifier, and the tokens are the last block's. Knows no mixer and no loss.
 
 Papers: EVA (arXiv 2211.07636), EVA-02 (arXiv 2303.11331).
 """
@@ -17,10 +17,8 @@ import torch
 from timm.layers import apply_rot_embed_cat, resample_patch_embed
 from timm.models.eva import Eva, EvaBlock
 from torch import Tensor
-from torch.nn.functional import linear
 
-from models.blocks import PlainTransformer, resize_positions
-from models.interface import image_attention_score
+from models.blocks import PlainTransformer, queries_and_keys, resize_positions, softmax_map, split_heads
 
 
 class EVA(PlainTransformer):
@@ -39,22 +37,18 @@ class EVA(PlainTransformer):
             raise ValueError("it drops patches while training (patch_drop_rate), so regions lose their tokens")
         super().__init__(network, network.embed_dim, network.num_classes, separate_region_head)
 
-    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def embed(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         network = self.network
-        if not need_attention:
-            return network.forward_features(images), None  # (B, T, D)
         tokens, rotation = network._pos_embed(network.patch_embed(images))  # (B, T, D), (N, 2 D / H)
         if getattr(network, "norm_pre", None) is not None:  # not in timm's older releases
             tokens = network.norm_pre(tokens)
         own = getattr(network, "rope_mixed", False) and rotation is not None  # a rotation for each block and head
         rotations: Any = rotation if own else [rotation] * len(network.blocks)
-        for block, turn in zip(network.blocks[:-1], rotations, strict=False):
-            tokens = block(tokens, rope=turn)
-        last: Any = network.blocks[-1]
-        seen = last.norm1(tokens) if isinstance(last, EvaBlock) else tokens  # a post-norm block sees its raw input
-        attention = rotated_attention_map(last.attn, seen, rotations[-1])  # (B, H, T, T)
-        score = image_attention_score(attention, network.num_prefix_tokens)  # (B, N)
-        return network.norm(last(tokens, rope=rotations[-1])), score
+        return tokens, [{"rope": turn} for turn in rotations]
+
+    def map_of(self, block: Any, tokens: Tensor, beside: dict[str, Any], class_only: bool) -> Tensor:
+        seen = block.norm1(tokens) if isinstance(block, EvaBlock) else tokens  # a post-norm block sees its raw input
+        return rotated_attention_map(block.attn, seen, beside["rope"], class_only)
 
     def classify(self, pooled: Tensor) -> Tensor:
         network = self.network
@@ -76,7 +70,7 @@ class EVA(PlainTransformer):
         return new, notes
 
 
-def rotated_attention_map(attention: Any, tokens: Tensor, rotation: Tensor | None) -> Tensor:
+def rotated_attention_map(attention: Any, tokens: Tensor, rotation: Tensor | None, class_only: bool) -> Tensor:
     """The map A of Eq. 5 that an EVA layer would use on `tokens`, in float32 and without gradient.
 
     Queries and keys are computed a second time here (values are not).
@@ -85,29 +79,28 @@ def rotated_attention_map(attention: Any, tokens: Tensor, rotation: Tensor | Non
         attention: timm's `EvaAttention` or `AttentionRope`: one joint projection or three, keys for fewer heads or all.
         tokens: (B, T, D), what the layer itself receives.
         rotation: sines and cosines for the N image tokens: (N, 2 D / H), or (H, N, 2 D / H) where heads differ.
+        class_only: compute the first token's row alone (Q = 1), else all (Q = T).
 
     Returns:
-        (B, H, T, T), rows (queries) sum to one.
+        (B, H, Q, T), rows (queries) sum to one.
     """
     heads = attention.num_heads
     with torch.no_grad():
         if attention.qkv is None:
-            queries, keys = attention.q_proj(tokens), attention.k_proj(tokens)
+            queries = split_heads(attention.q_proj(tokens[:, :1] if class_only else tokens), heads)  # (B, H, Q, D / H)
+            keys = split_heads(attention.k_proj(tokens), getattr(attention, "num_kv_heads", heads))
         else:
-            width = attention.qkv.out_features // 3
-            weight, bias = attention.qkv.weight[: 2 * width], attention.qkv.bias
+            bias = attention.qkv.bias
             if getattr(attention, "q_bias", None) is not None:
                 bias = torch.cat((attention.q_bias, attention.k_bias))
-            joint = linear(tokens, weight, None if bias is None else bias[: 2 * width])
-            queries, keys = joint.split(width, dim=-1)
-        queries = queries.unflatten(2, (heads, -1)).transpose(1, 2)  # (B, H, T, D / H)
-        keys = keys.unflatten(2, (getattr(attention, "num_kv_heads", heads), -1)).transpose(1, 2)
+            queries, keys = queries_and_keys(tokens, attention.qkv.weight, bias, heads, class_only)
         if getattr(attention, "q_norm", None) is not None:  # not in timm's older releases
             queries, keys = attention.q_norm(queries), attention.k_norm(keys)
         with torch.autocast(tokens.device.type, enabled=False):
-            queries, keys = (_turn(attention, part.float(), rotation) for part in (queries, keys))
+            keys = _turn(attention, keys.float(), rotation)
+            queries = queries if class_only else _turn(attention, queries.float(), rotation)  # a class token stays
             keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)  # (B, H, T, D / H)
-            return ((queries * attention.scale) @ keys.transpose(-2, -1)).softmax(dim=-1)
+            return softmax_map(queries, keys, attention.scale)
 
 
 def _turn(attention: Any, parts: Tensor, rotation: Tensor | None) -> Tensor:

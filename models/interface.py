@@ -1,4 +1,4 @@
-"""What SMMix asks of a model, whatever its family: logits, final image tokens, attention score, region logits.
+"""What mixing asks of a model, whatever its family: logits, final image tokens, attention scores, region logits.
 
 Knows "classify the mean token inside and outside a mask" but not what SMMix is. Imports nothing from the project, no
 family and no timm.
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+AttentionOf = Literal["image", "class"]  # whose: that of the image tokens (Eq. 6), or of the class token (TransMix)
 
 
 class ModelOutput(NamedTuple):
@@ -26,6 +28,9 @@ class ModelOutput(NamedTuple):
     image_attention: Tensor | None = None  # (B, N) float32, no gradient: alpha of Eq. 6
     region_logits: Tensor | None = None  # (B, 2, K): the source region's, then the target region's (Eq. 12)
     distillation_logits: Tensor | None = None  # (B, K): the distillation token's own, while it is trained by a teacher
+    class_attention: Tensor | None = (
+        None  # (B, N) float32, no gradient: what the class token attends to, mean over heads
+    )
 
 
 def image_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -42,6 +47,21 @@ def image_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
     """
     image_part = attention[:, :, num_prefix_tokens:, num_prefix_tokens:]  # (B, H, N, N)
     return image_part.float().mean(dim=(1, 2))  # (B, N)
+
+
+def class_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
+    """TransMix (arXiv 2111.09833): how much the class token attends to each image token, averaged over heads.
+
+    Columns of class, distillation and register tokens are left out without renormalising.
+
+    Args:
+        attention: (B, H, Q, T) map after the softmax; rows are queries, and the first is the class token's.
+        num_prefix_tokens: how many of the T tokens come before the image tokens.
+
+    Returns:
+        (B, N) float32 with N = T - num_prefix_tokens.
+    """
+    return attention[:, :, 0, num_prefix_tokens:].float().mean(dim=1)  # (B, N)
 
 
 def pool_regions(tokens: Tensor, source_mask: Tensor) -> Tensor:
@@ -92,9 +112,22 @@ class ImageModel(nn.Module, ABC):
     def patch_size(self) -> tuple[int, int]:
         """Height and width in pixels of the image patch behind one final token."""
 
+    @property
+    def has_class_token(self) -> bool:
+        """Whether a class token attends to the final image tokens.
+
+        Where none does, the image tokens' score stands in for its own. That substitute is ours: TransMix defines none.
+        """
+        return False
+
     @abstractmethod
-    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
-        """(B, C, height, width) images -> the network's final features, and Eq. 6's score (B, N) when asked for."""
+    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
+        """(B, C, height, width) images -> the network's final features, and the score (B, N) that is asked for.
+
+        The score is read without gradient, from the tokens that the last block receives in this pass, and after that
+        block has run: under autocast, older torch keeps a weight's first cast for the whole pass, so a weight first
+        cast for the score would get no gradient.
+        """
 
     @abstractmethod
     def image_tokens(self, features: Tensor) -> Tensor:
@@ -132,15 +165,19 @@ class ImageModel(nn.Module, ABC):
         """Height and width in pixels of the images this model takes."""
         return self.grid_size[0] * self.patch_size[0], self.grid_size[1] * self.patch_size[1]
 
-    def forward(self, images: Tensor, source_mask: Tensor | None = None, need_attention: bool = False) -> ModelOutput:
+    def forward(
+        self, images: Tensor, source_mask: Tensor | None = None, need_attention: AttentionOf | None = None
+    ) -> ModelOutput:
         """One pass.
 
         Args:
             images: (B, C, height, width).
             source_mask: (B, N) bool; with it the regions inside and outside are classified too (Eq. 10 to 12).
-            need_attention: also return Eq. 6's score. Only then does one block compute its attention map explicitly.
+            need_attention: also return the score of the image tokens (Eq. 6) or of the class token, see
+                `has_class_token`. Only then does one block compute its attention map explicitly. The prediction and
+                its gradient stay as they are.
         """
-        features, image_attention = self.features(images, need_attention)
+        features, score = self.features(images, need_attention)
         logits, distillation_logits = self.head(features)
         tokens = self.image_tokens(features)
         region_logits = None
@@ -151,4 +188,6 @@ class ImageModel(nn.Module, ABC):
             # A step without regions leaves this head idle. Zero gradients instead of none keep DDP from having to
             # search for unused parameters on every step.
             logits = logits + 0.0 * (self.token_head.weight.sum() + self.token_head.bias.sum())
-        return ModelOutput(logits, tokens, image_attention, region_logits, distillation_logits)
+        image_attention = score if need_attention == "image" else None
+        class_attention = score if need_attention == "class" else None
+        return ModelOutput(logits, tokens, image_attention, region_logits, distillation_logits, class_attention)

@@ -26,7 +26,8 @@ from timm.models.maxxvit import (
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.interface import ImageModel
+from models.blocks import run_block
+from models.interface import AttentionOf, ImageModel
 
 
 class MaxViT(ImageModel):
@@ -61,30 +62,32 @@ class MaxViT(ImageModel):
         stride = self.network.stem.stride * 2 ** len(self.network.stages)
         return stride, stride
 
-    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
         network = self.network
-        if not need_attention:
+        if need_attention is None:
             return network.forward_features(images), None  # (B, D, R, C)
         maps = network.stem(images)
         for stage in network.stages[:-1]:
             maps = stage(maps)
-        blocks: Any = network.stages[-1].blocks
-        for block in blocks[:-1]:
-            maps = block(maps)
-        last = blocks[-1]
+        final: Any = network.stages[-1]
+        for block in final.blocks[:-1]:
+            maps = run_block(final, block, maps)
+        last = final.blocks[-1]
         if isinstance(last, TransformerBlock2d):
-            seen = last.norm1(maps).permute(0, 2, 3, 1)  # (B, R, C, D), also where the block halves the grid
-            score = grid_score(last.attn, seen, tuple(seen.shape[1:3]))  # (B, N)
-            return network.norm(last(maps)), score
-        maps = last.conv(maps)
+            features = network.norm(run_block(final, last, maps))
+            with torch.no_grad():
+                seen = last.norm1(maps).permute(0, 2, 3, 1)  # (B, R, C, D), also where the block halves the grid
+                return features, grid_score(last.attn, seen, tuple(seen.shape[1:3]))
+        maps = run_block(final, last.conv, maps)
         maps = maps if last.nchw_attn else maps.permute(0, 2, 3, 1)
         if last.attn_block is not None:
-            maps = last.attn_block(maps)
-        seen = last.attn_grid.norm1(maps)
-        seen = seen.permute(0, 2, 3, 1) if last.nchw_attn else seen  # (B, R, C, D)
-        score = grid_score(last.attn_grid.attn, seen, last.attn_grid.partition_size)  # (B, N)
-        maps = last.attn_grid(maps)
-        return network.norm(maps if last.nchw_attn else maps.permute(0, 3, 1, 2)), score
+            maps = run_block(final, last.attn_block, maps)
+        features = run_block(final, last.attn_grid, maps)
+        features = network.norm(features if last.nchw_attn else features.permute(0, 3, 1, 2))
+        with torch.no_grad():
+            seen = last.attn_grid.norm1(maps)
+            seen = seen.permute(0, 2, 3, 1) if last.nchw_attn else seen  # (B, R, C, D)
+            return features, grid_score(last.attn_grid.attn, seen, last.attn_grid.partition_size)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features.flatten(2).transpose(1, 2)

@@ -18,9 +18,9 @@ from timm.layers import DropPath, Mlp, resample_abs_pos_embed, to_2tuple
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
-from models.interface import ImageModel, image_attention_score
+from models.blocks import run_block, softmax_map, split_heads
+from models.interface import AttentionOf, ImageModel, class_attention_score, image_attention_score
 
 Grid = tuple[int, int]
 STRIDES = (4, 2, 2, 2)  # of the patch embeddings
@@ -66,28 +66,25 @@ class ReducedAttention(nn.Module):
             return tokens
         return self.norm(self.sr(_to_map(tokens, grid)).flatten(2).transpose(1, 2))
 
-    def _split(self, tokens: Tensor) -> Tensor:
-        """(B, T, D) -> (B, H, T, D / H)."""
-        return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        queries = self._split(self.q(tokens))  # (B, H, T, D / H)
-        keys, values = map(self._split, self.kv(self._reduce(tokens, grid)).chunk(2, dim=-1))  # (B, H, M, D / H)
+        parts = self.q(tokens), *self.kv(self._reduce(tokens, grid)).chunk(2, dim=-1)
+        queries, keys, values = (split_heads(part, self.num_heads) for part in parts)  # (B, H, T or M, D / H)
         mixed = scaled_dot_product_attention(queries, keys, values)  # (B, H, T, D / H)
         return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))  # (B, T, D)
 
-    def attention_map(self, tokens: Tensor, grid: Grid) -> Tensor:
+    def attention_map(self, tokens: Tensor, grid: Grid, class_only: bool) -> Tensor:
         """The map A of Eq. 5 that `forward` uses on `tokens`: (B, H, T, M), in float32 and without gradient.
 
         The fused kernel gives none, so queries and keys are computed a second time here (values are not).
+
+        Args:
+            class_only: compute the first token's row alone: (B, H, 1, M).
         """
         width = self.q.in_features
         with torch.no_grad():
-            queries = self._split(self.q(tokens))
-            keys = self._split(linear(self._reduce(tokens, grid), self.kv.weight[:width], self.kv.bias[:width]))
-            with torch.autocast(tokens.device.type, enabled=False):
-                scale = queries.shape[-1] ** -0.5
-                return ((queries.float() * scale) @ keys.float().transpose(-2, -1)).softmax(dim=-1)
+            queries = split_heads(self.q(tokens[:, :1] if class_only else tokens), self.num_heads)
+            keys = linear(self._reduce(tokens, grid), self.kv.weight[:width], self.kv.bias[:width])
+            return softmax_map(queries, split_heads(keys, self.num_heads), queries.shape[-1] ** -0.5)
 
 
 class Block(nn.Module):
@@ -204,12 +201,6 @@ class PyramidVisionTransformer(nn.Module):
             tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)  # (B, 1 + N, D)
         return self.pos_drop(tokens + getattr(self, f"pos_embed{stage + 1}"))
 
-    def run_block(self, block: Block, tokens: Tensor, grid: Grid) -> Tensor:
-        """(B, T, D) -> (B, T, D), with gradient checkpointing where that is on."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, tokens, grid, use_reentrant=False)
-        return block(tokens, grid)
-
     def forward_to_last_block(self, images: Tensor) -> Tensor:
         """(B, in_chans, height, width) -> (B, 1 + N, D), what the last block receives."""
         size = tuple(images.shape[-2:])
@@ -217,16 +208,16 @@ class PyramidVisionTransformer(nn.Module):
         for stage, grid in enumerate(self.grid_sizes[:-1]):
             tokens = self.enter_stage(stage, images)  # (B, N, D)
             for block in self.blocks_of(stage):
-                tokens = self.run_block(block, tokens, grid)
+                tokens = run_block(self, block, tokens, grid)
             images = _to_map(tokens, grid)  # (B, D, R, C)
         tokens = self.enter_stage(3, images)  # (B, 1 + N, D)
         for block in self.blocks_of(3)[:-1]:
-            tokens = self.run_block(block, tokens, self.grid_sizes[3])
+            tokens = run_block(self, block, tokens, self.grid_sizes[3])
         return tokens
 
     def forward_last_block(self, tokens: Tensor) -> Tensor:
         """What the last block receives -> final normed tokens (B, 1 + N, D)."""
-        return self.norm(self.run_block(self.blocks_of(3)[-1], tokens, self.grid_sizes[3]))
+        return self.norm(run_block(self, self.blocks_of(3)[-1], tokens, self.grid_sizes[3]))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, in_chans, height, width) -> (B, 1 + N, D), class token first."""
@@ -253,7 +244,7 @@ def _check_settings(img_size: Grid, patch_size: Any, per_stage: tuple[Sequence[f
 
 
 class PVT(ImageModel):
-    """PVT as SMMix reads it: the attention of stage 4's last block over image tokens only (the class token is cut)."""
+    """PVT as it is read here: the attention of stage 4's last block to image tokens, theirs or the class token's."""
 
     network: PyramidVisionTransformer
 
@@ -268,14 +259,21 @@ class PVT(ImageModel):
     def patch_size(self) -> Grid:
         return math.prod(STRIDES), math.prod(STRIDES)
 
-    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
-        network, score = self.network, None
+    @property
+    def has_class_token(self) -> bool:
+        return True
+
+    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
+        network = self.network
         tokens = network.forward_to_last_block(images)  # (B, 1 + N, D)
-        if need_attention:
-            last = network.blocks_of(3)[-1]
-            attention = last.attn.attention_map(last.norm1(tokens), self.grid_size)  # (B, H, 1 + N, 1 + N)
-            score = image_attention_score(attention, num_prefix_tokens=1)  # (B, N)
-        return network.forward_last_block(tokens), score
+        features = network.forward_last_block(tokens)
+        if need_attention is None:
+            return features, None
+        last, class_only = network.blocks_of(3)[-1], need_attention == "class"
+        score_of = class_attention_score if class_only else image_attention_score
+        with torch.no_grad():
+            attention = last.attn.attention_map(last.norm1(tokens), self.grid_size, class_only)
+            return features, score_of(attention, num_prefix_tokens=1)  # (B, N)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features[:, 1:]

@@ -11,14 +11,15 @@ Paper: PVT v2 (arXiv 2106.13797). Letters: B batch, R x C the final grid, N = R 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-from timm.models.pvt_v2 import Block, PyramidVisionTransformerV2, checkpoint_filter_fn
+from timm.models.pvt_v2 import PyramidVisionTransformerV2, checkpoint_filter_fn
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, linear
 
-from models.interface import ImageModel
+from models.blocks import run_block
+from models.interface import AttentionOf, ImageModel
 
 
 class PVTv2(ImageModel):
@@ -55,9 +56,9 @@ class PVTv2(ImageModel):
         stride = 4 * 2 ** (len(self.network.stages) - 1)  # each stage after the first halves the grid
         return stride, stride
 
-    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
         network = self.network
-        if not need_attention:
+        if need_attention is None:
             return network.forward_features(images), None  # (B, D, R, C)
         maps = network.patch_embed(images)
         for stage in network.stages[:-1]:
@@ -68,11 +69,11 @@ class PVTv2(ImageModel):
         grid = maps.shape[1:3]
         tokens = maps.flatten(1, 2)  # (B, N, D)
         for block in final.blocks[:-1]:
-            tokens = block(tokens, grid)
-        last = cast(Block, final.blocks[-1])
-        score = reduced_score(last.attn, last.norm1(tokens), grid)  # (B, N)
-        tokens = final.norm(last(tokens, grid))
-        return tokens.transpose(1, 2).unflatten(2, grid).contiguous(), score
+            tokens = run_block(final, block, tokens, grid)
+        last = final.blocks[-1]
+        features = final.norm(run_block(final, last, tokens, grid)).transpose(1, 2).unflatten(2, grid).contiguous()
+        with torch.no_grad():
+            return features, reduced_score(last.attn, last.norm1(tokens), grid)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features.flatten(2).transpose(1, 2)

@@ -37,7 +37,7 @@ class SwinV2(WindowedTransformer):
     network: SwinTransformerV2
 
     def score(self, block: SwinTransformerV2Block, tokens: Tensor) -> Tensor:
-        windows = math.prod(math.ceil(n / side) for n, side in zip(tokens.shape[1:3], block.window_size, strict=True))
+        windows = math.prod([math.ceil(n / side) for n, side in zip(tokens.shape[1:3], block.window_size, strict=True)])
         return windowed_score(block, tokens, cosine_attention_map) / windows  # attention receives the raw tokens
 
     def resize_weights(

@@ -15,7 +15,7 @@ from timm.models.twins import Block, GlobalSubSampleAttn, Twins
 from torch import Tensor
 from torch.nn.functional import linear
 
-from models.interface import ImageModel, image_attention_score
+from models.interface import AttentionOf, ImageModel, image_attention_score
 
 
 class TwinsModel(ImageModel):
@@ -51,23 +51,22 @@ class TwinsModel(ImageModel):
             height, width = height * embed.patch_size[0], width * embed.patch_size[1]
         return height, width
 
-    def features(self, images: Tensor, need_attention: bool) -> tuple[Tensor, Tensor | None]:
+    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
         network: Any = self.network
-        if not need_attention:
+        if need_attention is None:
             return network.forward_features(images), None  # (B, N, D)
         stages = zip(network.patch_embeds, network.pos_drops, network.blocks, network.pos_block, strict=True)
-        maps, score = images, None
+        maps = received = images
         for embed, drop, blocks, encode in stages:
             tokens, grid = embed(maps)
             tokens = drop(tokens)
             for index, block in enumerate(blocks):
-                if block is network.blocks[-1][-1]:
-                    score = global_score(block, tokens)  # (B, N)
+                received = tokens
                 tokens = block(tokens, grid)
                 if index == 0:
                     tokens = encode(tokens, grid)
             maps = tokens.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, R, C)
-        return network.norm(tokens), score
+        return network.norm(tokens), global_score(network.blocks[-1][-1], received)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features

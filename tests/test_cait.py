@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 
 from engine import make_autocast, make_guide
 from models.cait import CaiT, talking_heads_map
+from models.interface import AttentionOf
 from tests.conftest import randomise
 
 AUTOCASTS = {name: make_autocast(torch.device("cpu"), name) for name in ("none", "bf16")}
@@ -77,11 +78,11 @@ def slow_score(network: Cait, images: Tensor) -> Tensor:
 def test_predictions_tokens_and_scores_are_timms(case: str) -> None:
     model = build(case)
     images, own = images_for(model), copy.deepcopy(model.network)
-    for need_attention in (False, True):
+    for need_attention in (None, "image"):
         output = model(images, need_attention=need_attention)
         torch.testing.assert_close(output.logits, own(images), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(output.tokens, own.forward_features(images)[:, 1:], atol=1e-5, rtol=1e-5)
-        assert (output.image_attention is not None) == need_attention
+        assert (output.image_attention is not None) == (need_attention == "image")
         assert (output.region_logits, output.distillation_logits) == (None, None)
     score = output.image_attention
     assert score is not None
@@ -122,13 +123,38 @@ def test_map_of_talking_heads_by_its_formula() -> None:
                     torch.testing.assert_close(ours[b, h, i].double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@case
+def test_class_score_by_its_formula(case: str) -> None:
+    """softmax over [class; images] of q k / sqrt(d) in the last class attention, in float64; its column is cut."""
+    model = build(case)
+    images, network = images_for(model), model.network
+    given: list[Tensor] = []
+    block: Any = network.blocks_token_only[-1]
+    hook = block.register_forward_pre_hook(lambda _, inputs: given.extend(inputs))
+    with torch.no_grad():
+        network(images)
+        hook.remove()
+        normed = block.norm1(torch.cat((given[1], given[0]), dim=1))
+        query, keys = block.attn.q(normed[:, 0]).double(), block.attn.k(normed).double()
+    output = model(images, need_attention="class")
+    assert output.image_attention is None
+    torch.testing.assert_close(output.logits, network(images), atol=1e-5, rtol=1e-5)
+    for b in range(3):
+        rows = []
+        for h in range(3):
+            own = slice(8 * h, 8 * h + 8)
+            rows.append((keys[b, :, own] @ query[b, own] / 8**0.5).softmax(dim=0)[1:])
+        expected = torch.stack(rows).mean(dim=0)
+        torch.testing.assert_close(output.class_attention[b].double(), expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(("mix", "counts"), [("proj_l", True), ("proj_w", False)])
 def test_only_the_first_mix_of_the_heads_is_in_the_score(mix: str, counts: bool) -> None:
     model = build()
     images = images_for(model)
-    before = model(images, need_attention=True)
+    before = model(images, need_attention="image")
     randomise(getattr(model.network.blocks[-1].attn, mix))
-    after = model(images, need_attention=True)
+    after = model(images, need_attention="image")
     assert not torch.allclose(before.logits, after.logits)
     assert torch.equal(before.image_attention, after.image_attention) != counts
 
@@ -153,7 +179,7 @@ def test_the_score_finds_the_token_that_all_attend_to(cell: int) -> None:
         layer.qkv.weight[24:48:8] = normed[cell] - normed[cell - 1]  # of which the marked token's key has most
         layer.proj_l.weight.copy_(torch.eye(3))
         layer.proj_l.bias.zero_()
-    score = model(images, need_attention=True).image_attention
+    score = model(images, need_attention="image").image_attention
     assert int(score.argmax()) == cell
     assert float(score[0, cell]) == pytest.approx(1, abs=1e-3)
 
@@ -162,9 +188,9 @@ def test_the_score_finds_the_token_that_all_attend_to(cell: int) -> None:
 def test_score_stays_float32_and_detached_under_autocast(case: str) -> None:
     model = build(case)
     images = images_for(model)
-    plain = model(images, need_attention=True).image_attention
+    plain = model(images, need_attention="image").image_attention
     with AUTOCASTS["bf16"]():
-        output = model(images, need_attention=True)
+        output = model(images, need_attention="image")
     assert output.logits.dtype == torch.bfloat16
     assert output.image_attention.dtype == torch.float32
     assert not output.image_attention.requires_grad
@@ -340,8 +366,8 @@ def test_weights_that_fit_are_taken_as_they_are(old_grid: tuple[int, int] | None
 # ------------------------------------------------------------------------------------- compiled, with checkpointing
 
 
-@pytest.mark.parametrize("need_attention", [False, True])
-def test_gradient_checkpointing_changes_nothing(need_attention: bool) -> None:
+@pytest.mark.parametrize("need_attention", [None, "image", "class"])
+def test_gradient_checkpointing_changes_nothing(need_attention: AttentionOf | None) -> None:
     plain = build(separate=True).train()
     saving = copy.deepcopy(plain)
     saving.network.set_grad_checkpointing(True)
@@ -354,10 +380,10 @@ def test_gradient_checkpointing_changes_nothing(need_attention: bool) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager_in_all_three_calls() -> None:
+def test_compiled_equals_eager_in_all_calls() -> None:
     torch.compiler.reset()
     model = build("one_block")
     compiled: Callable[..., Any] = torch.compile(model, backend="aot_eager")
     images, mask = images_for(model), some_mask(model)
-    for given in ({}, {"source_mask": mask}, {"need_attention": True}):
+    for given in ({}, {"source_mask": mask}, {"need_attention": "image"}, {"need_attention": "class"}):
         torch.testing.assert_close(compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5)

@@ -104,7 +104,7 @@ def test_regions_are_picked_where_the_energy_is(monkeypatch: pytest.MonkeyPatch)
     features = torch.full((2, 96, 4, 5), 0.5)
     features[0, :, 0, 3:], features[1, :, 2:, 1] = 2.0, 0.1  # the source's region, and the target's
     monkeypatch.setattr(model.network, "forward_features", lambda images: features)
-    score = score_of(model(torch.zeros(2, 3, 128, 160), need_attention=True))
+    score = score_of(model(torch.zeros(2, 3, 128, 160), need_attention="image"))
     grid = score.unflatten(1, model.grid_size)
     assert divmod(int(grid[0].argmax()), 5) == (0, 3)
     assert divmod(int(grid[1].argmin()), 5) == (2, 1)
@@ -124,10 +124,10 @@ def test_predictions_are_timms_and_scores_are_the_maps(case: str) -> None:
     own.eval()
     images = images_for(model)
     features = own.forward_features(images)
-    for need_attention in (False, True):
+    for need_attention in (None, "image"):
         output = model(images, need_attention=need_attention)
         assert torch.equal(output.logits, own(images))
-        assert (output.image_attention is not None) == need_attention
+        assert (output.image_attention is not None) == (need_attention == "image")
         assert output.region_logits is None
         assert output.distillation_logits is None
     assert output.tokens.shape == (3, 6, features.shape[1])
@@ -200,9 +200,9 @@ def test_every_parameter_gets_a_gradient(case: str, separate: bool, with_mask: b
 def test_score_stays_float32_under_autocast(case: str) -> None:
     model = build(case)
     images = images_for(model)
-    plain = score_of(model(images, need_attention=True))
+    plain = score_of(model(images, need_attention="image"))
     with BF16():
-        output = model(images, need_attention=True)
+        output = model(images, need_attention="image")
     assert score_of(output).dtype == torch.float32
     assert output.logits.dtype == torch.bfloat16
     assert (score_of(output) - plain).abs().max() < 0.1 * plain.max()
@@ -231,7 +231,7 @@ def test_the_grid_follows_from_the_input() -> None:
     assert build("convnext", size=None).grid_size == (5, 5)
     fine = build(output_stride=8)
     assert (fine.grid_size, fine.patch_size) == ((8, 12), (8, 8))
-    assert fine(images_for(fine), need_attention=True).tokens.shape == (3, 96, 96)
+    assert fine(images_for(fine), need_attention="image").tokens.shape == (3, 96, 96)
 
 
 @pytest.mark.parametrize(("size", "near"), [((64, 80), "64 64"), ((33, 64), "32 64"), ((16, 16), "32 32")])

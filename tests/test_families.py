@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import engine
 import optim
@@ -15,11 +19,13 @@ import utils
 from checkpoints import load_strictly
 from logs import Meters
 from losses import SMMixLoss
-from mixers.build import build_mixer
 from mixers.switch import Choice, Switch
 from models.build import FAMILIES, adapt_weights, build_model, plain_weights, use_grad_checkpointing
-from models.interface import ImageModel
+from models.interface import AttentionOf, ImageModel, ModelOutput
+from models.pvt import PVT
 from smmix import VARIANTS
+from tests.conftest import randomise
+from tests.mixing import make_switch
 
 CPU = utils.Processes(0, 1, torch.device("cpu"))
 CLASSES, SIDE = 5, 64
@@ -50,21 +56,22 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "ConvNeXt": ("test_convnext", {}),
     "ResNet": ("test_resnet", {}),
 }  # fmt: skip
+WITH_CLASS_TOKEN = [
+    "VisionTransformer", "VisionTransformerDistilled", "Cait", "PyramidVisionTransformer", "Beit", "Eva",
+]  # fmt: skip
 
 
-def make_model(family: str, num_classes: int = CLASSES, separate: bool = False) -> ImageModel:
+def make_model(family: str, num_classes: int = CLASSES, separate: bool = False, **more: Any) -> ImageModel:
     name, settings = TINY[family]
+    settings = {"input_size": (SIDE, SIDE), "separate_region_head": separate, **settings, **more}
     utils.seed_globals("init", num_classes)
-    return build_model(name, num_classes, input_size=(SIDE, SIDE), separate_region_head=separate, **settings)
+    return build_model(name, num_classes, **settings)
 
 
 def make_training(family: str, variant: str) -> engine.Training:
     model = make_model(family, separate=VARIANTS[variant].region_head == "separate")
     autocast = engine.make_autocast(CPU.device, "none")
-    mixer = build_mixer(
-        "smmix", CLASSES, model.grid_size, smoothing=0.1, variant=VARIANTS[variant], side_ratio=(0.25, 0.75),
-        mixup_alpha=0.8, cutmix_alpha=1.0, cutmix_minmax=None, mixup_prob=1.0, switch_prob=0.5, mode="batch",
-    )  # fmt: skip
+    mixer = make_switch(CLASSES, model.grid_size, variant=variant)
     return engine.Training(
         module=model, model=model, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
         optimizer=optim.make_optimizer(model, {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05}),
@@ -146,9 +153,10 @@ def test_channels_last_takes_the_same_step(family: str, monkeypatch: pytest.Monk
         training.memory_format = memory_format
         formats: list[bool] = []
         training.module.register_forward_pre_hook(
-            lambda module, given, formats=formats: formats.append(
-                given[0].is_contiguous(memory_format=torch.channels_last)
-            )
+            lambda module, given, named, formats=formats: formats.append(
+                (*given, *named.values())[0].is_contiguous(memory_format=torch.channels_last)  # the images
+            ),
+            with_kwargs=True,
         )
         engine.train_step(training, [batch_of(0)], 0, meters := Meters())
         losses.append(meters.read()["loss"])
@@ -176,37 +184,182 @@ def test_a_family_without_checkpointing_says_so() -> None:
 
 @pytest.mark.parametrize("family", [family for family in TINY if family != "Twins"])
 def test_recomputed_activations_give_the_same_gradients(family: str) -> None:
-    gradients = []
-    for recompute in (False, True):
-        model = make_training(family, "paper").module.train()
-        for module in model.modules():
-            if hasattr(module, "drop_prob"):
-                setattr(module, "drop_prob", 0.0)  # noqa: B010, mypy does not know it
+    gradients, kept = [], []
+    passes: list[tuple[bool, AttentionOf | None]] = [(False, None), (True, None), (True, "image"), (True, "class")]
+    for recompute, asked in passes:
+        model = make_dropping(family)
+        sizes: list[int] = []
         if recompute:
             use_grad_checkpointing(model, family)
-        mask = torch.arange(model.grid_size[0] * model.grid_size[1]).expand(4, -1) < 2
-        output = model(batch_of(0)[0], mask)
-        assert output.region_logits is not None
-        (output.logits.square().sum() + output.region_logits.square().sum()).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+        def note(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = loss_of(one_pass(model, asked))
+        loss.backward()
+        gradients.append(gradient_of(model))
+        kept.append(sum(sizes))
+    for ours in gradients[1:]:
+        torch.testing.assert_close(ours, gradients[0], atol=1e-5, rtol=1e-4)
+    assert kept[1] < 0.8 * kept[0]
+    assert max(kept[2:]) < 1.02 * kept[1]  # the score does not put an end to it
+
+
+# ------------------------------------------------------------------------------------------------ the scores
+
+
+def make_dropping(family: str) -> ImageModel:
+    """In training mode, with dropout and drop path before the last block too, and attention that is not uniform."""
+    depth: dict[str, Any] = {"depth": 3} if "depth" in TINY[family][1] else {}
+    model = make_model(family, drop=0.1, drop_path=0.5, **depth)
+    randomise(model)
+    return model.train()
+
+
+def one_pass(model: Any, need_attention: AttentionOf | None, seed: int = 3) -> ModelOutput:
+    """A forward pass that draws the same drops for the same seed."""
+    images = batch_of(0)[0]
+    grid = getattr(model, "module", model).grid_size
+    mask = torch.arange(grid[0] * grid[1]).expand(len(images), -1) < 2
+    torch.manual_seed(seed)
+    return model(images, source_mask=mask, need_attention=need_attention)
+
+
+def loss_of(output: ModelOutput) -> Tensor:
+    assert output.region_logits is not None
+    return output.logits.float().log_softmax(1).square().sum() + output.region_logits.float().square().sum()
+
+
+def gradient_of(model: nn.Module) -> Tensor:
+    """All gradients in one row; a parameter without one fails here."""
+    return torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+
+
+def check_score(score: Tensor | None, model: ImageModel) -> None:
+    assert score is not None
+    assert score.shape == (4, model.grid_size[0] * model.grid_size[1])
+    assert score.dtype == torch.float32
+    assert not score.requires_grad
+    assert (score >= 0).all()
+
+
+@pytest.mark.parametrize("need_attention", ["image", "class"])
+@pytest.mark.parametrize("family", TINY)
+def test_the_score_is_asked_for_without_changing_the_prediction(family: str, need_attention: AttentionOf) -> None:
+    model = make_model(family).eval()
+    images = batch_of(1)[0]
+    with torch.no_grad():
+        plain, scored, network = model(images), model(images, need_attention=need_attention), model.network(images)
+    torch.testing.assert_close(plain.logits, network, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scored.logits, network, atol=1e-5, rtol=1e-5)
+    scores = {"image": scored.image_attention, "class": scored.class_attention}
+    check_score(scores.pop(need_attention), model)
+    assert [*scores.values(), plain.image_attention, plain.class_attention] == [None] * 3
+    assert plain.tokens.shape[:2] == (4, model.grid_size[0] * model.grid_size[1])
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("need_attention", ["image", "class"])
+@pytest.mark.parametrize("family", TINY)
+def test_a_training_pass_learns_the_same_with_the_score(family: str, need_attention: AttentionOf, amp: str) -> None:
+    """Also under autocast, where older torch keeps what is cast without gradient for the score, see `features`."""
+    autocast = engine.make_autocast(CPU.device, amp)
+    outputs, gradients = [], []
+    for asked in (None, need_attention):
+        model = make_dropping(family)
+        with autocast():
+            outputs.append(one_pass(model, asked))
+        loss_of(outputs[-1]).backward()
+        gradients.append(gradient_of(model))
+    check_score(outputs[1].class_attention if need_attention == "class" else outputs[1].image_attention, model)
+    for ours, plain in zip(outputs[1][:2], outputs[0][:2], strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    assert outputs[1].logits.dtype == (torch.float32 if amp == "none" else torch.bfloat16)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-5)
+
+
+def slow_class_score(model: ImageModel, seed: int) -> Tensor:
+    """The class token's row of the map that an unfused plain training pass uses; prefix tokens' columns are cut."""
+    plain = copy.deepcopy(model)
+    network: Any = plain.network
+    parts: list[Tensor] = []
+    if isinstance(model, PVT):  # knows the fused kernel only: from its queries, keys and values
+        layer = network.blocks_of(3)[-1].attn
+        for linear in (layer.q, layer.kv):
+            linear.register_forward_hook(lambda module, given, made: parts.append(made.detach().double()))
+    else:
+        layer = (network.blocks_token_only if hasattr(network, "blocks_token_only") else network.blocks)[-1].attn
+        layer.fused_attn = False
+        layer.attn_drop.register_forward_pre_hook(lambda module, given: parts.append(given[0].detach().double()))
+    one_pass(plain, None, seed)
+    if isinstance(model, PVT):
+        queries, keys = (part.unflatten(2, (-1, 8)) for part in parts)  # heads are 8 wide
+        similarity = torch.einsum("bhd,bthd->bht", queries[:, 0], keys[:, :, : layer.num_heads]) / 8**0.5
+        parts = [similarity.softmax(dim=-1)[:, :, None]]
+    (attention,) = parts  # (B, H, T, T), or (B, H, 1, T)
+    prefix = getattr(network, "num_prefix_tokens", 1)
+    return attention[:, :, 0, prefix:].mean(dim=1)
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_the_score_is_asked_for_without_changing_the_prediction(family: str) -> None:
-    model = make_training(family, "paper").module.eval()
-    images = batch_of(1)[0]
-    with torch.no_grad():
-        plain, scored, network = model(images), model(images, need_attention=True), model.network(images)
-    torch.testing.assert_close(plain.logits, network, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(scored.logits, network, atol=1e-5, rtol=1e-5)
-    rows, columns = model.grid_size
-    assert scored.image_attention is not None
-    assert scored.image_attention.shape == (4, rows * columns)
-    assert scored.image_attention.dtype == torch.float32
-    assert (scored.image_attention >= 0).all()
-    assert plain.image_attention is None
-    assert plain.tokens.shape[:2] == (4, rows * columns)
+def test_the_class_score_is_that_of_this_very_training_pass(family: str) -> None:
+    model = make_dropping(family)
+    seen: list[Tensor] = []
+    for seed in (1, 2):
+        score = one_pass(copy.deepcopy(model), "class", seed).class_attention
+        assert score is not None
+        seen.append(score)
+        if not model.has_class_token:  # the substitute
+            torch.testing.assert_close(score, one_pass(copy.deepcopy(model), "image", seed).image_attention)
+            continue
+        torch.testing.assert_close(score.double(), slow_class_score(model, seed), atol=1e-5, rtol=0)
+        assert (score.sum(dim=1) <= 1 + 1e-5).all()
+        assert score.std() > 1e-3  # not the uniform score that would agree with anything
+    if model.has_class_token:
+        assert not torch.allclose(seen[0], seen[1], atol=1e-3)  # other drops, other tokens in the last block
+
+
+def test_which_families_have_a_class_token() -> None:
+    assert [family for family in TINY if make_model(family).has_class_token] == WITH_CLASS_TOKEN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TINY)
+def test_a_compiled_training_pass_gives_the_same_class_score(family: str) -> None:
+    outputs, gradients = [], []
+    for compiled in (False, True):
+        model = make_dropping(family)
+        for module in model.modules():  # compiled code draws its drops in its own order
+            for rate in {"drop_prob", "p"} & set(vars(module)):
+                setattr(module, rate, 0.0)
+        torch._dynamo.reset()
+        call: Any = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        outputs.append(one_pass(call, "class"))
+        loss_of(outputs[-1]).backward()
+        gradients.append(gradient_of(model))
+    check_score(outputs[1].class_attention, model)
+    torch.testing.assert_close(outputs[1].class_attention, outputs[0].class_attention, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", WITH_CLASS_TOKEN)
+def test_the_class_score_passes_through_ddp(family: str, tmp_path: Path) -> None:
+    """One process: what counts is that the wrapper takes outputs without gradient, and finds every parameter."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, alone = DistributedDataParallel(make_dropping(family)), make_dropping(family)
+        for seed in (1, 2):
+            ours, theirs = one_pass(model, "class", seed), one_pass(alone, "class", seed)
+            check_score(ours.class_attention, alone)
+            torch.testing.assert_close(ours.class_attention, theirs.class_attention)
+            loss_of(ours).backward()
+            loss_of(theirs).backward()
+        torch.testing.assert_close(gradient_of(model), gradient_of(alone))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_attention_across_channels_gives_no_score() -> None:

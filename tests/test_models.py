@@ -26,7 +26,14 @@ from models.build import (
     restore_model,
     use_distillation,
 )
-from models.interface import ImageModel, ModelOutput, image_attention_score, pool_regions
+from models.interface import (
+    AttentionOf,
+    ImageModel,
+    ModelOutput,
+    class_attention_score,
+    image_attention_score,
+    pool_regions,
+)
 from tests.conftest import TINY, MakeModel
 from utils import InputError
 
@@ -86,8 +93,8 @@ def some_mask(model: ImageModel, count: int = 3) -> Tensor:
     return order < torch.arange(1, count + 1)[:, None]
 
 
-def slow_score(own: nn.Module, images: Tensor, prefix: int) -> Tensor:
-    """Eq. 5 and 6 from the map that timm's unfused last block really uses."""
+def map_used(own: nn.Module, images: Tensor) -> Tensor:
+    """(B, H, T, T): the map that timm's unfused last block really uses."""
     last: Any = own.blocks[-1]  # type: ignore[index]
     last.attn.fused_attn = False
     maps: list[Tensor] = []
@@ -96,6 +103,12 @@ def slow_score(own: nn.Module, images: Tensor, prefix: int) -> Tensor:
         own(images)
     hook.remove()
     (attention,) = maps
+    return attention
+
+
+def slow_score(own: nn.Module, images: Tensor, prefix: int) -> Tensor:
+    """Eq. 5 and 6 from that map."""
+    attention = map_used(own, images)
     batch, heads, total, _ = attention.shape
     score = torch.zeros(batch, total - prefix, dtype=torch.float64)
     for b in range(batch):
@@ -127,6 +140,19 @@ def test_score_is_the_mean_over_heads_and_image_queries(prefix: int) -> None:
         assert (score.sum(dim=1) < 1).all()
 
 
+@pytest.mark.parametrize("queries", [1, 8])
+@pytest.mark.parametrize("prefix", [1, 2])
+def test_class_score_is_the_first_rows_mean_over_heads(prefix: int, queries: int) -> None:
+    attention = torch.randn(2, 3, queries, prefix + 6, dtype=torch.float64).softmax(dim=-1)
+    score = class_attention_score(attention, prefix)
+    assert score.dtype == torch.float32
+    assert score.shape == (2, 6)
+    for b in range(2):
+        for j in range(6):
+            values = [attention[b, h, 0, prefix + j] for h in range(3)]
+            assert float(score[b, j]) == pytest.approx(float(sum(values)) / 3, abs=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_score_of_a_low_precision_map_is_averaged_in_float32(dtype: torch.dtype) -> None:
     attention = torch.rand(2, 3, 65, 65).to(dtype)
@@ -155,10 +181,10 @@ def test_predictions_and_scores_are_timms(make_model: MakeModel, case: str) -> N
     model = build(make_model, case)
     own, images = timms_own(model, case), images_for(model)
     expected = own(images)
-    for need_attention in (False, True):
+    for need_attention in (None, "image"):
         output = model(images, need_attention=need_attention)
         torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
-        assert (output.image_attention is not None) == need_attention
+        assert (output.image_attention is not None) == (need_attention == "image")
         assert output.region_logits is None
         assert output.distillation_logits is None
     prefix = model.network.num_prefix_tokens
@@ -176,9 +202,24 @@ def test_predictions_and_scores_are_timms(make_model: MakeModel, case: str) -> N
     assert ((sums - 1).abs() < 1e-6).all() if prefix == 0 else ((sums > 0) & (sums < 1 + 1e-6)).all()
 
 
+@case
+def test_class_scores_are_timms(make_model: MakeModel, case: str) -> None:
+    model = build(make_model, case)
+    own, images = timms_own(model, case), images_for(model)
+    output, prefix = model(images, need_attention="class"), model.network.num_prefix_tokens
+    assert isinstance(prefix, int)
+    assert output.image_attention is None
+    score, expected = output.class_attention, slow_score(own, images, prefix)  # the substitute
+    assert score is not None
+    if model.has_class_token:
+        expected = map_used(own, images).double()[:, :, 0, prefix:].mean(dim=1)
+    assert model.has_class_token == ("class_token" not in CASES[case][1] and case != "registers_gap")
+    torch.testing.assert_close(score.double(), expected, atol=1e-6, rtol=0)
+
+
 def test_score_of_a_fresh_model_is_about_uniform() -> None:
     model = build_model("deit_tiny_patch16_224", 7, **TINY).eval()
-    score = model(torch.randn(2, 3, 32, 48), need_attention=True).image_attention
+    score = model(torch.randn(2, 3, 32, 48), need_attention="image").image_attention
     assert score is not None
     assert score.sum(dim=1).tolist() == pytest.approx([24 / 25] * 2, abs=0.01)
 
@@ -187,9 +228,9 @@ def test_score_of_a_fresh_model_is_about_uniform() -> None:
 def test_score_stays_float32_under_autocast(make_model: MakeModel, case: str) -> None:
     model = build(make_model, case)
     images = images_for(model)
-    plain = model(images, need_attention=True).image_attention
+    plain = model(images, need_attention="image").image_attention
     with BF16():
-        output = model(images, need_attention=True)
+        output = model(images, need_attention="image")
     assert plain is not None
     assert output.image_attention is not None
     assert output.image_attention.dtype == torch.float32
@@ -539,12 +580,12 @@ def test_our_own_checkpoints_restore_their_model(make_model: MakeModel, images: 
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_equals_eager_in_all_three_calls(make_model: MakeModel, images: Tensor, backend: str) -> None:
+def test_compiled_equals_eager_in_all_calls(make_model: MakeModel, images: Tensor, backend: str) -> None:
     torch.compiler.reset()
     model = make_model(separate_region_head=True, depth=1)
     compiled = torch.compile(model, backend=backend)
     mask = some_mask(model, 4)
-    for given in ({}, {"source_mask": mask}, {"need_attention": True}):
+    for given in ({}, {"source_mask": mask}, {"need_attention": "image"}, {"need_attention": "class"}):
         torch.testing.assert_close(compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5)
 
 
@@ -555,7 +596,7 @@ def test_gradient_checkpointing_changes_nothing(make_model: MakeModel, case: str
     saving.network.set_grad_checkpointing(True)  # type: ignore[operator]
     images, mask = images_for(plain), some_mask(plain)
     for model in (plain, saving):
-        output = model(images, source_mask=mask, need_attention=True)
+        output = model(images, source_mask=mask, need_attention="image")
         assert output.region_logits is not None
         (output.logits.square().sum() + output.region_logits.square().sum()).backward()
     ours, theirs = grad_of(saving), grad_of(plain)
@@ -589,7 +630,7 @@ def mixed_modes(model: nn.Module) -> dict[str, bool]:
 
 def test_the_guide_sees_the_images_in_evaluation_mode_without_gradient(make_model: MakeModel, images: Tensor) -> None:
     model = make_model(drop=0.5, drop_path=0.5)
-    expected = model(images, need_attention=True)
+    expected = model(images, need_attention="image")
     watching = Watching()
     model.network.blocks[-1].add_module("drop_path2", watching)  # type: ignore[union-attr, index]
     clean = make_guide(model.train(), NO_AMP)(images)
@@ -636,10 +677,10 @@ def test_the_guide_runs_under_the_runs_autocast(tiny_model: ImageModel, images: 
 def test_the_guide_calls_the_compiled_form_if_given_one(tiny_model: ImageModel, images: Tensor) -> None:
     asked = []
 
-    def call(images: Tensor, need_attention: bool) -> ModelOutput:
+    def call(images: Tensor, need_attention: AttentionOf | None) -> ModelOutput:
         asked.append((need_attention, tiny_model.training))
         return tiny_model(images, need_attention=need_attention)
 
     make_guide(tiny_model.train(), NO_AMP, call)(images)
-    assert asked == [(True, False)]
+    assert asked == [("image", False)]
     assert tiny_model.training

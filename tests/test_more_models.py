@@ -152,8 +152,8 @@ def cells_of_keys(model: ImageModel) -> list[list[int]]:
     return [[r * columns + c for r in down for c in across] for down in high for across in wide]
 
 
-def slow_score(model: ImageModel, images: Tensor) -> Tensor:
-    """Eq. 5 and 6 from the map that timm's unfused last block really uses, in float64."""
+def map_used(model: ImageModel, images: Tensor) -> Tensor:
+    """(B W, H, queries, keys): the map that timm's unfused last block really uses, in float64."""
     network = copy.deepcopy(model.network).eval()
     layer = last_block(network).attn
     layer.fused_attn = False
@@ -161,7 +161,13 @@ def slow_score(model: ImageModel, images: Tensor) -> Tensor:
     layer.attn_drop.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].detach().double()))
     with torch.no_grad():
         network(images)
-    (attention,) = maps  # (B W, H, queries, keys)
+    (attention,) = maps
+    return attention
+
+
+def slow_score(model: ImageModel, images: Tensor) -> Tensor:
+    """Eq. 5 and 6 from that map."""
+    attention = map_used(model, images)
     score = torch.zeros(len(images), count_of(model), dtype=torch.float64)
     if isinstance(model, PVTv2):
         for key, cells in enumerate(cells_of_keys(model)):
@@ -209,10 +215,10 @@ def test_predictions_tokens_and_scores_are_timms(case: str) -> None:
     model = build(case)
     images, network = images_for(model), copy.deepcopy(model.network)
     expected = network(images)
-    for need_attention in (False, True):
+    for need_attention in (None, "image"):
         output = model(images, need_attention=need_attention)
         torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
-        assert (output.image_attention is not None) == need_attention
+        assert (output.image_attention is not None) == (need_attention == "image")
         assert output.distillation_logits is None
     features: Any = network.forward_features(images)  # type: ignore[operator]
     torch.testing.assert_close(output.tokens, slow_tokens(model, features), atol=1e-5, rtol=1e-5)
@@ -231,12 +237,27 @@ def test_predictions_tokens_and_scores_are_timms(case: str) -> None:
 
 
 @case
+def test_class_scores_are_timms(case: str) -> None:
+    model = build(case)
+    images, network = images_for(model), model.network
+    output = model(images, need_attention="class")
+    score, expected = output.class_attention, slow_score(model, images)  # the substitute
+    assert score is not None
+    assert output.image_attention is None
+    torch.testing.assert_close(output.logits, network(images), atol=1e-5, rtol=1e-5)
+    if model.has_class_token:
+        expected = map_used(model, images)[:, :, 0, network.num_prefix_tokens :].mean(dim=1)
+    assert model.has_class_token == (getattr(network, "cls_token", None) is not None)
+    torch.testing.assert_close(score.double(), expected, atol=1e-6, rtol=1e-4)
+
+
+@case
 def test_score_stays_float32_under_autocast(case: str) -> None:
     model = build(case)
     images = images_for(model)
-    plain = model(images, need_attention=True).image_attention
+    plain = model(images, need_attention="image").image_attention
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(images, need_attention=True)
+        output = model(images, need_attention="image")
     assert plain is not None
     assert output.image_attention is not None
     assert output.image_attention.dtype == torch.float32
@@ -251,7 +272,7 @@ def test_regions_are_classified_by_their_mean_token(case: str, separate: bool) -
     model = build(case, separate)
     images, mask = images_for(model), some_mask(model)
     output = model(images, source_mask=mask)
-    features, _ = model.features(images, need_attention=False)
+    features, _ = model.features(images, need_attention=None)
     assert output.region_logits is not None
     assert output.region_logits.shape == (3, 2, 7)
     for region, inside in enumerate((True, False)):
@@ -331,7 +352,7 @@ def test_weights_of_another_size_fit(case: str, size: tuple[int, int]) -> None:
     own = other.network.state_dict()
     changed = [key for key in new if new[key].shape != own[key].shape and not key.endswith("_index")]
     assert len(notes) == len(changed)
-    assert model(images_for(model), need_attention=True).image_attention.isfinite().all()
+    assert model(images_for(model), need_attention="image").image_attention.isfinite().all()
 
 
 def test_beit_tables_are_resized_as_timm_does() -> None:

@@ -249,7 +249,7 @@ def test_the_class_token_alone_is_exempt_from_weight_decay() -> None:
 
 def test_a_score_of_a_fresh_model_is_about_uniform() -> None:
     model = PVT(PyramidVisionTransformer(SIZE, **NARROW)).eval()
-    score = model(images_for(model), need_attention=True).image_attention
+    score = model(images_for(model), need_attention="image").image_attention
     assert score.sum(dim=1).tolist() == pytest.approx([6 / 7] * 3, abs=0.01)
 
 
@@ -309,7 +309,7 @@ def test_predictions_tokens_and_score_are_those_of_a_slow_loop() -> None:
     model = make_pvt()
     images = images_for(model)
     tokens, attention = slow_network(model, images)
-    output = model(images, need_attention=True)
+    output = model(images, need_attention="image")
     close(output.tokens.double(), tokens[:, 1:])
     w = model.network.state_dict()
     close(output.logits.double(), linear(tokens[:, 0], w["head.weight"].double(), w["head.bias"].double()), atol=1e-4)
@@ -321,6 +321,8 @@ def test_predictions_tokens_and_score_are_those_of_a_slow_loop() -> None:
         for j in range(6):
             received = [float(attention[b, h, 1 + i, 1 + j]) for h in range(4) for i in range(6)]
             assert float(score[b, j]) == pytest.approx(sum(received) / 24, abs=1e-6)
+    of_class = model(images, need_attention="class").class_attention
+    close(of_class.double(), attention[:, :, 0, 1:].mean(dim=1))
     assert float(score.std(dim=1).min()) > 0.01  # far from uniform
     assert bool((score.sum(dim=1) < 1).all())
 
@@ -328,7 +330,7 @@ def test_predictions_tokens_and_score_are_those_of_a_slow_loop() -> None:
 def test_logits_are_the_same_with_and_without_attention() -> None:
     model = make_pvt()
     images = images_for(model)
-    asked, not_asked = model(images, need_attention=True), model(images)
+    asked, not_asked = model(images, need_attention="image"), model(images)
     assert not_asked.image_attention is None
     assert torch.equal(asked.logits, not_asked.logits)
     assert torch.equal(asked.tokens, not_asked.tokens)
@@ -338,9 +340,9 @@ def test_logits_are_the_same_with_and_without_attention() -> None:
 def test_the_score_stays_float32_under_autocast() -> None:
     model = make_pvt()
     images = images_for(model)
-    plain = model(images, need_attention=True).image_attention
+    plain = model(images, need_attention="image").image_attention
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(images, need_attention=True)
+        output = model(images, need_attention="image")
     assert output.logits.dtype == torch.bfloat16
     assert output.image_attention.dtype == torch.float32
     assert (output.image_attention - plain).abs().max() < 0.1 * plain.max()
@@ -385,7 +387,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     saving.network.set_grad_checkpointing()
     images, mask = images_for(plain), some_mask(plain)
     for model in (plain, saving):
-        output = model(images, source_mask=mask, need_attention=True)
+        output = model(images, source_mask=mask, need_attention="image")
         (output.logits.square().sum() + output.region_logits.square().sum()).backward()
     for (name, ours), theirs in zip(saving.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
@@ -413,7 +415,7 @@ def test_compiled_equals_eager() -> None:
     model = make_pvt(separate=True, depths=(1, 1, 1, 1))
     compiled = torch.compile(model, backend="aot_eager")
     images, mask = images_for(model), some_mask(model)
-    for given in ({}, {"source_mask": mask, "need_attention": True}):
+    for given in ({}, {"source_mask": mask, "need_attention": "image"}):
         torch.testing.assert_close(compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5)
 
 
@@ -425,7 +427,7 @@ def test_the_builder_finds_them(name: str) -> None:
     model = build_model(name, 7, input_size=SIZE, separate_region_head=True, **{**NARROW, "drop_path": 0.1})
     assert isinstance(model, PVT)
     assert (model.grid_size, model.input_size) == ((2, 3), SIZE)
-    output = model(images_for(model), source_mask=some_mask(model), need_attention=True)
+    output = model(images_for(model), source_mask=some_mask(model), need_attention="image")
     assert output.logits.shape == (3, 7)
     assert output.region_logits.shape == (3, 2, 7)
 
@@ -569,5 +571,5 @@ def test_predictions_are_those_of_transformers() -> None:
     found, wanted = ours(images), theirs(images, output_attentions=True)
     print(f"largest difference {float((found - wanted.logits).abs().max()):.1e} of {float(wanted.logits.std()):.2f}")
     torch.testing.assert_close(found, wanted.logits, atol=1e-4, rtol=1e-4)
-    score = PVT(ours)(images, need_attention=True).image_attention
+    score = PVT(ours)(images, need_attention="image").image_attention
     torch.testing.assert_close(score, wanted.attentions[-1][:, :, 1:, 1:].mean(dim=(1, 2)), atol=1e-6, rtol=0)

@@ -15,6 +15,7 @@ from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from torch import Tensor
 
 from engine import make_autocast, make_guide
+from models.interface import AttentionOf
 from models.swin import TABLE, Swin, resize_table, window_attention_map, window_of
 from tests.conftest import randomise
 
@@ -105,7 +106,7 @@ def slow_score(network: SwinTransformer, images: Tensor, grid: tuple[int, int]) 
 def test_predictions_tokens_and_scores_are_timms(case: str) -> None:
     model = build(case)
     images, own = images_for(model), copy.deepcopy(model.network)
-    for need_attention in (False, True):
+    for need_attention in (None, "image"):
         output = model(images, need_attention=need_attention)
         torch.testing.assert_close(output.logits, own(images), atol=1e-5, rtol=1e-5)
         features = own.forward_features(images)
@@ -113,7 +114,7 @@ def test_predictions_tokens_and_scores_are_timms(case: str) -> None:
         for number in range(features.shape[1] * features.shape[2]):  # row-major
             expected = features[:, number // features.shape[2], number % features.shape[2]]
             torch.testing.assert_close(output.tokens[:, number], expected, atol=1e-5, rtol=1e-5)
-        assert (output.image_attention is not None) == need_attention
+        assert (output.image_attention is not None) == (need_attention == "image")
         assert (output.region_logits, output.distillation_logits) == (None, None)
     score = output.image_attention
     assert score is not None
@@ -141,7 +142,7 @@ def test_the_cases_are_what_they_say(case: str, window: Any, shift: Any, windows
     assert (last.window_size, last.shift_size) == (window, shift)
     assert (last.attn_mask is not None) == any(shift)
     if windows is not None:  # nothing padded: what all queries give is received
-        score = model(images_for(model), need_attention=True).image_attention
+        score = model(images_for(model), need_attention="image").image_attention
         torch.testing.assert_close(score.sum(dim=1), torch.full((3,), float(windows)))
 
 
@@ -154,7 +155,7 @@ def test_equal_attention_scores_alike_in_all_windows(case: str) -> None:
         layer.relative_position_bias_table.zero_()
         if layer.qkv.bias is not None:
             layer.qkv.bias.zero_()
-    score = model(images_for(model), need_attention=True).image_attention
+    score = model(images_for(model), need_attention="image").image_attention
     if case not in ("padded_and_shifted", "always_partition"):  # where padding parts the groups of a window unevenly
         torch.testing.assert_close(score, torch.full_like(score, 1 / layer.window_area))
     assert (score > 0).all()
@@ -210,7 +211,7 @@ def test_the_score_finds_the_token_that_its_window_attends_to(case: str) -> None
         layer.qkv.bias.zero_()
         layer.qkv.bias[: width : width // 4] = 50  # each query asks for the first feature of its head,
         layer.qkv.weight[width : 2 * width : width // 4] = seen[0][0, 0] - seen[0][1, 0]  # of which a mark has most
-    score = model(images, need_attention=True).image_attention
+    score = model(images, need_attention="image").image_attention
     assert score.argmax(dim=1).tolist() == list(range(cells))
     if case in ("one_window", "not_shifted"):
         torch.testing.assert_close(score.diagonal(), torch.ones(cells), atol=1e-3, rtol=0)
@@ -220,9 +221,9 @@ def test_the_score_finds_the_token_that_its_window_attends_to(case: str) -> None
 def test_score_stays_float32_and_detached_under_autocast(case: str) -> None:
     model = build(case)
     images = images_for(model)
-    plain = model(images, need_attention=True).image_attention
+    plain = model(images, need_attention="image").image_attention
     with AUTOCASTS["bf16"]():
-        output = model(images, need_attention=True)
+        output = model(images, need_attention="image")
     assert output.logits.dtype == torch.bfloat16
     assert output.image_attention.dtype == torch.float32
     assert not output.image_attention.requires_grad
@@ -248,12 +249,12 @@ def test_similarities_are_computed_in_float32_under_autocast() -> None:
 def test_the_fused_kernel_gives_the_same() -> None:
     model = build()
     images = images_for(model)
-    plain = model(images, need_attention=True)
+    plain = model(images, need_attention="image")
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "fused_attn")]
     for layer in layers:
         layer.fused_attn = True
     assert len(layers) == 3
-    fused = model(images, need_attention=True)
+    fused = model(images, need_attention="image")
     torch.testing.assert_close(fused.logits, plain.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(fused.image_attention, plain.image_attention, atol=1e-5, rtol=1e-5)
 
@@ -333,7 +334,7 @@ def test_parameter_counts(swin_t: Any) -> None:
 def test_at_224_the_last_stage_is_one_window(swin_t: Any) -> None:
     blocks: Any = swin_t.layers[-1].blocks
     assert [(block.window_size, block.shift_size, block.attn_mask) for block in blocks] == [((7, 7), (0, 0), None)] * 2
-    score = Swin(swin_t.eval())(torch.randn(1, 3, 224, 224), need_attention=True).image_attention
+    score = Swin(swin_t.eval())(torch.randn(1, 3, 224, 224), need_attention="image").image_attention
     assert score.shape == (1, 49)
     assert float(score.sum()) == pytest.approx(1, abs=1e-5)
 
@@ -366,7 +367,7 @@ def test_another_patch_size_is_another_grid(patch: int) -> None:
     assert model.patch_size == (2 * patch, 2 * patch)
     assert model.grid_size == (12 // patch, 20 // patch)
     images = images_for(model, 1)
-    score = model(images, need_attention=True).image_attention
+    score = model(images, need_attention="image").image_attention
     torch.testing.assert_close(score.double(), slow_score(model.network, images, model.grid_size), atol=1e-6, rtol=0)
 
 
@@ -513,8 +514,8 @@ def test_weights_of_another_architecture_stay_as_they_are() -> None:
 # ------------------------------------------------------------------------------------- compiled, with checkpointing
 
 
-@pytest.mark.parametrize("need_attention", [False, True])
-def test_gradient_checkpointing_changes_nothing(need_attention: bool) -> None:
+@pytest.mark.parametrize("need_attention", [None, "image", "class"])
+def test_gradient_checkpointing_changes_nothing(need_attention: AttentionOf | None) -> None:
     plain = build("shifted", separate=True).train()
     saving = copy.deepcopy(plain)
     saving.network.set_grad_checkpointing(True)
@@ -527,10 +528,10 @@ def test_gradient_checkpointing_changes_nothing(need_attention: bool) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager_in_all_three_calls() -> None:
+def test_compiled_equals_eager_in_all_calls() -> None:
     torch.compiler.reset()
     model = build("shifted", depths=(2,), num_heads=(2,), img_size=(12, 18))
     compiled: Callable[..., Any] = torch.compile(model, backend="aot_eager")
     images, mask = images_for(model), some_mask(model)
-    for given in ({}, {"source_mask": mask}, {"need_attention": True}):
+    for given in ({}, {"source_mask": mask}, {"need_attention": "image"}, {"need_attention": "class"}):
         torch.testing.assert_close(compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5)
