@@ -73,13 +73,13 @@ def make_guide(model: ImageModel, autocast: Autocast, call: Callable[..., ModelO
     def guide(images: Tensor) -> ModelOutput:
         # An autocast context of its own: weights cast under no_grad must not be cached for the pass that learns.
         with eval_mode(model), torch.no_grad(), autocast():
-            return show(images, need_attention=True)
+            return show(images, need_attention="image")
 
     return guide
 
 
 def make_teacher(model: nn.Module, autocast: Autocast) -> Callable[[Tensor], Tensor]:
-    """A frozen network as a function from images (B, C, height, width) to logits (B, K)."""
+    """A frozen network as a function from images (B, C, height, width) to what it gives: logits, or features."""
     model.eval().requires_grad_(False)
 
     def teacher(images: Tensor) -> Tensor:
@@ -87,6 +87,14 @@ def make_teacher(model: nn.Module, autocast: Autocast) -> Callable[[Tensor], Ten
             return model(images)
 
     return teacher
+
+
+def settle_labels(model: ImageModel, batch: MixedBatch, autocast: Autocast) -> MixedBatch:
+    """The batch with its final labels, outside training: some are known only after the model has seen it."""
+    if batch.relabel is None:
+        return batch
+    with eval_mode(model), torch.no_grad(), autocast():
+        return batch.after_forward(model(**batch.forward_inputs()))
 
 
 def to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -193,7 +201,8 @@ def train_step(
         batch = training.mixer(images, labels, training.guide, training.random(step, micro))
         with training.syncing(micro):
             with training.autocast():
-                output = training.model(batch.images, source_mask=batch.source_mask)
+                output = training.model(**batch.forward_inputs())
+            batch = batch.after_forward(output)
             terms = training.criterion(output, batch)
             # A loss that is not finite turns every gradient of this rank into NaN, DDP's sum carries that to all ranks,
             # and the scaler skips their updates on the device: no read, no message between ranks, until the next check.
@@ -214,7 +223,8 @@ def train_step(
 def update_weights(training: Training) -> Tensor:
     """Unscale, clip, step, clear, average. Returns the gradient's norm before clipping, on the device."""
     training.scaler.unscale_(training.optimizer)
-    parameters = [parameter for parameter in training.module.parameters() if parameter.grad is not None]
+    held = (parameter for group in training.optimizer.param_groups for parameter in group["params"])
+    parameters = [parameter for parameter in held if parameter.grad is not None]
     norm = get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
     if training.clip_grad is not None:
         clip_grads_with_norm_(parameters, training.clip_grad, norm)

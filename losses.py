@@ -68,6 +68,8 @@ def consistency(logits: Tensor, reference_probs: Tensor) -> Tensor:
 class SMMixLoss:
     """Eq. 15: L_total = L_cls + L_fine + L_con. A term whose inputs the batch or the model left out is left out.
 
+    Terms that the mixing method itself brings (`MixedBatch.terms`) are added.
+
     Args:
         bce: use `binary_cross_entropy` for L_cls and L_fine.
     """
@@ -85,6 +87,7 @@ class SMMixLoss:
             )
         if batch.reference_probs is not None:
             terms["con"] = consistency(output.logits, batch.reference_probs)
+        terms.update(batch.terms)
         return {"total": torch.stack(list(terms.values())).sum(), **terms}
 
 

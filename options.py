@@ -6,12 +6,12 @@ Builds nothing. Every flag may be written with hyphens or underscores.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from mixers import options as mixing
 from utils import InputError
 
 # Flags that DeiT or the released SMMix code has and this project does not, with what to do instead.
@@ -25,6 +25,7 @@ GONE = {
     "--min-side-ratio": "use --side-ratio LOW HIGH",
     "--max-side-ratio": "use --side-ratio LOW HIGH",
     "--autoresume": "use --auto-resume",
+    "--mixup-off-epoch": "use --mix-off-epoch",
     "--resplit": "random erasing always applies to the whole batch, as DeiT's default does; leave the flag out",
     "--cooldown-epochs": "it has no effect in DeiT either; leave the flag out",
     "--patience-epochs": "--sched plateau is not offered; leave the flag out",
@@ -154,25 +155,8 @@ def _add_augmentation(parser: Parser) -> None:
 
 def _add_mixing(parser: Parser) -> None:
     group = parser.add_argument_group("mixing and its loss")
-    group.add_argument("--mixer", default="smmix", choices=["smmix", "cutmix", "mixup", "none"],
-                       help="smmix and cutmix share their steps with Mixup unless --mixup is 0")  # fmt: skip
-    group.add_argument("--mixup", default=0.8, type=float, help="Mixup's alpha; 0 turns Mixup off")
-    group.add_argument("--cutmix", default=1.0, type=float, help="CutMix's alpha, for --mixer cutmix")
-    group.add_argument("--cutmix-minmax", default=None, type=float, nargs=2, help="sides of CutMix's box as ratios")
-    group.add_argument("--mixup-prob", default=1.0, type=float, help="share of batches that are mixed at all")
-    group.add_argument("--mixup-switch-prob", default=0.5, type=float, help="share of mixed batches that --mixer gets "
-                       "when Mixup is on too")  # fmt: skip
-    group.add_argument("--mixup-mode", default="batch", choices=["batch", "pair", "elem"],
-                       help="Mixup's and CutMix's draws per batch, pair or image")  # fmt: skip
-    group.add_argument("--variant", default="paper", choices=["paper", "released"],
-                       help="SMMix's arithmetic: the paper's, or the released code's")  # fmt: skip
-    group.add_argument("--region-head", choices=["shared", "separate"], help="overrides --variant")
-    group.add_argument("--consistency", choices=["probs", "logits"], help="overrides --variant")
-    group.add_argument("--region-size", choices=["floor", "integer"], help="overrides --variant")
-    group.add_argument("--side-ratio", default=(0.25, 0.75), type=float, nargs=2, metavar=("LOW", "HIGH"),
-                       help="range of the region's side as a share of the image's")  # fmt: skip
-    group.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
-    group.add_argument("--bce-loss", action="store_true", help="binary cross entropy for L_cls and L_fine")
+    mixing.add_method_flags(group)
+    mixing.add_training_flags(group)
 
 
 def _add_distillation(parser: Parser) -> None:
@@ -184,12 +168,11 @@ def _add_distillation(parser: Parser) -> None:
     group.add_argument("--distillation-tau", default=1.0, type=float)
 
 
-VARIANT_FLAGS = ("region_head", "consistency", "region_size")
-POSITIVE = ("batch_size", "accum_steps", "epochs", "repeats", "recount", "log_every", "lr", "opt_eps",
+POSITIVE = (*mixing.POSITIVE, "batch_size", "accum_steps", "epochs", "repeats", "recount", "log_every", "lr", "opt_eps",
             "distillation_tau", "patch_size", "nb_classes", "decay_epochs", "decay_rate")  # fmt: skip
-NOT_NEGATIVE = ("mixup", "cutmix", "weight_decay", "momentum", "warmup_lr", "min_lr", "warmup_epochs", "start_epoch",
+NOT_NEGATIVE = (*mixing.NOT_NEGATIVE, "weight_decay", "momentum", "warmup_lr", "min_lr", "warmup_epochs", "start_epoch",
                 "num_workers", "color_jitter", "lr_noise_pct", "lr_noise_std")  # fmt: skip
-SHARES = ("mixup_prob", "mixup_switch_prob", "smoothing", "reprob", "drop", "drop_path", "model_ema_decay",
+SHARES = (*mixing.SHARES, "reprob", "drop", "drop_path", "model_ema_decay",
           "distillation_alpha", "eval_crop_ratio")  # fmt: skip
 
 
@@ -199,54 +182,22 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         InputError: names the flag and the fix.
     """
-    for name, value in vars(args).items():
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            _require(not isinstance(number, float) or math.isfinite(number), name, value, "must be a finite number")
-    for names, holds, rule in (
-        (POSITIVE, lambda value: value > 0, "must be above 0"),
-        (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
-        (SHARES, lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
-    ):
-        for name in names:
-            if (value := getattr(args, name)) is not None:
-                _require(holds(value), name, value, rule)
-    for name in ("side_ratio", "cutmix_minmax"):
-        if (pair := getattr(args, name)) is not None:
-            _require(0 <= pair[0] <= pair[1] <= 1, name, pair, "must be two shares, the lower first")
-    _require(args.eval_crop_ratio != 0, "eval_crop_ratio", args.eval_crop_ratio, "must be above 0")
+    mixing.check_values(vars(args), POSITIVE, NOT_NEGATIVE, SHARES)
+    mixing.require(args.eval_crop_ratio != 0, "eval_crop_ratio", args.eval_crop_ratio, "must be above 0")
     if args.clip_grad is not None:
-        _require(args.clip_grad > 0, "clip_grad", args.clip_grad, "must be above 0; leave it out for no clipping")
+        mixing.require(args.clip_grad > 0, "clip_grad", args.clip_grad, "must be above 0; leave it out for no clipping")
     if args.input_size is not None:
         fine = len(args.input_size) <= 2 and min(args.input_size) > 0
-        _require(fine, "input_size", args.input_size, "takes one side, or height and width, in pixels")
+        mixing.require(fine, "input_size", args.input_size, "takes one side, or height and width, in pixels")
     if args.opt_betas is not None:
         fine = len(args.opt_betas) >= 2 and all(0 <= beta < 1 for beta in args.opt_betas)
-        _require(fine, "opt_betas", args.opt_betas, "takes two numbers from 0 to below 1")
+        mixing.require(fine, "opt_betas", args.opt_betas, "takes two numbers from 0 to below 1")
     _check_together(args)
 
 
 def _check_together(args: argparse.Namespace) -> None:
-    overrides = ["--" + name.replace("_", "-") for name in VARIANT_FLAGS if getattr(args, name)]
     rules: list[tuple[bool, str]] = [
-        (args.mixer == "mixup" and args.mixup == 0, "--mixup 0 leaves --mixer mixup nothing to do; use --mixer none"),
-        (
-            args.mixer == "cutmix" and args.cutmix <= 0 and args.cutmix_minmax is None,
-            f"--cutmix {args.cutmix}: --mixer cutmix needs an alpha above 0, or --cutmix-minmax",
-        ),
-        (args.cutmix_minmax is not None and args.mixer != "cutmix", "--cutmix-minmax is for --mixer cutmix only"),
-        (
-            args.mixer != "smmix" and args.variant != "paper",
-            f"--variant {args.variant}: --mixer {args.mixer} has no variants, only smmix does",
-        ),
-        (
-            args.mixer != "smmix" and bool(overrides),
-            f"{', '.join(overrides)}: --mixer {args.mixer} has no variants, only smmix does",
-        ),
-        (
-            args.bce_loss and args.smoothing > 0,
-            f"--bce-loss counts each class with a share in a label as present, and --smoothing {args.smoothing} gives "
-            "every class one: add --smoothing 0",
-        ),
+        *mixing.conflicts(args),
         (args.eval and not args.resume, "--eval needs --resume CHECKPOINT, the model to evaluate"),
         (
             bool(args.resume) and bool(args.finetune),
@@ -273,11 +224,6 @@ def _check_together(args: argparse.Namespace) -> None:
     for broken, message in rules:
         if broken:
             raise InputError(message)
-
-
-def _require(holds: bool, name: str, value: Any, rule: str) -> None:
-    if not holds:
-        raise InputError(f"--{name.replace('_', '-')} {value}: {rule}")
 
 
 def explicit_flags(parser: Parser, argv: Sequence[str] | None) -> dict[str, Any]:

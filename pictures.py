@@ -9,7 +9,7 @@ Letters: B batch, K classes, N = rows * columns image tokens. Image i is the tar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, pairwise
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from checkpoints import write_atomically
-from mixers.interface import Guide, MixedBatch, Regions, StepRandom
+from mixers.interface import MixedBatch, Regions
 from transforms import ImageSpec, denormalise
 
 Color = tuple[int, int, int]
@@ -53,7 +53,11 @@ class Pair(NamedTuple):
 
     @property
     def share(self) -> str:
-        return "not mixed" if self.lam is None else f"lam = {self.lam:.2f} (source share)"
+        return self.short_share if self.lam is None else f"{self.short_share} (source share)"
+
+    @property
+    def short_share(self) -> str:
+        return "not mixed" if self.lam is None else f"lam = {self.lam:.2f}"
 
     @property
     def captions(self) -> list[str]:
@@ -218,6 +222,12 @@ class Page:
         large = small.resize((width, height), Image.Resampling.NEAREST)
         self.image.paste(large, self.layout.corner(row, column))
 
+    def fill(self, row: int, images: Sequence[Tensor], captions: Sequence[str]) -> None:
+        """Panels from left to right with a line below each."""
+        for column, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            self.panel(row, column, image)
+            self.text(row, column, caption)
+
     def outline(self, window: tuple[int, int, int, int], color: Color) -> None:
         """A frame just inside the window's pixels, between dark lines so that it is seen on any ground."""
         x0, y0, x1, y1 = window
@@ -272,28 +282,34 @@ def mixing_picture(
     for row, pair in enumerate(pairs):
         sources = [clean[-1 - row]] if regions is None else [clean[-1 - row], looked[-1 - row]]
         target = clean[row] if regions is None else looked[row]
-        for column, (panel, caption) in enumerate(zip([*sources, target, mixed[row]], pair.captions, strict=True)):
-            page.panel(row, column, panel)
-            page.text(row, column, caption)
+        page.fill(row, [*sources, target, mixed[row]], pair.captions)
         if regions is not None:
             page.regions(row, regions, grid_size)
     return page.tensor()
 
 
-def picture_of_mixing(
-    mixer: Callable[[Tensor, Tensor, Guide, StepRandom], MixedBatch],
-    guide: Guide,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    spec: ImageSpec,
-    class_names: Sequence[str],
-    grid_size: tuple[int, int],
-    random: StepRandom,
+def side_by_side(
+    images: Tensor, batches: Mapping[str, MixedBatch], labels: Tensor, *, spec: ImageSpec, class_names: Sequence[str]
 ) -> Tensor:
-    """Mixes a batch on the device where it is and shows it; arguments as in `mixing_picture` and `Mixer`."""
-    batch = mixer(images, labels, guide, random)
-    return mixing_picture(images, batch, labels, spec=spec, class_names=class_names, grid_size=grid_size)
+    """Rows of source, target and what each method makes of them; one row per pair. Arguments as in `mixing_picture`.
+
+    Args:
+        batches: by the name of the method.
+
+    Returns:
+        (3, height, width) uint8, on the CPU.
+    """
+    clean = denormalise(images, spec).cpu()
+    mixed = [denormalise(batch.images, spec).cpu() for batch in batches.values()]
+    shares = [describe_pairs(batch, labels, class_names, (1, 1)) for batch in batches.values()]
+    titles = ("source", "target", *batches)
+    page = Page(Layout((images.shape[2], images.shape[3]), len(shares[0]), len(titles)))
+    for column, title in enumerate(titles):
+        page.text(-1, column, title)
+    for row, pairs in enumerate(zip(*shares, strict=True)):
+        panels = [clean[-1 - row], clean[row], *(made[row] for made in mixed)]
+        page.fill(row, panels, [pairs[0].source, pairs[0].target, *(pair.short_share for pair in pairs)])
+    return page.tensor()
 
 
 def save_png(picture: Tensor, path: str | Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from mixers.interface import Guide, MixedBatch, Mixer, Regions, mix_labels, soft_labels
+from mixers.masks import first_argmax
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,7 @@ def region_scores(image_attention: Tensor, grid_size: tuple[int, int], size: tup
 
 
 def pick_regions(scores: Tensor, largest: bool) -> Tensor:
-    """The arg max or arg min of Eq. 7: the best window of each image.
-
-    Ties go to the first window in row-major order on every device, which torch's own arg max does not promise.
+    """The arg max or arg min of Eq. 7: the best window of each image. Ties go to the first in row-major order.
 
     Args:
         scores: (B, rows, columns) of `region_scores`.
@@ -84,12 +83,7 @@ def pick_regions(scores: Tensor, largest: bool) -> Tensor:
     Returns:
         (B, 2) int64: row and column of the window's top left cell.
     """
-    columns = scores.shape[2]
-    flat = scores.flatten(1)
-    best = flat.amax(dim=1, keepdim=True) if largest else flat.amin(dim=1, keepdim=True)
-    places = torch.arange(flat.shape[1], device=flat.device)
-    first = torch.where(flat == best, places, flat.shape[1] - 1).amin(dim=1)  # (B,)
-    return torch.stack((first // columns, first % columns), dim=1)
+    return first_argmax(scores if largest else -scores)
 
 
 def region_mask(corners: Tensor, size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine import Training
+from mixers.switch import Switch
 from resume import Identity
 
 
@@ -24,9 +25,6 @@ def describe_run(
     flags, processes, model = identity.args, training.processes, training.module
     total = flags["batch_size"] * processes.world_size * training.accum_steps
     batch = f"{flags['batch_size']} per process x {processes.world_size} processes x {training.accum_steps} accumulated"
-    mixing = flags["mixer"] + (f" ({flags['variant']})" if flags["mixer"] == "smmix" else "")
-    if flags["mixer"] in ("smmix", "cutmix") and flags["mixup"] > 0:
-        mixing += f" at {flags['mixup_switch_prob']:g}, else Mixup"
     peak = max(group["lr"] for group in training.optimizer.param_groups)
     scaling = "" if flags["unscale_lr"] else f" = {flags['lr']:g} x {total} / 512"
     amp = flags["amp"]
@@ -36,7 +34,7 @@ def describe_run(
         ("classes", str(model.num_classes)),
         ("model", f"{flags['model']}, {sum(p.numel() for p in model.network.parameters()):,} parameters"),
         ("input", "{} x {} pixels, {} x {} tokens".format(*model.input_size, *model.grid_size)),
-        ("mixing", mixing),
+        ("mixing", _describe_mixing(flags, training.mixer)),
         ("total batch", f"{batch} = {total}"),
         ("steps", f"{steps} per epoch, {steps * flags['epochs']} in {flags['epochs']} epochs"),
         ("peak learning rate", f"{peak:g}{scaling}"),
@@ -44,6 +42,16 @@ def describe_run(
         ("device", f"{processes.device.type}, {flags['num_workers']} loader processes per rank"),
         ("versions", ", ".join(f"{name} {version}" for name, version in identity.versions.items())),
     ]
+
+
+def _describe_mixing(flags: dict[str, Any], mixer: Any) -> str:
+    text = flags["mixer"] + (f" ({flags['variant']})" if flags["mixer"] == "smmix" else "")
+    text += " with TransMix's labels" if flags["relabel"] == "transmix" else ""
+    if isinstance(mixer, Switch) and mixer.second is not None:
+        text += f" at {mixer.first_prob:g}, else Mixup"
+    if flags["mixer"] != "none" and flags["mixup_prob"] < 1:
+        text += f"; {flags['mixup_prob']:g} of all batches"
+    return text if flags["mix_off_epoch"] is None else f"{text}; nothing from epoch {flags['mix_off_epoch']} on"
 
 
 def warnings(flags: dict[str, Any], steps: int) -> Iterator[str]:
@@ -54,5 +62,7 @@ def warnings(flags: dict[str, Any], steps: int) -> Iterator[str]:
             f"--model-ema-decay {flags['model_ema_decay']} averages over {memory:.0f} steps, this run has {all_steps}: "
             "the average will lag far behind; lower it, or add --no-model-ema"
         )
+    if flags["mix_off_epoch"] is not None and flags["mix_off_epoch"] >= flags["epochs"]:
+        yield f"--mix-off-epoch {flags['mix_off_epoch']}: never comes, the run has --epochs {flags['epochs']}"
     if flags["batch_size"] == 1 and flags["mixer"] != "none":
         yield "--batch-size 1 leaves every image without a partner: nothing is mixed"

@@ -193,8 +193,8 @@ def build_eval_transform(spec: ImageSpec) -> transforms.Compose:
 
 def denormalise(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
     """Normalised images (B, 3, H, W) as pixels to look at: uint8 (B, 3, H, W), clipped where erasing left the range."""
-    mean = torch.tensor(spec.mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(spec.std, device=images.device).view(1, 3, 1, 1)
+    mean, std = (torch.tensor(values).to(images.device, non_blocking=True) for values in (spec.mean, spec.std))
+    mean, std = mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
     return (images.float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 

@@ -2,6 +2,9 @@
 
     python -m evaluation.show_mixing --model deit_tiny_patch16_224 --data-set DIGITS --output mixed.png
     python -m evaluation.show_mixing --resume output/checkpoint.pth --data-path /imagenet --output mixed.png
+    python -m evaluation.show_mixing --mixer all --attentive-teacher resnet50=resnet50.pth --output all.png
+
+With `--mixer all`, the same pairs mixed by every method side by side.
 
 Mixes and draws as training does; neither trains nor evaluates.
 """
@@ -10,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -18,15 +23,20 @@ import engine
 import loaders
 import utils
 from checkpoints import load_checkpoint
-from mixers.build import build_mixer
-from mixers.interface import Mixer, StepRandom
+from mixers import options as mixing
+from mixers.build import Settings, Surroundings, build_mixer
+from mixers.interface import MixedBatch, Mixer, StepRandom
 from models.build import build_model, load_foreign, restore_model
+from models.frozen import build_feature_map
 from models.interface import ImageModel
 from options import Parser
-from pictures import Pair, describe_pairs, mixing_picture, save_png, spread_samples
-from smmix import VARIANTS
-from transforms import ImageSpec, build_eval_transform
+from pictures import Pair, describe_pairs, mixing_picture, save_png, side_by_side, spread_samples
+from transforms import ImageSpec, build_eval_transform, denormalise
 from utils import InputError, run_command
+
+METHODS = tuple(name for name in mixing.METHODS if name != "none")
+EVERY_IMAGE = {"mix_protocol": "single", "mixup_prob": 1.0, "mixup_switch_prob": 1.0, "mix_off_epoch": None,
+               "bce_loss": False}  # fmt: skip
 
 
 def get_args_parser() -> Parser:
@@ -39,9 +49,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--data-path", default="", help="folder of the data set")
     parser.add_argument("--input-size", type=int, nargs="+", metavar="SIDE", help="one side, or height and width")
     parser.add_argument("--patch-size", type=int, help="side of a patch in pixels; default: the model's own")
-    parser.add_argument("--mixer", default="smmix", choices=["smmix", "cutmix", "mixup"])
-    parser.add_argument("--variant", default="paper", choices=sorted(VARIANTS), help="SMMix's arithmetic")
-    parser.add_argument("--side-ratio", default=(0.25, 0.75), type=float, nargs=2, metavar=("LOW", "HIGH"))
+    mixing.add_method_flags(parser.add_argument_group("mixing, as in main.py"), methods=(*METHODS, "all"))
     parser.add_argument("--count", default=4, type=int, help="rows of the picture, one pair of images each")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
@@ -56,22 +64,18 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
         InputError: a value makes no sense, or flags contradict each other.
     """
     args = get_args_parser().parse_args(argv)
+    mixing.check_values(vars(args))
     args.data_set = args.data_set or ("IMNET" if args.data_path else "DIGITS")
     given = [name for name in ("model", "weights", "input_size", "patch_size") if getattr(args, name)]
     own = ", ".join("--" + name.replace("_", "-") for name in given)
-    low, high = args.side_ratio
     sides = args.input_size or [1]
     rules: list[tuple[bool, str]] = [
+        *(rule for one in flags_by_method(args).values() for rule in mixing.conflicts(argparse.Namespace(**one))),
         (args.count < 1, f"--count {args.count}: must be above 0"),
         (args.patch_size is not None and args.patch_size < 1, f"--patch-size {args.patch_size}: must be above 0"),
         (
             len(sides) > 2 or min(sides) < 1,
             f"--input-size {args.input_size}: takes one side, or height and width, in pixels",
-        ),
-        (not 0 <= low <= high <= 1, f"--side-ratio {low} {high}: must be two shares, the lower first"),
-        (
-            args.mixer != "smmix" and args.variant != "paper",
-            f"--variant {args.variant}: --mixer {args.mixer} has no variants, only smmix does",
         ),
         (bool(args.resume) and bool(own), f"--resume brings its own model: leave out {own}"),
         (args.ema and not args.resume, "--ema is for --resume CHECKPOINT"),
@@ -102,19 +106,35 @@ def build(args: argparse.Namespace, num_classes: int) -> tuple[ImageModel, Image
     if args.weights:
         for note in load_foreign(model, args.weights):
             print(f"{args.weights}: {note}")
-    elif args.mixer == "smmix":
+    elif args.mixer in ("smmix", "transmix", "all"):
         print(f"{args.model} is untrained: its attention carries no meaning yet; give --resume or --weights")
     return model, datasets.image_spec_for(args.data_set, model.input_size)
 
 
-def make_mixer(args: argparse.Namespace, num_classes: int, grid_size: tuple[int, int]) -> Mixer:
-    """The named method alone, with main.py's defaults and without its coin."""
-    switch = build_mixer(
-        args.mixer, num_classes, grid_size, smoothing=0.1, variant=VARIANTS[args.variant],
-        side_ratio=tuple(args.side_ratio), mixup_alpha=0.8, cutmix_alpha=1.0, cutmix_minmax=None, mixup_prob=1.0,
-        switch_prob=1.0, mode="batch",
-    )  # fmt: skip
-    return switch.first
+def flags_by_method(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The mixing flags of each method to show: the one that was named, or all that can be.
+
+    With `all`, a method's own flags are its alone; AttentiveMix is left out where it has no classifier to ask.
+    """
+    flags = {**vars(args), **EVERY_IMAGE}
+    if args.mixer != "all":
+        return {args.mixer: flags}
+    names = [name for name in METHODS if name != "attentivemix" or args.attentive_teacher]
+    return {name: mixing.of_method(flags, name) for name in names}
+
+
+def make_mixers(
+    args: argparse.Namespace, model: ImageModel, spec: ImageSpec, num_classes: int, device: torch.device
+) -> dict[str, Mixer]:
+    """The methods without their coin, on every image."""
+    teacher = None
+    if args.attentive_teacher:
+        network = build_feature_map(args.attentive_teacher, model.input_size).to(device)
+        teacher = engine.make_teacher(network, engine.make_autocast(device, "none"))
+    around = Surroundings(num_classes, model.grid_size, partial(denormalise, spec=spec), teacher)
+    return {
+        name: build_mixer(Settings.from_flags(flags), around).first for name, flags in flags_by_method(args).items()
+    }
 
 
 def format_pairs(pairs: Sequence[Pair]) -> str:
@@ -132,18 +152,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = datasets.open_images(args.data_set, args.data_path, train=False)
     names = images.class_names
     model, spec = restore(args.resume, args.ema) if args.resume else build(args, len(names))
-    mixer = make_mixer(args, len(names), model.grid_size)
+    mixers = make_mixers(args, model, spec, len(names), device)
 
     samples = loaders.eval_samples(images, build_eval_transform(spec))
     pixels, labels = engine.to_device(device, *spread_samples(samples, 2 * args.count))
-    guide = engine.make_guide(model.to(device), engine.make_autocast(device, "none"))
-    random = utils.keyed_generator("picture", args.seed, 0)
-    batch = mixer(pixels, labels, guide, StepRandom(random, random))
+    autocast = engine.make_autocast(device, "none")
+    guide = engine.make_guide(model.to(device), autocast)
 
-    save_png(
-        mixing_picture(pixels, batch, labels, spec=spec, class_names=names, grid_size=model.grid_size), args.output
-    )
-    print(format_pairs(describe_pairs(batch, labels, names, model.grid_size)))
+    def mix(mixer: Mixer) -> MixedBatch:
+        random = utils.keyed_generator("picture", args.seed, 0)  # the same draws for all
+        batch = mixer(pixels, labels, guide, StepRandom(random, random))
+        return engine.settle_labels(model, batch, autocast)
+
+    batches = {name: mix(mixer) for name, mixer in mixers.items()}
+    if args.mixer == "all":
+        if "attentivemix" not in batches:
+            print("attentivemix is left out: it needs --attentive-teacher")
+        picture = side_by_side(pixels, batches, labels, spec=spec, class_names=names)
+    else:
+        batch = batches[args.mixer]
+        picture = mixing_picture(pixels, batch, labels, spec=spec, class_names=names, grid_size=model.grid_size)
+    save_png(picture, args.output)
+    for name, batch in batches.items():
+        if len(batches) > 1:
+            print(f"\n{name}")
+        print(format_pairs(describe_pairs(batch, labels, names, model.grid_size)))
     print(f"wrote {args.output}")
 
 

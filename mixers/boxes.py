@@ -1,11 +1,14 @@
-"""CutMix's box: draw it, clip it, turn its area into a share. Knows no labels and no models."""
+"""CutMix's box: draw it, clip it, turn it into a share or a mask. Knows no labels and no models."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
+
+Number = TypeVar("Number", int, Tensor)
 
 
 class Box(NamedTuple):
@@ -21,26 +24,59 @@ class Box(NamedTuple):
         return (self.bottom - self.top) * (self.right - self.left) / (image_size[0] * image_size[1])
 
 
-def draw_box(image_size: tuple[int, int], share: float, generator: torch.Generator) -> Box:
-    """A box of about `share` of the image around a centre uniform over it, clipped at the borders (CutMix, Eq. 2)."""
-    (height, width), ratio = image_size, math.sqrt(share)
-    rows, columns = int(height * ratio), int(width * ratio)
-    centre_row = int(torch.randint(height, (), generator=generator))
-    centre_column = int(torch.randint(width, (), generator=generator))
-    return Box(
-        max(centre_row - rows // 2, 0),
-        min(centre_row + (rows + 1) // 2, height),
-        max(centre_column - columns // 2, 0),
-        min(centre_column + (columns + 1) // 2, width),
-    )
+def sides_of(image_size: tuple[int, int], share: float) -> tuple[int, int]:
+    """Rows and columns of a box of about `share` of the image and of its shape (CutMix, Eq. 2)."""
+    ratio = math.sqrt(share)
+    return int(image_size[0] * ratio), int(image_size[1] * ratio)
+
+
+def draw_box(image_size: tuple[int, int], sides: tuple[int, int], generator: torch.Generator) -> Box:
+    """A box of `sides` around a centre uniform over the image, clipped at its borders."""
+    edges: list[int] = []
+    for length, side in zip(image_size, sides, strict=True):
+        start, end = around(int(torch.randint(length, (), generator=generator)), side)
+        edges += [max(start, 0), min(end, length)]
+    return Box(*edges)
+
+
+def draw_box_inside(image_size: tuple[int, int], sides: tuple[int, int], generator: torch.Generator) -> Box:
+    """A box of `sides` uniform over the places where it lies fully inside the image."""
+    edges: list[int] = []
+    for length, side in zip(image_size, sides, strict=True):
+        start = int(torch.randint(length - side + 1, (), generator=generator))
+        edges += [start, start + side]
+    return Box(*edges)
 
 
 def draw_box_between(image_size: tuple[int, int], ratios: tuple[float, float], generator: torch.Generator) -> Box:
     """A box whose sides are uniform between two ratios of the image's, fully inside it (`--cutmix-minmax`)."""
-    edges = []
+    sides = []
     for length in image_size:
         low, high = int(length * ratios[0]), max(int(length * ratios[1]), int(length * ratios[0]) + 1)
-        side = int(torch.randint(low, high, (), generator=generator))
-        start = int(torch.randint(length - side + 1, (), generator=generator))
-        edges += [start, start + side]
-    return Box(*edges)
+        sides.append(int(torch.randint(low, high, (), generator=generator)))
+    return draw_box_inside(image_size, (sides[0], sides[1]), generator)
+
+
+def around(centre: Number, side: Number) -> tuple[Number, Number]:
+    """First position and the one after the last of `side` positions around `centre`, before clipping."""
+    return centre - side // 2, centre + (side + 1) // 2
+
+
+def boxes_around(centres: Tensor, sides: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """`draw_box` for centres that only the device knows: (B, 2) and (B, 2) -> edges (B, 4) in the order of `Box`."""
+    start, end = around(centres, sides)
+    size = torch.tensor(image_size).to(centres.device, non_blocking=True)
+    return torch.stack((start.clamp(min=0), torch.minimum(end, size)), dim=2).flatten(1)
+
+
+def edges_of(boxes: list[Box], device: torch.device) -> Tensor:
+    """(B, 4) int64 on a device, moved without waiting."""
+    return torch.tensor(boxes).to(device, non_blocking=True)
+
+
+def box_mask(edges: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """(B, 1, height, width) bool, true inside each image's box; edges (B, 4) in the order of `Box`."""
+    rows, columns = (torch.arange(length, device=edges.device) for length in image_size)
+    top, bottom, left, right = edges[:, :, None].unbind(1)  # each (B, 1)
+    inside_rows, inside_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]

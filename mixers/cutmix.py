@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixers.boxes import Box, draw_box, draw_box_between
-from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, mix_labels, pair_up, soft_labels
+from mixers.boxes import Box, box_mask, draw_box, draw_box_between, edges_of, sides_of
+from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
+from mixers.masks import paste
 
 
 class CutMix(Mixer[list[Box]]):
@@ -35,18 +36,12 @@ class CutMix(Mixer[list[Box]]):
         def one(share: float) -> Box:
             if self.minmax is not None:
                 return draw_box_between(image_size, self.minmax, generator)
-            return draw_box(image_size, share, generator)
+            return draw_box(image_size, sides_of(image_size, share), generator)
 
         boxes = [one(share) for share in draw_beta(self.alpha, batch_size, generator)]
         return pair_up(boxes, batch_size, self.mode)
 
     def apply(self, images: Tensor, labels: Tensor, drawn: list[Box], guide: Guide) -> MixedBatch:
         height, width = images.shape[-2:]
-        edges = torch.tensor(drawn).to(images.device, non_blocking=True)  # (B, 4)
-        top, bottom, left, right = edges[:, :, None].unbind(1)  # each (B, 1)
-        rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
-        inside = ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None, :]
-        mixed = torch.where(inside[:, None], images.flip(0), images)
-        lam = torch.tensor([box.share((height, width)) for box in drawn]).to(images.device, non_blocking=True)
-        target = soft_labels(labels, self.num_classes, self.smoothing)
-        return MixedBatch(mixed, mix_labels(target.flip(0), target, lam), lam)
+        mask = box_mask(edges_of(drawn, images.device), (height, width))
+        return self.label(*paste(images, images.flip(0), mask), labels, mask)

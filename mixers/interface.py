@@ -1,28 +1,41 @@
 """What every mixing method takes and gives. Holds labels and records, no pixels.
 
-A mixer never holds a model, a mode or a device. It is given a `Guide`, a function that shows it the clean images
-through the model; whether it calls it is its own affair. Drawing and applying are separate: `draw` takes a generator
-and returns plain values, `apply` takes those values and returns new tensors, so that a mix can be written by hand and
-repeated.
+A mixer never holds the model under training, a mode or a device. It is given a `Guide`, a function that shows it the
+clean images through the model; whether it calls it is its own affair. Drawing and applying are separate: `draw` takes a
+generator and returns plain values, `apply` takes those values and returns new tensors, so that a mix can be written by
+hand and repeated.
 
-Adding a method: subclass `Mixer` in `mixers/<method>.py` with `draw` and `apply`, name it in `mixers/build.py`.
+Adding a method, in ten lines:
+
+1.  `mixers/<method>.py`: a subclass of `Mixer` with `draw` (all that is random) and `apply` (all that is not).
+2.  A method that pastes by a mask ends with `self.label(*paste(images, sources, mask), labels, mask)`.
+3.  Its own flags go into `mixers/options.py` and `Settings`, its name and maker into `MIXERS`, of `mixers/build.py`.
+4.  `tests/test_mixers.py`: a row in `MAKERS` puts it under the contract; a slow loop from its formula is its oracle.
+5.  A second, frozen network, or the gradient at the pixels: the maker hands over a function of images.
+6.  A second network that learns: its loss goes into `MixedBatch.terms`, its parameters into the optimizer's groups; the
+    step backpropagates, scales, clips and updates whatever the optimizer holds.
+7.  Labels that depend on the mixed forward pass: `MixedBatch.need_attention` and `relabel` (see `mixers/transmix.py`).
+8.  Clean images beside the mixed ones: `images` and `labels` may hold more rows than the batch that came in.
+9.  A loss of another form than labels and terms: a criterion of its own (`losses.py`), which gets output and batch.
+10. Something new asked of the model's forward pass: one more entry in `MixedBatch.forward_inputs`, none in the step.
 
 Letters: B batch, K classes, N image tokens. `source` gives the patch, `target` receives it, `lam` is the source share.
-Image i is the target and image B - 1 - i the source (batch reversal).
+Image i is the target and image B - 1 - i the source (batch reversal). Methods whose papers give the share of the other
+image are converted where their values are drawn, nowhere else.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.interface import ModelOutput
+from models.interface import AttentionOf, ModelOutput
 
 Guide = Callable[[Tensor], ModelOutput]  # clean images (B, C, height, width) -> what the motivating model makes of them
 
@@ -49,6 +62,18 @@ class MixedBatch:
     clean_logits: Tensor | None = None  # (B, K): the guide's prediction on the clean images
     image_attention: Tensor | None = None  # (B, N): the guide's score of the clean images
     regions: Regions | None = None
+    mask: Tensor | None = None  # (B, 1, height, width) bool: pixels that are the source's, where a method has one
+    terms: Mapping[str, Tensor] = field(default_factory=dict)  # the method's own losses (scalars), added to the total
+    need_attention: AttentionOf | None = None  # what the mixed forward pass has to show besides
+    relabel: Callable[[MixedBatch, ModelOutput], MixedBatch] | None = None  # labels known only after that pass
+
+    def forward_inputs(self) -> dict[str, Any]:
+        """The keywords of the model's forward pass on this batch."""
+        return {"images": self.images, "source_mask": self.source_mask, "need_attention": self.need_attention}
+
+    def after_forward(self, output: ModelOutput) -> MixedBatch:
+        """The batch with its final labels."""
+        return self if self.relabel is None else self.relabel(self, output)
 
 
 class StepRandom(NamedTuple):
@@ -79,10 +104,14 @@ def mix_labels(source_labels: Tensor, target_labels: Tensor, lam: Tensor) -> Ten
     return lam[:, None] * source_labels + (1.0 - lam[:, None]) * target_labels
 
 
-def draw_beta(alpha: float, count: int, generator: torch.Generator) -> list[float]:
-    """`count` numbers from Beta(alpha, alpha), keyed by the generator (torch's own Beta takes none)."""
+def draw_beta(alpha: float, count: int, generator: torch.Generator, beta: float | None = None) -> list[float]:
+    """`count` numbers from Beta(alpha, beta), keyed by the generator (torch's own Beta takes none).
+
+    Args:
+        beta: default: alpha.
+    """
     seed = int(torch.randint(2**31, (), generator=generator))
-    return np.random.default_rng(seed).beta(alpha, alpha, size=count).tolist()
+    return np.random.default_rng(seed).beta(alpha, alpha if beta is None else beta, size=count).tolist()
 
 
 Draw = TypeVar("Draw")
@@ -112,6 +141,19 @@ class Mixer(ABC, Generic[Draw]):
     def __call__(self, images: Tensor, labels: Tensor, guide: Guide, random: StepRandom) -> MixedBatch:
         height, width = images.shape[-2:]
         return self.apply(images, labels, self.draw(len(images), (height, width), random.own), guide)
+
+    def label(self, mixed: Tensor, lam: Tensor, labels: Tensor, mask: Tensor | None = None) -> MixedBatch:
+        """The record of a mix whose labels follow the source's share (Eq. 8).
+
+        Args:
+            mixed: (B, C, height, width).
+            lam: (B,) float32.
+            labels: (B,) or (B, K), of the clean images.
+            mask: (B, 1, height, width) bool, if the method has one.
+        """
+        target = soft_labels(labels, self.num_classes, self.smoothing)
+        source = target.flip(0)
+        return MixedBatch(mixed, mix_labels(source, target, lam), lam, source, target, mask=mask)
 
 
 class NoMixing(Mixer[None]):

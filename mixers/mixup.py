@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, mix_labels, pair_up, soft_labels
+from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
 
 
 class Mixup(Mixer[list[float]]):
@@ -21,6 +21,4 @@ class Mixup(Mixer[list[float]]):
     def apply(self, images: Tensor, labels: Tensor, drawn: list[float], guide: Guide) -> MixedBatch:
         lam = torch.tensor(drawn).to(images.device, non_blocking=True)  # (B,)
         weight = lam.to(images.dtype)[:, None, None, None]
-        target = soft_labels(labels, self.num_classes, self.smoothing)
-        mixed = torch.lerp(images, images.flip(0), weight)
-        return MixedBatch(mixed, mix_labels(target.flip(0), target, lam), lam)
+        return self.label(torch.lerp(images, images.flip(0), weight), lam, labels)

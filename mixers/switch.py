@@ -20,14 +20,27 @@ class Choice(NamedTuple):
 class Switch:
     """Mixes with probability `prob`; then by `first` with probability `first_prob`, by `second` otherwise.
 
+    From epoch `off_epoch` on, counted from 0, nothing is mixed.
+
     The choice is drawn from the generator that all ranks share. Drawn on each rank apart, almost every step of an
     8-GPU run would wait for some rank's motivating pass (1 - 0.5^8); drawn alike, half of the steps stay cheap.
     """
 
-    def __init__(self, first: Mixer, second: Mixer | None = None, prob: float = 1.0, first_prob: float = 0.5) -> None:
-        self.first, self.second, self.prob = first, second, prob
+    def __init__(
+        self,
+        first: Mixer,
+        second: Mixer | None = None,
+        prob: float = 1.0,
+        first_prob: float = 0.5,
+        off_epoch: int | None = None,
+    ) -> None:
+        self.first, self.second, self.prob, self.off_epoch = first, second, prob, off_epoch
         self.first_prob = 1.0 if second is None else first_prob
         self.plain = NoMixing(first.num_classes, first.smoothing)
+
+    def at(self, epoch: int) -> Switch | NoMixing:
+        """What mixes in an epoch."""
+        return self if self.off_epoch is None or epoch < self.off_epoch else self.plain
 
     def draw(self, generator: torch.Generator) -> Choice:
         mix, first = torch.rand(2, generator=generator).tolist()

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# How the scripts of Table 1 start: their arguments, the split of the total batch, torchrun on one or more machines.
+# How a training run on ImageNet starts: its arguments, the split of the total batch, torchrun on one or more machines.
 # Sourced, never run by itself. The recipe itself stands in each script.
 
 # shellcheck source=scripts/_common.sh
@@ -10,13 +10,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 #   TOTAL     images per optimizer step, over all processes
 #   LARGEST   images per process and micro-batch; what goes beyond is accumulated
 train_on_imagenet() {
-  local name=$1 total=$2 largest=$3 data='' nproc='' output='' mixer=smmix flag value
+  local name=$1 total=$2 largest=$3 data='' nproc='' output='' mixer=smmix flag value used
   local passed=()
   batch='' accum=''
   shift 3
   while (($#)); do
-    flag=${1%%=*}
-    [[ $flag != --* ]] || flag=${flag//_/-}
+    name_flag "$1"
     case $flag in
       -h | --help)
         show_header
@@ -29,14 +28,8 @@ train_on_imagenet() {
         continue
         ;;
     esac
-    if [[ $1 == *=* ]]; then
-      value=${1#*=}
-      shift
-    else
-      (($# > 1)) || die "$flag needs a value"
-      value=$2
-      shift 2
-    fi
+    take_value "$@"
+    shift "$used"
     case $flag in
       --data-path) data=$value ;;
       --nproc) nproc=$value ;;
@@ -47,9 +40,8 @@ train_on_imagenet() {
     esac
   done
 
-  [[ -n $data ]] || die "--data-path DIR is missing: the folder that holds ImageNet's train/ and val/"
-  # An activated environment comes first, then the one that scripts/quickstart.sh makes.
-  command -v torchrun >/dev/null || PATH=$venv/bin:$PATH
+  need_data "$data"
+  find_torchrun
   [[ -n $nproc ]] || nproc=$(count_gpus)
   read_launch "$nproc"
   share_batch "$total" "$largest" $((nproc * ${NNODES:-1}))
@@ -57,6 +49,29 @@ train_on_imagenet() {
   run "${launch[@]}" "$root/main.py" "${recipe[@]}" --mixer "$mixer" --batch-size "$batch" --accum-steps "$accum" \
     --data-path "$data" --output-dir "${output:-$root/output/${name}_$mixer}" ${passed[@]+"${passed[@]}"}
 }
+
+# Sets `flag`: the name of a flag, --like-this however it was spelled; any other word as it is.
+name_flag() {
+  flag=${1%%=*}
+  [[ $flag != --* ]] || flag=${flag//_/-}
+}
+
+# Sets `value`, that of the flag which the words begin with, and `used`, how many of the words that took.
+take_value() {
+  if [[ $1 == *=* ]]; then
+    value=${1#*=} used=1
+  else
+    (($# > 1)) || die "$flag needs a value"
+    value=$2 used=2
+  fi
+}
+
+need_data() {
+  [[ -n $1 ]] || die "--data-path DIR is missing: the folder that holds ImageNet's train/ and val/"
+}
+
+# An activated environment comes first, then the one that scripts/quickstart.sh makes.
+find_torchrun() { command -v torchrun >/dev/null || PATH=$venv/bin:$PATH; }
 
 # The comment at the head of the script that was started.
 show_header() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }

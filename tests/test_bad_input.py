@@ -296,10 +296,10 @@ WRONG_FLAGS = {
     # two flags that contradict each other
     "--mixer mixup --mixup 0": ["--mixup 0", "--mixer none"],
     "--mixer cutmix --cutmix 0": ["--cutmix 0.0", "--mixer cutmix", "--cutmix-minmax"],
-    "--cutmix-minmax 0.2 0.8": ["--cutmix-minmax", "--mixer cutmix only"],
+    "--cutmix-minmax 0.2 0.8": ["--cutmix-minmax", "(for cutmix or transmix)"],
     "--mixer cutmix --variant released": ["--variant released", "--mixer cutmix", "smmix"],
     "--mixer none --region-head separate": ["--region-head", "--mixer none", "smmix"],
-    "--mixer mixup --consistency logits --region-size floor": ["--consistency, --region-size", "--mixer mixup"],
+    "--mixer mixup --consistency logits --region-size floor": ["--consistency logits (for smmix), --region-size floor"],
     "--eval": ["--eval needs --resume"],
     "--resume a --finetune b": ["--resume", "--finetune", "one of them"],
     "--auto-resume": ["--auto-resume needs --output-dir"],

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from torch.distributed.run import parse_args as parse_torchrun
 
 import optim
 from evaluation import show_mixing
+from mixers.build import Settings
 from options import GONE, Parser, check_args, explicit_flags, get_args_parser
 from utils import InputError
 
@@ -229,9 +231,11 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def unread(parser: argparse.ArgumentParser) -> set[str]:
-    """Flags of main.py that neither main.py nor timm's helpers, which main.py hands the namespace to, ever read."""
-    main = (ROOT / "main.py").read_text()
-    read = names_read(main, "args")
+    """Flags of main.py that nothing reads: neither the files that see the namespace, nor what these hand it to."""
+    main = (ROOT / "main.py").read_text() + (ROOT / "assembly.py").read_text().replace(
+        "from __future__ import annotations", ""
+    )
+    read = names_read(main, "args") | {field.name for field in fields(Settings)}
     helpers = {
         "optimizer_kwargs": timm.optim.optimizer_kwargs,
         "scheduler_kwargs": timm.scheduler.scheduler_factory.scheduler_kwargs,
@@ -245,7 +249,8 @@ def unread(parser: argparse.ArgumentParser) -> set[str]:
 def test_every_flag_is_read() -> None:
     assert not unread(get_args_parser())
     module = Path(inspect.getfile(show_mixing)).read_text()
-    assert flags_of(show_mixing.get_args_parser()) <= names_read(module, "args")
+    read = names_read(module, "args") | {field.name for field in fields(Settings)}
+    assert flags_of(show_mixing.get_args_parser()) <= read
 
 
 def test_a_planted_dead_flag_is_found() -> None:

@@ -19,10 +19,10 @@ import optim
 import utils
 from logs import Meters
 from losses import SMMixLoss
-from mixers.build import build_mixer
 from models.build import build_model
 from models.interface import ImageModel
 from smmix import VARIANTS
+from tests.mixing import make_switch
 
 CLASSES, SIDE, BATCH, STEPS = 5, (16, 24), 4, 6
 
@@ -38,10 +38,7 @@ def make_training(processes: utils.Processes, variant: str, accum_steps: int = 1
     if processes.world_size > 1:
         wrapped = DistributedDataParallel(model)
     autocast = engine.make_autocast(processes.device, "none")
-    mixer = build_mixer(
-        "smmix", CLASSES, model.grid_size, smoothing=0.1, variant=VARIANTS[variant], side_ratio=(0.25, 0.75),
-        mixup_alpha=0.8, cutmix_alpha=1.0, cutmix_minmax=None, mixup_prob=1.0, switch_prob=0.5, mode="batch",
-    )  # fmt: skip
+    mixer = make_switch(CLASSES, model.grid_size, variant=variant)
     return engine.Training(
         module=model, model=wrapped, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
         optimizer=optim.make_optimizer(model, {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05}),

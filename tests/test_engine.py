@@ -15,12 +15,13 @@ import optim
 import utils
 from logs import Meters
 from losses import SMMixLoss
-from mixers.build import build_mixer
+from mixers.options import METHODS
 from mixers.switch import Choice, Switch
 from models.build import build_model
 from models.interface import ImageModel
 from samplers import EvalShard
-from smmix import VARIANTS, SMMix
+from smmix import SMMix
+from tests.mixing import fake_teacher, make_switch
 
 CLASSES = 5
 CPU = utils.Processes(0, 1, torch.device("cpu"))
@@ -30,10 +31,7 @@ def make_training(amp: str = "none", opt: str = "adamw", **settings: Any) -> eng
     utils.seed_globals("init", 0)
     model = build_model("vit_nano_patch4_32", CLASSES, input_size=(16, 16), embed_dim=16, depth=2, num_heads=2)
     autocast = engine.make_autocast(CPU.device, amp)
-    mixer = build_mixer(
-        "smmix", CLASSES, model.grid_size, smoothing=0.1, variant=VARIANTS["paper"], side_ratio=(0.25, 0.75),
-        mixup_alpha=0.8, cutmix_alpha=1.0, cutmix_minmax=None, mixup_prob=1.0, switch_prob=0.5, mode="batch",
-    )  # fmt: skip
+    mixer = make_switch(CLASSES, model.grid_size)
     return engine.Training(
         module=model, model=model, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
         optimizer=optim.make_optimizer(model, {"opt": opt, "lr": 1e-3}), scaler=engine.make_scaler(CPU.device, amp),
@@ -88,6 +86,21 @@ def test_a_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch, first: bool,
     with CountReads() as counter:  # the control: a logging step does read
         training.stop_if_not_finite()
     assert counter.reads
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "smmix"])
+def test_no_mixer_reads_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    switch = make_switch(CLASSES, (4, 4), fake_teacher, mixer=name, mix_protocol="single")
+    training = make_training()
+    training.mixer = switch
+    training.model.train()
+    engine.train_step(training, [batch_of(0)], 0, meters := Meters())
+    drawn = switch.first.draw(4, (16, 16), training.random(1, 0).own)
+    monkeypatch.setattr(type(switch.first), "draw", lambda *args: drawn)
+    monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, True))
+    with CountReads() as counter:
+        engine.train_step(training, [batch_of(1)], 1, meters)
+    assert not counter.reads
 
 
 def test_an_optimizer_without_a_fused_form_still_skips_a_failed_step() -> None:

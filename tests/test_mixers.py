@@ -17,15 +17,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixers.boxes import Box, draw_box, draw_box_between
-from mixers.build import MIXERS, build_mixer
+from losses import SMMixLoss
+from mixers.attentivemix import AttentiveMix
+from mixers.boxes import Box, draw_box, draw_box_between, sides_of
+from mixers.build import MIXERS
 from mixers.cutmix import CutMix
+from mixers.fmix import FMix
 from mixers.interface import MixedBatch, Mixer, NoMixing, Regions, StepRandom, mix_labels, soft_labels
 from mixers.mixup import Mixup
+from mixers.options import METHODS
+from mixers.resizemix import ResizeMix
+from mixers.saliencymix import SaliencyMix
 from mixers.switch import Choice, Switch
+from mixers.transmix import TransMix
 from models.interface import ModelOutput
 from smmix import VARIANTS, SMMix
 from tests.conftest import FakeGuide
+from tests.mixing import fake_teacher, make_switch, to_bytes
 from utils import InputError, keyed_generator
 
 K, GRID, SIZE = 5, (4, 6), (8, 18)  # classes, tokens, pixels: patches of 2 x 3
@@ -41,8 +49,22 @@ MAKERS: dict[str, Callable[[], Mixer[Any]]] = {
     "cutmix_minmax": lambda: CutMix(K, minmax=(0.3, 0.8), mode="elem"),
     "smmix": lambda: SMMix(K, GRID),
     "smmix_released": lambda: SMMix(K, GRID, variant=VARIANTS["released"]),
+    "resizemix": lambda: ResizeMix(K),
+    "resizemix_clipped": lambda: ResizeMix(K, placement="clipped", mode="elem"),
+    "fmix": lambda: FMix(K),
+    "fmix_pair": lambda: FMix(K, alpha=0.2, mode="pair"),
+    "fmix_elem": lambda: FMix(K, mode="elem"),
+    "attentivemix": lambda: AttentiveMix(K, fake_teacher),
+    "attentivemix_original": lambda: AttentiveMix(K, fake_teacher, cells=2),
+    "attentivemix_elem": lambda: AttentiveMix(K, fake_teacher, alpha=2, beta=2, mode="elem"),
+    "saliencymix": lambda: SaliencyMix(K, to_bytes),
+    "saliencymix_elem": lambda: SaliencyMix(K, to_bytes, alpha=0.2, mode="elem"),
+    "transmix": lambda: TransMix(CutMix(K), GRID),
+    "transmix_on_smmix": lambda: TransMix(SMMix(K, GRID), GRID),
 }
 MIXING = [name for name in MAKERS if name != "none"]
+DRAWS_NOTHING = {"attentivemix_original"}  # its number of cells is fixed
+IN_PLACE = [name for name in MIXING if not name.startswith(("mixup", "smmix", "resizemix")) and "smmix" not in name]
 
 
 def batch_of(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -58,7 +80,8 @@ def no_guide(images: Tensor) -> ModelOutput:
 
 
 def mix(mixer: Mixer[Any], images: Tensor, labels: Tensor, key: int = 0) -> MixedBatch:
-    guide = FakeGuide(GRID, K) if isinstance(mixer, SMMix) else no_guide
+    inner = mixer.mixer if isinstance(mixer, TransMix) else mixer
+    guide = FakeGuide(GRID, K) if isinstance(inner, SMMix) else no_guide
     return mixer(images, labels, guide, StepRandom(keyed_generator("shared", key), keyed_generator("own", key)))
 
 
@@ -68,6 +91,11 @@ def assert_equal(one: MixedBatch, other: MixedBatch) -> None:
         if isinstance(wanted, Regions):
             assert all(map(torch.equal, got[:2], wanted[:2]))
             assert got.size == wanted.size
+        elif callable(wanted):  # a partial of one function and plain values
+            assert got.func is wanted.func
+            assert torch.equal(got.keywords["tokens"], wanted.keywords["tokens"])
+        elif not isinstance(wanted, Tensor):
+            assert got == wanted, field.name
         else:
             assert got is wanted or torch.equal(got, wanted), field.name
 
@@ -127,7 +155,49 @@ def test_mixed_labels_follow_the_source_share(name: str) -> None:
 def test_another_key_gives_another_mix(name: str) -> None:
     images, labels = batch_of(4)
     shares = {float(mix(MAKERS[name](), images, labels, key).lam[0]) for key in range(40)}  # type: ignore[index]
-    assert len(shares) > 2
+    assert len(shares) == 1 if name in DRAWS_NOTHING else len(shares) > 2
+
+
+@pytest.mark.parametrize("name", [name for name in MIXING if not name.startswith("mixup") and "smmix" not in name])
+@pytest.mark.parametrize("count", [2, 5])
+def test_lam_is_the_share_of_the_mask_and_nothing_outside_it_changes(name: str, count: int) -> None:
+    images, labels = batch_of(count)
+    for key in range(10):
+        mixed = mix(MAKERS[name](), images, labels, key)
+        assert mixed.mask is not None
+        assert mixed.mask.shape == (count, 1, *SIZE)
+        assert mixed.mask.dtype == torch.bool
+        assert mixed.lam is not None
+        expected = [float(np.float32(int(one.sum()) / (SIZE[0] * SIZE[1]))) for one in mixed.mask]
+        assert mixed.lam.tolist() == expected
+        assert torch.equal(torch.where(mixed.mask, 0, mixed.images), torch.where(mixed.mask, 0, images))
+        if name in IN_PLACE:
+            assert torch.equal(mixed.images, torch.where(mixed.mask, images.flip(0), images))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_flat_and_black_images_give_finite_results(name: str) -> None:
+    images, labels = torch.zeros(4, 3, *SIZE), torch.arange(4)
+    mixed = mix(MAKERS[name](), images, labels)
+    assert torch.equal(mixed.images, images)
+    assert mixed.labels.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if not name.startswith("saliencymix")])
+def test_images_may_have_any_number_of_channels(name: str) -> None:
+    images, labels = torch.rand(4, 5, *SIZE), torch.arange(4)
+    assert mix(MAKERS[name](), images, labels).images.shape == images.shape
+
+
+def test_shares_stay_with_their_samples_in_the_loss() -> None:
+    """Two samples, lam = (1, 0): a loss that averages lam and cross entropy apart would give another number."""
+    logits = torch.tensor([[9.0, 0.0], [0.0, 0.0]])
+    labels = mix_labels(torch.eye(2), torch.eye(2).flip(0), torch.tensor([1.0, 0.0]))
+    terms = SMMixLoss()(ModelOutput(logits, torch.zeros(2, 1, 1)), MixedBatch(torch.zeros(2, 3, 1, 1), labels))
+    each = -logits.log_softmax(dim=1)
+    averaged = 0.5 * (each[0, 0] + each[1, 1]).div(2) + 0.5 * (each[0, 1] + each[1, 0]).div(2)
+    assert float(terms["total"]) == pytest.approx(float((each[0, 0] + each[1, 0]) / 2))
+    assert float(terms["total"]) != pytest.approx(float(averaged), abs=0.1)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
@@ -196,7 +266,7 @@ def timm_boxes(size: tuple[int, int], share: float, monkeypatch: pytest.MonkeyPa
 def test_boxes_are_timms_for_every_centre(size: tuple[int, int], share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = timm_boxes(size, share, monkeypatch)
     generator, count = keyed_generator("boxes"), 3000
-    drawn = Counter(draw_box(size, share, generator) for _ in range(count))
+    drawn = Counter(draw_box(size, sides_of(size, share), generator) for _ in range(count))
     assert {(box, round(box.share(size), 9)) for box in drawn} == set(expected)
     for (box, _), centres in expected.items():  # each centre as often as another
         probability = centres / (size[0] * size[1])
@@ -334,33 +404,73 @@ def test_ranks_choose_alike_but_draw_their_own_sizes() -> None:
 # -------------------------------------------------------------------------------------------------- mixers by name
 
 SETTINGS: dict[str, Any] = {
-    "smoothing": 0.2, "variant": VARIANTS["released"], "side_ratio": (0.3, 0.6), "mixup_alpha": 0.7,
-    "cutmix_alpha": 0.9, "cutmix_minmax": (0.2, 0.4), "mixup_prob": 0.6, "switch_prob": 0.4, "mode": "pair",
+    "smoothing": 0.2, "side_ratio": [0.3, 0.6], "mixup": 0.7, "cutmix": 0.9, "mixup_prob": 0.6,
+    "mixup_switch_prob": 0.4, "mixup_mode": "pair", "mix_off_epoch": 7,
 }  # fmt: skip
-CLASSES = {"smmix": SMMix, "cutmix": CutMix, "mixup": Mixup, "none": NoMixing}
+CLASSES = {
+    "smmix": SMMix, "cutmix": CutMix, "mixup": Mixup, "none": NoMixing, "resizemix": ResizeMix, "fmix": FMix,
+    "attentivemix": AttentiveMix, "saliencymix": SaliencyMix, "transmix": TransMix,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize("mixup_alpha", [0.0, 0.7])
-def test_a_name_gives_its_method_beside_mixup(name: str, mixup_alpha: float) -> None:
-    switch = build_mixer(name, K, GRID, **{**SETTINGS, "mixup_alpha": mixup_alpha})
+def test_every_method_has_flags_and_a_maker() -> None:
+    assert set(METHODS) == set(MIXERS) == set(CLASSES) == {name.split("_")[0] for name in MAKERS}
+
+
+@pytest.mark.parametrize("protocol", ["switch", "single"])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_a_name_gives_its_method_beside_mixup(name: str, protocol: str, alpha: float) -> None:
+    flags = {**SETTINGS, "mixer": name, "mix_protocol": protocol, "mixup": alpha}
+    switch = make_switch(K, GRID, fake_teacher, **flags)
     assert type(switch.first) is CLASSES[name]
-    assert (type(switch.second) is Mixup) == (name in ("smmix", "cutmix") and mixup_alpha > 0)
-    assert switch.prob == 0.6
+    shares = name not in ("mixup", "none") and alpha > 0 and protocol == "switch"
+    assert (type(switch.second) is Mixup) == shares
+    assert (switch.prob, switch.off_epoch) == (0.6, 7)
     assert switch.first_prob == (0.4 if switch.second is not None else 1.0)
     assert {mixer.smoothing for mixer in (switch.first, switch.second, switch.plain) if mixer is not None} == {0.2}
     if isinstance(switch.second, Mixup):
         assert (switch.second.alpha, switch.second.mode) == (0.7, "pair")
-    if isinstance(switch.first, CutMix):
-        assert (switch.first.alpha, switch.first.minmax, switch.first.mode) == (0.9, (0.2, 0.4), "pair")
-    if isinstance(switch.first, SMMix):
-        assert (switch.first.grid_size, switch.first.side_ratio) == (GRID, (0.3, 0.6))
-        assert switch.first.variant == VARIANTS["released"]
+    assert getattr(switch.first, "mode", "pair") == "pair"
+
+
+def test_methods_get_their_own_flags() -> None:
+    def first(name: str, **flags: Any) -> Any:
+        return make_switch(K, GRID, fake_teacher, mixer=name, **flags).first
+
+    smmix = first("smmix", variant="released", side_ratio=[0.3, 0.6])
+    assert (smmix.grid_size, smmix.side_ratio, smmix.variant) == (GRID, (0.3, 0.6), VARIANTS["released"])
+    assert first("smmix", variant="released", region_head="shared").variant.region_head == "shared"
+    cutmix = first("cutmix", cutmix=0.9, cutmix_minmax=[0.2, 0.4])
+    assert (cutmix.alpha, cutmix.minmax) == (0.9, (0.2, 0.4))
+    resizemix = first("resizemix", resize_scope=[0.2, 0.3], resize_placement="clipped")
+    assert (resizemix.scope, resizemix.placement) == ((0.2, 0.3), "clipped")
+    assert (first("fmix").alpha, first("fmix", mix_alpha=[0.2]).alpha, first("fmix", fmix_decay=2).decay) == (1, 0.2, 2)
+    assert (first("saliencymix").alpha, first("saliencymix", mix_alpha=[0.2]).alpha) == (1, 0.2)
+    laws = [first("attentivemix", mix_alpha=alpha) for alpha in (None, [2.0], [3.0, 4.0])]
+    assert [(mixer.alpha, mixer.beta) for mixer in laws] == [(2, 8), (2, 2), (3, 4)]
+    assert (first("attentivemix").cells, first("attentivemix", attentive_cells=6).cells) == (None, 6)
+
+
+@pytest.mark.parametrize("name", ["smmix", "resizemix"])
+def test_labels_may_be_set_anew_on_any_mask(name: str) -> None:
+    first: Any = make_switch(K, GRID, mixer=name, relabel="transmix", relabel_ratio=0.3).first
+    assert (type(first), type(first.mixer)) == (TransMix, CLASSES[name])
+    assert (first.grid_size, first.ratio) == (GRID, 0.3)
+    transmix: Any = make_switch(K, GRID, mixer="transmix", cutmix=0.6).first
+    assert (type(transmix.mixer), transmix.mixer.alpha, transmix.ratio) == (CutMix, 0.6, 0.5)
+
+
+def test_mixing_ends_at_its_epoch() -> None:
+    switch = Switch(CutMix(K), Mixup(K), off_epoch=3)
+    assert [switch.at(epoch) is switch for epoch in range(5)] == [True, True, True, False, False]
+    assert switch.at(3) is switch.plain
+    assert Switch(CutMix(K)).at(10_000) is not None
 
 
 def test_a_grid_without_regions_is_refused_with_the_flags_that_help() -> None:
     with pytest.raises(InputError, match=r"--mixer smmix.*1 x 6.*--input-size.*--patch-size"):
-        build_mixer("smmix", K, (1, 6), **SETTINGS)
+        make_switch(K, (1, 6))
 
 
 def test_mix_labels_is_linear_per_row() -> None:

@@ -22,12 +22,14 @@ DEIT = {
     "output_dir": "", "pin_mem": True, "train_mode": True, "inat_category": "name",
 }  # fmt: skip
 SMMIX: dict[str, Any] = {
-    "mixer": "smmix", "variant": "paper", "side_ratio": (0.25, 0.75), "region_head": None, "consistency": None,
-    "region_size": None, "accum_steps": 1, "compile": False, "auto_resume": False,
-    "sched_on_updates": False, "scale_schedule": False, "grad_checkpointing": False, "channels_last": False,
-    "list_models": False,
+    "mixer": "smmix", "mix_protocol": "switch", "mix_alpha": None, "mix_off_epoch": None, "resize_scope": (0.1, 0.8),
+    "resize_placement": "inside", "fmix_decay": 3.0, "attentive_teacher": None, "attentive_cells": None,
+    "relabel": "none", "relabel_ratio": 0.5, "variant": "paper", "side_ratio": (0.25, 0.75),
+    "region_head": None, "consistency": None, "region_size": None, "accum_steps": 1, "compile": False,
+    "auto_resume": False, "sched_on_updates": False, "scale_schedule": False, "grad_checkpointing": False,
+    "channels_last": False, "list_models": False,
 }  # fmt: skip
-# Decided by the machine, the data or the model, see `main.resolve_defaults`.
+# Decided by the machine, the data or the model, see `assembly.resolve_defaults`.
 OPEN = {"device", "amp", "num_workers", "data_set", "data_path", "nb_classes", "input_size", "eval_crop_ratio",
         "patch_size", "log_every", "lr_noise", "lr_noise_pct", "lr_noise_std"}  # fmt: skip
 

@@ -116,10 +116,10 @@ def test_planted_attention_is_framed() -> None:
     images, labels = flat_images(2, (160, 160)), torch.tensor([0, 1])
     mixer = SMMix(2, (4, 4), side_ratio=(0.5, 0.5))
     random = StepRandom(keyed_generator(1), keyed_generator(2))
-    picture = pictures.picture_of_mixing(
-        mixer, planted_guide(attention), images, labels,
-        spec=plain_spec((160, 160)), class_names=NAMES, grid_size=(4, 4), random=random,
-    )  # fmt: skip
+    batch = mixer(images, labels, planted_guide(attention), random)
+    picture = pictures.mixing_picture(
+        images, batch, labels, spec=plain_spec((160, 160)), class_names=NAMES, grid_size=(4, 4)
+    )
     layout = Layout((160, 160), 1, 4)
     (x1, y1), (x2, y2), (x3, y3) = (layout.corner(0, column) for column in (1, 2, 3))
     assert has_frame(picture, (x1, y1, x1 + 79, y1 + 79), SOURCE_COLOR)

@@ -15,11 +15,11 @@ import optim
 import utils
 from logs import Meters
 from losses import SMMixLoss
-from mixers.build import build_mixer
 from mixers.interface import StepRandom, draw_beta
 from models.build import build_model
 from models.interface import ImageModel
 from smmix import VARIANTS
+from tests.mixing import make_switch
 
 CLASSES, SIDE, PATCH, BATCH, STEPS = 5, (24, 32), 8, 4, 10
 GRID = (SIDE[0] // PATCH, SIDE[1] // PATCH)
@@ -183,10 +183,7 @@ def test_ten_steps_equal_the_slow_reference(variant: str) -> None:
     separate = VARIANTS[variant].region_head == "separate"
     model, plain = tiny(separate), tiny(separate)
     autocast = engine.make_autocast(CPU.device, "none")
-    mixer = build_mixer(
-        "smmix", CLASSES, model.grid_size, smoothing=SMOOTHING, variant=VARIANTS[variant], side_ratio=(0.25, 0.75),
-        mixup_alpha=0.8, cutmix_alpha=1.0, cutmix_minmax=None, mixup_prob=1.0, switch_prob=0.5, mode="batch",
-    )  # fmt: skip
+    mixer = make_switch(CLASSES, model.grid_size, smoothing=SMOOTHING, variant=variant)
     training = engine.Training(
         module=model, model=model, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
         optimizer=optim.make_optimizer(model, {"opt": "adamw", "lr": RATE, "weight_decay": DECAY, "eps": 1e-8}),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -13,7 +14,9 @@ import datasets
 import transforms
 from checkpoints import save_checkpoint
 from evaluation import show_mixing
+from mixers.build import Settings
 from models.build import build_model, plain_weights
+from smmix import VARIANTS
 from tests.image_folders import make_image_folder
 from utils import run_command
 
@@ -89,10 +92,38 @@ def test_side_ratio_and_variant_reach_the_mixer(
     assert "lam = 0.25 (source share)  4 x 6 of 8 x 12 tokens" in capsys.readouterr().out
 
 
-def test_variant_changes_the_drawn_size() -> None:
-    args = show_mixing.read_args(["--variant", "released"])
-    mixer = show_mixing.make_mixer(args, 10, (8, 8))
-    assert mixer.variant.region_size == "integer"  # type: ignore[attr-defined]
+def test_flags_of_mixing_are_those_of_training() -> None:
+    args = show_mixing.read_args(["--variant", "released", "--mixup-mode", "elem", "--relabel", "transmix"])
+    (flags,) = show_mixing.flags_by_method(args).values()
+    settings = Settings.from_flags(flags)
+    assert settings.arithmetic == VARIANTS["released"]
+    assert (settings.mixup_mode, settings.relabel, settings.mix_protocol) == ("elem", "transmix", "single")
+
+
+def test_all_methods_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(timm.create_model("test_resnet", num_classes=4).state_dict(), tmp_path / "weights.pth")
+    flags = ["--mixer", "all", "--count", "2", "--input-size", "32", "--resize-placement", "clipped"]
+    assert run(tmp_path, *NANO, *flags) == 0
+    told = capsys.readouterr().out
+    assert "attentivemix is left out: it needs --attentive-teacher" in told
+    narrow = read_picture(tmp_path).width
+    assert run(tmp_path, *NANO, *flags, "--attentive-teacher", f"test_resnet={tmp_path / 'weights.pth'}") == 0
+    told = capsys.readouterr().out
+    titles = [line for line in told.splitlines() if line in show_mixing.METHODS]
+    assert titles == list(show_mixing.METHODS)
+    rows = [line.split()[:2] for line in told.splitlines() if "source share" in line]
+    assert len(rows) == 2 * len(titles)
+    assert {tuple(row) for row in rows[::2]} == {tuple(rows[0])}  # the same pair everywhere
+    panels = len(titles) + 2
+    assert read_picture(tmp_path).width == pytest.approx(narrow * panels / (panels - 1), abs=8)
+
+
+def test_flags_of_one_method_reach_it_alone_among_all() -> None:
+    args = show_mixing.read_args(["--mixer", "all", "--resize-placement", "clipped", "--mix-alpha", "0.2"])
+    settings = {name: Settings.from_flags(flags) for name, flags in show_mixing.flags_by_method(args).items()}
+    assert settings["resizemix"].resize_placement == "clipped"
+    assert settings["cutmix"].resize_placement == "inside"
+    assert (settings["fmix"].mix_alpha, settings["smmix"].mix_alpha) == ((0.2,), None)
 
 
 def test_patch_size_sets_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +190,12 @@ def test_foreign_weights_are_made_to_fit(tmp_path: Path, capsys: pytest.CaptureF
         ([*NANO, "--side-ratio", "0.7", "0.2"], "--side-ratio 0.7 0.2"),
         ([*NANO, "--input-size", "1", "2", "3"], "takes one side"),
         ([*NANO, "--patch-size", "0"], "--patch-size 0: must be above 0"),
-        ([*NANO, "--mixer", "mixup", "--variant", "released"], "--mixer mixup has no variants"),
+        (
+            [*NANO, "--mixer", "mixup", "--variant", "released"],
+            "--variant released (for smmix): --mixer mixup",
+        ),
+        ([*NANO, "--mixer", "attentivemix"], "--mixer attentivemix needs --attentive-teacher NAME=CHECKPOINT"),
+        ([*NANO, "--mixer", "all", "--resize-scope", "0.8", "0.1"], "must be two shares, the lower first"),
         ([*NANO, "--patch-size", "32"], "no room for two regions"),
     ],
 )

@@ -417,8 +417,10 @@ def test_properties_of_every_mix(case: tuple[Tensor, Tensor, Size, Size, Variant
         if field.name == "regions":
             assert torch.equal(one.source_corners.flip(0), other.source_corners)
             assert torch.equal(one.target_corners.flip(0), other.target_corners)
-        else:
+        elif isinstance(one, torch.Tensor):
             assert torch.equal(one.flip(0), other), field.name
+        else:
+            assert one == other, field.name
 
 
 def test_another_key_gives_another_mix() -> None:

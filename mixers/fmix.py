@@ -1,0 +1,69 @@
+"""FMix (Harris et al. 2020, arXiv 2002.12047): random blobs, cut from noise with a falling spectrum.
+
+Uses no model and no global state. lam is the share really pasted; the authors' code keeps the drawn one, which differs
+by less than a pixel.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
+from mixers.masks import paste, top_mask
+
+
+class Blobs(NamedTuple):
+    """M masks before they are cut, for a batch of B."""
+
+    noise: Tensor  # (M, height, width // 2 + 1) complex64, white
+    pixels: list[int]  # M: how many pixels each mask has
+    used: list[int]  # B: which mask each image gets
+
+
+class FMix(Mixer[Blobs]):
+    """The share of the mask is drawn from Beta(alpha, alpha).
+
+    Args:
+        decay: delta, how fast the noise's spectrum falls with frequency.
+        mode: one mask per batch, pair or image.
+    """
+
+    def __init__(
+        self, num_classes: int, smoothing: float = 0.1, alpha: float = 1.0, decay: float = 3.0, mode: str = "batch"
+    ) -> None:
+        super().__init__(num_classes, smoothing)
+        self.alpha, self.decay, self.mode = alpha, decay, mode
+
+    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> Blobs:
+        used = pair_up(list(range(batch_size)), batch_size, self.mode)
+        count, (height, width) = max(used) + 1, image_size
+        shares = draw_beta(self.alpha, count, generator)
+        up = torch.randint(2, (count,), generator=generator).tolist()  # rounded down or up with equal chance
+        pixels = [
+            min(int(share * height * width) + more, height * width) for share, more in zip(shares, up, strict=True)
+        ]
+        noise = torch.randn(count, height, width // 2 + 1, 2, generator=generator)
+        return Blobs(torch.view_as_complex(noise), pixels, used)
+
+    def apply(self, images: Tensor, labels: Tensor, drawn: Blobs, guide: Guide) -> MixedBatch:
+        height, width = images.shape[-2:]
+        field = shape_noise(drawn.noise.to(images.device, non_blocking=True), (height, width), self.decay)
+        pixels, used = (torch.tensor(values).to(images.device, non_blocking=True) for values in drawn[1:])
+        mask = top_mask(field.flatten(1), pixels).view(-1, 1, height, width)[used]
+        return self.label(*paste(images, images.flip(0), mask), labels, mask)
+
+
+def shape_noise(noise: Tensor, image_size: tuple[int, int], decay: float) -> Tensor:
+    """Low-frequency noise (M, height, width): white noise divided by frequency to the power of `decay`.
+
+    Args:
+        noise: (M, height, width // 2 + 1) complex, on the frequencies of a real Fourier transform.
+    """
+    height, width = image_size
+    rows = torch.fft.fftfreq(height, device=noise.device)[:, None]
+    columns = torch.fft.rfftfreq(width, device=noise.device)
+    frequency = (rows.square() + columns.square()).sqrt().clamp(min=1 / max(height, width))
+    return torch.fft.irfft2(noise / frequency**decay, s=(height, width))

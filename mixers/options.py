@@ -1,0 +1,176 @@
+"""The flags of mixing and its loss, and which of them contradict. Builds nothing.
+
+`mixers/build.py` holds the same names as `Settings`. What a flag is for is said here once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from utils import InputError
+
+METHODS = ("smmix", "cutmix", "mixup", "none", "resizemix", "fmix", "attentivemix", "saliencymix", "transmix")
+BY_MASK = ("smmix", "cutmix", "resizemix", "fmix", "attentivemix", "saliencymix", "transmix")
+VARIANT_FLAGS = ("region_head", "consistency", "region_size")
+
+# Flags of some methods only: default, and the methods. Anything but the default is refused with another method.
+OWN: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "cutmix_minmax": (None, ("cutmix", "transmix")),
+    "mix_alpha": (None, ("fmix", "attentivemix", "saliencymix")),
+    "resize_scope": ((0.1, 0.8), ("resizemix",)),
+    "resize_placement": ("inside", ("resizemix",)),
+    "fmix_decay": (3.0, ("fmix",)),
+    "attentive_teacher": (None, ("attentivemix",)),
+    "attentive_cells": (None, ("attentivemix",)),
+    "relabel": ("none", BY_MASK),
+    "variant": ("paper", ("smmix",)),
+    **dict.fromkeys(VARIANT_FLAGS, (None, ("smmix",))),
+}
+POSITIVE = ("attentive_cells",)
+NOT_NEGATIVE = ("mixup", "cutmix", "fmix_decay", "mix_off_epoch")
+SHARES = ("mixup_prob", "mixup_switch_prob", "smoothing", "relabel_ratio")
+RANGES = ("side_ratio", "cutmix_minmax", "resize_scope")
+
+
+def add_method_flags(group: Any, methods: Sequence[str] = METHODS) -> None:
+    """Adds what says how images are mixed to a parser or to a group of one; `methods` are the choices of `--mixer`."""
+
+    def own(name: str, **keywords: Any) -> None:
+        group.add_argument(f"--{name}", default=OWN[name.replace("-", "_")][0], **keywords)
+
+    group.add_argument("--mixer", default="smmix", choices=methods, help="what mixes the images")
+    group.add_argument("--mixup", default=0.8, type=float, help="Mixup's alpha; 0 turns Mixup off")
+    group.add_argument("--cutmix", default=1.0, type=float, help="CutMix's alpha, for --mixer cutmix and transmix")
+    own("cutmix-minmax", type=float, nargs=2, help="sides of CutMix's box as ratios")
+    group.add_argument("--mixup-mode", default="batch", choices=["batch", "pair", "elem"],
+                       help="draws per batch, pair or image, of every method but smmix")  # fmt: skip
+    own("mix-alpha", type=float, nargs="+", metavar="ALPHA", help="one number, or for attentivemix two, of the Beta "
+        "law of the share; default: fmix and saliencymix 1, attentivemix 2 8")  # fmt: skip
+    own("resize-scope", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the pasted copy's side as a "
+        "share of the image's")  # fmt: skip
+    own("resize-placement", choices=["inside", "clipped"], help="the authors', or that of the paper's Table 2")
+    own("fmix-decay", type=float, help="how fast the spectrum of FMix's noise falls")
+    own("attentive-teacher", metavar="NAME[=CHECKPOINT]", help="the classifier of attentivemix: timm's name (timm "
+        "downloads its weights), a name with a file of weights, or a checkpoint of main.py")  # fmt: skip
+    own("attentive-cells", type=int, help="fixed number of pasted cells, 6 in the paper; default: drawn, AttentiveMix+")
+    own("relabel", choices=["none", "transmix"], help="labels by what the mixed forward pass attends to")
+    group.add_argument("--relabel-ratio", default=0.5, type=float, help="weight of the area in TransMix's share; 0 is "
+                       "its paper's equation, 1 leaves the labels alone")  # fmt: skip
+    own("variant", choices=["paper", "released"], help="SMMix's arithmetic: the paper's, or the released code's")
+    own("region-head", choices=["shared", "separate"], help="overrides --variant")
+    own("consistency", choices=["probs", "logits"], help="overrides --variant")
+    own("region-size", choices=["floor", "integer"], help="overrides --variant")
+    group.add_argument("--side-ratio", default=(0.25, 0.75), type=float, nargs=2, metavar=("LOW", "HIGH"),
+                       help="range of the region's side as a share of the image's")  # fmt: skip
+    group.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
+
+
+def add_training_flags(group: Any) -> None:
+    """Adds what says how often images are mixed, and what is made of them."""
+    group.add_argument("--mix-protocol", default="switch", choices=["switch", "single"], help="switch: --mixer shares "
+                       "its steps with Mixup, unless --mixup is 0; single: it gets them all")  # fmt: skip
+    group.add_argument("--mixup-prob", default=1.0, type=float, help="share of batches that are mixed at all")
+    group.add_argument("--mixup-switch-prob", default=0.5, type=float, help="share of mixed batches that --mixer gets "
+                       "when Mixup is on too")  # fmt: skip
+    group.add_argument("--mix-off-epoch", type=int, help="nothing is mixed from this epoch on, counted from 0")
+    group.add_argument("--bce-loss", action="store_true", help="binary cross entropy for L_cls and L_fine")
+
+
+def of_method(flags: Mapping[str, Any], mixer: str) -> dict[str, Any]:
+    """The flags for one of several methods: what is another's own goes back to its default."""
+    foreign = {name: default for name, (default, methods) in OWN.items() if mixer not in methods}
+    return {**flags, "mixer": mixer, **foreign}
+
+
+def check_values(
+    values: Mapping[str, Any],
+    positive: Sequence[str] = POSITIVE,
+    not_negative: Sequence[str] = NOT_NEGATIVE,
+    shares: Sequence[str] = SHARES,
+    ranges: Sequence[str] = RANGES,
+) -> None:
+    """Refuses numbers out of their range; flags that are absent or left open pass.
+
+    Raises:
+        InputError: names the flag and the rule.
+    """
+    for name, value in values.items():
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            require(not isinstance(number, float) or math.isfinite(number), name, value, "must be a finite number")
+    for names, holds, rule in (
+        (positive, lambda value: value > 0, "must be above 0"),
+        (not_negative, lambda value: value >= 0, "must not be negative"),
+        (shares, lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
+        (ranges, lambda value: 0 <= value[0] <= value[1] <= 1, "must be two shares, the lower first"),
+    ):
+        for name in names:
+            if (value := values.get(name)) is not None:
+                require(holds(value), name, value, rule)
+
+
+def require(holds: bool, name: str, value: Any, rule: str) -> None:
+    """Refuses a flag's value.
+
+    Raises:
+        InputError: unless `holds`.
+    """
+    if not holds:
+        raise InputError(f"{_written(name, value)}: {rule}")
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _written(name: str, value: Any) -> str:
+    """A flag as it stands on a command line."""
+    words = value if isinstance(value, (list, tuple)) else [value]
+    return " ".join(map(str, ("--" + name.replace("_", "-"), *words)))
+
+
+def conflicts(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """(whether it is broken, what to say) of each rule between several mixing flags."""
+    mixer, alphas = args.mixer, args.mix_alpha or []
+    relabels = args.relabel == "transmix" or mixer == "transmix"
+    foreign = [
+        f"{_written(name, value)} (for {' or '.join(methods)})"
+        for name, (default, methods) in OWN.items()
+        if mixer not in methods and _plain(value := getattr(args, name)) != default
+    ]
+    return [
+        (bool(foreign), f"{', '.join(foreign)}: --mixer {mixer} has no use for it, leave it out"),
+        (mixer == "mixup" and args.mixup == 0, "--mixup 0 leaves --mixer mixup nothing to do; use --mixer none"),
+        (
+            mixer in ("cutmix", "transmix") and args.cutmix <= 0 and args.cutmix_minmax is None,
+            f"--cutmix {args.cutmix}: --mixer {mixer} needs an alpha above 0, or --cutmix-minmax",
+        ),
+        (
+            len(alphas) > (2 if mixer == "attentivemix" else 1) or any(alpha <= 0 for alpha in alphas),
+            f"{_written('mix_alpha', alphas)}: takes one number above 0, and with attentivemix up to two",
+        ),
+        (
+            mixer == "attentivemix" and not args.attentive_teacher,
+            "--mixer attentivemix needs --attentive-teacher NAME=CHECKPOINT (resnet50=FILE, say), or a timm name whose "
+            "weights can be downloaded, such as resnet50.tv_in1k",
+        ),
+        (
+            mixer == "attentivemix" and args.attentive_cells is not None and bool(alphas),
+            "--attentive-cells fixes what --mix-alpha would draw: give one of them",
+        ),
+        (
+            args.relabel_ratio != 0.5 and not relabels,
+            f"--relabel-ratio {args.relabel_ratio} is for --relabel transmix or --mixer transmix only",
+        ),
+        (
+            args.bce_loss and relabels,
+            "--bce-loss takes every class with a share as present, so shares set anew change nothing: leave out one",
+        ),
+        (
+            args.bce_loss and args.smoothing > 0,
+            f"--bce-loss counts each class with a share in a label as present, and --smoothing {args.smoothing} gives "
+            "every class one: add --smoothing 0",
+        ),
+    ]

@@ -1,0 +1,226 @@
+# shellcheck shell=bash
+# How the scripts of the paper's tables start: their rows, which of them to run, which are finished.
+# Sourced, never run by itself. Kept to what bash 3.2 (macOS) understands.
+#
+# A table's script sets
+#   table     its name, in messages and as a folder
+#   title     the line above its list of rows
+#   models    its columns, as names of the model scripts in scripts/; empty where each row is such a model itself
+#   columns   the heading of each column of figures
+#   method    where rows are models: what they are trained with, the second half of a folder's name
+# declares its rows in the paper's order with `row` and `row_to_come`, defines `train_row` anew unless every run is a
+# model's script with flags, and ends with `run_table "$@"`.
+# shellcheck disable=SC2154  # these come from that script
+
+# shellcheck source=scripts/_imagenet.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../_imagenet.sh"
+
+row_names=() row_labels=() row_figures=() row_flags=() row_there=()
+
+# row NAME LABEL FIGURES FLAG...: a row that can be run; FIGURES are the paper's, one per column, with spaces between
+# them, and FLAG... are what the row adds to its recipe (words without spaces).
+row() { add_row 1 "$@"; }
+
+# row_to_come NAME LABEL FIGURES: a row whose method this project does not have yet.
+row_to_come() { add_row 0 "$@"; }
+
+add_row() {
+  row_there+=("$1")
+  row_names+=("$2")
+  row_labels+=("$3")
+  row_figures+=("$4")
+  shift 4
+  row_flags+=("$*")
+}
+
+# train_row MODEL ARGUMENT...: one run, with the arguments that the model scripts take. A table with a recipe of its
+# own defines this anew.
+train_row() { train_by_script "$@"; }
+
+# train_by_script MODEL ARGUMENT...: the recipe of scripts/MODEL.sh.
+train_by_script() {
+  local model=$1
+  shift
+  bash "$root/scripts/$model.sh" "$@"
+}
+
+# run_table ARGUMENT...: what the user asked of the table.
+run_table() {
+  local data='' nproc='' output=$root/output asked='' only='' list=0 flag value used index model
+  local passed=() chosen=() chosen_models=()
+  while (($#)); do
+    name_flag "$1"
+    case $flag in
+      -h | --help)
+        show_header
+        exit 0
+        ;;
+      --list)
+        list=1
+        shift
+        continue
+        ;;
+      --mixer) die "--mixer: each row of $table has its own; choose rows with --row, see --list" ;;
+      --row | --model | --data-path | --nproc | --output | --output-dir) ;;
+      *)
+        passed+=("$1")
+        shift
+        continue
+        ;;
+    esac
+    take_value "$@"
+    shift "$used"
+    case $flag in
+      --row)
+        [[ $value == *[!,\ ]* ]] || die "--row needs numbers or names, with commas between them"
+        asked+=" ${value//,/ }"
+        ;;
+      --model) only+=" ${value//,/ }" ;;
+      --data-path) data=$value ;;
+      --nproc) nproc=$value ;;
+      --output | --output-dir) output=${value%/} ;;
+    esac
+  done
+  if ((list)); then
+    list_rows
+    exit 0
+  fi
+
+  choose_rows "$asked"
+  choose_models "$only"
+  need_data "$data"
+  find_torchrun
+  [[ -n $nproc ]] || nproc=$(count_gpus)
+  for index in "${chosen[@]}"; do
+    if ((${#models[@]} == 0)); then
+      run_row "$index" "${row_names[index]}" "${row_names[index]}_$method"
+      continue
+    fi
+    for model in "${chosen_models[@]}"; do
+      run_row "$index" "$model" "${model}_${row_names[index]}"
+    done
+  done
+}
+
+# run_row INDEX MODEL FOLDER: one run, unless it is finished.
+run_row() {
+  local index=$1 model=$2 folder=$output/$table/$3 flags=() arguments=() command epochs status
+  local what="$table, row $((index + 1)), ${row_names[index]}"
+  ((${#models[@]} == 0)) || what+=" on $model"
+  read -r -a flags <<<"${row_flags[index]}"
+  arguments=(--data-path "$data" --nproc "$nproc" --output "$folder"
+    ${flags[@]+"${flags[@]}"} ${passed[@]+"${passed[@]}"})
+  # What would be run, for its last --epochs; refuses here what cannot be run.
+  command=$(
+    set -e
+    export DRY_RUN=1
+    train_row "$model" "${arguments[@]}"
+  )
+  read_epochs "$command"
+  if is_finished "$folder" "$epochs"; then
+    say "$what: finished, epoch $((epochs - 1)) is in $folder/log.txt; skipped"
+    return
+  fi
+  if [[ -e $folder/log.txt ]]; then
+    say "$what: going on with $folder"
+  else
+    say "$what: into $folder"
+  fi
+  # Behind || or in a condition, bash would not stop at the first error within.
+  set +e
+  (
+    set -e
+    train_row "$model" "${arguments[@]}"
+  )
+  status=$?
+  set -e
+  if ((status)); then
+    printf 'error: %s: stopped with exit code %s, see above; the same command goes on from here\n' "$what" "$status" >&2
+    exit "$status"
+  fi
+}
+
+# Sets `epochs`: the last --epochs in the text of a command.
+read_epochs() {
+  local words=() word before=''
+  epochs=''
+  read -r -d '' -a words <<<"$1" || true
+  for word in "${words[@]}"; do
+    [[ $before != --epochs ]] || epochs=$word
+    [[ $word != --epochs=* ]] || epochs=${word#*=}
+    before=$word
+  done
+  is_count "$epochs" || die "--epochs $epochs: must be a whole number above 0"
+}
+
+# is_finished FOLDER EPOCHS: whether log.txt there, a line of JSON per epoch, has the last one. A line that was cut
+# short does not count.
+is_finished() {
+  [[ -f $1/log.txt ]] && grep -Eq "\"epoch\": *$(($2 - 1)) *(,.*)?}\$" "$1/log.txt"
+}
+
+# Sets `chosen`: the places of the rows that the words name, by number or by name; without words, of all there are.
+choose_rows() {
+  local words=() word index
+  read -r -a words <<<"$1"
+  if ((${#words[@]} == 0)); then
+    for ((index = 0; index < ${#row_names[@]}; index++)); do
+      if ((row_there[index])); then
+        chosen+=("$index")
+      else
+        say "$table, row $((index + 1)), ${row_names[index]}: not available yet; left out"
+      fi
+    done
+    return
+  fi
+  for word in "${words[@]}"; do
+    find_row "$word"
+    ((row_there[index])) ||
+      die "--row $word: $table's ${row_names[index]} is not available yet; the paper has ${row_figures[index]// / and }"
+    [[ " ${chosen[*]-} " == *" $index "* ]] || chosen+=("$index")
+  done
+}
+
+# Sets `index`: the place of a row, by its number or its name.
+find_row() {
+  local known=''
+  for ((index = 0; index < ${#row_names[@]}; index++)); do
+    [[ $1 != "${row_names[index]}" && $1 != "$((index + 1))" ]] || return 0
+    known+=", $((index + 1)) ${row_names[index]}"
+  done
+  die "--row $1: $table has no such row; its rows: ${known#, }"
+}
+
+# Sets `chosen_models`: the columns that the words name; without words, all.
+choose_models() {
+  local words=() word
+  read -r -a words <<<"$1"
+  if ((${#words[@]} == 0)); then
+    chosen_models=(${models[@]+"${models[@]}"})
+    return
+  fi
+  ((${#models[@]})) || die "--model ${words[*]}: the rows of $table are its models; choose with --row, see --list"
+  for word in "${words[@]}"; do
+    [[ " ${models[*]} " == *" $word "* ]] || die "--model $word: $table has no such column; its columns: ${models[*]}"
+    [[ " ${chosen_models[*]-} " == *" $word "* ]] || chosen_models+=("$word")
+  done
+}
+
+# Prints the rows with their numbers and the paper's figures.
+list_rows() {
+  local index figure figures=() note
+  printf '%s\n\n' "$title"
+  printf ' #  %-13s %-22s' row label
+  printf '%8s' "${columns[@]}"
+  printf '\n'
+  for ((index = 0; index < ${#row_names[@]}; index++)); do
+    read -r -a figures <<<"${row_figures[index]}"
+    note=''
+    ((row_there[index])) || note='   not available yet'
+    printf '%2d  %-13s %-22s' $((index + 1)) "${row_names[index]}" "${row_labels[index]}"
+    for figure in "${figures[@]}"; do
+      printf '%8s' "$figure"
+    done
+    printf '%s\n' "$note"
+  done
+}

@@ -1,0 +1,502 @@
+"""The scripts of the paper's tables: rows and figures as printed in the paper, each row's command, what is run again.
+
+Commands are taken from what the scripts print with DRY_RUN=1 and parsed by main.py's own parser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from torch.distributed.run import parse_args as parse_torchrun
+
+import optim
+from options import explicit_flags, get_args_parser
+from tests.test_commands import RECIPE, ROOT, TABLE_1, check_command, commands_of_header, run_of
+
+FOLDER = ROOT / "scripts/tables"
+SCRIPTS = sorted(path for path in FOLDER.glob("*.sh") if not path.name.startswith("_"))
+
+# Rows in the paper's order: label and top-1, one per column.
+PAPER: dict[str, dict[str, tuple[str, ...]]] = {
+    "table2": {
+        "vanilla": ("Vanilla", "75.7", "80.2"),
+        "cutmix": ("CutMix", "79.8", "81.2"),
+        "attentivemix": ("AttentiveMix", "80.3", "81.3"),
+        "saliencymix": ("SaliencyMix", "79.9", "81.4"),
+        "puzzlemix": ("PuzzleMix", "80.5", "81.5"),
+        "fmix": ("F-Mix", "77.4", "79.6"),
+        "resizemix": ("ResizeMix", "78.6", "81.4"),
+        "automix": ("AutoMix", "80.8", "81.8"),
+        "smmix": ("SMMix", "81.1", "81.8"),
+    },
+    "table1_transmix": {
+        "deit_tiny": ("DeiT-T", "72.6"),
+        "deit_small": ("DeiT-S", "80.7"),
+        "deit_base": ("DeiT-B", "82.4"),
+        "cait_xxs36": ("CaiT-XXS-36", "79.8"),
+        "pvt_tiny": ("PVT-T", "75.5"),
+        "pvt_small": ("PVT-S", "80.5"),
+        "pvt_medium": ("PVT-M", "82.1"),
+        "pvt_large": ("PVT-L", "82.4"),
+    },
+    "table6": {
+        "transmix": ("transmix", "81.1"),
+        "tokenmix": ("tokenmix", "81.2"),
+        "smmix": ("smmix", "81.1"),
+    },
+}
+TO_COME = {"table2": ["puzzlemix", "automix"], "table1_transmix": [], "table6": ["tokenmix"]}
+COLUMNS = {"table2": ["deit_small", "swin_tiny"], "table1_transmix": [], "table6": ["deit_small"]}
+
+# The benchmark's recipe (Open-Mixup's files for DeiT-S and Swin-T) as each row of Table 2 must spell it out.
+TABLE_2_RECIPE: dict[str, Any] = {
+    "data_set": "IMNET", "input_size": [224], "eval_crop_ratio": 0.875, "epochs": 300, "seed": 0, "amp": "fp16",
+    "auto_resume": True, "opt": "adamw", "opt_eps": 1e-8, "weight_decay": 0.05, "clip_grad": 5.0, "lr": 5e-4,
+    "sched": "cosine", "min_lr": 1e-5, "sched_on_updates": True, "drop": 0.0, "model_ema": False,
+    "aa": "rand-m9-mstd0.5-inc1", "train_interpolation": "bicubic", "repeated_aug": False, "reprob": 0.25,
+    "remode": "pixel", "recount": 1, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0,
+    "mixup_switch_prob": 0.5, "mixup_mode": "batch",
+}  # fmt: skip
+TABLE_2_MODELS: dict[str, dict[str, Any]] = {
+    "deit_small": {"drop_path": 0.0, "warmup_epochs": 5, "warmup_lr": 1e-8},
+    "swin_tiny": {"drop_path": 0.2, "warmup_epochs": 20, "warmup_lr": 1e-9},
+}
+TABLE_2_ROWS: dict[str, dict[str, Any]] = {
+    "vanilla": {"mixer": "none"},
+    "cutmix": {"mixer": "cutmix"},
+    "attentivemix": {
+        "mixer": "attentivemix", "mix_protocol": "single", "mix_alpha": [2.0, 8.0],
+        "attentive_teacher": "resnet50.tv_in1k",
+    },
+    "saliencymix": {"mixer": "saliencymix", "mix_protocol": "single", "mix_alpha": [0.2]},
+    "fmix": {"mixer": "fmix", "mix_protocol": "single", "mix_alpha": [0.2], "fmix_decay": 3.0},
+    "resizemix": {
+        "mixer": "resizemix", "mix_protocol": "single", "resize_scope": [0.1, 0.8], "resize_placement": "clipped",
+    },
+    "smmix": {"mixer": "smmix", "variant": "paper", "side_ratio": [0.25, 0.75]},
+}  # fmt: skip
+# The recipe of TransMix's authors (Beckschen/TransMix, configs/ and the defaults of train.py).
+TRANSMIX_RECIPE: dict[str, Any] = {
+    "data_set": "IMNET", "input_size": [224], "eval_crop_ratio": 0.875, "epochs": 300, "seed": 0, "amp": "fp16",
+    "auto_resume": True, "opt": "adamw", "opt_eps": 1e-8, "lr": 1e-3, "unscale_lr": True, "sched": "cosine",
+    "warmup_lr": 1e-6, "min_lr": 1e-5, "drop": 0.0, "drop_path": 0.1, "model_ema": True, "model_ema_decay": 0.99996,
+    "aa": "rand-m9-mstd0.5-inc1", "train_interpolation": "random", "repeated_aug": False, "reprob": 0.0,
+    "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.8, "mixup_mode": "batch",
+    "mixer": "transmix", "relabel_ratio": 0.5,
+}  # fmt: skip
+TRANSMIX_MODELS: dict[str, dict[str, Any]] = {
+    "deit_tiny": {"weight_decay": 0.03, "warmup_epochs": 20},
+    "deit_small": {"weight_decay": 0.03, "warmup_epochs": 20},
+    "deit_base": {"weight_decay": 0.05, "warmup_epochs": 5},
+}
+TABLE_6_ROWS: dict[str, dict[str, Any]] = {
+    "transmix": {"mixer": "smmix", "relabel": "transmix", "relabel_ratio": 0.5},
+    "smmix": {"mixer": "smmix"},
+}
+OF_THE_RUN = {"model", "batch_size", "accum_steps", "data_path", "output_dir"}
+
+
+class Run(NamedTuple):
+    """One training run that a table's script shows."""
+
+    args: argparse.Namespace
+    written: dict[str, Any]  # the flags that stand on the command line
+    processes: int
+
+    @property
+    def folder(self) -> str:
+        return self.args.output_dir
+
+    @property
+    def name(self) -> str:
+        return Path(self.folder).name
+
+
+def start(table: str, *words: str, cwd: Path | str = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The script, as a dry run unless the environment says otherwise."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("NNODES", "NODE_", "MASTER_"))}
+    return subprocess.run(
+        ["bash", str(FOLDER / f"{table}.sh"), *words],
+        cwd=cwd, env={**clean, "DRY_RUN": "1", **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def shown(table: str, *words: str, processes: str = "4", cwd: Path | str = ROOT, **environment: str) -> str:
+    """What a dry run prints."""
+    done = start(table, "--data-path", "/imagenet", "--nproc", processes, *words, cwd=cwd, **environment)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout
+
+
+def runs_in(printed: str) -> list[Run]:
+    """The calls of main.py, as its own parser reads them; every other line is a message."""
+    runs = []
+    for line in printed.splitlines():
+        if line.startswith("== "):
+            continue
+        (args,) = check_command(line)
+        launch = parse_torchrun(shlex.split(line)[1:])
+        written = explicit_flags(get_args_parser(), launch.training_script_args)
+        runs.append(Run(args, written, int(launch.nproc_per_node)))
+    return runs
+
+
+@cache
+def all_runs(table: str) -> dict[str, Run]:
+    """Every run of a table by its folder's name."""
+    return {run.name: run for run in runs_in(shown(table))}
+
+
+def refusal(table: str, *words: str, **environment: str) -> str:
+    """The message of a script that refuses its arguments: exit code 2, and nothing was run."""
+    refused = start(table, *words, **environment)
+    assert refused.returncode == 2, refused.stdout
+    assert "torchrun" not in refused.stdout
+    return refused.stderr
+
+
+def names(runs: list[Run]) -> list[str]:
+    return [run.name for run in runs]
+
+
+# ------------------------------------------------------------------------------------------- rows and figures
+
+
+def test_every_table_is_tested() -> None:
+    assert {path.stem for path in SCRIPTS} == set(PAPER)
+
+
+@pytest.mark.parametrize("table", PAPER)
+def test_a_list_numbers_the_rows_and_quotes_the_paper(table: str) -> None:
+    done = start(table, "--list", DRY_RUN="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = re.findall(r"^ *(\d+) +(\w+) +.*?((?: +\d+\.\d)+)(   not available yet)?$", done.stdout, flags=re.M)
+    expected = [
+        (str(number), name, " ".join(figures), "   not available yet" if name in TO_COME[table] else "")
+        for number, (name, (_, *figures)) in enumerate(PAPER[table].items(), start=1)
+    ]
+    assert [(number, name, " ".join(figures.split()), note) for number, name, figures, note in rows] == expected
+    assert "not run by us" in done.stdout
+
+
+@pytest.mark.parametrize("table", PAPER)
+def test_a_header_says_what_to_expect_and_that_it_was_not_run(table: str) -> None:
+    header = re.sub(r"\n# *", " ", (FOLDER / f"{table}.sh").read_text().split("\nset -e")[0])
+    for label, *figures in PAPER[table].values():
+        assert f"{label} {' and '.join(figures)}" in header
+    assert "Not run by us" in header
+
+
+def test_the_figures_here_agree_with_the_ten_scripts() -> None:
+    for model, column in (("deit_small", 1), ("swin_tiny", 2)):
+        assert float(PAPER["table2"]["cutmix"][column]) == TABLE_1[model].cutmix
+        assert float(PAPER["table2"]["smmix"][column]) == TABLE_1[model].smmix
+    assert float(PAPER["table6"]["smmix"][1]) == TABLE_1["deit_small"].smmix
+    for model, (label, _) in PAPER["table1_transmix"].items():
+        assert label == TABLE_1[model].name
+
+
+# ------------------------------------------------------------------------------------------------ the commands
+
+
+def recipe_of(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in run.written.items() if name not in OF_THE_RUN}
+
+
+@pytest.mark.parametrize("model", TABLE_2_MODELS)
+@pytest.mark.parametrize("row", TABLE_2_ROWS)
+def test_a_row_of_table_2_spells_out_the_benchmarks_recipe(row: str, model: str) -> None:
+    run = all_runs("table2")[f"{model}_{row}"]
+    assert recipe_of(run) == {**TABLE_2_RECIPE, **TABLE_2_MODELS[model], **TABLE_2_ROWS[row]}
+    assert run.args.model == TABLE_1[model].model
+
+
+@pytest.mark.parametrize("model", PAPER["table1_transmix"])
+def test_a_transmix_row_has_the_authors_recipe_or_its_models_own(model: str) -> None:
+    run = all_runs("table1_transmix")[f"{model}_transmix"]
+    if model in TRANSMIX_MODELS:
+        expected = {**TRANSMIX_RECIPE, **TRANSMIX_MODELS[model]}
+    else:
+        own = {**RECIPE, **TABLE_1[model].differs, "mixer": "transmix"}
+        expected = {name: value for name, value in own.items() if value is not None}
+    assert recipe_of(run) == expected
+    assert run.args.model == TABLE_1[model].model
+
+
+@pytest.mark.parametrize("row", TABLE_6_ROWS)
+def test_a_row_of_table_6_is_the_recipe_of_deit_small(row: str) -> None:
+    run = all_runs("table6")[f"deit_small_{row}"]
+    assert recipe_of(run) == {**RECIPE, **TABLE_6_ROWS[row]}
+    script, _ = run_of("deit_small", "--nproc", "4")
+    assert (run.args.model, run.args.batch_size) == (script.model, script.batch_size)
+
+
+@pytest.mark.parametrize("processes", ["1", "2", "8", "16"])
+@pytest.mark.parametrize("table", PAPER)
+def test_the_total_batch_and_the_peak_rate_hold_on_any_number_of_processes(table: str, processes: str) -> None:
+    for run in runs_in(shown(table, processes=processes)):
+        by_authors = table == "table1_transmix" and run.name.startswith("deit_")
+        total = run.args.batch_size * run.processes * run.args.accum_steps
+        assert (run.processes, total) == (int(processes), 256 if by_authors else 1024)
+        rate = run.args.lr if run.args.unscale_lr else optim.scale_rate(run.args.lr, total)
+        assert rate == pytest.approx(1e-3)
+        assert run.args.batch_size <= TABLE_1[re.sub("_[a-z]+$", "", run.name)].largest
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nproc", "3"], "does not divide evenly into 3 processes"),
+        (["--nproc", "0"], "--nproc 0: must be"),
+        (["--nproc", "4", "--batch-size", "x"], "--batch-size x: must be"),
+    ],
+)
+@pytest.mark.parametrize("table", PAPER)
+def test_what_the_model_scripts_refuse_is_refused_here_too(table: str, words: list[str], message: str) -> None:
+    assert message in refusal(table, "--data-path", "/imagenet", *words)
+
+
+@pytest.mark.parametrize("table", PAPER)
+def test_several_machines_share_a_row(table: str) -> None:
+    cluster = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
+    printed = shown(table, "--row", "1", processes="8", **cluster)
+    assert "--nnodes=2 --node_rank=1 --master_addr=node0 --master_port=29500 --nproc_per_node=8" in printed
+    for run in runs_in(printed):
+        assert run.args.batch_size * 16 * run.args.accum_steps == (256 if table == "table1_transmix" else 1024)
+
+
+def test_ones_own_arguments_come_last_and_win() -> None:
+    runs = runs_in(shown("table2", "--mix-protocol", "switch", "--seed", "1", "--batch_size=128"))
+    assert len(runs) == 2 * len(TABLE_2_ROWS)
+    assert {(run.args.mix_protocol, run.args.seed, run.args.batch_size) for run in runs} == {("switch", 1, 128)}
+    (run,) = runs_in(shown("table6", "--row", "transmix", "--relabel-ratio", "0", "--weight_decay=0.1"))
+    assert (run.args.relabel_ratio, run.args.weight_decay, run.args.relabel) == (0.0, 0.1, "transmix")
+
+
+@pytest.mark.parametrize("words", [["--mixer", "cutmix"], ["--mixer=cutmix"]])
+@pytest.mark.parametrize("table", PAPER)
+def test_a_rows_mixer_is_not_changed_under_its_name(table: str, words: list[str]) -> None:
+    assert "choose rows with --row" in refusal(table, "--data-path", "/imagenet", *words)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_commands_of_a_header_are_accepted(script: Path) -> None:
+    commands = commands_of_header(script.read_text())
+    assert any(command.endswith("--list") for command in commands)
+    assert len(commands) > 1
+    for command in commands:
+        program, path, *words = shlex.split(command)
+        assert (program, path) == ("bash", f"scripts/tables/{script.name}")
+        if words != ["--list"]:
+            done = start(script.stem, *words, "--nproc", "4")
+            assert done.returncode == 0, done.stderr
+            assert runs_in(done.stdout)
+
+
+# ------------------------------------------------------------------------------------------- choosing and naming
+
+
+@pytest.mark.parametrize("table", PAPER)
+def test_without_a_choice_every_row_there_is_runs_into_a_folder_of_its_own(table: str) -> None:
+    rows = [row for row in PAPER[table] if row not in TO_COME[table]]
+    expected = [f"{model}_{row}" for row in rows for model in COLUMNS[table]] or [f"{row}_transmix" for row in rows]
+    printed = shown(table)
+    assert names(runs_in(printed)) == expected
+    folder = ROOT / "output" / table.split("_")[0]
+    assert all(Path(run.folder).parent == folder for run in runs_in(printed))
+    for row in TO_COME[table]:
+        assert re.search(rf"^== {table}, row \d, {row}: not available yet; left out$", printed, flags=re.M)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--row", "2"], ["cutmix"]),
+        (["--row=smmix"], ["smmix"]),
+        (["--row", "smmix,2"], ["smmix", "cutmix"]),
+        (["--row", "smmix, 2"], ["smmix", "cutmix"]),
+        (["--row", "vanilla", "--row", "7"], ["vanilla", "resizemix"]),
+        (["--row", "2,cutmix", "--row", "2"], ["cutmix"]),
+    ],
+)
+def test_rows_are_chosen_by_number_and_by_name(words: list[str], expected: list[str]) -> None:
+    runs = runs_in(shown("table2", *words))
+    assert names(runs) == [f"{model}_{row}" for row in expected for model in COLUMNS["table2"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model", "swin_tiny"], ["swin_tiny"]),
+        (["--model=deit_small"], ["deit_small"]),
+        (["--model", "swin_tiny,deit_small", "--model", "swin_tiny"], ["swin_tiny", "deit_small"]),
+    ],
+)
+def test_columns_are_chosen_by_model(words: list[str], expected: list[str]) -> None:
+    assert names(runs_in(shown("table2", "--row", "9", *words))) == [f"{model}_smmix" for model in expected]
+
+
+@pytest.mark.parametrize("word", ["nosuch", "0", "10", "cut", "*", "2x"])
+def test_an_unknown_row_is_refused_with_the_list_of_rows(word: str) -> None:
+    message = refusal("table2", "--data-path", "/imagenet", "--row", f"cutmix,{word}")
+    assert f"--row {word}: table2 has no such row" in message
+    for number, row in enumerate(PAPER["table2"], start=1):
+        assert f"{number} {row}" in message
+
+
+@pytest.mark.parametrize(("table", "row"), [(table, row) for table, rows in TO_COME.items() for row in rows])
+def test_a_row_to_come_says_so_and_quotes_the_paper(table: str, row: str) -> None:
+    number = str(list(PAPER[table]).index(row) + 1)
+    for word in (row, number):
+        message = refusal(table, "--data-path", "/imagenet", "--row", word)
+        assert f"{row} is not available yet; the paper has {' and '.join(PAPER[table][row][1:])}" in message
+
+
+@pytest.mark.parametrize(
+    ("table", "words", "message"),
+    [
+        ("table2", ["--row", ""], "--row needs numbers or names"),
+        ("table2", ["--row", ", ,"], "--row needs numbers or names"),
+        ("table2", ["--row"], "--row needs a value"),
+        ("table2", ["--model", "deit_tiny"], "its columns: deit_small swin_tiny"),
+        ("table6", ["--model", "swin_tiny"], "its columns: deit_small"),
+        ("table1_transmix", ["--model", "deit_tiny"], "the rows of table1 are its models; choose with --row"),
+        ("table2", ["--epochs", "x"], "--epochs x: must be a whole number above 0"),
+        ("table6", ["--epochs=0"], "--epochs 0: must be a whole number above 0"),
+    ],
+)
+def test_a_choice_that_makes_no_sense_is_refused(table: str, words: list[str], message: str) -> None:
+    assert message in refusal(table, "--data-path", "/imagenet", "--nproc", "4", *words)
+
+
+@pytest.mark.parametrize("table", PAPER)
+def test_a_table_without_data_says_so(table: str) -> None:
+    assert "--data-path DIR is missing" in refusal(table, "--nproc", "4")
+
+
+@pytest.mark.parametrize("table", PAPER)
+def test_every_path_holds_in_another_working_directory(table: str, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "another place"
+    elsewhere.mkdir()
+    assert start(table, "--list", cwd=elsewhere).stdout == start(table, "--list").stdout
+    assert shown(table, cwd=elsewhere) == shown(table)  # by default the project's output folder
+    relative = shown(table, "--output", "my runs/", cwd=elsewhere)
+    assert {Path(run.folder).parts[:-1] for run in runs_in(relative)} == {("my runs", table.split("_")[0])}
+    assert "//" not in relative
+    for line in relative.splitlines():
+        assert line.startswith("== ") or f" {shlex.quote(str(ROOT / 'main.py'))} " in line
+
+
+def test_the_processes_default_to_the_gpus_here_counted_once(tmp_path: Path) -> None:
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\necho asked >>"{tmp_path}/calls"\necho 2\n')
+    python.chmod(0o755)
+    done = start("table6", "--data-path", "/imagenet", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert {run.processes for run in runs_in(done.stdout)} == {2}
+    assert (tmp_path / "calls").read_text().split() == ["asked"]
+
+
+# -------------------------------------------------------------------------------------------------- running again
+
+
+def leave(folder: Path, *lines: str) -> None:
+    """What a run leaves behind."""
+    folder.mkdir(parents=True)
+    (folder / "log.txt").write_text("".join(f"{line}\n" for line in lines))
+
+
+@pytest.mark.parametrize("table", PAPER)
+def test_a_finished_row_is_left_out_and_one_that_is_not_goes_on(table: str, tmp_path: Path) -> None:
+    first, second, *_ = runs_in(shown(table, "--output", str(tmp_path)))
+    leave(Path(first.folder), '{"epoch": 298, "test_acc1": 80.0}', '{"epoch": 299, "test_acc1": 80.5}')
+    leave(Path(second.folder), '{"epoch": 297, "test_acc1": 80.0}', '{"epoch": 298, "test_acc1": 80.5}')
+    printed = shown(table, "--output", str(tmp_path))
+    runs = runs_in(printed)
+    assert first.name not in names(runs)
+    assert names(runs)[0] == second.name
+    assert runs[0].args.auto_resume
+    assert f"finished, epoch 299 is in {first.folder}/log.txt; skipped" in printed
+    assert f"going on with {second.folder}" in printed
+
+
+@pytest.mark.parametrize(
+    ("lines", "finished"),
+    [
+        ([], False),
+        (['{"epoch": 9}'], True),
+        (['{"epoch":9,"test_acc1":80.0}'], True),
+        (['{"train_loss": 1.0, "epoch": 9}'], True),
+        (['{"epoch": 9, "test_acc1": 80.0}', '{"epoch": 10}'], True),
+        (['{"epoch": 9, "test_acc1": 80.'], False),  # cut short by a kill
+        (['{"epoch": 8}'], False),
+        (['{"epoch": 90}', '{"epoch": 19}'], False),
+        (['{"epoch": 3, "best_epoch": 9}'], False),
+        (['{"epoch": 299}'], False),
+    ],
+)
+@pytest.mark.parametrize("words", [["--epochs", "10"], ["--epochs=10"], ["--epochs", "300", "--epochs", "10"]])
+@pytest.mark.parametrize("table", ["table2", "table6"])  # a recipe of its own, and a model's script
+def test_the_last_epoch_follows_the_commands_epochs(
+    table: str, words: list[str], lines: list[str], finished: bool, tmp_path: Path
+) -> None:
+    leave(tmp_path / table / "deit_small_smmix", *lines)
+    choice = ["--row", "smmix", "--model", "deit_small", "--output", str(tmp_path)]
+    assert len(runs_in(shown(table, *choice, *words))) == (0 if finished else 1)
+
+
+def fake_torchrun(folder: Path, body: str) -> dict[str, str]:
+    """An environment whose torchrun notes its last run's folder in `out` and then does what `body` says."""
+    program = folder / "bin/torchrun"
+    program.parent.mkdir()
+    program.write_text(
+        "#!/usr/bin/env bash\nfor word in \"$@\"; do\n  [[ ${before-} != --output-dir ]] || out=$word\n"
+        f'  before=$word\ndone\necho "${{out##*/}}" >>"{folder}/calls"\n{body}\n'
+    )  # fmt: skip
+    program.chmod(0o755)
+    return {"PATH": f"{program.parent}:{os.environ['PATH']}", "DRY_RUN": "0"}
+
+
+@pytest.mark.parametrize("table", PAPER)
+def test_rows_run_one_after_the_other_and_once(table: str, tmp_path: Path) -> None:
+    environment = fake_torchrun(tmp_path, 'mkdir -p "$out"\necho \'{"epoch": 299}\' >"$out/log.txt"')
+    words = ["--data-path", "/imagenet", "--nproc", "4", "--output", str(tmp_path / "my runs")]
+    assert start(table, *words, **environment).returncode == 0
+    assert (tmp_path / "calls").read_text().split() == list(all_runs(table))
+    again = start(table, *words, **environment)
+    assert again.returncode == 0
+    assert again.stdout.count("; skipped") == len(all_runs(table))
+    assert (tmp_path / "calls").read_text().split() == list(all_runs(table))
+
+
+@pytest.mark.parametrize("table", PAPER)
+def test_a_run_that_fails_stops_the_table_with_its_exit_code(table: str, tmp_path: Path) -> None:
+    environment = fake_torchrun(tmp_path, "exit 3")
+    done = start(table, "--data-path", "/imagenet", "--nproc", "4", "--output", str(tmp_path / "runs"), **environment)
+    assert done.returncode == 3
+    assert (tmp_path / "calls").read_text().split() == list(all_runs(table))[:1]
+    assert "stopped with exit code 3, see above; the same command goes on from here" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_are_bash_without_mistakes_and_explain_themselves(script: Path) -> None:
+    for path in (script, FOLDER / "_table.sh"):
+        subprocess.run(["bash", "-n", str(path)], check=True)
+        for new in (";;&", "declare -A", "local -A", "mapfile", "readarray", ",,}", "^^}"):  # bash 3.2 of macOS
+            assert new not in path.read_text()
+        assert max(map(len, path.read_text().splitlines())) <= 120
+    asked = start(script.stem, "--help", DRY_RUN="0")
+    assert asked.returncode == 0
+    assert f"bash scripts/tables/{script.name} --list" in asked.stdout
+    assert "set -euo" not in asked.stdout
