@@ -217,14 +217,19 @@ def build_eval_loader(
     )
 
 
-def set_epoch(loader: DataLoader[Any], epoch: int) -> None:
-    """Chooses the epoch that the next iteration of a training loader gives, of either kind."""
+def set_epoch(loader: DataLoader[Any], epoch: int, start: int = 0) -> None:
+    """Chooses the epoch that the next iteration of a training loader gives, of either kind.
+
+    Args:
+        start: images of all ranks that are done in it; a stream has no place to go on from but its beginning.
+    """
     samples = loader.dataset
     if isinstance(samples, StreamedSamples):
+        assert start == 0, "streams are resumed at the beginning of an epoch"
         samples.set_epoch(epoch)
         loader.generator.manual_seed(key_seed("workers", samples.seed, epoch, samples.rank))
     elif isinstance(loader.batch_sampler, EpochBatches):
-        loader.batch_sampler.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch, start)
 
 
 def steps_per_epoch(loader: DataLoader[Any]) -> int:

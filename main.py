@@ -93,7 +93,9 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
     if progress.epoch >= args.epochs:
         log.say(f"nothing left to do: all {args.epochs} epochs are done")
         return
-    schedule = optim.Schedule(training.optimizer, schedule_settings(args, processes), steps, progress.epoch)
+    schedule = optim.Schedule(
+        training.optimizer, schedule_settings(args, processes), steps, progress.epoch, progress.step
+    )
     training.after_update = schedule.after_update
     samples = val_loader.dataset if folder else None  # what nobody keeps is not drawn
     show = make_painter(training, mixer, samples, spec, train_images.class_names, processes)

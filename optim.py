@@ -47,14 +47,19 @@ class Schedule:
     Args:
         settings: keywords of timm's `create_scheduler_v2` (`sched`, `num_epochs`, `warmup_epochs`, ...).
         steps: updates per epoch.
-        done_epochs: epochs that are done already.
+        done_epochs, done_updates: how many of either are done already.
 
     Raises:
         InputError: a schedule that timm does not have or that needs a metric.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, settings: dict[str, Any], steps: int, done_epochs: int = 0
+        self,
+        optimizer: torch.optim.Optimizer,
+        settings: dict[str, Any],
+        steps: int,
+        done_epochs: int = 0,
+        done_updates: int = 0,
     ) -> None:
         name, self.by_epoch = settings.get("sched"), settings.get("step_on_epochs", True)
         try:
@@ -66,7 +71,8 @@ class Schedule:
         self.timm: Scheduler = made
         if done_epochs:
             self.after_epoch(done_epochs - 1)
-            self.after_update(done_epochs * steps - 1)
+        if done_updates:
+            self.after_update(done_updates - 1)
 
     def after_epoch(self, epoch: int) -> None:
         if self.by_epoch:

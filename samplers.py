@@ -60,11 +60,15 @@ class EpochBatches(Sampler[list[Place]]):
         self.repeats = repeats
         self.accum_steps = accum_steps
         self.shuffle = shuffle
-        self.epoch = 0
+        self.epoch = self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration deals."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Chooses the epoch that the next iteration deals, and from which of its positions on.
+
+        Args:
+            start: images of all ranks that are done in this epoch: whole optimizer steps, at whatever world size.
+        """
+        self.epoch, self.start = epoch, start
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,8 +76,8 @@ class EpochBatches(Sampler[list[Place]]):
         return self.num_images // (self.batch_size * self.world_size * self.accum_steps)
 
     def __len__(self) -> int:
-        """Micro-batches of this rank per epoch."""
-        return self.steps_per_epoch * self.accum_steps
+        """Micro-batches of this rank that the next iteration deals."""
+        return self.steps_per_epoch * self.accum_steps - self.start // (self.world_size * self.batch_size)
 
     def __iter__(self) -> Iterator[list[Place]]:
         if self.shuffle:
@@ -81,7 +85,7 @@ class EpochBatches(Sampler[list[Place]]):
         else:
             images = list(range(self.num_images))
         epoch, step = self.epoch, self.world_size * self.batch_size
-        for start in range(0, len(self) * step, step):
+        for start in range(self.start, self.start + len(self) * step, step):
             positions = range(start + self.rank, start + step, self.world_size)
             batch = [(epoch, images[position // self.repeats], position) for position in positions]
             if self.repeats > 1:

@@ -23,7 +23,7 @@ def rates(line: str, done_epochs: int = 0) -> list[float]:
     """The rate of each update from `done_epochs` on, stepped as `main.py` and `engine.py` do."""
     args = get_args_parser().parse_args(line.split())
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
-    schedule = optim.Schedule(optimizer, scheduler_kwargs(args), STEPS, done_epochs)
+    schedule = optim.Schedule(optimizer, scheduler_kwargs(args), STEPS, done_epochs, done_epochs * STEPS)
     seen = []
     for epoch in range(done_epochs, args.epochs):
         for step in range(epoch * STEPS, (epoch + 1) * STEPS):
