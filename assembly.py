@@ -21,11 +21,12 @@ import loaders
 import optim
 import transforms
 import utils
+from health import Health
 from logs import RunLog
 from losses import Criterion, DistillationLoss, SMMixLoss
 from mixers.build import Settings, Surroundings, build_mixer
 from mixers.switch import Switch
-from models.build import build_model, load_foreign, use_distillation, use_grad_checkpointing
+from models.build import build_model, load_foreign, use_distillation, use_float32_attention, use_grad_checkpointing
 from models.frozen import build_feature_map, build_teacher
 from models.interface import ImageModel
 from utils import Processes
@@ -65,6 +66,8 @@ def make_model(
         use_distillation(model, args.model)
     if args.grad_checkpointing:
         use_grad_checkpointing(model, args.model)
+    if args.attn_fp32:
+        use_float32_attention(model, args.model)
     if args.finetune and load_weights:
         log.say("\n  ".join([f"weights from {args.finetune}", *load_foreign(model, args.finetune)]))
     model.to(processes.device)
@@ -82,7 +85,7 @@ def make_eval_loader(args: argparse.Namespace, val: Any, spec: transforms.ImageS
     return loaders.build_eval_loader(
         loaders.eval_samples(val, transforms.build_eval_transform(spec)), batch_size=int(1.5 * args.batch_size),
         rank=processes.rank, world_size=processes.world_size, num_workers=args.num_workers,
-        pin_memory=args.pin_mem and processes.device.type == "cuda",
+        pin_memory=args.pin_mem and processes.device.type == "cuda", timeout=args.data_timeout,
     )  # fmt: skip
 
 
@@ -93,10 +96,10 @@ def make_train_loader(args: argparse.Namespace, train: Any, spec: transforms.Ima
     )  # fmt: skip
     transform = transforms.build_train_transform(spec, datasets.augment_for(args.data_set, augment))
     return loaders.build_train_loader(
-        loaders.train_samples(train, transform, args.seed), batch_size=args.batch_size, seed=args.seed,
-        rank=processes.rank, world_size=processes.world_size, num_workers=args.num_workers,
+        loaders.train_samples(train, transform, args.seed, args.skip_corrupt), seed=args.seed,
+        batch_size=args.batch_size, rank=processes.rank, world_size=processes.world_size, num_workers=args.num_workers,
         repeats=args.repeats if args.repeated_aug else 1, accum_steps=args.accum_steps,
-        pin_memory=args.pin_mem and processes.device.type == "cuda",
+        pin_memory=args.pin_mem and processes.device.type == "cuda", timeout=args.data_timeout,
     )  # fmt: skip
 
 
@@ -153,7 +156,7 @@ def make_training(args: argparse.Namespace, model: ImageModel, mixer: Switch, pr
     wrapped: torch.nn.Module = model
     if processes.world_size > 1:
         wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    return engine.Training(
+    training = engine.Training(
         module=model,
         model=cast(torch.nn.Module, torch.compile(wrapped)) if args.compile else wrapped,
         criterion=make_criterion(args, model, autocast, device),
@@ -168,6 +171,9 @@ def make_training(args: argparse.Namespace, model: ImageModel, mixer: Switch, pr
         accum_steps=args.accum_steps,
         seed=args.seed,
         train_mode=args.train_mode,
-        watch_gradients=args.amp != "fp16",
+        health=Health(processes, args.max_bad_steps),
+        fixed_scale=args.amp != "fp16",
         memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
     )
+    engine.warm_up(training, model.input_size)
+    return training

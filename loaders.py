@@ -1,7 +1,7 @@
 """From images to batches: samples with draws keyed by position, and the loaders.
 
-Level 2: imports `utils`, `images`, `samplers` and `transforms`. It must not know data sets by name, mixing, models or
-process groups; ranks are arguments.
+Level 2: imports `utils`, `images`, `samplers`, `transforms` and `workers`. It must not know data sets by name, mixing,
+models or process groups; ranks are arguments.
 
 A sample's augmentation depends on (seed, epoch, index, position) alone, so resuming, the number of workers and of ranks
 leave it as it is. Letters: B batch, H height, W width.
@@ -10,37 +10,68 @@ leave it as it is. Letters: B batch, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from images import Images, StreamedImages
+from images import Images, StreamedImages, UnreadableSampleError
 from samplers import EpochBatches, EvalShard, Place
 from transforms import Transform
-from utils import InputError, key_seed, keyed_generator, keyed_globals
+from utils import InputError, SampleError, key_seed, keyed_generator, keyed_globals
+from workers import Loader, explaining
+
+SUBSTITUTES = 20  # images that are tried in the place of one that cannot be read
 
 # ------------------------------------------------------------------------------------------------------ samples
 
 
 class TrainSamples(Dataset[tuple[torch.Tensor, int, int]]):
-    """(epoch, index, position) -> (image (3, H, W) float32, label, index), with draws keyed by that place."""
+    """(epoch, index, position) -> (image (3, H, W) float32, label, index), with draws keyed by that place.
 
-    def __init__(self, images: Images, transform: Transform, seed: int) -> None:
+    Args:
+        skip_corrupt: an image that cannot be decoded is replaced by another with its own label, drawn from the same
+            place, and its index i is given as ~i = -1 - i. Errors of the transform surface either way.
+    """
+
+    def __init__(self, images: Images, transform: Transform, seed: int, skip_corrupt: bool = False) -> None:
         self.images = images
         self.transform = transform
         self.seed = seed
+        self.skip_corrupt = skip_corrupt
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, place: Place) -> tuple[torch.Tensor, int, int]:
-        epoch, index, position = place
-        image, label = self.images[index]
-        with keyed_globals("sample", self.seed, epoch, index, position):
-            return self.transform(image), label, index
+        image, label, shown = self.read(place)
+        with keyed_globals("sample", self.seed, *place):
+            return self.transform(image), label, shown
+
+    def read(self, place: Place) -> tuple[Image.Image, int, int]:
+        """The image of a place or its substitute, the label, and the index, inverted for a substitute.
+
+        Raises:
+            SampleError: it cannot be read, and replacing is off or none of `SUBSTITUTES` others can be read either.
+        """
+        index = place[1]
+        try:
+            return *self.images[index], index
+        except UnreadableSampleError as error:
+            if not self.skip_corrupt:
+                raise
+            bad = error
+        draws = torch.randint(
+            len(self.images), (SUBSTITUTES,), generator=keyed_generator("substitute", self.seed, *place)
+        )
+        for other in draws.tolist():
+            with suppress(UnreadableSampleError):  # that one is counted where it is itself due
+                return *self.images[other], ~index
+        raise SampleError(f"{bad.text}; nor can any of {SUBSTITUTES} images drawn in its place") from bad
 
 
 class EvalSamples(Dataset[tuple[torch.Tensor, int]]):
@@ -114,11 +145,22 @@ class StreamedEvalSamples(IterableDataset[tuple[torch.Tensor, int]]):
             yield self.transform(image), label
 
 
-def train_samples(images: Images | StreamedImages, transform: Transform, seed: int) -> TrainSamples | StreamedSamples:
-    """The training samples of either kind of data set."""
-    if isinstance(images, StreamedImages):
-        return StreamedSamples(images, transform, seed)
-    return TrainSamples(images, transform, seed)
+def train_samples(
+    images: Images | StreamedImages, transform: Transform, seed: int, skip_corrupt: bool = False
+) -> TrainSamples | StreamedSamples:
+    """The training samples of either kind of data set.
+
+    Raises:
+        InputError: unreadable images of a stream shall be replaced.
+    """
+    if not isinstance(images, StreamedImages):
+        return TrainSamples(images, transform, seed, skip_corrupt)
+    if skip_corrupt:
+        raise InputError(
+            "--skip-corrupt is not for streams: timm/wds/ leaves unreadable images out by itself, the others stop "
+            "there; leave the flag out"
+        )
+    return StreamedSamples(images, transform, seed)
 
 
 def eval_samples(images: Images | StreamedImages, transform: Transform) -> EvalSamples | StreamedEvalSamples:
@@ -143,7 +185,7 @@ def build_train_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     timeout: float = 0,
-) -> DataLoader[Any]:
+) -> Loader:
     """Loader of (images (B, 3, H, W) float32, labels (B,) int64, indices (B,) int64), per `set_epoch`.
 
     Args:
@@ -170,14 +212,14 @@ def build_train_loader(
         )
         if num_workers:
             common.update(num_workers=num_workers, persistent_workers=True, timeout=timeout)
-        return DataLoader(samples, batch_sampler=batches, **common)
+        return Loader(samples, name_of=samples.images.name_of, batch_sampler=batches, **common)
     if repeats > 1:
         raise InputError("a streamed data set cannot repeat its images within an epoch: add --no-repeated-aug")
     samples.deal(**shares)
     workers = max(1, num_workers)
     samples.images.source.set_loader_cfg(num_workers=workers)
     # its workers are new in each epoch: they learn of it as they start
-    loader: DataLoader[Any] = DataLoader(samples, batch_size, num_workers=workers, timeout=timeout, **common)
+    loader = Loader(samples, batch_size=batch_size, num_workers=workers, timeout=timeout, **common)
     set_epoch(loader, 0)
     return loader
 
@@ -200,21 +242,36 @@ def build_eval_loader(
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> DataLoader[Any]:
+    timeout: float = 0,
+) -> Loader:
     """Loader of (images (B, 3, H, W) float32, labels (B,) int64): every image once over all ranks, nothing padded.
 
     The last batch may be smaller, and ranks may differ in length.
     """
-    shard = None if isinstance(samples, StreamedEvalSamples) else EvalShard(len(samples), rank, world_size)
-    return DataLoader(
-        samples,
-        batch_size,
-        sampler=shard,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-        persistent_workers=num_workers > 0,
-    )
+    settings: dict[str, Any] = {"batch_size": batch_size, "pin_memory": pin_memory, "generator": torch.Generator()}
+    if num_workers:
+        settings.update(num_workers=num_workers, persistent_workers=True, timeout=timeout)
+    if isinstance(samples, StreamedEvalSamples):
+        return Loader(samples, **settings)
+    shard = EvalShard(len(samples), rank, world_size)
+    return Loader(samples, name_of=samples.images.name_of, sampler=shard, **settings)
+
+
+@contextmanager
+def closing(*loaders: Loader) -> Iterator[None]:
+    """Ends the loaders' workers at the end, and says what became of a worker that failed inside.
+
+    torch tells of a dead worker wherever the process is at that moment, so all of the work belongs inside.
+
+    Raises:
+        StuckLoader: a worker hangs or was killed; it and the images that it owes are named.
+    """
+    try:
+        with explaining(*loaders):
+            yield
+    finally:
+        for loader in loaders:
+            loader.close()
 
 
 def set_epoch(loader: DataLoader[Any], epoch: int, start: int = 0) -> None:
@@ -237,3 +294,16 @@ def steps_per_epoch(loader: DataLoader[Any]) -> int:
     source = loader.dataset if isinstance(loader.dataset, StreamedSamples) else loader.batch_sampler
     assert isinstance(source, (StreamedSamples, EpochBatches)), "not a training loader"
     return source.steps_per_epoch
+
+
+def can_start_within(loader: DataLoader[Any]) -> bool:
+    """Whether an epoch of this training loader can begin at any of its steps: not so with a stream."""
+    return not isinstance(loader.dataset, StreamedSamples)
+
+
+def largest_share(loader: DataLoader[Any]) -> int:
+    """Batches of an evaluation loader on the rank that has most; 0 for a stream, which does not know."""
+    if not isinstance(loader.sampler, EvalShard):
+        return 0
+    assert loader.batch_size is not None
+    return -(-loader.sampler.largest // loader.batch_size)

@@ -8,8 +8,10 @@ Flags become objects here and in `assembly.py`; the parsed namespace never leave
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,18 @@ from assembly import (
     open_images,
     resolve_defaults,
     schedule_settings,
+    total_batch,
 )
+from health import NonFiniteLoss
 from logs import RunLog, write_json
+from meters import Meters
 from mixers.interface import NoMixing, StepRandom
 from mixers.switch import Switch
 from models.build import build_model, list_models, load_foreign, restore_model
 from options import check_args, explicit_flags, get_args_parser
+from run_folder import RunFolder
 from utils import Processes
+from watch import Stopped, Watch, Watched
 
 
 def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,11 +64,162 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@dataclass
+class Run:
+    """A training run under way: what is trained, on what, how far it has come, and where that is kept.
+
+    Args:
+        folder: of rank 0, if there is an output folder.
+        steps: optimizer steps per epoch.
+        total_batch: images of all ranks per step.
+    """
+
+    args: argparse.Namespace
+    training: engine.Training
+    mixer: Switch
+    train_loader: Any
+    val_loader: Any
+    identity: resume.Identity
+    progress: resume.Progress
+    schedule: optim.Schedule
+    watch: Watch
+    log: RunLog
+    folder: RunFolder | None
+    show: Callable[[int], torch.Tensor | None]
+    steps: int
+    total_batch: int
+
+    def train(self) -> str:
+        """To the last epoch, or until the ranks agree to stop; returns `done` or `preempted`."""
+        while self.progress.epoch < self.args.epochs:
+            try:
+                self.run_epoch()
+            except Stopped:
+                self.save()
+                where = f"epoch {self.progress.epoch}, step {self.progress.step}"
+                reason = self.watch.reason or "another process was asked to"
+                self.log.say(f"stopped at {where} ({reason}); the same command with --auto-resume goes on from here")
+                return "preempted"
+        return "done"
+
+    def run_epoch(self) -> None:
+        """Trains what is left of this epoch, evaluates, and saves."""
+        progress, groups = self.progress, self.training.optimizer.param_groups
+        if progress.samples == 0 or progress.first_rate is None:
+            progress.first_rate = groups[0]["lr"]
+        self.training.mixer = self.mixer.at(progress.epoch)
+        loaders.set_epoch(self.train_loader, progress.epoch, progress.samples)
+        done, began, count = progress.step, time.perf_counter(), len(self.train_loader)
+        batches = self.log.progress(self.train_loader, count, f"epoch {progress.epoch}")
+        if engine.train_one_epoch(
+            self.training, batches, first_step=progress.step, meters=progress.meters, on_log=self.on_log,
+            after_step=self.after_step, log_every=self.args.log_every,
+        ):  # fmt: skip
+            raise Stopped
+        self.on_log(progress.step - 1, {}, self.training.health.check())
+        images = (progress.step - done) * self.total_batch
+        seconds = time.perf_counter() - began
+        watched = Watched(self.watch, self.val_loader, loaders.largest_share(self.val_loader))
+        figures = progress.meters.copy().reduce(self.training.processes).read()
+        stats = {
+            "epoch": progress.epoch,
+            "lr": progress.first_rate,
+            **{f"train_{name}": value for name, value in figures.items()},
+            "train_images_per_second": images / seconds,
+            **engine.evaluate_all(self.training, watched),
+            "n_parameters": sum(p.numel() for p in self.training.module.parameters() if p.requires_grad),
+            "skipped_steps": int(self.training.health.told),
+            "peak_memory_mb": utils.peak_memory_mb(self.training.processes.device),
+        }
+        self.end_epoch(stats)
+
+    def on_log(self, step: int, means: dict[str, float], trouble: str | None) -> None:
+        if trouble is not None:
+            self.log.say(f"warning: {trouble}")
+        if means:
+            values = {**means, "lr": self.training.optimizer.param_groups[0]["lr"]}
+            self.log.note(values)
+            self.log.scalars(step, values)
+
+    def after_step(self, indices: torch.Tensor) -> bool:
+        """Counts a step, saves where that is due, and says whether all ranks stop."""
+        progress, every = self.progress, self.args.save_steps
+        progress.step, progress.samples = progress.step + 1, progress.samples + self.total_batch
+        agreed = self.watch.agree()
+        if agreed.save or (every and progress.step % every == 0 and not agreed.stop):
+            self.save()
+        return agreed.stop
+
+    def end_epoch(self, stats: dict[str, Any]) -> None:
+        progress = self.progress
+        self.schedule.after_epoch(progress.epoch)
+        is_best = stats["test_acc1"] >= progress.best_acc1
+        progress.best_acc1 = max(progress.best_acc1, stats["test_acc1"])
+        self.log.epoch(stats)
+        self.log.say(f"epoch {progress.epoch}: top-1 {stats['test_acc1']:.2f} %, best {progress.best_acc1:.2f} %")
+        if self.folder is not None and (picture := self.show(progress.epoch)) is not None:
+            pictures.save_png(picture, self.folder.path / "mixing.png")
+            self.log.picture("mixing", picture, progress.epoch)
+        progress.epoch, progress.samples, progress.meters = progress.epoch + 1, 0, Meters()
+        self.save("checkpoint.pth", *(["best_checkpoint.pth"] if is_best else []))
+
+    def save(self, *names: str) -> None:
+        """Keeps the run as it is now; all ranks call it."""
+        if not self.args.output_dir:
+            return
+        if self.progress.samples and not loaders.can_start_within(self.train_loader):
+            self.log.say("a stream cannot be gone on with in the middle of an epoch: nothing is saved now")
+            return
+        resume.save(self.folder, self.training, self.progress, self.identity, names)
+        self.watch.saved()
+        if self.folder is not None:
+            self.folder.status("running", epoch=self.progress.epoch, step=self.progress.step)
+
+
 def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
-    """From flags to the last epoch."""
-    folder = Path(args.output_dir) if args.output_dir and processes.is_main else None  # rank 0 alone writes
-    resume_from = resume.find(args.output_dir, args.resume, args.auto_resume)
-    resume.check_agreement(processes.gather(resume_from), args.output_dir)
+    """From flags to the last epoch, with everything that ends with it."""
+    folder = RunFolder(args.output_dir, args.keep_checkpoints) if args.output_dir and processes.is_main else None
+    with ExitStack() as ending:
+        processes.from_main(lambda: folder and folder.open())
+        if folder is not None:
+            ending.callback(folder.close)
+        path, notes = processes.from_main(lambda: resume.find(args.output_dir, args.resume, args.auto_resume))
+        for note in notes:
+            log.say(f"warning: {note}")
+        try:
+            run = make_run(args, processes, log, folder, path)
+            ending.enter_context(loaders.closing(run.train_loader, run.val_loader))
+            if folder is not None:
+                folder.status("running", epoch=run.progress.epoch, step=run.progress.step)
+            ending.enter_context(run.watch)
+            state = run.train()
+        except BaseException as error:
+            if folder is not None:
+                code = error.exit_code if isinstance(error, utils.StopRun) else 1
+                folder.status("failed", exit_code=code, error=str(error).splitlines()[:1])
+            if isinstance(error, NonFiniteLoss):
+                keep_evidence(args.output_dir, processes.rank, error)
+            raise
+        if folder is not None:
+            folder.status(state, epoch=run.progress.epoch, step=run.progress.step)
+
+
+def keep_evidence(output_dir: str, rank: int, failure: NonFiniteLoss) -> None:
+    """Each rank that met a loss that was not finite writes what it was given."""
+    if output_dir and failure.evidence is not None:
+        checkpoints.save_checkpoint(Path(output_dir) / f"not_finite_rank{rank}.pth", failure.evidence)
+
+
+def make_run(
+    args: argparse.Namespace, processes: Processes, log: RunLog, folder: RunFolder | None, resume_from: str
+) -> Run:
+    """Everything a run needs, put back to where `resume_from` left it."""
+    resume.check_agreement(resume_from, processes)
+    checkpoint = resume.read(resume_from) if resume_from else None
+    if checkpoint is not None:
+        for name, value in resume.keep_total_batch(checkpoint, vars(args), processes.world_size).items():
+            log.say(f"{processes.world_size} processes instead of {checkpoint['world_size']}: --{name} is now {value}")
+            setattr(args, name, value)
     train_images, val_images = open_images(args, train=True), open_images(args, train=False)
     datasets.check_same_classes(train_images.class_names, val_images.class_names)
     num_classes = len(train_images.class_names)
@@ -71,80 +229,41 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
     val_loader = make_eval_loader(args, val_images, spec, processes)
     mixer = make_mixer(args, model, spec, processes)
     training = make_training(args, model, mixer, processes)
+    data = {"class_names": train_images.class_names, "image_spec": spec.to_plain()}
     identity = resume.Identity(
-        vars(args), model_config(args, num_classes),
-        {"class_names": train_images.class_names, "image_spec": spec.to_plain()}, utils.describe_versions(),
+        vars(args), model_config(args, num_classes), {**data, "num_images": train_images.num_images},
+        utils.describe_versions(),
     )  # fmt: skip
     steps = loaders.steps_per_epoch(train_loader)
     log.table(summary.describe_run(identity, training, steps, (train_images.num_images, val_images.num_images)))
     for warning in summary.warnings(identity.args, steps):
         log.say(f"warning: {warning}")
     progress = resume.Progress(args.start_epoch, args.start_epoch * steps)
-    if resume_from:
-        progress, changes = resume.load(resume_from, training, identity)
-        log.say(f"resumed from {resume_from}; next is epoch {progress.epoch}, best top-1 {progress.best_acc1:.2f}")
-        for change in changes:
-            log.say(f"  changed since then: {change}")
+    if checkpoint is not None:
+        progress = resume.load(checkpoint, f"--resume {resume_from}", training, identity)
+        within = f" after {progress.samples} images" if progress.samples else ""
+        log.say(
+            f"resumed from {resume_from}; next is epoch {progress.epoch}{within}, best top-1 {progress.best_acc1:.2f}"
+        )
+        if checkpoint["versions"] != identity.versions:
+            changed = [f"{k} {v}" for k, v in identity.versions.items() if checkpoint["versions"].get(k) != v]
+            log.say(f"warning: the run was begun with other versions than {', '.join(changed)}")
     log.drop_epochs_from(progress.epoch, progress.step)
     if folder is not None:
-        checkpoints.remove_stale(folder)
-        write_json(folder / "args.json", identity.args)
-        write_json(folder / "environment.json", identity.versions)
+        write_json(folder.path / "args.json", identity.args)
+        write_json(folder.path / "environment.json", identity.versions)
     if progress.epoch >= args.epochs:
         log.say(f"nothing left to do: all {args.epochs} epochs are done")
-        return
     schedule = optim.Schedule(
         training.optimizer, schedule_settings(args, processes), steps, progress.epoch, progress.step
     )
     training.after_update = schedule.after_update
     samples = val_loader.dataset if folder else None  # what nobody keeps is not drawn
     show = make_painter(training, mixer, samples, spec, train_images.class_names, processes)
-    while progress.epoch < args.epochs:
-        training.mixer = mixer.at(progress.epoch)
-        stats = run_epoch(args, training, (train_loader, val_loader), progress, log)
-        schedule.after_epoch(progress.epoch)
-        is_best = stats["test_acc1"] >= progress.best_acc1
-        progress.best_acc1 = max(progress.best_acc1, stats["test_acc1"])
-        log.epoch(stats)
-        log.say(f"epoch {progress.epoch}: top-1 {stats['test_acc1']:.2f} %, best {progress.best_acc1:.2f} %")
-        if folder is not None and (picture := show(progress.epoch)) is not None:
-            pictures.save_png(picture, folder / "mixing.png")
-            log.picture("mixing", picture, progress.epoch)
-        progress.epoch, progress.step = progress.epoch + 1, progress.step + steps
-        if folder is not None:
-            resume.save(folder, training, progress, identity, is_best)
-
-
-def run_epoch(
-    args: argparse.Namespace,
-    training: engine.Training,
-    train_and_val: tuple[Any, Any],
-    progress: resume.Progress,
-    log: RunLog,
-) -> dict[str, Any]:
-    """Trains and evaluates one epoch; returns its line of `log.txt`."""
-    train_loader, val_loader = train_and_val
-    groups = training.optimizer.param_groups
-    first_rate = groups[0]["lr"]
-
-    def on_log(step: int, means: dict[str, float]) -> None:
-        values = {**means, "lr": groups[0]["lr"]}
-        log.note(values)
-        log.scalars(step, values)
-
-    loaders.set_epoch(train_loader, progress.epoch)
-    batches = log.progress(train_loader, len(train_loader), f"epoch {progress.epoch}")
-    figures = engine.train_one_epoch(
-        training, batches, first_step=progress.step, on_log=on_log, log_every=args.log_every
-    )
-    return {
-        "epoch": progress.epoch,
-        "lr": first_rate,
-        **{f"train_{name}": value for name, value in figures.items()},
-        **engine.evaluate_all(training, val_loader),
-        "n_parameters": sum(p.numel() for p in training.module.parameters() if p.requires_grad),
-        "peak_memory_mb": utils.peak_memory_mb(training.processes.device),
-    }
+    return Run(
+        args, training, mixer, train_loader, val_loader, identity, progress, schedule,
+        Watch(processes, args.save_minutes), log, folder, show, steps, total_batch(args, processes),
+    )  # fmt: skip
 
 
 def make_painter(

@@ -102,6 +102,7 @@ class EvalShard(Sampler[int]):
 
     def __init__(self, num_images: int, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, num_images, world_size)
+        self.largest = -(-num_images // world_size)  # how many the first rank has
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import get_worker_info
+
+Made = TypeVar("Made")
 
 
 class StopRun(Exception):
@@ -78,6 +80,19 @@ class Processes:
         dist.all_reduce(total)
         return total
 
+    def from_main(self, make: Callable[[], Made]) -> Made:
+        """What rank 0 makes (anything picklable), on all ranks; a `StopRun` of its is raised by all alike."""
+        made: Any = None
+        if self.is_main:
+            try:
+                made = make()
+            except StopRun as error:
+                made = error
+        made = self.gather(made)[0]
+        if isinstance(made, StopRun):
+            raise made
+        return made
+
     def gather(self, value: Any) -> list[Any]:
         """`value` (anything picklable) of every rank, in rank order."""
         if self.world_size == 1:
@@ -123,8 +138,25 @@ def init_processes(device_name: str, timeout_minutes: float = 10) -> Processes:
             backend="nccl" if kind == "cuda" else "gloo",
             timeout=timedelta(minutes=timeout_minutes),
             device_id=device if kind == "cuda" else None,
+            **_store_of_this_attempt(rank, world_size, timedelta(minutes=timeout_minutes)),
         )
     return Processes(rank, world_size, device)
+
+
+def _store_of_this_attempt(rank: int, world_size: int, timeout: timedelta) -> dict[str, Any]:
+    """Arguments that give each attempt of `torchrun --max-restarts` keys of its own.
+
+    All attempts share the launcher's store, where a new rank could read the address of its dead predecessor. The count
+    of attempts is one node's, so on several nodes TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is what helps.
+    """
+    environment = os.environ
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None or environment.get("LOCAL_WORLD_SIZE") != str(world_size):
+        return {}
+    hosts = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world_size, is_master=hosts, timeout=timeout)
+    return {"store": dist.PrefixStore(f"attempt{attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def cores_per_process() -> int:

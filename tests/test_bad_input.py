@@ -362,7 +362,7 @@ def test_a_failed_loss_stops_before_the_update(
 
     def see(training: Any, step: int) -> None:
         seen.append(weights_of(training))
-        images.append(training.unchecked[-1].indices.tolist())
+        images.append(training.health.unchecked[-1].indices.tolist())
 
     monkeypatch.setattr(SMMixLoss, "__call__", planted)
     words: list[str | Path] = ["--batch-size 4 --epochs 3 --lr 0.1 --data-path", files["photos"]]

@@ -17,8 +17,8 @@ import engine
 import optim
 import utils
 from checkpoints import load_strictly
-from logs import Meters
 from losses import SMMixLoss
+from meters import Meters
 from mixers.switch import Choice, Switch
 from models.build import FAMILIES, adapt_weights, build_model, plain_weights, use_grad_checkpointing
 from models.interface import AttentionOf, ImageModel, ModelOutput

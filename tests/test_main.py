@@ -71,9 +71,9 @@ def test_two_processes_train_resume_and_evaluate(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert "128 per process x 2 processes x 1 accumulated = 256" in first.stdout
     assert first.stdout.count("total batch") == 1  # one rank speaks
-    second = torchrun(*words, "--epochs 2 --auto-resume")
+    second = torchrun(*words, "--epochs 2 --auto-resume --accept-changes epochs")
     assert second.returncode == 0, second.stderr
-    assert f"resumed from {folder / 'checkpoint.pth'}; next is epoch 1" in second.stdout
+    assert f"resumed from {folder / 'checkpoints' / '0000000005.pth'}; next is epoch 1" in second.stdout
 
     lines = read_log(folder)
     assert [line["epoch"] for line in lines] == [0, 1]
@@ -236,7 +236,7 @@ def test_every_combination_trains(photos: Path, teacher: Path, mixer: str, loss:
     if distillation != "none":
         words += split(f"--distillation-type {distillation} --teacher-model test_resnet --teacher-path", teacher)
     steps: list[dict[str, Tensor]] = []
-    with watching_steps(lambda training, step: steps.append(training.unchecked[-1].values)):
+    with watching_steps(lambda training, step: steps.append(training.health.unchecked[-1].values)):
         for smoothing in ("0", "0.1") if not loss else ("0",):
             run = run_small(*words, f"--smoothing {smoothing}")
             assert run.code == 0, run.err
