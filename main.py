@@ -215,9 +215,10 @@ def make_run(
 ) -> Run:
     """Everything a run needs, put back to where `resume_from` left it."""
     resume.check_agreement(resume_from, processes)
-    checkpoint = resume.read(resume_from) if resume_from else None
+    checkpoint, accepted = resume.read(resume_from) if resume_from else None, args.accept_changes or ()
     if checkpoint is not None:
-        for name, value in resume.keep_total_batch(checkpoint, vars(args), processes.world_size).items():
+        shares = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
+        for name, value in resume.keep_total_batch(checkpoint, shares, processes.world_size, accepted).items():
             log.say(f"{processes.world_size} processes instead of {checkpoint['world_size']}: --{name} is now {value}")
             setattr(args, name, value)
     train_images, val_images = open_images(args, train=True), open_images(args, train=False)
@@ -240,7 +241,7 @@ def make_run(
         log.say(f"warning: {warning}")
     progress = resume.Progress(args.start_epoch, args.start_epoch * steps)
     if checkpoint is not None:
-        progress = resume.load(checkpoint, f"--resume {resume_from}", training, identity)
+        progress = resume.load(checkpoint, f"--resume {resume_from}", training, identity, accepted)
         within = f" after {progress.samples} images" if progress.samples else ""
         log.say(
             f"resumed from {resume_from}; next is epoch {progress.epoch}{within}, best top-1 {progress.best_acc1:.2f}"

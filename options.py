@@ -86,7 +86,7 @@ def _add_run(parser: Parser) -> None:
     group.add_argument("--save-steps", default=0, type=int, help="also save every N steps; 0: only after epochs")
     group.add_argument("--save-minutes", default=0, type=float, help="also save when M minutes have passed; 0: never")
     group.add_argument("--keep-checkpoints", default=2, type=int, help="how many checkpoints by step are kept")
-    group.add_argument("--accept-changes", default=[], nargs="+", metavar="FLAG",
+    group.add_argument("--accept-changes", nargs="+", metavar="FLAG",
                        help="go on although these flags differ from those the run was begun with; or all")  # fmt: skip
     group.add_argument("--max-bad-steps", default=20, type=int,
                        help="steps in a row that may be left out because they were not finite")  # fmt: skip

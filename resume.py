@@ -5,7 +5,7 @@ Plain data only; writing and checked reading are in `checkpoints.py`. Decides no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,8 +198,14 @@ def read(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def keep_total_batch(checkpoint: Mapping[str, Any], flags: Mapping[str, Any], world_size: int) -> dict[str, int]:
+def keep_total_batch(
+    checkpoint: Mapping[str, Any], flags: dict[str, int], world_size: int, accepted: Collection[str]
+) -> dict[str, int]:
     """The `batch_size` and `accum_steps` with which this number of processes takes the same steps as the run before.
+
+    Args:
+        flags: both, as they are.
+        accepted: flags that may differ, or `all`.
 
     Returns:
         Both, or nothing where the flags do that as they are.
@@ -209,9 +215,9 @@ def keep_total_batch(checkpoint: Mapping[str, Any], flags: Mapping[str, Any], wo
     """
     saved, old_size = checkpoint["args"], checkpoint.get("world_size", world_size)
     total = saved["batch_size"] * saved["accum_steps"] * old_size
-    if flags["batch_size"] * flags["accum_steps"] * world_size == total or _accepts(flags, "batch_size"):
+    if flags["batch_size"] * flags["accum_steps"] * world_size == total or _accepts(accepted, "batch_size"):
         return {}
-    same = all(flags[name] == saved[name] for name in ("batch_size", "accum_steps"))
+    same = all(value == saved[name] for name, value in flags.items())
     share, rest = divmod(total, world_size)
     if not same or rest:
         wanted = "--batch-size x --accum-steps x processes" if not same else f"{world_size} processes cannot share it:"
@@ -223,7 +229,9 @@ def keep_total_batch(checkpoint: Mapping[str, Any], flags: Mapping[str, Any], wo
     return {"batch_size": share // accum, "accum_steps": accum}
 
 
-def load(checkpoint: Mapping[str, Any], source: str, training: Training, identity: Identity) -> Progress:
+def load(
+    checkpoint: Mapping[str, Any], source: str, training: Training, identity: Identity, accepted: Collection[str] = ()
+) -> Progress:
     """Puts a run back to where its checkpoint left it.
 
     State comes from the file, settings from this run, where they may differ or are accepted as different.
@@ -231,6 +239,7 @@ def load(checkpoint: Mapping[str, Any], source: str, training: Training, identit
     Args:
         checkpoint: what `read` gave.
         source: its path, for messages.
+        accepted: names of flags that may differ from those the run was begun with, or `all`.
 
     Raises:
         InputError: another model, other data, other settings, or a part that this run needs is missing; each named.
@@ -239,7 +248,7 @@ def load(checkpoint: Mapping[str, Any], source: str, training: Training, identit
         raise InputError(f"{source}: holds no ema; to start a new run from its weights use --finetune")
     _check_same("model", checkpoint["model_config"], identity.model_config, source)
     _check_same("data", checkpoint["data"], identity.data, source)
-    _check_settings(checkpoint["args"], to_plain(identity.args), source)
+    _check_settings(checkpoint["args"], to_plain(identity.args), source, accepted)
     load_strictly(training.module, own_keys(checkpoint["model"]), source=source)
     if training.ema is not None:
         load_strictly(training.ema.module, own_keys(checkpoint["ema"]), source=f"{source} (average)")
@@ -270,12 +279,13 @@ def _own_meters(states: list[dict[str, list[float]]], processes: Processes) -> M
     return Meters.from_state(total)
 
 
-def _accepts(flags: Mapping[str, Any], name: str) -> bool:
-    accepted = {word.lstrip("-").replace("-", "_") for word in flags["accept_changes"]}
-    return bool(accepted & {name, "all"})
+def _accepts(accepted: Collection[str], name: str) -> bool:
+    return bool({word.lstrip("-").replace("-", "_") for word in accepted} & {name, "all"})
 
 
-def _check_settings(saved: Mapping[str, Any], wanted: Mapping[str, Any], source: str) -> None:
+def _check_settings(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], source: str, accepted: Collection[str]
+) -> None:
     """Refuses settings that differ from those a run was begun with, unless they are accepted by name."""
     changed = {
         name: f"--{name.replace('_', '-')} {_short(saved[name])} -> {_short(value)}"
@@ -284,7 +294,7 @@ def _check_settings(saved: Mapping[str, Any], wanted: Mapping[str, Any], source:
     }
     if "opt" in changed:
         raise InputError(f"{source}: {changed['opt']}: one optimizer cannot go on with another's state")
-    if refused := [name for name in changed if not _accepts(wanted, name)]:
+    if refused := [name for name in changed if not _accepts(accepted, name)]:
         flags = " ".join(name.replace("_", "-") for name in refused)
         raise InputError(
             f"{source}: the run was begun with other settings: {', '.join(changed[name] for name in refused)}; "
