@@ -39,12 +39,13 @@ from assembly import (
     schedule_settings,
     total_batch,
 )
+from corrupt import CorruptImages
 from health import NonFiniteLoss
 from logs import RunLog, write_json
 from meters import Meters
 from mixers.interface import NoMixing, StepRandom
 from mixers.switch import Switch
-from models.build import build_model, list_models, load_foreign, restore_model
+from models.build import build_model, list_models, load_foreign, restore_model, use_float32_attention
 from options import check_args, explicit_flags, get_args_parser
 from run_folder import RunFolder
 from utils import Processes
@@ -86,6 +87,7 @@ class Run:
     log: RunLog
     folder: RunFolder | None
     show: Callable[[int], torch.Tensor | None]
+    corrupt: CorruptImages | None
     steps: int
     total_batch: int
 
@@ -95,6 +97,7 @@ class Run:
             try:
                 self.run_epoch()
             except Stopped:
+                self.share_bad_images()
                 self.save()
                 where = f"epoch {self.progress.epoch}, step {self.progress.step}"
                 reason = self.watch.reason or "another process was asked to"
@@ -117,6 +120,7 @@ class Run:
         ):  # fmt: skip
             raise Stopped
         self.on_log(progress.step - 1, {}, self.training.health.check())
+        self.share_bad_images()
         images = (progress.step - done) * self.total_batch
         seconds = time.perf_counter() - began
         watched = Watched(self.watch, self.val_loader, loaders.largest_share(self.val_loader))
@@ -145,10 +149,22 @@ class Run:
         """Counts a step, saves where that is due, and says whether all ranks stop."""
         progress, every = self.progress, self.args.save_steps
         progress.step, progress.samples = progress.step + 1, progress.samples + self.total_batch
-        agreed = self.watch.agree()
+        agreed = self.watch.agree(0 if self.corrupt is None else self.corrupt.see(indices))
+        if agreed.bad_images:
+            self.share_bad_images()
         if agreed.save or (every and progress.step % every == 0 and not agreed.stop):
             self.save()
         return agreed.stop
+
+    def share_bad_images(self) -> None:
+        """Tells all ranks which images could not be read, says it once, and stops the run if they are too many."""
+        if self.corrupt is None:
+            return
+        new = self.corrupt.merge(self.training.processes.gather(self.corrupt.state()))
+        if new:
+            self.log.say(f"warning: {self.corrupt.report(new)}")
+        self.progress.bad_images = self.corrupt.state()
+        self.corrupt.stop_if_too_many()
 
     def end_epoch(self, stats: dict[str, Any]) -> None:
         progress = self.progress
@@ -188,11 +204,10 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
             log.say(f"warning: {note}")
         try:
             run = make_run(args, processes, log, folder, path)
-            ending.enter_context(loaders.closing(run.train_loader, run.val_loader))
             if folder is not None:
                 folder.status("running", epoch=run.progress.epoch, step=run.progress.step)
-            ending.enter_context(run.watch)
-            state = run.train()
+            with loaders.closing(run.train_loader, run.val_loader), run.watch:
+                state = run.train()
         except BaseException as error:
             if folder is not None:
                 code = error.exit_code if isinstance(error, utils.StopRun) else 1
@@ -261,9 +276,12 @@ def make_run(
     training.after_update = schedule.after_update
     samples = val_loader.dataset if folder else None  # what nobody keeps is not drawn
     show = make_painter(training, mixer, samples, spec, train_images.class_names, processes)
+    corrupt = CorruptImages(train_images.num_images, train_images.name_of) if args.skip_corrupt else None
+    if corrupt is not None:
+        corrupt.load(progress.bad_images)
     return Run(
         args, training, mixer, train_loader, val_loader, identity, progress, schedule,
-        Watch(processes, args.save_minutes), log, folder, show, steps, total_batch(args, processes),
+        Watch(processes, args.save_minutes), log, folder, show, corrupt, steps, total_batch(args, processes),
     )  # fmt: skip
 
 
@@ -306,6 +324,8 @@ def evaluate(args: argparse.Namespace, processes: Processes, log: RunLog) -> Non
         models = {"model": model}
     loader, autocast = make_eval_loader(args, images, spec, processes), engine.make_autocast(processes.device, args.amp)
     for name, model in models.items():
+        if args.attn_fp32:
+            use_float32_attention(model, args.model)
         figures = engine.evaluate(model.to(processes.device), loader, processes, autocast)
         log.say(
             f"{args.resume} ({name}): top-1 {figures['acc1']:.3f} %, top-5 {figures['acc5']:.3f} %, "

@@ -18,7 +18,7 @@ from timm.layers import resample_patch_embed, resize_rel_pos_bias_table
 from timm.models.beit import Beit
 from torch import Tensor
 
-from models.blocks import PlainTransformer, queries_and_keys, resize_positions
+from models.blocks import PlainTransformer, like_its_layer, queries_and_keys, resize_positions
 
 TABLE = "relative_position_bias_table"
 INDEX = "relative_position_index"  # timm computes it; official files have it
@@ -74,6 +74,7 @@ class BEiT(PlainTransformer):
         return new, notes
 
 
+@like_its_layer
 def biased_attention_map(attention: Any, tokens: Tensor, shared_bias: Tensor | None, class_only: bool) -> Tensor:
     """The map A of Eq. 5 that a BEiT layer would use on `tokens`, in float32 and without gradient.
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from checkpoints import load_checkpoint, load_strictly, pick_weights
 from models.beit import BEiT
+from models.blocks import attention_in_float32
 from models.cait import CaiT
 from models.convnet import ConvNet
 from models.deit import PlainViT, init_like_deit
@@ -216,6 +217,16 @@ def use_grad_checkpointing(model: ImageModel, name: str) -> None:
         cast(Any, model.network).set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
         raise InputError(f"--grad-checkpointing: {name} does not offer it: {error}") from error
+
+
+def use_float32_attention(model: ImageModel, name: str) -> None:
+    """Computes attention in float32 under autocast, in the layers and where their score is read.
+
+    Raises:
+        InputError: the model has no attention.
+    """
+    if isinstance(model, ConvNet) or not attention_in_float32(model.network):
+        raise InputError(f"--attn-fp32: {name} has no attention; leave the flag out")
 
 
 # ------------------------------------------------------------------------------------------------ weights

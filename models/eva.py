@@ -18,7 +18,7 @@ from timm.layers import apply_rot_embed_cat, resample_patch_embed
 from timm.models.eva import Eva, EvaBlock
 from torch import Tensor
 
-from models.blocks import PlainTransformer, queries_and_keys, resize_positions, softmax_map, split_heads
+from models.blocks import PlainTransformer, like_its_layer, queries_and_keys, resize_positions, softmax_map, split_heads
 
 
 class EVA(PlainTransformer):
@@ -70,6 +70,7 @@ class EVA(PlainTransformer):
         return new, notes
 
 
+@like_its_layer
 def rotated_attention_map(attention: Any, tokens: Tensor, rotation: Tensor | None, class_only: bool) -> Tensor:
     """The map A of Eq. 5 that an EVA layer would use on `tokens`, in float32 and without gradient.
 

@@ -19,7 +19,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from models.blocks import run_block, softmax_map, split_heads
+from models.blocks import like_its_layer, run_block, softmax_map, split_heads
 from models.interface import AttentionOf, ImageModel, class_attention_score, image_attention_score
 
 Grid = tuple[int, int]
@@ -72,6 +72,7 @@ class ReducedAttention(nn.Module):
         mixed = scaled_dot_product_attention(queries, keys, values)  # (B, H, T, D / H)
         return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))  # (B, T, D)
 
+    @like_its_layer
     def attention_map(self, tokens: Tensor, grid: Grid, class_only: bool) -> Tensor:
         """The map A of Eq. 5 that `forward` uses on `tokens`: (B, H, T, M), in float32 and without gradient.
 
