@@ -19,7 +19,17 @@ from torch.utils.data import IterableDataset
 from torchvision import datasets as torchvision_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from images import Images, StreamedImages, import_hugging_face, read_dataset, read_files, read_pixels, read_timm
+from images import (
+    Images,
+    StreamedImages,
+    import_hugging_face,
+    name_files,
+    name_timm,
+    read_dataset,
+    read_files,
+    read_pixels,
+    read_timm,
+)
 from transforms import Augment, ImageSpec
 from utils import InputError, as_pair
 
@@ -115,7 +125,7 @@ def _open_digits(train: bool) -> Images:
     chosen = np.sort(kept if train else held_out)
     pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8), grey
     read = partial(read_pixels, pixels, digits.target[chosen])
-    return Images(len(chosen), read, [str(digit) for digit in digits.target_names])
+    return Images(len(chosen), read, [str(digit) for digit in digits.target_names], name_of="image {} of DIGITS".format)
 
 
 def _open_cifar(kind: type[torchvision_datasets.CIFAR10], path: str, train: bool) -> Images:
@@ -126,7 +136,17 @@ def _open_cifar(kind: type[torchvision_datasets.CIFAR10], path: str, train: bool
             f"--data-path {path}: no complete {kind.__name__} here; unpack {kind.filename} from {kind.url} so that the "
             f"folder {os.path.join(path, kind.base_folder)} exists"
         ) from error
-    return Images(len(dataset), partial(read_dataset, dataset), list(dataset.classes))
+    return _numbered(dataset, list(dataset.classes), kind.__name__)
+
+
+def _numbered(dataset: Any, class_names: list[str], what: str) -> Images:
+    """Images of a torchvision data set, which have no file each."""
+    return Images(len(dataset), partial(read_dataset, dataset), class_names, name_of=f"image {{}} of {what}".format)
+
+
+def _in_files(samples: list[tuple[str, int]], class_names: list[str]) -> Images:
+    """Images from (path, label) of each."""
+    return Images(len(samples), partial(read_files, samples), class_names, name_of=partial(name_files, samples))
 
 
 def _class_folders(path: str) -> list[str]:
@@ -153,7 +173,7 @@ def _open_folder(path: str, split: str) -> Images:
             f"{folder}: no image in {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}; fill or remove "
             f"{'this folder' if len(empty) == 1 else f'these {len(empty)} folders'}"
         )
-    return Images(len(samples), partial(read_files, samples), names)
+    return _in_files(samples, names)
 
 
 def _read_json(path: str) -> Any:
@@ -199,7 +219,7 @@ def _open_inat(path: str, year: int, train: bool, category: str) -> Images:
         samples.append((place, label_of_image[image["id"]]))
     if not samples or not os.path.exists(samples[0][0]):
         raise InputError(f"--data-path {path}: no images as {'train' if train else 'val'}{year}.json names them")
-    return Images(len(samples), partial(read_files, samples), list(labels))
+    return _in_files(samples, list(labels))
 
 
 def _open_timm(
@@ -237,9 +257,9 @@ def _open_timm(
     if isinstance(source, IterableDataset):
         return StreamedImages(source, names, package)
     if hasattr(source, "reader"):
-        read = partial(read_timm, source.reader, path if package is None else which)
-        return Images(len(source), read, names, package)
-    return Images(len(source), partial(read_dataset, source), names)
+        name_of = partial(name_timm, source.reader, path if package is None else which)
+        return Images(len(source), partial(read_timm, source.reader), names, package, name_of)
+    return _numbered(source, names, f"timm/{name}")
 
 
 def _check_columns(reader: Any, name: str) -> None:

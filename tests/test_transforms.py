@@ -157,8 +157,8 @@ def test_the_default_recipe_survives_its_own_augmentation() -> None:
 
 
 @pytest.mark.slow
-def test_the_default_recipe_survives_20_000_draws() -> None:
-    draw_many(build_train_transform(ImageSpec((8, 8)), Augment()), 20_000, picture(0, (8, 8)))
+def test_the_default_recipe_survives_60_000_draws() -> None:
+    draw_many(build_train_transform(ImageSpec((8, 8)), Augment()), 60_000, picture(0, (8, 8)))
 
 
 @pytest.mark.skipif(not pillow_refuses_0_bits(), reason="this Pillow returns a black image for 0 bits")
