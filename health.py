@@ -108,4 +108,5 @@ class Health:
 
 def _describe(seen: Seen) -> str:
     values = ", ".join(f"{name} {float(value):g}" for name, value in seen.values.items())
-    return f"step {seen.step}, {values}; images {seen.indices.tolist()}"
+    images = [f"{~index} (replaced)" if index < 0 else str(index) for index in seen.indices.tolist()]
+    return f"step {seen.step}, {values}; images [{', '.join(images)}]"

@@ -8,10 +8,9 @@ Flags become objects here and in `assembly.py`; the parsed namespace never leave
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,14 @@ from assembly import (
 from corrupt import CorruptImages
 from health import NonFiniteLoss
 from logs import RunLog, write_json
-from meters import Meters
 from mixers.interface import NoMixing, StepRandom
 from mixers.switch import Switch
 from models.build import build_model, list_models, load_foreign, restore_model, use_float32_attention
 from options import check_args, explicit_flags, get_args_parser
 from run_folder import RunFolder
+from running import Rules, Run
 from utils import Processes
-from watch import Stopped, Watch, Watched
+from watch import Watch
 
 
 def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -65,138 +64,11 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-@dataclass
-class Run:
-    """A training run under way: what is trained, on what, how far it has come, and where that is kept.
-
-    Args:
-        folder: of rank 0, if there is an output folder.
-        steps: optimizer steps per epoch.
-        total_batch: images of all ranks per step.
-    """
-
-    args: argparse.Namespace
-    training: engine.Training
-    mixer: Switch
-    train_loader: Any
-    val_loader: Any
-    identity: resume.Identity
-    progress: resume.Progress
-    schedule: optim.Schedule
-    watch: Watch
-    log: RunLog
-    folder: RunFolder | None
-    show: Callable[[int], torch.Tensor | None]
-    corrupt: CorruptImages | None
-    steps: int
-    total_batch: int
-
-    def train(self) -> str:
-        """To the last epoch, or until the ranks agree to stop; returns `done` or `preempted`."""
-        while self.progress.epoch < self.args.epochs:
-            try:
-                self.run_epoch()
-            except Stopped:
-                self.share_bad_images()
-                self.save()
-                where = f"epoch {self.progress.epoch}, step {self.progress.step}"
-                reason = self.watch.reason or "another process was asked to"
-                self.log.say(f"stopped at {where} ({reason}); the same command with --auto-resume goes on from here")
-                return "preempted"
-        return "done"
-
-    def run_epoch(self) -> None:
-        """Trains what is left of this epoch, evaluates, and saves."""
-        progress, groups = self.progress, self.training.optimizer.param_groups
-        if progress.samples == 0 or progress.first_rate is None:
-            progress.first_rate = groups[0]["lr"]
-        self.training.mixer = self.mixer.at(progress.epoch)
-        loaders.set_epoch(self.train_loader, progress.epoch, progress.samples)
-        done, began, count = progress.step, time.perf_counter(), len(self.train_loader)
-        batches = self.log.progress(self.train_loader, count, f"epoch {progress.epoch}")
-        if engine.train_one_epoch(
-            self.training, batches, first_step=progress.step, meters=progress.meters, on_log=self.on_log,
-            after_step=self.after_step, log_every=self.args.log_every,
-        ):  # fmt: skip
-            raise Stopped
-        self.on_log(progress.step - 1, {}, self.training.health.check())
-        self.share_bad_images()
-        images = (progress.step - done) * self.total_batch
-        seconds = time.perf_counter() - began
-        watched = Watched(self.watch, self.val_loader, loaders.largest_share(self.val_loader))
-        figures = progress.meters.copy().reduce(self.training.processes).read()
-        stats = {
-            "epoch": progress.epoch,
-            "lr": progress.first_rate,
-            **{f"train_{name}": value for name, value in figures.items()},
-            "train_images_per_second": images / seconds,
-            **engine.evaluate_all(self.training, watched),
-            "n_parameters": sum(p.numel() for p in self.training.module.parameters() if p.requires_grad),
-            "skipped_steps": int(self.training.health.told),
-            "peak_memory_mb": utils.peak_memory_mb(self.training.processes.device),
-        }
-        self.end_epoch(stats)
-
-    def on_log(self, step: int, means: dict[str, float], trouble: str | None) -> None:
-        if trouble is not None:
-            self.log.say(f"warning: {trouble}")
-        if means:
-            values = {**means, "lr": self.training.optimizer.param_groups[0]["lr"]}
-            self.log.note(values)
-            self.log.scalars(step, values)
-
-    def after_step(self, indices: torch.Tensor) -> bool:
-        """Counts a step, saves where that is due, and says whether all ranks stop."""
-        progress, every = self.progress, self.args.save_steps
-        progress.step, progress.samples = progress.step + 1, progress.samples + self.total_batch
-        agreed = self.watch.agree(0 if self.corrupt is None else self.corrupt.see(indices))
-        if agreed.bad_images:
-            self.share_bad_images()
-        if agreed.save or (every and progress.step % every == 0 and not agreed.stop):
-            self.save()
-        return agreed.stop
-
-    def share_bad_images(self) -> None:
-        """Tells all ranks which images could not be read, says it once, and stops the run if they are too many."""
-        if self.corrupt is None:
-            return
-        new = self.corrupt.merge(self.training.processes.gather(self.corrupt.state()))
-        if new:
-            self.log.say(f"warning: {self.corrupt.report(new)}")
-        self.progress.bad_images = self.corrupt.state()
-        self.corrupt.stop_if_too_many()
-
-    def end_epoch(self, stats: dict[str, Any]) -> None:
-        progress = self.progress
-        self.schedule.after_epoch(progress.epoch)
-        is_best = stats["test_acc1"] >= progress.best_acc1
-        progress.best_acc1 = max(progress.best_acc1, stats["test_acc1"])
-        self.log.epoch(stats)
-        self.log.say(f"epoch {progress.epoch}: top-1 {stats['test_acc1']:.2f} %, best {progress.best_acc1:.2f} %")
-        if self.folder is not None and (picture := self.show(progress.epoch)) is not None:
-            pictures.save_png(picture, self.folder.path / "mixing.png")
-            self.log.picture("mixing", picture, progress.epoch)
-        progress.epoch, progress.samples, progress.meters = progress.epoch + 1, 0, Meters()
-        self.save("checkpoint.pth", *(["best_checkpoint.pth"] if is_best else []))
-
-    def save(self, *names: str) -> None:
-        """Keeps the run as it is now; all ranks call it."""
-        if not self.args.output_dir:
-            return
-        if self.progress.samples and not loaders.can_start_within(self.train_loader):
-            self.log.say("a stream cannot be gone on with in the middle of an epoch: nothing is saved now")
-            return
-        resume.save(self.folder, self.training, self.progress, self.identity, names)
-        self.watch.saved()
-        if self.folder is not None:
-            self.folder.status("running", epoch=self.progress.epoch, step=self.progress.step)
-
-
 def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
     """From flags to the last epoch, with everything that ends with it."""
     folder = RunFolder(args.output_dir, args.keep_checkpoints) if args.output_dir and processes.is_main else None
     with ExitStack() as ending:
-        processes.from_main(lambda: folder and folder.open())
+        processes.from_main(lambda: None if folder is None else folder.open())
         if folder is not None:
             ending.callback(folder.close)
         path, notes = processes.from_main(lambda: resume.find(args.output_dir, args.resume, args.auto_resume))
@@ -280,8 +152,9 @@ def make_run(
     if corrupt is not None:
         corrupt.load(progress.bad_images)
     return Run(
-        args, training, mixer, train_loader, val_loader, identity, progress, schedule,
-        Watch(processes, args.save_minutes), log, folder, show, corrupt, steps, total_batch(args, processes),
+        Rules(args.epochs, args.log_every, args.save_steps), training, mixer, train_loader, val_loader, identity,
+        progress, schedule, Watch(processes, args.save_minutes), log, bool(args.output_dir),
+        folder, show, corrupt, steps, total_batch(args, processes),
     )  # fmt: skip
 
 
@@ -326,7 +199,8 @@ def evaluate(args: argparse.Namespace, processes: Processes, log: RunLog) -> Non
     for name, model in models.items():
         if args.attn_fp32:
             use_float32_attention(model, args.model)
-        figures = engine.evaluate(model.to(processes.device), loader, processes, autocast)
+        with loaders.closing(loader):
+            figures = engine.evaluate(model.to(processes.device), loader, processes, autocast)
         log.say(
             f"{args.resume} ({name}): top-1 {figures['acc1']:.3f} %, top-5 {figures['acc5']:.3f} %, "
             f"loss {figures['loss']:.4f} on {figures['images']:.0f} images"

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from utils import Processes
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
+LAUNCHER = os.getppid()  # asked for early: while the ranks meet in its store, it must still be there
 IMPATIENT_AFTER = 3.0  # seconds; a launcher and a batch system may send the same signal twice
 
 
@@ -46,11 +47,11 @@ class Watch:
         self.asked_at: float | None = None  # for a stop
         self.reason = ""
         self.saved_at = time.monotonic()
-        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.launcher = LAUNCHER if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.previous: dict[int, Any] = {}
         self.pending: tuple[torch.Tensor, Any] | None = None
         # Messages of their own group travel beside the gradients, on the host: no device is waited for.
-        self.group = dist.new_group(backend="gloo") if processes.world_size > 1 else None
+        self.group: Any = dist.new_group(backend="gloo") if processes.world_size > 1 else None
 
     def __enter__(self) -> Watch:
         for number in SIGNALS:

@@ -26,7 +26,8 @@ TEXTS = sorted(
     for path in ROOT.glob(pattern) if path.is_file()
 )  # fmt: skip
 FLAGS_PAGE = ROOT / "docs/flags.md"
-OTHER_FLAGS = {"--nproc", "--output", "--list", "--row", "--force-exclude", "--hook-type", "--check", "--logdir", "--help"}
+OTHER_FLAGS = {"--nproc", "--output", "--list", "--row", "--force-exclude", "--hook-type", "--check", "--logdir",
+               "--help"}  # fmt: skip
 NOT_OFFERED = {"--src", "--cosub", "--attn-only", "--multi-reso", "--wandb-project", "--wandb-name"}
 
 

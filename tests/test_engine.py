@@ -118,7 +118,8 @@ def test_an_optimizer_without_a_fused_form_still_skips_a_failed_step() -> None:
 
 def planted_loss(training: engine.Training, term: str, bad_calls: set[int]) -> list[Tensor]:
     """Turns a term into NaN on some calls of the loss; returns the list of the weights that each call meets."""
-    good, kept = SMMixLoss(), []
+    good = SMMixLoss()
+    kept: list[Tensor] = []
 
     def planted(output: Any, batch: Any) -> Any:
         terms = good(output, batch)

@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-import logs
 import meters as meters_module
 from logs import RunLog, to_json, write_json
 from meters import Meters
