@@ -22,7 +22,7 @@ from health import Health, Seen
 from losses import Criterion, Terms
 from meters import Meters
 from mixers.interface import Guide, MixedBatch, StepRandom
-from models.interface import ImageModel, ModelOutput
+from models.interface import Glance, ImageModel
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -54,19 +54,26 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def make_guide(model: ImageModel, autocast: Autocast, call: Callable[..., ModelOutput] | None = None) -> Guide:
-    """The motivating pass: `model`, unwrapped, in eval mode, without gradient, under the run's autocast.
+def make_guide(
+    model: ImageModel,
+    autocast: Autocast,
+    call: Callable[..., Glance] | None = None,
+    size: tuple[int, int] | None = None,
+) -> Guide:
+    """The motivating pass: `model`, unwrapped, in eval mode, without gradient.
 
     Args:
-        call: what to call in the model's place, for instance its compiled form.
+        autocast: the run's, or that of another precision for this pass alone.
+        call: what to call in the place of `model.look`, for instance its compiled form.
+        size: height and width in pixels to show the images at; default: as they are.
     """
 
-    show = model if call is None else call
+    look = model.look if call is None else call
 
-    def guide(images: Tensor) -> ModelOutput:
+    def guide(images: Tensor) -> Glance:
         # An autocast context of its own: weights cast under no_grad must not be cached for the pass that learns.
         with eval_mode(model), torch.no_grad(), autocast():
-            return show(images, need_attention="image")
+            return look(images, size)
 
     return guide
 
@@ -108,6 +115,8 @@ class Training:
         health: counts the updates that were left out because they were not finite.
         fixed_scale: the loss is not scaled (all but fp16), so nothing may change its scale of 1.
         memory_format: of the images, to match the model's.
+        finish: pixels (B, C, height, width) uint8 and boxes (B, M, 4), both on the device -> images as the model takes
+            them: normalised, and erased in the boxes. Images that are float are taken as they come.
         after_update: told the number of each step that is done; a schedule by update is.
     """
 
@@ -128,6 +137,7 @@ class Training:
     fixed_scale: bool = True
     after_update: Callable[[int], None] | None = None
     memory_format: torch.memory_format = torch.contiguous_format
+    finish: Callable[[Tensor, Tensor], Tensor] | None = None
     health: Health = field(default=cast(Any, None))
 
     def __post_init__(self) -> None:
@@ -169,20 +179,29 @@ def warm_up(training: Training, image_size: tuple[int, int]) -> None:
             value.copy_(buffers[name])
 
 
-def train_step(
-    training: Training, micro_batches: list[tuple[Tensor, Tensor, Tensor]], step: int, meters: Meters
-) -> None:
+def receive(training: Training, micro_batch: tuple[Tensor, ...], step: int, micro: int) -> tuple[Tensor, Tensor]:
+    """Images and labels of one micro-batch on the device; pixels are finished there, with noise keyed by the step."""
+    host_images, host_labels, _, *host_boxes = micro_batch
+    images, labels, *boxes = to_device(training.processes.device, host_images, host_labels, *host_boxes)
+    images = images.contiguous(memory_format=training.memory_format)
+    if not images.is_floating_point():
+        assert training.finish is not None, "pixels need `finish`"
+        utils.seed_globals("erase", training.seed, step, micro, training.processes.rank)
+        images = training.finish(images, *boxes)
+    return images, labels
+
+
+def train_step(training: Training, micro_batches: list[tuple[Tensor, ...]], step: int, meters: Meters) -> None:
     """One optimizer step.
 
     Args:
-        micro_batches: (images (B, C, height, width), labels (B,), indices (B,)) each, on the host.
+        micro_batches: (images (B, C, height, width), labels (B,), indices (B,)) each, on the host; with uint8 images
+            also the boxes (B, M, 4) to erase.
         step: number of the step since the beginning of the run; with the rank it keys all of its randomness.
         meters: receives the loss terms as device tensors.
     """
-    device = training.processes.device
-    for micro, (host_images, host_labels, indices) in enumerate(micro_batches):
-        images, labels = to_device(device, host_images, host_labels)
-        images = images.contiguous(memory_format=training.memory_format)
+    for micro, micro_batch in enumerate(micro_batches):
+        images, labels = receive(training, micro_batch, step, micro)
         utils.seed_globals("forward", training.seed, step, micro, training.processes.rank)  # dropout, drop path
         batch = training.mixer(images, labels, training.guide, training.random(step, micro))
         with training.syncing(micro):
@@ -190,7 +209,7 @@ def train_step(
                 output = training.model(**batch.forward_inputs())
             batch = batch.after_forward(output)
             terms = training.criterion(output, batch)
-            seen = Seen(step, indices, {name: term.detach() for name, term in terms.items()})
+            seen = Seen(step, micro_batch[2], {name: term.detach() for name, term in terms.items()})
             given = {"images": images, "labels": labels, "mixed_images": batch.images, "mixed_labels": batch.labels}
             factor = training.health.watch(seen, given)
             training.scaler.scale(terms["total"] * factor / training.accum_steps).backward()
@@ -248,7 +267,7 @@ def _logged(terms: Terms, batch: MixedBatch, labels: Tensor) -> dict[str, Tensor
 
 def train_one_epoch(
     training: Training,
-    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
+    loader: Iterable[tuple[Tensor, ...]],
     *,
     first_step: int,
     meters: Meters,

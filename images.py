@@ -1,7 +1,7 @@
-"""One image with its label, from a file, an array or timm's readers, as PIL RGB.
+"""One image with its label, from a file, an array or timm's readers, as RGB.
 
-Level 1: imports `utils` only. It must not know data sets by name, transforms or loaders. What reads images travels into
-loader workers, so all of it can be pickled.
+Level 1: imports `utils` and `decoding` only. It must not know data sets by name, transforms or loaders. What reads
+images travels into loader workers, so all of it can be pickled.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
+import decoding
+from decoding import Decode, decode_pillow
 from utils import InputError, SampleError
 
 # What Pillow raises for a file that is no image, or a damaged one; a test damages files of many formats at random.
@@ -28,11 +30,11 @@ class UnreadableSampleError(SampleError):
     """An image cannot be decoded. Its name ends like its parent's, by which `StopRun.text` finds the message."""
 
 
-class Images(Dataset[tuple[Image.Image, int]]):
-    """(PIL RGB image, label) by index.
+class Images(Dataset[tuple[Any, int]]):
+    """(RGB image, label) by index; the image is Pillow's, or (H, W, 3) uint8 from a decoder that gives arrays.
 
     Args:
-        read: index -> (PIL RGB image, label); picklable, as it travels into workers.
+        read: index -> (RGB image, label); picklable, as it travels into workers.
         class_names: one per label.
         package: what `read` needs; pickled ahead of it.
         name_of: index -> what to call the image in messages, its file's path where it has one.
@@ -41,7 +43,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
     def __init__(
         self,
         num_images: int,
-        read: Callable[[int], tuple[Image.Image, int]],
+        read: Callable[[int], tuple[Any, int]],
         class_names: list[str],
         package: HuggingFace | None = None,
         name_of: Callable[[int], str] = "image {}".format,
@@ -55,7 +57,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
     def __len__(self) -> int:
         return self.num_images
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         """The whole image, decoded, as RGB, and its label.
 
         Raises:
@@ -106,18 +108,32 @@ def check_label(label: Any, class_names: list[str], what: str) -> int:
     return int(label)
 
 
+def pick_decoder(name: str) -> Decode:
+    """The function behind `--decoder`; `auto` is simplejpeg where it is installed.
+
+    Raises:
+        InputError: simplejpeg is asked for and not installed.
+    """
+    if name == "pillow" or (name == "auto" and decoding.simplejpeg is None):
+        return decode_pillow
+    if decoding.simplejpeg is None:
+        raise InputError(
+            "--decoder simplejpeg: the package is missing; pip install -r requirements-fast.txt, or --decoder auto"
+        )
+    return decoding.decode_simplejpeg
+
+
 # ------------------------------------------------------------------------------------------------------ readers
-# index -> (PIL RGB image, label), and index -> name. What they raise is told by `Images`.
+# index -> (RGB image, label), and index -> name. What they raise is told by `Images`.
 
 
 def read_pixels(pixels: np.ndarray, labels: np.ndarray, index: int) -> tuple[Image.Image, int]:
     return Image.fromarray(pixels[index]).convert("RGB"), int(labels[index])
 
 
-def read_files(samples: list[tuple[str, int]], index: int) -> tuple[Image.Image, int]:
+def read_files(samples: list[tuple[str, int]], index: int, decode: Decode = decode_pillow) -> tuple[Any, int]:
     path, label = samples[index]
-    with Image.open(path) as image:
-        return image.convert("RGB"), label
+    return decode(path), label
 
 
 def name_files(samples: list[tuple[str, int]], index: int) -> str:
@@ -129,11 +145,11 @@ def read_dataset(dataset: Any, index: int) -> tuple[Image.Image, int]:
     return image.convert("RGB"), label
 
 
-def read_timm(reader: Any, index: int) -> tuple[Image.Image, int]:
+def read_timm(reader: Any, index: int, decode: Decode = decode_pillow) -> tuple[Any, int]:
     """Not through timm's data set, which replaces an unreadable image by the next one."""
     file, label, *_ = reader[index]
-    with file, Image.open(file) as image:
-        return image.convert("RGB"), label
+    with file:
+        return decode(file), label
 
 
 def name_timm(reader: Any, where: str, index: int) -> str:

@@ -1,24 +1,27 @@
 """From images to batches: samples with draws keyed by position, and the loaders.
 
-Level 2: imports `utils`, `images`, `samplers`, `transforms` and `workers`. It must not know data sets by name, mixing,
-models or process groups; ranks are arguments.
+Level 3: imports `utils`, `batches`, `images`, `erasing`, `samplers`, `transforms` and `workers`. It must not know data
+sets by name, mixing, models or process groups; ranks are arguments.
 
 A sample's augmentation depends on (seed, epoch, index, position) alone, so resuming, the number of workers and of ranks
-leave it as it is. Letters: B batch, H height, W width.
+leave it as it is. Training images are handed over as pixels, a quarter of their size as float32; the step normalises
+and erases them on its device. Letters: B batch, H height, W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from batches import Batch, Sample, as_it_is, in_order, make_batch
+from cropping import Pixels
+from erasing import Erasing
 from images import Images, StreamedImages, UnreadableSampleError
 from samplers import EpochBatches, EvalShard, Place
 from transforms import Transform
@@ -30,29 +33,45 @@ SUBSTITUTES = 20  # images that are tried in the place of one that cannot be rea
 # ------------------------------------------------------------------------------------------------------ samples
 
 
-class TrainSamples(Dataset[tuple[torch.Tensor, int, int]]):
-    """(epoch, index, position) -> (image (3, H, W) float32, label, index), with draws keyed by that place.
+class TrainSamples(Dataset[Sample]):
+    """(epoch, index, position) -> `Sample`, with draws keyed by that place; many places at once -> `Batch`.
 
     Args:
+        transform: a decoded image -> (3, H, W).
+        erase: draws the boxes, last of a sample's draws.
         skip_corrupt: an image that cannot be decoded is replaced by another with its own label, drawn from the same
             place, and its index i is given as ~i = -1 - i. Errors of the transform surface either way.
     """
 
-    def __init__(self, images: Images, transform: Transform, seed: int, skip_corrupt: bool = False) -> None:
+    def __init__(
+        self, images: Images, transform: Transform, seed: int, skip_corrupt: bool = False, erase: Erasing | None = None
+    ) -> None:
         self.images = images
         self.transform = transform
         self.seed = seed
         self.skip_corrupt = skip_corrupt
+        self.erase = erase or Erasing()
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: Place) -> tuple[torch.Tensor, int, int]:
-        image, label, shown = self.read(place)
-        with keyed_globals("sample", self.seed, *place):
-            return self.transform(image), label, shown
+    def __getitem__(self, place: Place) -> Sample:
+        return self.show(place, self.images.__getitem__)
 
-    def read(self, place: Place) -> tuple[Image.Image, int, int]:
+    def __getitems__(self, places: list[Place]) -> Batch:
+        """What torch's loader asks for: a whole batch. Views of one image share its decoding, one after the other."""
+        look = lru_cache(maxsize=1)(self.images.__getitem__)
+        rows = sorted(range(len(places)), key=places.__getitem__)
+        return make_batch(((row, self.show(places[row], look)) for row in rows), len(places))
+
+    def show(self, place: Place, look: Callable[[int], tuple[Pixels, int]]) -> Sample:
+        """The sample of a place, its image decoded by `look`."""
+        image, label, shown = self.read(place, look)
+        with keyed_globals("sample", self.seed, *place):
+            tensor = self.transform(image)
+            return Sample(tensor, label, shown, self.erase.draw((tensor.shape[1], tensor.shape[2])))
+
+    def read(self, place: Place, look: Callable[[int], tuple[Pixels, int]]) -> tuple[Pixels, int, int]:
         """The image of a place or its substitute, the label, and the index, inverted for a substitute.
 
         Raises:
@@ -60,7 +79,7 @@ class TrainSamples(Dataset[tuple[torch.Tensor, int, int]]):
         """
         index = place[1]
         try:
-            return *self.images[index], index
+            return *look(index), index
         except UnreadableSampleError as error:
             if not self.skip_corrupt:
                 raise
@@ -89,18 +108,19 @@ class EvalSamples(Dataset[tuple[torch.Tensor, int]]):
         return self.transform(image), label
 
 
-class StreamedSamples(IterableDataset[tuple[torch.Tensor, int, int]]):
-    """A stream's training samples: (image (3, H, W) float32, label, running number of the sample in the epoch).
+class StreamedSamples(IterableDataset[Sample]):
+    """A stream's training samples; `shown` is the running number of the sample in the epoch.
 
     Draws are keyed by (seed, epoch, rank, worker, count), and who reads which shard depends on workers and ranks: a run
     repeats exactly only with the same number of both. Every worker deals its share of the epoch's batches and starts
     its shards again where timm's rounding leaves it short, so all ranks make the same number of steps.
     """
 
-    def __init__(self, images: StreamedImages, transform: Transform, seed: int) -> None:
+    def __init__(self, images: StreamedImages, transform: Transform, seed: int, erase: Erasing | None = None) -> None:
         self.images = images
         self.transform = transform
         self.seed = seed
+        self.erase = erase or Erasing()
         self.epoch = 0
         self.deal(batch_size=1, rank=0, world_size=1, accum_steps=1)
 
@@ -117,7 +137,7 @@ class StreamedSamples(IterableDataset[tuple[torch.Tensor, int, int]]):
     def __len__(self) -> int:
         return self.num_batches * self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, int]]:
+    def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         quota = len(range(worker, self.num_batches, workers)) * self.batch_size
@@ -127,7 +147,8 @@ class StreamedSamples(IterableDataset[tuple[torch.Tensor, int, int]]):
             for image, label in islice(self.images, quota - count):
                 with keyed_globals("stream", self.seed, self.epoch, self.rank, worker, count):
                     tensor = self.transform(image)
-                yield tensor, label, self.rank + self.world_size * (worker + workers * count)
+                    boxes = self.erase.draw((tensor.shape[1], tensor.shape[2]))
+                yield Sample(tensor, label, self.rank + self.world_size * (worker + workers * count), boxes)
                 count += 1
             if count == begin:
                 raise InputError(f"worker {worker} of rank {self.rank} has no shard to read: lower --num-workers")
@@ -146,21 +167,22 @@ class StreamedEvalSamples(IterableDataset[tuple[torch.Tensor, int]]):
 
 
 def train_samples(
-    images: Images | StreamedImages, transform: Transform, seed: int, skip_corrupt: bool = False
-) -> TrainSamples | StreamedSamples:
-    """The training samples of either kind of data set.
+    images: Images | StreamedImages, transform: Transform, seed: int, skip_corrupt: bool = False,
+    erase: Erasing | None = None,
+) -> TrainSamples | StreamedSamples:  # fmt: skip
+    """The training samples of either kind of data set; arguments as in `TrainSamples`.
 
     Raises:
         InputError: unreadable images of a stream shall be replaced.
     """
     if not isinstance(images, StreamedImages):
-        return TrainSamples(images, transform, seed, skip_corrupt)
+        return TrainSamples(images, transform, seed, skip_corrupt, erase)
     if skip_corrupt:
         raise InputError(
             "--skip-corrupt is not for streams: timm/wds/ leaves unreadable images out by itself, the others stop "
             "there; leave the flag out"
         )
-    return StreamedSamples(images, transform, seed)
+    return StreamedSamples(images, transform, seed, erase)
 
 
 def eval_samples(images: Images | StreamedImages, transform: Transform) -> EvalSamples | StreamedEvalSamples:
@@ -181,16 +203,18 @@ def build_train_loader(
     world_size: int = 1,
     seed: int = 0,
     repeats: int = 1,
+    layout: str = "blocks",
     accum_steps: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
     timeout: float = 0,
 ) -> Loader:
-    """Loader of (images (B, 3, H, W) float32, labels (B,) int64, indices (B,) int64), per `set_epoch`.
+    """Loader of `Batch`, per `set_epoch`.
 
     Args:
         batch_size: B, images of this rank per micro-batch.
         repeats: views of each image per epoch, see `EpochBatches`.
+        layout: how they are dealt to ranks.
         num_workers: 0 loads in this process; a stream always has a worker, as torch seeds only workers anew.
         timeout: seconds to wait for a worker, 0 for ever.
 
@@ -208,18 +232,21 @@ def build_train_loader(
     common: dict[str, Any] = {"pin_memory": pin_memory, "generator": torch.Generator()}
     if isinstance(samples, TrainSamples):
         batches = EpochBatches(
-            num_images=len(samples), repeats=repeats, make_generator=partial(keyed_generator, seed, "order"), **shares
-        )
+            num_images=len(samples), repeats=repeats, layout=layout,
+            make_generator=partial(keyed_generator, seed, "order"), **shares,
+        )  # fmt: skip
         if num_workers:
             common.update(num_workers=num_workers, persistent_workers=True, timeout=timeout)
-        return Loader(samples, name_of=samples.images.name_of, batch_sampler=batches, **common)
+        common.update(batch_sampler=batches, collate_fn=as_it_is)
+        return Loader(samples, name_of=samples.images.name_of, **common)
     if repeats > 1:
         raise InputError("a streamed data set cannot repeat its images within an epoch: add --no-repeated-aug")
     samples.deal(**shares)
     workers = max(1, num_workers)
     samples.images.source.set_loader_cfg(num_workers=workers)
     # its workers are new in each epoch: they learn of it as they start
-    loader = Loader(samples, batch_size=batch_size, num_workers=workers, timeout=timeout, **common)
+    common.update(batch_size=batch_size, num_workers=workers, timeout=timeout, collate_fn=in_order)
+    loader = Loader(samples, **common)
     set_epoch(loader, 0)
     return loader
 

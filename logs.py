@@ -151,6 +151,10 @@ class RunLog:
         self._append("log.txt", to_json(stats) + "\n")
         plain = to_plain(stats)
         self._write_scalars("", int(plain["epoch"]), {k: v for k, v in plain.items() if k != "epoch"})
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes out what TensorBoard holds, so that a kill does not lose it."""
         for writer in self._writers.values():
             writer.flush()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,15 +80,17 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
                 folder.status("running", epoch=run.progress.epoch, step=run.progress.step)
             with loaders.closing(run.train_loader, run.val_loader), run.watch:
                 state = run.train()
+                if folder is not None:
+                    folder.status(state, epoch=run.progress.epoch, step=run.progress.step)
         except BaseException as error:
             if folder is not None:
                 code = error.exit_code if isinstance(error, utils.StopRun) else 1
-                folder.status("failed", exit_code=code, error=str(error).splitlines()[:1])
+                text = (str(error) or type(error).__name__).splitlines()[0]
+                with suppress(utils.StopRun):  # of a full disk, say: the first cause has the word
+                    folder.status("failed", exit_code=code, error=text)
             if isinstance(error, NonFiniteLoss):
                 keep_evidence(args.output_dir, processes.rank, error)
             raise
-        if folder is not None:
-            folder.status(state, epoch=run.progress.epoch, step=run.progress.step)
 
 
 def keep_evidence(output_dir: str, rank: int, failure: NonFiniteLoss) -> None:
@@ -103,8 +105,8 @@ def make_run(
     """Everything a run needs, put back to where `resume_from` left it."""
     resume.check_agreement(resume_from, processes)
     checkpoint, accepted = resume.read(resume_from) if resume_from else None, args.accept_changes or ()
+    shares = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
     if checkpoint is not None:
-        shares = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
         for name, value in resume.keep_total_batch(checkpoint, shares, processes.world_size, accepted).items():
             log.say(f"{processes.world_size} processes instead of {checkpoint['world_size']}: --{name} is now {value}")
             setattr(args, name, value)
@@ -116,11 +118,11 @@ def make_run(
     train_loader = make_train_loader(args, train_images, spec, processes)
     val_loader = make_eval_loader(args, val_images, spec, processes)
     mixer = make_mixer(args, model, spec, processes)
-    training = make_training(args, model, mixer, processes)
+    training = make_training(args, model, mixer, spec, processes)
     data = {"class_names": train_images.class_names, "image_spec": spec.to_plain()}
     identity = resume.Identity(
         vars(args), model_config(args, num_classes), {**data, "num_images": train_images.num_images},
-        utils.describe_versions(),
+        utils.describe_versions(), shares,
     )  # fmt: skip
     steps = loaders.steps_per_epoch(train_loader)
     log.table(summary.describe_run(identity, training, steps, (train_images.num_images, val_images.num_images)))
@@ -138,6 +140,10 @@ def make_run(
             log.say(f"warning: the run was begun with other versions than {', '.join(changed)}")
     log.drop_epochs_from(progress.epoch, progress.step)
     if folder is not None:
+        for path in [] if checkpoint is None else folder.go_on_from(
+            Path(resume_from), progress.step, checkpoint.get("names", ())
+        ):  # fmt: skip
+            log.say(f"warning: a later checkpoint is set aside as {path}")
         write_json(folder.path / "args.json", identity.args)
         write_json(folder.path / "environment.json", identity.versions)
     if progress.epoch >= args.epochs:

@@ -31,11 +31,19 @@ def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Op
     """
     try:
         try:
-            return create_optimizer_v2(model, **settings, fused=True)
+            return _with_momentum(create_optimizer_v2(model, **settings, fused=True))
         except (TypeError, RuntimeError):  # it has none
             return create_optimizer_v2(model, **settings)
     except (ValueError, AssertionError, TypeError) as error:
         raise InputError(f"--opt {settings.get('opt')} with these --opt-* settings: {error}") from error
+
+
+def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """SGD begins with momentum 0: torch's fused form leaves it uninitialised where the very first update is skipped."""
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else []:
+        for parameter in group["params"] if group["momentum"] else []:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class Schedule:

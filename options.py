@@ -110,6 +110,8 @@ def _add_data(parser: Parser) -> None:
     group.add_argument("--num-workers", type=int, help="loader processes per rank; default: 10, or this rank's cores")
     group.add_argument("--data-timeout", default=600, type=float, help="seconds to wait for a loader process before "
                        "the run ends and names it; 0: for ever")  # fmt: skip
+    group.add_argument("--decoder", default="auto", choices=["auto", "pillow", "simplejpeg"], help="of training "
+                       "images; auto: simplejpeg where it is installed, which gives the same pixels")  # fmt: skip
     add_switch(group, "skip-corrupt", False, "train on other images in the place of a few that cannot be decoded")
     add_switch(group, "pin-mem", True, "pin host memory for faster transfers to CUDA")
 
@@ -157,8 +159,12 @@ def _add_augmentation(parser: Parser) -> None:
     group.add_argument("--color-jitter", default=0.3, type=float, help="has no effect while --aa is on")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's policy string, or none")
     group.add_argument("--train-interpolation", default="bicubic", help="random, bilinear or bicubic")
+    group.add_argument("--resize", default="pillow", choices=["pillow", "torch"], help="what resizes the random crop: "
+                       "torch is faster and differs by a grey level here and there")  # fmt: skip
     add_switch(group, "repeated-aug", True, "show each image several times in a batch, each time augmented anew")
     group.add_argument("--repeats", default=3, type=int, help="how many times, with --repeated-aug")
+    group.add_argument("--repeat-layout", default="blocks", choices=["blocks", "strided"], help="views of one image on "
+                       "one process, decoded once, or on neighbouring ones as in DeiT")  # fmt: skip
     group.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
     group.add_argument("--remode", default="pixel", help="const, rand or pixel")
     group.add_argument("--recount", default=1, type=int, help="boxes per erased image")
@@ -201,9 +207,10 @@ def check_args(args: argparse.Namespace) -> None:
     mixing.require(keep >= 2, "keep_checkpoints", keep, "must be at least 2, so that a damaged one can be done without")
     if args.clip_grad is not None:
         mixing.require(args.clip_grad > 0, "clip_grad", args.clip_grad, "must be above 0; leave it out for no clipping")
-    if args.input_size is not None:
-        fine = len(args.input_size) <= 2 and min(args.input_size) > 0
-        mixing.require(fine, "input_size", args.input_size, "takes one side, or height and width, in pixels")
+    for name in ("input_size", "guide_size"):
+        if (sides := getattr(args, name)) is not None:
+            fine = len(sides) <= 2 and min(sides) > 0
+            mixing.require(fine, name, sides, "takes one side, or height and width, in pixels")
     if args.opt_betas is not None:
         fine = len(args.opt_betas) >= 2 and all(0 <= beta < 1 for beta in args.opt_betas)
         mixing.require(fine, "opt_betas", args.opt_betas, "takes two numbers from 0 to below 1")

@@ -44,12 +44,15 @@ class Identity:
         data: `class_names` and `image_spec` (see `transforms.ImageSpec`), all that evaluation needs to know, and the
             number of training images.
         versions: of the libraries, and the commit.
+        asked: `batch_size` and `accum_steps` of the command line, from which `args` has what this world size makes of
+            them.
     """
 
     args: dict[str, Any]
     model_config: dict[str, Any]
     data: dict[str, Any]
     versions: dict[str, str]
+    asked: dict[str, int] = field(default_factory=dict)
 
 
 # Evaluation may be asked for elsewhere, on other images or in another precision; the rest makes the model what it is.
@@ -61,8 +64,8 @@ OF_ONE_CALL = {"eval", "resume", "output_dir", "device", "amp", "num_workers", "
 # What may differ when a run is gone on with: none of it changes what is learned. The total batch is looked at apart.
 FREE_ON_RESUME = (OF_ONE_CALL - {"amp"}) | {
     "start_epoch", "log_every", "pin_mem", "save_steps", "save_minutes", "keep_checkpoints", "accept_changes",
-    "max_bad_steps", "skip_corrupt", "data_timeout", "data_path", "batch_size", "accum_steps", "compile", "list_models",
-    "attentive_teacher", "teacher_path",
+    "max_bad_steps", "skip_corrupt", "data_timeout", "decoder", "data_path", "batch_size", "accum_steps", "compile",
+    "list_models", "attentive_teacher", "teacher_path",
 }  # fmt: skip
 
 
@@ -169,6 +172,7 @@ def save(
         "skipped_steps": float(training.health.skipped),
         "bad_images": progress.bad_images,
         "world_size": training.processes.world_size,
+        "names": list(names),
     }
     folder.save(state, progress.step, names)
 
@@ -211,13 +215,24 @@ def keep_total_batch(
         Both, or nothing where the flags do that as they are.
 
     Raises:
-        InputError: the flags ask for another total batch, or the processes cannot share the old one.
+        InputError: the flags ask for another total batch, or the processes cannot share the old one, or what is done of
+            the epoch is no whole number of steps of an accepted one.
     """
     saved, old_size = checkpoint["args"], checkpoint.get("world_size", world_size)
-    total = saved["batch_size"] * saved["accum_steps"] * old_size
-    if flags["batch_size"] * flags["accum_steps"] * world_size == total or _accepts(accepted, "batch_size"):
+    asked = checkpoint.get("asked") or saved
+    total, wanted_total = (
+        part["batch_size"] * part["accum_steps"] * size for part, size in ((saved, old_size), (flags, world_size))
+    )
+    if wanted_total == total:
         return {}
-    same = all(value == saved[name] for name, value in flags.items())
+    if _accepts(accepted, "batch_size"):
+        if (done := checkpoint.get("samples_in_epoch", 0)) % wanted_total:
+            raise InputError(
+                f"{done} images of an epoch are done, no whole number of steps of {wanted_total}: go on with a total "
+                f"batch of {total} to the end of the epoch, and change it then"
+            )
+        return {}
+    same = all(value == asked[name] for name, value in flags.items())
     share, rest = divmod(total, world_size)
     if not same or rest:
         wanted = "--batch-size x --accum-steps x processes" if not same else f"{world_size} processes cannot share it:"
@@ -225,7 +240,7 @@ def keep_total_batch(
             f"the run was begun with a total batch of {total}; {wanted} must give that again "
             "(or add --accept-changes batch-size, at the end of an epoch)"
         )
-    accum = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= saved["batch_size"])
+    accum = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= asked["batch_size"])
     return {"batch_size": share // accum, "accum_steps": accum}
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,21 @@ class RunFolder:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         return lock
+
+    def go_on_from(self, path: Path, step: int, names: Sequence[str]) -> list[Path]:
+        """Leaves the folder as it was when the checkpoint at `path` was written, after `step` updates.
+
+        Later ones are damaged or of a course that is given up: they keep their content under another name. And the
+        checkpoint gets its `names` again, because a kill may have come before.
+
+        Returns:
+            What the later ones are called now.
+        """
+        later = [file for file in candidates(self.path) if file.parent.name == STEPS and int(file.stem) > step]
+        if path.resolve().parent == (self.path / STEPS).resolve():
+            for name in names:
+                _stand_for(path, self.path / name)
+        return [file.replace(f"{file}.aside") for file in later]
 
     def status(self, state: str, **more: Any) -> None:
         """Writes `status.json`: `running`, `done`, `preempted` or `failed`, when, and how far."""

@@ -6,8 +6,8 @@ Knows no flags as such: those that govern a run are in `Rules`. What is trained 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,49 @@ from meters import Meters
 from mixers.switch import Switch
 from run_folder import RunFolder
 from watch import Stopped, Watch, Watched
+
+LONG_WAIT = (0.1, 5.0)  # share of an epoch's time and seconds in it from which on waiting for data is spoken of
+
+
+class Waits:
+    """Passes an epoch's batches on and counts the seconds, on the host, from asking for one until it is there.
+
+    The first wait of an epoch, in which workers start, counts in the mean and not in the share. A clock: no checkpoint
+    keeps any of it.
+    """
+
+    def __init__(self, loader: Iterable[Any] = ()) -> None:
+        self.loader = loader
+        self.seconds = self.first = self.told_seconds = 0.0
+        self.batches = self.told_batches = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = None
+        while True:
+            asked = time.perf_counter()
+            batches = iter(self.loader) if batches is None else batches  # starts workers
+            batch = next(batches, None)
+            if batch is None:
+                return
+            waited = time.perf_counter() - asked
+            self.first = self.first if self.batches else waited
+            self.seconds, self.batches = self.seconds + waited, self.batches + 1
+            yield batch
+
+    def mean(self) -> float:
+        """Seconds per batch so far."""
+        return self.seconds / max(self.batches, 1)
+
+    def recent(self) -> float:
+        """Seconds per batch since the last call."""
+        seconds, batches = self.seconds - self.told_seconds, self.batches - self.told_batches
+        self.told_seconds, self.told_batches = self.seconds, self.batches
+        return seconds / max(batches, 1)
+
+    def is_long(self, seconds: float) -> bool:
+        """Whether an epoch that took `seconds` spent too much of them waiting, its beginning left out."""
+        waited = self.seconds - self.first
+        return waited > LONG_WAIT[1] and waited > LONG_WAIT[0] * (seconds - self.first)
 
 
 class Rules(NamedTuple):
@@ -61,6 +104,8 @@ class Run:
     corrupt: CorruptImages | None
     steps: int
     total_batch: int
+    waits: Waits = field(default_factory=Waits)
+    has_warned: bool = False  # of long waits
 
     def train(self) -> str:
         """To the last epoch, or until the ranks agree to stop; returns `done` or `preempted`."""
@@ -68,7 +113,6 @@ class Run:
             try:
                 self.run_epoch()
             except Stopped:
-                self.share_bad_images()
                 self.save()
                 where = f"epoch {self.progress.epoch}, step {self.progress.step}"
                 reason = self.watch.reason or "another process was asked to"
@@ -84,7 +128,8 @@ class Run:
         self.training.mixer = self.mixer.at(progress.epoch)
         loaders.set_epoch(self.train_loader, progress.epoch, progress.samples)
         done, began, count = progress.step, time.perf_counter(), len(self.train_loader)
-        batches = self.log.progress(self.train_loader, count, f"epoch {progress.epoch}")
+        self.waits = Waits(self.train_loader)
+        batches = self.log.progress(self.waits, count, f"epoch {progress.epoch}")
         if engine.train_one_epoch(
             self.training, batches, first_step=progress.step, meters=progress.meters, on_log=self.on_log,
             after_step=self.after_step, log_every=self.rules.log_every,
@@ -95,7 +140,7 @@ class Run:
         images = (progress.step - done) * self.total_batch
         seconds = time.perf_counter() - began
         watched = Watched(self.watch, self.val_loader, loaders.largest_share(self.val_loader))
-        figures = progress.meters.copy().reduce(self.training.processes).read()
+        figures = self.read_meters(seconds)
         stats = {
             "epoch": progress.epoch,
             "lr": progress.first_rate,
@@ -108,11 +153,24 @@ class Run:
         }
         self.end_epoch(stats)
 
+    def read_meters(self, seconds: float) -> dict[str, float]:
+        """The epoch's means over all ranks; says once per run if many of its `seconds` were spent waiting for data."""
+        waits, meters = self.waits, self.progress.meters.copy()
+        meters.update(waits.batches, data_wait=waits.mean() * self.training.accum_steps)
+        if waits.is_long(seconds) and not self.has_warned:
+            self.has_warned = True
+            self.log.say(
+                f"warning: {waits.seconds / seconds:.0%} of this epoch's time went by waiting for data; raise "
+                "--num-workers, or see --decoder and --resize"
+            )
+        return meters.reduce(self.training.processes).read()
+
     def on_log(self, step: int, means: dict[str, float], trouble: str | None) -> None:
         if trouble is not None:
             self.log.say(f"warning: {trouble}")
         if means:
-            values = {**means, "lr": self.training.optimizer.param_groups[0]["lr"]}
+            wait = self.waits.recent() * self.training.accum_steps
+            values = {**means, "data_wait": wait, "lr": self.training.optimizer.param_groups[0]["lr"]}
             self.log.note(values)
             self.log.scalars(step, values)
 
@@ -157,6 +215,8 @@ class Run:
         if self.progress.samples and not loaders.can_start_within(self.train_loader):
             self.log.say("a stream cannot be gone on with in the middle of an epoch: nothing is saved now")
             return
+        self.share_bad_images()
+        self.log.flush()
         resume.save(self.folder, self.training, self.progress, self.identity, names)
         self.watch.saved()
         if self.folder is not None:

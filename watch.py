@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+import utils
 from utils import Processes
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
@@ -51,7 +52,9 @@ class Watch:
         self.previous: dict[int, Any] = {}
         self.pending: tuple[torch.Tensor, Any] | None = None
         # Messages of their own group travel beside the gradients, on the host: no device is waited for.
-        self.group: Any = dist.new_group(backend="gloo") if processes.world_size > 1 else None
+        self.group: Any = None
+        if processes.world_size > 1:
+            self.group = dist.new_group(backend="gloo", timeout=utils.PEER_TIMEOUT)
 
     def __enter__(self) -> Watch:
         for number in SIGNALS:

@@ -69,7 +69,8 @@ def build_feature_map(choice: str, input_size: tuple[int, int]) -> FeatureMap:
 def _from_file(name: str, path: str, flag: str) -> nn.Module:
     weights = pick_weights(load_checkpoint(path))
     head = getattr(timm.create_model(name, num_classes=1), "default_cfg", {}).get("classifier", "head")
-    classes = weights.get(f"{head}.weight", torch.empty(0)).shape[0]  # its own, whatever they are: none is asked for
+    classifier = weights.get(f"{head}.weight", torch.empty(0))
+    classes = len(classifier) if classifier.numel() and classifier.ndim else 0  # its own: none is asked for
     network = timm.create_model(name, num_classes=classes)
     load_strictly(network, weights, source=flag)
     return network

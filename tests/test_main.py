@@ -192,8 +192,9 @@ def test_seeds_and_workers(photos: Path) -> None:
 
 
 def test_micro_batches_add_up(photos: Path) -> None:
-    """2 x 4 images are 1 x 8, where nothing in the forward pass is random."""
-    words = split("--mixer none --drop-path 0 --opt momentum --lr 1 --epochs 2 --no-model-ema --data-path", photos)
+    """2 x 4 images are 1 x 8, where nothing in the step is random."""
+    flags = "--mixer none --drop-path 0 --reprob 0 --opt momentum --lr 1 --epochs 2 --no-model-ema --data-path"
+    words = split(flags, photos)
     joined = run_small(*words, "--batch-size 8").training
     parts = run_small(*words, "--batch-size 4 --accum-steps 2").training
     start = run_small(*words, "--batch-size 8 --lr 1e-30").training

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,13 +21,13 @@ from tests.runs import (
     split,
     state_of,
     tensors_in,
+    without_clocks,
 )
 from utils import InputError
 
 # Everything that draws: augmentation, repeats, drop path, both mixers. An epoch has three steps.
 WORDS = "--aa rand-m9-mstd0.5-inc1 --repeated-aug --drop-path 0.2 --epochs 3 --warmup-epochs 1 --lr 0.1"
 MORE = "--epochs 2 --accept-changes epochs"  # goes on with a run of one epoch; names of more flags may follow
-CLOCKS = ("train_images_per_second", "peak_memory_mb")
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +41,6 @@ def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     assert run_small("--data-path", photos, "--output-dir", folder).code == 0
     return folder
-
-
-def without_clocks(folder: Path) -> list[dict[str, Any]]:
-    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in read_log(folder)]
 
 
 # --------------------------------------------------------------------------------------------- going on with a run
