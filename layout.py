@@ -126,7 +126,8 @@ PARTS: dict[str, Check] = {
         param_groups=_list(_one_of(dict)),
     ),
     "scaler": _parts(
-        scale=_finite, growth_factor=_finite, backoff_factor=_finite, growth_interval=_whole(1), _growth_tracker=_whole(0),
+        scale=_finite, growth_factor=_finite, backoff_factor=_finite, growth_interval=_whole(1),
+        _growth_tracker=_whole(0),
     ),
     "epoch": _whole(-1),
     "samples_in_epoch": _whole(0),

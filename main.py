@@ -131,13 +131,8 @@ def make_run(
     progress = resume.Progress(args.start_epoch, args.start_epoch * steps)
     if checkpoint is not None:
         progress = resume.load(checkpoint, f"--resume {resume_from}", training, identity, accepted)
-        within = f" after {progress.samples} images" if progress.samples else ""
-        log.say(
-            f"resumed from {resume_from}; next is epoch {progress.epoch}{within}, best top-1 {progress.best_acc1:.2f}"
-        )
-        if checkpoint["versions"] != identity.versions:
-            changed = [f"{k} {v}" for k, v in identity.versions.items() if checkpoint["versions"].get(k) != v]
-            log.say(f"warning: the run was begun with other versions than {', '.join(changed)}")
+        for line in summary.describe_going_on(resume_from, checkpoint, progress, identity):
+            log.say(line)
     log.drop_epochs_from(progress.epoch, progress.step)
     if folder is not None:
         for path in [] if checkpoint is None else folder.go_on_from(

@@ -125,7 +125,8 @@ def find(output_dir: str, given: str, automatic: bool) -> tuple[str, list[str]]:
             _check_finite({name: checkpoint.get(name) or {} for name in ("model", "ema")})
             return str(path), notes
         except StopRun as error:
-            notes.append(f"passed over: {error.text}")
+            named = error.text if str(path) in error.text else f"{path}: {error.text}"
+            notes.append(f"passed over: {named}")
     raise InputError(f"--output-dir {output_dir}: no checkpoint in it can be gone on from\n  " + "\n  ".join(notes))
 
 
@@ -135,8 +136,9 @@ def check_agreement(path: str, processes: Processes) -> None:
     Raises:
         InputError: the file is not there for all, as on machines that do not share the output folder.
     """
-    without = [rank for rank, there in enumerate(processes.gather(not path or Path(path).exists())) if not there]
-    if without:
+    there = processes.gather(not path or Path(path).exists())
+    without = [rank for rank, seen in enumerate(there) if not seen]
+    if without and any(there):  # a name that is wrong for all is refused by who reads it
         raise InputError(
             f"{path}: ranks {without} do not see this checkpoint; it must be on storage that all machines share"
         )

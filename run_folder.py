@@ -137,3 +137,4 @@ def _stand_for(path: Path, name: Path) -> None:
     except OSError:  # a file system without links
         shutil.copyfile(path, temporary)
     os.replace(temporary, name)
+    temporary.unlink(missing_ok=True)  # where both were the same file already, replacing does nothing

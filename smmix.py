@@ -120,9 +120,7 @@ def paste_regions(images: Tensor, regions: Regions, patch_size: tuple[int, int])
     inside_rows = (rows >= top) & (rows < top + regions.size[0] * patch_size[0])  # (B, height)
     inside_columns = (columns >= left) & (columns < left + regions.size[1])  # (B, runs)
     down, right = (regions.source_corners - regions.target_corners).unbind(1)
-    away = (
-        (batch - 1 - 2 * number) * planes * height + down * patch_size[0]
-    ) * runs + right  # (B,)
+    away = ((batch - 1 - 2 * number) * planes * height + down * patch_size[0]) * runs + right  # (B,)
     own = (number[:, None, None] * planes * height + rows[:, None]) * runs + columns  # (B, height, runs)
     seen = own + away[:, None, None] * (inside_rows[:, :, None] & inside_columns[:, None, :])
     seen = seen[:, None] + (torch.arange(planes, device=images.device) * height * runs)[:, None, None]

@@ -213,15 +213,21 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = read_args(argv)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # leaving no process behind
-    begun, base = time.monotonic(), Path(tempfile.mkdtemp(prefix="chaos-"))
+def prepare(args: argparse.Namespace, base: Path) -> Chaos:
+    """The images, and the undisturbed run."""
     make_image_folder(base / "photos", CLASSES, 60, ("train",), (40, 40))
     make_image_folder(base / "photos", CLASSES, 9, ("val",), (40, 40))
     chaos = Chaos(args, base, {})
     disturbed(lambda: chaos.start("whole"), base / "whole", [], random.Random())
     chaos.wanted.update(fingerprint(base / "whole"))
+    return chaos
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = read_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # leaving no process behind
+    begun, base = time.monotonic(), Path(tempfile.mkdtemp(prefix="chaos-"))
+    chaos = prepare(args, base)
     print(f"undisturbed: {len(chaos.wanted)} parts, {time.monotonic() - begun:.0f} s", flush=True)
     exact, total = 0, Result([], 0, 0)
     for number in range(args.runs):

@@ -151,6 +151,7 @@ class World:
             progress.meters.copy().reduce(training.processes).read()
             for parameter in training.module.parameters():
                 parameter.grad = torch.zeros_like(parameter)
+            training.scaler.scale(torch.zeros(()))  # else a copy has no scale yet
             training.scaler.step(training.optimizer)
             training.scaler.update()
         finally:
@@ -162,11 +163,15 @@ class World:
     def images(self, rng: random.Random, folder: Path) -> Iterator[Outcome]:
         path = folder / "case.jpg"
         path.write_bytes(junk.image(rng))
-        samples = [(str(path), 0)]
-        found = images.Images(
-            1, partial(images.read_files, samples), ["a"], name_of=partial(images.name_files, samples)
-        )
-        yield attempt("decode", lambda: found[0])
+        samples, kinds = [(str(path), 0)], set()
+        for name in ("pillow", "auto"):
+            read = partial(images.read_files, samples, decode=images.pick_decoder(name))
+            found = images.Images(1, read, ["a"], name_of=partial(images.name_files, samples))
+            outcome = attempt(f"decoder {name}", partial(found.__getitem__, 0))
+            kinds.add(outcome.kind)
+            yield outcome
+        if len(kinds) > 1:
+            yield Outcome("both decoders", "one takes what the other refuses")
 
     def flags(self, rng: random.Random, folder: Path) -> Iterator[Outcome]:
         program = rng.choice((None, None, export, show_mixing))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -242,8 +244,12 @@ def test_controls_a_lost_loss_scale_is_noticed(photos: Path, tmp_path: Path) -> 
 
 
 def flip_a_bit(path: Path) -> None:
+    """In the middle of the largest tensor; between tensors there is padding, which nobody reads."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
+    lengths = struct.unpack_from("<HH", content, largest.header_offset + 26)  # of the name, and of what follows it
+    content[largest.header_offset + 30 + sum(lengths) + largest.file_size // 2] ^= 4
     path.write_bytes(content)
 
 
@@ -262,8 +268,9 @@ def test_p5_p12_a_checkpoint_that_is_spoiled_is_passed_over(
     spoil(newest)
     content = newest.read_bytes()
     said = run(photos, folder).out
-    assert f"warning: passed over: {newest}" in said.replace("passed over: ema", f"passed over: {newest} ema")
-    assert words in said
+    (passed_over,) = (line for line in said.splitlines() if line.startswith("warning: passed over: "))
+    assert words in passed_over
+    assert str(newest) in passed_over
     assert f"resumed from {before}" in said
     assert changed(whole, fingerprint(folder)) == []
     assert newest.with_name(f"{newest.name}.aside").read_bytes() == content

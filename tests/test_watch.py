@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import engine
+import utils
 import watch
 from resume import candidates
 from tests.image_folders import make_image_folder
@@ -66,6 +68,19 @@ def test_a_launcher_that_is_gone_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch
     watching = Watch(ALONE)
     assert watching.agree() == Agreement(stop=True)
     assert watching.reason == "the launcher is gone"
+
+
+def test_ranks_whose_launcher_was_killed_before_they_met_leave_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would ask its store again and again, for ten minutes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    torchruns = {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**address, **ranks, **torchruns}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(utils.StopRun, match="^the launcher is gone: its store, "):
+        utils.init_processes("cpu")
 
 
 def test_the_clock_asks_for_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
