@@ -49,9 +49,7 @@ def name_parts(bench: Bench) -> None:
     training.guide = named("motivating pass", training.guide)
     training.criterion = named("losses", training.criterion)
     learn, look = (named(name, training.model.forward) for name in ("forward", "forward of the pass"))
-    training.model.forward = (  # type: ignore[method-assign]
-        lambda *given, **more: (learn if training.model.training else look)(*given, **more)
-    )
+    training.model.forward = lambda *given, **more: (learn if training.model.training else look)(*given, **more)
     torch.Tensor.backward = named("backward", torch.Tensor.backward)  # type: ignore[method-assign]
     training.scaler.unscale_ = named("update", training.scaler.unscale_)  # type: ignore[method-assign]
     training.scaler.step = named("update", training.scaler.step)  # type: ignore[method-assign]
@@ -64,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = Bench(args.model, device, args.batch_size, args.amp)
     name_parts(bench)
     mixer = bench.mixer("smmix")
-    mix = named("mixing", mixer.__call__)
+    mix: Any = named("mixing", mixer.__call__)
     bench.take_step(mix)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as found:

@@ -278,6 +278,39 @@ def test_p13_p14_two_runs_at_once_and_the_first_cause_is_last_on_the_screen(phot
     assert str(broken) in last, (tmp_path / "b.log").read_text()[-3000:]
 
 
+# ------------------------------------------------------------------------------------------------------ bad images
+
+
+@contextmanager
+def noting_bad(folder: Path, rank: int) -> Iterator[None]:
+    real = engine.train_step
+
+    def note(training: engine.Training, micro_batches: Any, step: int, meters: Any) -> None:
+        bad = [~index for batch in micro_batches for index in batch[2].tolist() if index < 0]
+        with open(folder / f"noted{rank}", "a", encoding="utf-8") as file:
+            file.write(json.dumps([step, "", bad]) + "\n")
+        real(training, micro_batches, step, meters)
+
+    with patch.object(engine, "train_step", note):
+        yield
+
+
+@pytest.mark.slow
+def test_p11_a_checkpoint_knows_every_bad_image_up_to_its_step(tmp_path: Path) -> None:
+    """Of any rank. Ranks tell each other one step late, and a kill may come in between."""
+    photos = make_image_folder(tmp_path / "photos", ("ant", "bee", "cat"), per_class=8, size=(20, 20))
+    for number in range(8):
+        damage(photos / "train" / "cat" / f"{number}.jpg")
+    words = split("--skip-corrupt --batch-size 1 --save-steps 1 --keep-checkpoints 99 --data-path", photos)
+    run_ranks(2, tmp_path, *words, "--output-dir", tmp_path / "run", meddle=partial(noting_bad, tmp_path))
+    bad, _ = noted_in(tmp_path)
+    assert sum(map(len, bad.values())) == 8
+    for path in candidates(tmp_path / "run"):
+        checkpoint = torch.load(path, weights_only=True)
+        known = sorted(index for step, met in bad.items() for index in met if step < checkpoint["step"])
+        assert checkpoint["bad_images"] == known
+
+
 # ------------------------------------------------------------------------------------------ one that goes no further
 
 

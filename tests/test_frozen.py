@@ -55,10 +55,10 @@ def test_channels_that_come_last_are_moved(tmp_path: Path) -> None:
 
 
 def test_a_name_alone_has_its_weights_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = timm.create_model("test_resnet").eval()
+    network: Any = timm.create_model("test_resnet").eval()
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(frozen.downloads, "from_hub", lambda *asked: tmp_path / "model.safetensors")
-    features = frozen.build_feature_map("test_resnet", SIZE)
+    features: Any = frozen.build_feature_map("test_resnet", SIZE)
     images = torch.randn(2, 3, *SIZE)
     with torch.no_grad():
         torch.testing.assert_close(features(images), network.forward_features(images))

@@ -79,7 +79,7 @@ def test_ranks_whose_launcher_was_killed_before_they_met_leave_at_once(monkeypat
     torchruns = {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for name, value in {**address, **ranks, **torchruns}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(utils.StopRun, match="^the launcher is gone: its store, "):
+    with pytest.raises(utils.StopRun, match="the launcher is gone: its store"):
         utils.init_processes("cpu")
 
 
