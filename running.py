@@ -136,7 +136,7 @@ class Run:
         ):  # fmt: skip
             raise Stopped
         self.on_log(progress.step - 1, {}, self.training.health.check())
-        pass
+        self.share_bad_images()
         images = (progress.step - done) * self.total_batch
         seconds = time.perf_counter() - began
         watched = Watched(self.watch, self.val_loader, loaders.largest_share(self.val_loader))
@@ -215,7 +215,7 @@ class Run:
         if self.progress.samples and not loaders.can_start_within(self.train_loader):
             self.log.say("a stream cannot be gone on with in the middle of an epoch: nothing is saved now")
             return
-        pass
+        self.share_bad_images()
         self.log.flush()
         resume.save(self.folder, self.training, self.progress, self.identity, names)
         self.watch.saved()

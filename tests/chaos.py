@@ -38,7 +38,7 @@ FLAGS = (
     "--device cpu --save-steps 3 --log-every 1 --auto-resume"
 )
 EPOCHS, SHORT_EPOCHS = 3, 2  # of 13 steps on 3 ranks
-LIMIT = 120.0  # seconds that a launch may take; one takes about twenty
+LIMIT = 300.0  # seconds that a launch may take; one takes about twenty
 GONE_WITHIN = 30.0  # seconds after the last launch until no process is left
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DELAYS = {"while it starts": 8.0, "while it trains": 3.0, "in a save": 0.5}  # the longest, in seconds

@@ -30,6 +30,7 @@ from torch import nn
 
 import downloads
 import hubconf
+import layout
 import utils
 from checkpoints import load_checkpoint, load_strictly, pick_weights, save_checkpoint
 from models import frozen
@@ -230,6 +231,29 @@ def test_a_checkpoint_has_no_say_in_where_weights_come_from(
     save_checkpoint(tmp_path / "run.pth", {"model_config": config, "model": plain_weights(model)})
     with pytest.raises(InputError, match="model_config"):
         restore_model(load_checkpoint(tmp_path / "run.pth"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("run")
+    run = run_small("--model-ema --data-path", photos, "--output-dir", folder)
+    assert run.code == 0, run.err
+    return load_checkpoint(folder / "checkpoint.pth")
+
+
+def test_every_part_of_a_checkpoint_has_a_layout(checkpoint: dict[str, Any]) -> None:
+    assert checkpoint.keys() == layout.PARTS.keys()
+    assert layout.wrong_parts(checkpoint) == []
+
+
+@pytest.mark.parametrize("wrong", ["x", {"x": "y"}, [["x"]], torch.zeros(2, 2)], ids=["text", "dict", "list", "tensor"])
+@pytest.mark.parametrize("part", layout.PARTS)
+def test_an_altered_part_is_named(part: str, wrong: Any, checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    if (part, type(wrong)) in [("args", dict), ("versions", dict)]:  # that might be one
+        wrong = {"x": torch.zeros(2)}
+    torch.save({**checkpoint, part: wrong}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=rf"x\.pth: damaged or altered in {part}; use another"):
+        load_checkpoint(tmp_path / "x.pth")
 
 
 # -------------------------------------------------------------------------------------------- files that hold too much
