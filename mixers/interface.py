@@ -35,9 +35,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.interface import AttentionOf, Glance, ModelOutput
+from models.interface import AttentionOf, ModelOutput
 
-Guide = Callable[[Tensor], Glance | ModelOutput]  # clean images (B, C, height, width) -> their logits and score
+Guide = Callable[[Tensor], ModelOutput]  # clean images (B, C, height, width) -> what the motivating model makes of them
 
 
 class Regions(NamedTuple):
