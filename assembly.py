@@ -6,6 +6,7 @@ No tensor arithmetic and no training here.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -17,15 +18,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 import datasets
 import engine
+import erasing
 import loaders
 import optim
 import transforms
 import utils
+from health import Health
+from images import pick_decoder
 from logs import RunLog
 from losses import Criterion, DistillationLoss, SMMixLoss
 from mixers.build import Settings, Surroundings, build_mixer
+from mixers.interface import Guide
 from mixers.switch import Switch
-from models.build import build_model, load_foreign, use_distillation, use_grad_checkpointing
+from models.build import (
+    build_model,
+    check_look_size,
+    load_foreign,
+    use_distillation,
+    use_float32_attention,
+    use_grad_checkpointing,
+)
 from models.frozen import build_feature_map, build_teacher
 from models.interface import ImageModel
 from utils import Processes
@@ -65,6 +77,8 @@ def make_model(
         use_distillation(model, args.model)
     if args.grad_checkpointing:
         use_grad_checkpointing(model, args.model)
+    if args.attn_fp32:
+        use_float32_attention(model, args.model)
     if args.finetune and load_weights:
         log.say("\n  ".join([f"weights from {args.finetune}", *load_foreign(model, args.finetune)]))
     model.to(processes.device)
@@ -74,7 +88,7 @@ def make_model(
 def open_images(args: argparse.Namespace, train: bool) -> Any:
     return datasets.open_images(
         args.data_set, args.data_path, train, inat_category=args.inat_category, num_classes=args.nb_classes,
-        batch_size=args.batch_size, seed=args.seed,
+        batch_size=args.batch_size, seed=args.seed, decode=pick_decoder(args.decoder if train else "pillow"),
     )  # fmt: skip
 
 
@@ -82,22 +96,28 @@ def make_eval_loader(args: argparse.Namespace, val: Any, spec: transforms.ImageS
     return loaders.build_eval_loader(
         loaders.eval_samples(val, transforms.build_eval_transform(spec)), batch_size=int(1.5 * args.batch_size),
         rank=processes.rank, world_size=processes.world_size, num_workers=args.num_workers,
-        pin_memory=args.pin_mem and processes.device.type == "cuda",
+        pin_memory=args.pin_mem and processes.device.type == "cuda", timeout=args.data_timeout,
     )  # fmt: skip
 
 
 def make_train_loader(args: argparse.Namespace, train: Any, spec: transforms.ImageSpec, processes: Processes) -> Any:
     augment = transforms.Augment(
         aa=args.aa, color_jitter=args.color_jitter, reprob=args.reprob, remode=args.remode, recount=args.recount,
-        interpolation=args.train_interpolation,
+        interpolation=args.train_interpolation, resize=args.resize,
     )  # fmt: skip
     transform = transforms.build_train_transform(spec, datasets.augment_for(args.data_set, augment))
+    erase = erasing.Erasing(augment.reprob, augment.recount)
     return loaders.build_train_loader(
-        loaders.train_samples(train, transform, args.seed), batch_size=args.batch_size, seed=args.seed,
-        rank=processes.rank, world_size=processes.world_size, num_workers=args.num_workers,
-        repeats=args.repeats if args.repeated_aug else 1, accum_steps=args.accum_steps,
-        pin_memory=args.pin_mem and processes.device.type == "cuda",
+        loaders.train_samples(train, transform, args.seed, args.skip_corrupt, erase), seed=args.seed,
+        batch_size=args.batch_size, rank=processes.rank, world_size=processes.world_size, num_workers=args.num_workers,
+        repeats=args.repeats if args.repeated_aug else 1, layout=args.repeat_layout, accum_steps=args.accum_steps,
+        pin_memory=args.pin_mem and processes.device.type == "cuda", timeout=args.data_timeout,
     )  # fmt: skip
+
+
+def make_finish(args: argparse.Namespace, spec: transforms.ImageSpec) -> Callable[[torch.Tensor, torch.Tensor], Any]:
+    """What becomes of a training batch on its device: see `engine.Training.finish`."""
+    return lambda images, boxes: erasing.erase(transforms.normalise(images, spec), boxes, args.remode)
 
 
 def make_criterion(
@@ -142,7 +162,18 @@ def schedule_settings(args: argparse.Namespace, processes: Processes) -> dict[st
     return settings
 
 
-def make_training(args: argparse.Namespace, model: ImageModel, mixer: Switch, processes: Processes) -> engine.Training:
+def make_guide(args: argparse.Namespace, model: ImageModel, device: torch.device) -> Guide:
+    """The motivating pass, as exact or as cheap as the flags want it."""
+    size = None if args.guide_size is None else utils.as_pair(args.guide_size)
+    if size is not None:
+        check_look_size(model, args.model, size)
+    autocast = engine.make_autocast(device, args.guide_amp or args.amp)
+    return engine.make_guide(model, autocast, torch.compile(model.look) if args.compile else None, size)
+
+
+def make_training(
+    args: argparse.Namespace, model: ImageModel, mixer: Switch, spec: transforms.ImageSpec, processes: Processes
+) -> engine.Training:
     """Everything the step touches."""
     device, autocast = processes.device, engine.make_autocast(processes.device, args.amp)
     average = None
@@ -153,12 +184,12 @@ def make_training(args: argparse.Namespace, model: ImageModel, mixer: Switch, pr
     wrapped: torch.nn.Module = model
     if processes.world_size > 1:
         wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    return engine.Training(
+    training = engine.Training(
         module=model,
         model=cast(torch.nn.Module, torch.compile(wrapped)) if args.compile else wrapped,
         criterion=make_criterion(args, model, autocast, device),
         mixer=mixer,
-        guide=engine.make_guide(model, autocast, torch.compile(model) if args.compile else None),
+        guide=make_guide(args, model, device),
         optimizer=optim.make_optimizer(model, {**optimizer_kwargs(args), "lr": peak_rate(args, processes)}),
         scaler=engine.make_scaler(device, args.amp),
         autocast=autocast,
@@ -168,6 +199,10 @@ def make_training(args: argparse.Namespace, model: ImageModel, mixer: Switch, pr
         accum_steps=args.accum_steps,
         seed=args.seed,
         train_mode=args.train_mode,
-        watch_gradients=args.amp != "fp16",
+        health=Health(processes, args.max_bad_steps),
+        fixed_scale=args.amp != "fp16",
         memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
+        finish=make_finish(args, spec),
     )
+    engine.warm_up(training, model.input_size)
+    return training

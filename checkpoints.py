@@ -1,30 +1,28 @@
 """Files of plain data and tensors: atomic writing, checked reading, strict loading.
 
-Level 1: imports only `utils` from the project. It may look at key names and shapes, never at what a model does with
-them, and it decides nothing about training (when to save, which file to resume). Classes never enter or leave a file:
-everything is written as plain data and read with `weights_only=True`.
+Level 1: imports only level 0 from the project. It may look at key names and shapes, never at what a
+model does with them, and it decides nothing about training (when to save, which file to resume). Classes never enter or
+leave a file: everything is written as plain data and read with `weights_only=True`.
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
-import hashlib
 import os
-import pickle
-import re
-import zipfile
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from enum import Enum
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import downloads
+import layout
+import safe_load
 from utils import InputError
 
 FORMAT = 1  # of our own training checkpoints; raise it when a key changes its meaning
@@ -144,18 +142,6 @@ def remove_stale(folder: str | Path) -> list[Path]:
 
 # ---------------------------------------------------------------------------------------------------- reading
 
-# Classes that foreign files contain and that hold only data: official DeiT and SMMix files embed the parsed flags, and
-# a best accuracy is often a numpy scalar; numpy 1 wrote these under another module name.
-_SCALAR = np.float64(0).__reduce__()[0]
-_ALLOWED: dict[str, Any] = {
-    "argparse.Namespace": argparse.Namespace,
-    "numpy.dtype": np.dtype,
-    "numpy.core.multiarray.scalar": _SCALAR,
-    "numpy._core.multiarray.scalar": _SCALAR,
-}
-_NUMBER_TYPES = sorted({type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, key=repr)  # rebuilt by numpy.dtype
-_HASHED_NAME = re.compile(r"-([0-9a-f]{8,64})(?:\.[a-z]+)+$")
-
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint, ours or a foreign one, to the CPU without running any code of the file.
@@ -167,110 +153,31 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Returns: the dict in the file; embedded argparse Namespaces are dicts, numpy scalars python numbers.
 
     Raises:
-        InputError: no such file, a folder, truncated or corrupt, not a checkpoint, or it needs a pickled class.
+        InputError: no such file, a folder, truncated or corrupt, not a checkpoint, it needs a pickled class, or it is
+            ours but for a part that does not look like it.
     """
-    file = _download(str(path)) if "://" in str(path) else Path(path)
+    file = Path(path)
+    if "://" in str(path):
+        try:
+            file = downloads.from_url(str(path))
+        except (OSError, RuntimeError, ValueError, HTTPException) as error:
+            raise InputError(f"cannot download {path}: {error}") from error
     if file.is_dir():
         raise InputError(f"{file} is a folder; name a file inside it, such as {file / 'checkpoint.pth'}")
     if not file.is_file():
         raise InputError(f"there is no file {file}")
     try:
-        _check_integrity(file)
-        loaded = _read_plain(file)
+        loaded = safe_load.read(file)
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error
-    if not isinstance(loaded, Mapping):
+    except safe_load.Refused as error:
+        raise InputError(str(error)) from error
+    if not isinstance(loaded, dict):
         raise InputError(f"{file} holds a {type(loaded).__name__}, not the dict of a checkpoint")
-    return _without_classes(loaded)
-
-
-def _is_zip(file: Path) -> bool:
-    with open(file, "rb") as stream:  # by the first bytes, like torch; zipfile.is_zipfile looks at the last ones
-        return stream.read(4) == b"PK\x03\x04"
-
-
-def _check_integrity(file: Path) -> None:
-    """Compares the content of a zip-based torch file with its checksums, as torch itself does not when it loads.
-
-    Files of the older format have none; torch notices at most that they are too short.
-    """
-    if not _is_zip(file):
-        return
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
-        raise _corrupt(file, error) from error  # the directory of the archive itself is damaged or missing
-    if damaged is not None:
-        raise _corrupt(file, damaged)
-
-
-def _corrupt(file: Path, detail: object) -> InputError:
-    reason = (str(detail).splitlines() or [type(detail).__name__])[0]
-    return InputError(
-        f"{file} is truncated or corrupt, or no checkpoint at all ({reason}); use an earlier one, or copy it again"
-    )
-
-
-def _read_plain(file: Path) -> Any:
-    """Unpickles with torch's restricted reader, which knows tensors and plain data, plus the classes of `_ALLOWED`."""
-    try:
-        if _is_zip(file):  # the older format cannot be listed beforehand: there the reader stops by itself
-            found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-            if unknown := sorted(set(found) - _ALLOWED.keys()):
-                raise _refusal(file, ", ".join(unknown))
-        allowed = [(item, name) for name, item in _ALLOWED.items()]
-        with torch.serialization.safe_globals([*allowed, *_NUMBER_TYPES]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise _refusal(file, match[1].rstrip(".")) from error
-        raise _corrupt(file, "not in a format of torch.save") from error
-    except (InputError, OSError):
-        raise
-    except Exception as error:  # whatever a damaged pickle leads the reader into: IndexError, KeyError, TypeError, ...
-        raise _corrupt(file, error) from error
-
-
-def _refusal(file: Path, names: str) -> InputError:
-    return InputError(
-        f"{file} contains pickled objects ({names}), which could run code; nothing was executed. "
-        "If you trust it, load it elsewhere and save only its state dict"
-    )
-
-
-def _without_classes(value: Any) -> Any:
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Mapping):
-        return {key: _without_classes(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_without_classes(item) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
-
-
-def _download(url: str) -> Path:
-    """The local copy of the file at `url`, downloaded unless it is there already; its hash is checked either way."""
-    name = Path(urlparse(url).path).name
-    match = _HASHED_NAME.search(name)
-    if not url.startswith("https://") or match is None:
-        raise InputError(
-            f"{url}: only https URLs of files whose name ends in their hash (name-0123abcd.pth) are loaded, because "
-            "anything else cannot be verified; download it yourself and give the local file"
-        )
-    file = Path(torch.hub.get_dir()) / "checkpoints" / name
-    try:
-        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest().startswith(match[1]):
-            return file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        progress = os.environ.get("RANK", "0") == "0"
-        torch.hub.download_url_to_file(url, str(file), hash_prefix=match[1], progress=progress)
-    except (OSError, RuntimeError) as error:  # no network or disk; another hash than the name says
-        raise InputError(f"cannot download {url} to {file}: {error}") from error
-    return file
+    another_format = type(loaded.get("format")) is int and loaded["format"] != FORMAT
+    if "model_config" in loaded and not another_format and (wrong := layout.wrong_parts(loaded)):
+        raise InputError(f"{file}: damaged or altered in {', '.join(wrong)}; use another checkpoint")
+    return loaded
 
 
 # -------------------------------------------------------------------------------------------- weights of a model
@@ -282,15 +189,22 @@ def pick_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     It is under `model`, `state_dict` or `model_state`, or the checkpoint is nothing but named tensors.
 
     Raises:
-        InputError: neither is the case; the message lists the keys that were found.
+        InputError: neither is the case, and the message lists the keys that were found; or a tensor is sparse, complex,
+            quantized or without content.
     """
     for candidate in (*(checkpoint.get(key) for key in ("model", "state_dict", "model_state")), checkpoint):
-        if isinstance(candidate, Mapping) and candidate and all(isinstance(w, Tensor) for w in candidate.values()):
+        if isinstance(candidate, Mapping) and candidate and all(map(_is_named_tensor, candidate.items())):
+            if odd := [name for name, weight in candidate.items() if not layout.is_ordinary(weight)]:
+                raise InputError(f"these weights are no ordinary tensors of numbers: {_first_of(odd)}")
             return _strip_prefixes(dict(candidate))
     raise InputError(
         "no weights in this checkpoint: expected named tensors under model, state_dict or model_state, found the keys "
         + _first_of([str(key) for key in checkpoint])
     )
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _strip_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -320,6 +234,19 @@ def load_strictly(
     Raises:
         InputError: a name is missing or unexpected, or its shape differs, and that is not tolerated.
     """
+    kept, notes = check_fit(module, weights, tolerate_missing, tolerate_unexpected, source)
+    module.load_state_dict(kept, strict=False)
+    return notes
+
+
+def check_fit(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    tolerate_missing: Collection[str] = (),
+    tolerate_unexpected: Collection[str] = (),
+    source: str = "",
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights that `load_strictly` would copy, and its notes, without copying: the module may be on `meta`."""
     own = module.state_dict()
     refused: list[str] = []
     notes: list[str] = []
@@ -330,6 +257,8 @@ def load_strictly(
             tolerated, note, result = may_miss, "missing", "keeps the model's own value"
         elif name not in own:
             tolerated, note, result = may_drop, "unknown to the model", "not used"
+        elif not layout.is_ordinary(weights[name]):
+            tolerated, note, result = False, "no ordinary tensor of numbers", ""
         elif (here := tuple(own[name].shape)) != (there := tuple(weights[name].shape)):
             note, result = f"shape {there} instead of the model's {here}", "keeps the model's own value"
             tolerated = may_miss and may_drop
@@ -339,8 +268,54 @@ def load_strictly(
         (notes if tolerated else refused).append(f"{name}: {note}" + (f", {result}" if tolerated else ""))
     if refused:
         raise InputError(f"{source} does not fit the model in {len(refused)} names: {_first_of(refused, '; ')}")
-    module.load_state_dict(kept, strict=False)
-    return notes
+    return kept, notes
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: str) -> None:
+    """Puts back what an optimizer has gathered; its settings (learning rate, weight decay, ...) stay its own.
+
+    To be called on a new one, before the weights are loaded: it takes a step on gradients of 0, which shows what its
+    state looks like. A fused kernel would go by that and read, and write, beyond a smaller tensor.
+
+    Args:
+        saved: its `state_dict()`.
+
+    Raises:
+        InputError: that is of another optimizer, or of other parameters.
+    """
+    settings = [{**group} for group in optimizer.state_dict()["param_groups"]]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    own = optimizer.state_dict()
+    try:
+        odd = [index for index, entries in saved["state"].items() if not _fits(entries, own["state"][index])]
+        groups = []
+        for before, after, there in zip(settings, own["param_groups"], saved["param_groups"], strict=True):
+            counted = {name: there[name] for name in after if name not in before or before[name] != after[name]}
+            odd += [name for name, value in counted.items() if not _fits(value, after[name])]
+            groups.append({**before, **counted})  # some count their steps there
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{source}: its optimizer state is of another optimizer or another model: {error}") from error
+    if odd:
+        raise InputError(f"{source}: its optimizer state does not fit in {_first_of([str(name) for name in odd])}")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def _fits(saved: Any, own: Any) -> bool:
+    """Whether a piece of an optimizer's state is made like another."""
+    if isinstance(own, Tensor):
+        alike = layout.is_ordinary(saved) and saved.is_floating_point() == own.is_floating_point()
+        return alike and saved.shape == own.shape
+    if isinstance(own, dict):
+        return (
+            isinstance(saved, dict) and saved.keys() == own.keys() and all(_fits(saved[key], own[key]) for key in own)
+        )
+    if isinstance(own, (list, tuple)):
+        return isinstance(saved, type(own)) and len(saved) == len(own) and all(map(_fits, saved, own))
+    return type(saved) is type(own) or {type(saved), type(own)} <= {int, float}
 
 
 def _first_of(texts: list[str], separator: str = ", ", limit: int = 8) -> str:

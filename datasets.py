@@ -1,7 +1,7 @@
 """Data sets by name: the images of each, and what their names imply for transforms.
 
-Level 2: imports `utils`, `images` and `transforms`. It must not know loaders, mixing, models or process groups. Names
-and folder layouts are DeiT's; `timm/<name>` reaches whatever timm reads.
+Level 2: imports `utils`, `decoding`, `images` and `transforms`. It must not know loaders, mixing, models or process
+groups. Names and folder layouts are DeiT's; `timm/<name>` reaches whatever timm reads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ from torch.utils.data import IterableDataset
 from torchvision import datasets as torchvision_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from images import Images, StreamedImages, import_hugging_face, read_dataset, read_files, read_pixels, read_timm
+from decoding import Decode, decode_pillow
+from images import (
+    Images,
+    StreamedImages,
+    import_hugging_face,
+    name_files,
+    name_timm,
+    read_dataset,
+    read_files,
+    read_pixels,
+    read_timm,
+)
 from transforms import Augment, ImageSpec
 from utils import InputError, as_pair
 
@@ -70,6 +81,7 @@ def open_images(
     num_classes: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
+    decode: Decode = decode_pillow,
 ) -> Images | StreamedImages:
     """Opens one half of a data set.
 
@@ -80,6 +92,7 @@ def open_images(
         inat_category: which of `INAT_CATEGORIES` is the label.
         num_classes: `--nb-classes`, only for a timm data set that does not know its classes.
         batch_size, seed: for timm's streams, which shuffle and round by themselves.
+        decode: what decodes files; streams and sets whose images are no files decode by themselves.
 
     Raises:
         InputError: unknown name, or files that are not where the data set needs them.
@@ -95,10 +108,11 @@ def open_images(
     if name in CIFARS:
         return _open_cifar(CIFARS[name], path, train)
     if name == "IMNET":
-        return _open_folder(path, "train" if train else "val")
+        return _open_folder(path, "train" if train else "val", decode)
     if name in INAT_YEARS:
-        return _open_inat(path, INAT_YEARS[name], train, inat_category)
-    return _open_timm(name.removeprefix("timm/"), path, train, num_classes, batch_size=batch_size, seed=seed)
+        return _open_inat(path, INAT_YEARS[name], train, inat_category, decode)
+    timms = name.removeprefix("timm/")
+    return _open_timm(timms, path, train, num_classes, batch_size=batch_size, seed=seed, decode=decode)
 
 
 def _open_digits(train: bool) -> Images:
@@ -115,7 +129,7 @@ def _open_digits(train: bool) -> Images:
     chosen = np.sort(kept if train else held_out)
     pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8), grey
     read = partial(read_pixels, pixels, digits.target[chosen])
-    return Images(len(chosen), read, [str(digit) for digit in digits.target_names])
+    return Images(len(chosen), read, [str(digit) for digit in digits.target_names], name_of="image {} of DIGITS".format)
 
 
 def _open_cifar(kind: type[torchvision_datasets.CIFAR10], path: str, train: bool) -> Images:
@@ -126,14 +140,25 @@ def _open_cifar(kind: type[torchvision_datasets.CIFAR10], path: str, train: bool
             f"--data-path {path}: no complete {kind.__name__} here; unpack {kind.filename} from {kind.url} so that the "
             f"folder {os.path.join(path, kind.base_folder)} exists"
         ) from error
-    return Images(len(dataset), partial(read_dataset, dataset), list(dataset.classes))
+    return _numbered(dataset, list(dataset.classes), kind.__name__)
+
+
+def _numbered(dataset: Any, class_names: list[str], what: str) -> Images:
+    """Images of a torchvision data set, which have no file each."""
+    return Images(len(dataset), partial(read_dataset, dataset), class_names, name_of=f"image {{}} of {what}".format)
+
+
+def _in_files(samples: list[tuple[str, int]], class_names: list[str], decode: Decode) -> Images:
+    """Images from (path, label) of each."""
+    read = partial(read_files, samples, decode=decode)
+    return Images(len(samples), read, class_names, name_of=partial(name_files, samples))
 
 
 def _class_folders(path: str) -> list[str]:
     return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
 
 
-def _open_folder(path: str, split: str) -> Images:
+def _open_folder(path: str, split: str, decode: Decode) -> Images:
     """`path`/`split`/<class>/.../<image>; the classes are the folders in the order of their names."""
     folder = os.path.join(path, split)
     if not os.path.isdir(folder):
@@ -153,7 +178,7 @@ def _open_folder(path: str, split: str) -> Images:
             f"{folder}: no image in {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}; fill or remove "
             f"{'this folder' if len(empty) == 1 else f'these {len(empty)} folders'}"
         )
-    return Images(len(samples), partial(read_files, samples), names)
+    return _in_files(samples, names, decode)
 
 
 def _read_json(path: str) -> Any:
@@ -166,7 +191,7 @@ def _read_json(path: str) -> Any:
         raise InputError(f"{path}: not valid JSON ({error}); download it again") from error
 
 
-def _open_inat(path: str, year: int, train: bool, category: str) -> Images:
+def _open_inat(path: str, year: int, train: bool, category: str, decode: Decode) -> Images:
     """Labels are numbered as their category first appears in the training annotations, like DeiT's released weights."""
     if category not in INAT_CATEGORIES:
         raise InputError(f"--inat-category {category}: unknown; choose {', '.join(INAT_CATEGORIES)}")
@@ -199,11 +224,11 @@ def _open_inat(path: str, year: int, train: bool, category: str) -> Images:
         samples.append((place, label_of_image[image["id"]]))
     if not samples or not os.path.exists(samples[0][0]):
         raise InputError(f"--data-path {path}: no images as {'train' if train else 'val'}{year}.json names them")
-    return Images(len(samples), partial(read_files, samples), list(labels))
+    return _in_files(samples, list(labels), decode)
 
 
 def _open_timm(
-    name: str, path: str, train: bool, num_classes: int | None, *, batch_size: int, seed: int
+    name: str, path: str, train: bool, num_classes: int | None, *, batch_size: int, seed: int, decode: Decode
 ) -> Images | StreamedImages:
     kind, _, which = name.partition("/")
     kind = kind.lower()
@@ -237,9 +262,9 @@ def _open_timm(
     if isinstance(source, IterableDataset):
         return StreamedImages(source, names, package)
     if hasattr(source, "reader"):
-        read = partial(read_timm, source.reader, path if package is None else which)
-        return Images(len(source), read, names, package)
-    return Images(len(source), partial(read_dataset, source), names)
+        name_of = partial(name_timm, source.reader, path if package is None else which)
+        return Images(len(source), partial(read_timm, source.reader, decode=decode), names, package, name_of)
+    return _numbered(source, names, f"timm/{name}")
 
 
 def _check_columns(reader: Any, name: str) -> None:

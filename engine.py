@@ -7,32 +7,25 @@ files. Nothing here reads a device value outside logging steps: values stay on t
 from __future__ import annotations
 
 import itertools
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import utils
-from logs import Meters
+from health import Health, Seen
 from losses import Criterion, Terms
+from meters import Meters
 from mixers.interface import Guide, MixedBatch, StepRandom
-from models.interface import ImageModel, ModelOutput
+from models.interface import Glance, ImageModel
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class NonFiniteLoss(utils.StopRun):
-    """The loss of some batch was not a finite number; no rank has updated anything since."""
-
-    exit_code = 3
 
 
 def make_autocast(device: torch.device, amp: str) -> Autocast:
@@ -61,19 +54,26 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def make_guide(model: ImageModel, autocast: Autocast, call: Callable[..., ModelOutput] | None = None) -> Guide:
-    """The motivating pass: `model`, unwrapped, in eval mode, without gradient, under the run's autocast.
+def make_guide(
+    model: ImageModel,
+    autocast: Autocast,
+    call: Callable[..., Glance] | None = None,
+    size: tuple[int, int] | None = None,
+) -> Guide:
+    """The motivating pass: `model`, unwrapped, in eval mode, without gradient.
 
     Args:
-        call: what to call in the model's place, for instance its compiled form.
+        autocast: the run's, or that of another precision for this pass alone.
+        call: what to call in the place of `model.look`, for instance its compiled form.
+        size: height and width in pixels to show the images at; default: as they are.
     """
 
-    show = model if call is None else call
+    look = model.look if call is None else call
 
-    def guide(images: Tensor) -> ModelOutput:
+    def guide(images: Tensor) -> Glance:
         # An autocast context of its own: weights cast under no_grad must not be cached for the pass that learns.
         with eval_mode(model), torch.no_grad(), autocast():
-            return show(images, need_attention="image")
+            return look(images, size)
 
     return guide
 
@@ -102,14 +102,6 @@ def to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
-class Seen(NamedTuple):
-    """What a report on a failed step will need; device values, not read yet."""
-
-    step: int
-    indices: Tensor  # (B,)
-    values: Terms
-
-
 @dataclass
 class Training:
     """Everything one optimizer step touches.
@@ -120,9 +112,11 @@ class Training:
         ema: updated after each step if there is one (timm's `ModelEmaV3`).
         module: the unwrapped model, which `ema` averages.
         accum_steps: micro-batches per optimizer step.
-        watch_gradients: a gradient that is not finite stops the run like such a loss. Not so under fp16, where it only
-            means that the loss was scaled too far.
+        health: counts the updates that were left out because they were not finite.
+        fixed_scale: the loss is not scaled (all but fp16), so nothing may change its scale of 1.
         memory_format: of the images, to match the model's.
+        finish: pixels (B, C, height, width) uint8 and boxes (B, M, 4), both on the device -> images as the model takes
+            them: normalised, and erased in the boxes. Images that are float are taken as they come.
         after_update: told the number of each step that is done; a schedule by update is.
     """
 
@@ -140,14 +134,14 @@ class Training:
     accum_steps: int = 1
     seed: int = 0
     train_mode: bool = True
-    watch_gradients: bool = True
+    fixed_scale: bool = True
     after_update: Callable[[int], None] | None = None
     memory_format: torch.memory_format = torch.contiguous_format
-    health: Tensor = field(init=False)  # 0; NaN for good once a loss was not finite
-    unchecked: deque[Seen] = field(default_factory=deque)  # micro-batches since the last check
+    finish: Callable[[Tensor, Tensor], Tensor] | None = None
+    health: Health = field(default=cast(Any, None))
 
     def __post_init__(self) -> None:
-        self.health = torch.zeros((), device=self.processes.device)
+        self.health = self.health or Health(self.processes)
 
     def random(self, step: int, micro: int) -> StepRandom:
         """The generators of one micro-batch, from its position alone."""
@@ -159,44 +153,55 @@ class Training:
         last = micro == self.accum_steps - 1
         return nullcontext() if last or self.processes.world_size == 1 else cast(Any, self.model).no_sync()
 
-    def stop_if_not_finite(self) -> None:
-        """Reads whether any rank's loss (or gradient) was not finite since the last call, and stops all ranks then.
 
-        Raises:
-            NonFiniteLoss: with the first such step, its terms and the indices of its images, per rank.
-        """
-        if self.processes.sum(self.health).isfinite():
-            self.unchecked.clear()
-            return
-        bad = (seen for seen in self.unchecked if not all(value.isfinite() for value in seen.values.values()))
-        reports = self.processes.gather(next(map(_describe_failure, bad), None))
-        lines = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if report]
-        raise NonFiniteLoss(
-            "the loss is not finite; all ranks stopped before the update.\n  "
-            + "\n  ".join(lines)
-            + "\n  Try, in this order: --amp bf16, --clip-grad 1.0, a lower --lr."
-        )
+def warm_up(training: Training, image_size: tuple[int, int]) -> None:
+    """One forward and backward pass through DDP without any effect, before the first step.
+
+    DDP orders its gradient buckets anew after its first pass. A run that goes on begins again with the first order, and
+    with three ranks or more would add its gradients in another order than one that was never interrupted.
+
+    Args:
+        image_size: height and width in pixels.
+    """
+    if training.processes.world_size == 1:
+        return
+    wrapped = getattr(training.model, "_orig_mod", training.model)  # not its compiled form
+    buffers = {name: value.clone() for name, value in training.module.named_buffers()}
+    wrapped.train(training.train_mode)
+    with training.autocast():
+        images = torch.zeros(2, 3, *image_size, device=training.processes.device)
+        output = wrapped(images.contiguous(memory_format=training.memory_format))
+    given = [logits for logits in (output.logits, output.distillation_logits) if logits is not None]
+    (0.0 * torch.stack([logits.float().sum() for logits in given]).sum()).backward()
+    training.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, value in training.module.named_buffers():
+            value.copy_(buffers[name])
 
 
-def _describe_failure(seen: Seen) -> str:
-    values = ", ".join(f"{name} {float(value):g}" for name, value in seen.values.items())
-    return f"step {seen.step}, {values}; images {seen.indices.tolist()}"
+def receive(training: Training, micro_batch: tuple[Tensor, ...], step: int, micro: int) -> tuple[Tensor, Tensor]:
+    """Images and labels of one micro-batch on the device; pixels are finished there, with noise keyed by the step."""
+    host_images, host_labels, _, *host_boxes = micro_batch
+    images, labels, *boxes = to_device(training.processes.device, host_images, host_labels, *host_boxes)
+    images = images.contiguous(memory_format=training.memory_format)
+    if not images.is_floating_point():
+        assert training.finish is not None, "pixels need `finish`"
+        utils.seed_globals("erase", training.seed, step, micro, training.processes.rank)
+        images = training.finish(images, *boxes)
+    return images, labels
 
 
-def train_step(
-    training: Training, micro_batches: list[tuple[Tensor, Tensor, Tensor]], step: int, meters: Meters
-) -> None:
+def train_step(training: Training, micro_batches: list[tuple[Tensor, ...]], step: int, meters: Meters) -> None:
     """One optimizer step.
 
     Args:
-        micro_batches: (images (B, C, height, width), labels (B,), indices (B,)) each, on the host.
+        micro_batches: (images (B, C, height, width), labels (B,), indices (B,)) each, on the host; with uint8 images
+            also the boxes (B, M, 4) to erase.
         step: number of the step since the beginning of the run; with the rank it keys all of its randomness.
         meters: receives the loss terms as device tensors.
     """
-    device = training.processes.device
-    for micro, (host_images, host_labels, indices) in enumerate(micro_batches):
-        images, labels = to_device(device, host_images, host_labels)
-        images = images.contiguous(memory_format=training.memory_format)
+    for micro, micro_batch in enumerate(micro_batches):
+        images, labels = receive(training, micro_batch, step, micro)
         utils.seed_globals("forward", training.seed, step, micro, training.processes.rank)  # dropout, drop path
         batch = training.mixer(images, labels, training.guide, training.random(step, micro))
         with training.syncing(micro):
@@ -204,24 +209,21 @@ def train_step(
                 output = training.model(**batch.forward_inputs())
             batch = batch.after_forward(output)
             terms = training.criterion(output, batch)
-            # A loss that is not finite turns every gradient of this rank into NaN, DDP's sum carries that to all ranks,
-            # and the scaler skips their updates on the device: no read, no message between ranks, until the next check.
-            training.health += 0.0 * terms["total"].detach()
-            loss = terms["total"] * (1.0 + training.health) / training.accum_steps
-            training.scaler.scale(loss).backward()
-        training.unchecked.append(Seen(step, indices, {name: term.detach() for name, term in terms.items()}))
+            seen = Seen(step, micro_batch[2], {name: term.detach() for name, term in terms.items()})
+            given = {"images": images, "labels": labels, "mixed_images": batch.images, "mixed_labels": batch.labels}
+            factor = training.health.watch(seen, given)
+            training.scaler.scale(terms["total"] * factor / training.accum_steps).backward()
         meters.update(**_logged(terms, batch, labels))
-    norm = update_weights(training)
-    if training.watch_gradients:
-        training.health += 0.0 * norm
-        training.unchecked[-1].values["grad_norm"] = norm
-    meters.update(grad_norm=norm)
+    meters.update(grad_norm=update_weights(training))
     if training.after_update is not None:
         training.after_update(step)
 
 
 def update_weights(training: Training) -> Tensor:
-    """Unscale, clip, step, clear, average. Returns the gradient's norm before clipping, on the device."""
+    """Unscale, clip, step, clear, average. Returns the gradient's norm before clipping, on the device.
+
+    Where the norm is not finite nothing changes: no weight, no average, no state of the optimizer.
+    """
     training.scaler.unscale_(training.optimizer)
     held = (parameter for group in training.optimizer.param_groups for parameter in group["params"])
     parameters = [parameter for parameter in held if parameter.grad is not None]
@@ -230,11 +232,29 @@ def update_weights(training: Training) -> Tensor:
         clip_grads_with_norm_(parameters, training.clip_grad, norm)
     if training.scaler.is_enabled() or bool(norm.isfinite()):
         training.scaler.step(training.optimizer)
-        training.scaler.update()
+        training.scaler.update(1.0 if training.fixed_scale and training.scaler.is_enabled() else None)
     training.optimizer.zero_grad(set_to_none=True)
+    good = training.health.count(norm)
     if training.ema is not None:
-        training.ema.update(training.module)
+        update_average(training.ema, training.module, good)
     return norm
+
+
+@torch.no_grad()
+def update_average(average: Any, module: nn.Module, good: Tensor) -> None:
+    """timm's `ModelEmaV3.update`, but for a step that was left out: then the average stays as it is.
+
+    Args:
+        good: 1 or 0, on the device; it is not read.
+    """
+    pairs = list(zip(average.module.state_dict().values(), module.state_dict().values(), strict=True))
+    for held, current in pairs:
+        if not held.is_floating_point():
+            held.copy_(current)
+    held, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    weight = ((1.0 - average.decay) * good).to(held[0].device)
+    current = [value.to(held[0].device, non_blocking=True) for value in current]
+    torch._foreach_lerp_(list(held), current, [weight] * len(held))
 
 
 def _logged(terms: Terms, batch: MixedBatch, labels: Tensor) -> dict[str, Tensor]:
@@ -247,41 +267,42 @@ def _logged(terms: Terms, batch: MixedBatch, labels: Tensor) -> dict[str, Tensor
 
 def train_one_epoch(
     training: Training,
-    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
+    loader: Iterable[tuple[Tensor, ...]],
     *,
     first_step: int,
-    on_log: Callable[[int, dict[str, float]], None],
+    meters: Meters,
+    on_log: Callable[[int, dict[str, float], str | None], None],
+    after_step: Callable[[Tensor], bool] = lambda indices: False,
     log_every: int = 10,
-) -> dict[str, float]:
-    """Trains on everything the loader has.
+) -> bool:
+    """Trains on everything the loader has, or until it is told to stop.
 
     Args:
         loader: micro-batches; their number is a multiple of `training.accum_steps`.
-        first_step: number of this epoch's first step.
-        on_log: called with the step and the means since the last call, every `log_every` steps.
+        first_step: number of the first step, since the beginning of the run.
+        meters: receives the loss terms; goes on where an interrupted epoch left it.
+        on_log: called every `log_every` steps with the step, the means since the last call, and what is to be said of
+            updates that were left out.
+        after_step: called after each step with the indices of its images (B * accum_steps,), on the host; true stops.
 
     Returns:
-        Means over the epoch and all ranks, and `images_per_second` of all ranks together.
+        Whether it was told to stop.
 
     Raises:
-        NonFiniteLoss: see `Training.stop_if_not_finite`.
+        NonFiniteLoss: see `health.Health.check`.
     """
     training.model.train(training.train_mode)
-    meters, images, started = Meters(), 0, time.perf_counter()
     batches = iter(loader)
     for step in itertools.count(first_step):
         micro_batches = list(itertools.islice(batches, training.accum_steps))
         if not micro_batches:
             break
-        images += sum(len(batch[0]) for batch in micro_batches)
         train_step(training, micro_batches, step, meters)
         if (step + 1) % log_every == 0:
-            training.stop_if_not_finite()
-            on_log(step, meters.recent())
-    training.stop_if_not_finite()
-    means = meters.reduce(training.processes).read()
-    seconds = time.perf_counter() - started
-    return {**means, "images_per_second": images * training.processes.world_size / seconds}
+            on_log(step, meters.recent(), training.health.check())
+        if after_step(torch.cat([batch[2] for batch in micro_batches])):
+            return True
+    return False
 
 
 def evaluate_all(training: Training, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:

@@ -1,51 +1,79 @@
-"""One image with its label, from a file, an array or timm's readers, as PIL RGB.
+"""One image with its label, from a file, an array or timm's readers, as RGB.
 
-Level 1: imports `utils` only. It must not know data sets by name, transforms or loaders. What reads images travels into
-loader workers, so all of it can be pickled.
+Level 1: imports `utils` and `decoding` only. It must not know data sets by name, transforms or loaders. What reads
+images travels into loader workers, so all of it can be pickled.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
+import decoding
+from decoding import Decode, decode_pillow
 from utils import InputError, SampleError
 
+# What Pillow raises for a file that is no image, or a damaged one; a test damages files of many formats at random.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
-class Images(Dataset[tuple[Image.Image, int]]):
-    """(PIL RGB image, label) by index.
+
+class UnreadableSampleError(SampleError):
+    """An image cannot be decoded. Its name ends like its parent's, by which `StopRun.text` finds the message."""
+
+
+class Images(Dataset[tuple[Any, int]]):
+    """(RGB image, label) by index; the image is Pillow's, or (H, W, 3) uint8 from a decoder that gives arrays.
 
     Args:
-        read: index -> (PIL RGB image, label); picklable, as it travels into workers.
+        read: index -> (RGB image, label); picklable, as it travels into workers.
         class_names: one per label.
         package: what `read` needs; pickled ahead of it.
+        name_of: index -> what to call the image in messages, its file's path where it has one.
     """
 
     def __init__(
         self,
         num_images: int,
-        read: Callable[[int], tuple[Image.Image, int]],
+        read: Callable[[int], tuple[Any, int]],
         class_names: list[str],
         package: HuggingFace | None = None,
+        name_of: Callable[[int], str] = "image {}".format,
     ) -> None:
         self.package = package  # the first attribute, so the first to be unpickled
         self.num_images = num_images
         self.read = read
         self.class_names = class_names
+        self.name_of = name_of
 
     def __len__(self) -> int:
         return self.num_images
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image, label = self.read(index)
-        return image, check_label(label, self.class_names, f"image {index}")
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """The whole image, decoded, as RGB, and its label.
+
+        Raises:
+            UnreadableSampleError: the file is missing, is no image, or is damaged.
+            SampleError: the label names no class, or the process may open no more files.
+        """
+        try:
+            image, label = self.read(index)
+        except UNREADABLE as error:
+            if getattr(error, "errno", None) in NOT_THE_FILES_FAULT:
+                raise SampleError(f"{self.name_of(index)}: {error}; lower --num-workers") from error
+            raise UnreadableSampleError(
+                f"{self.name_of(index)}: cannot be read as an image ({error}); replace the file or remove it. "
+                "python -m evaluation.check_data finds all such files, --skip-corrupt trains without them"
+            ) from error
+        return image, check_label(label, self.class_names, self.name_of(index))
 
 
 class StreamedImages(IterableDataset[tuple[Image.Image, int]]):
@@ -80,29 +108,36 @@ def check_label(label: Any, class_names: list[str], what: str) -> int:
     return int(label)
 
 
-def decode(file: str | IO[bytes], name: str) -> Image.Image:
-    """Reads a whole image as RGB, whatever its mode. `name` stands for it in messages.
+def pick_decoder(name: str) -> Decode:
+    """The function behind `--decoder`; `auto` is simplejpeg where it is installed.
 
     Raises:
-        SampleError: the file is missing, is no image, or is damaged.
+        InputError: simplejpeg is asked for and not installed.
     """
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SampleError(f"{name}: cannot be read as an image ({error}); replace the file or remove it") from error
+    if name == "pillow" or (name == "auto" and decoding.simplejpeg is None):
+        return decode_pillow
+    if decoding.simplejpeg is None:
+        raise InputError(
+            "--decoder simplejpeg: the package is missing; pip install -r requirements-fast.txt, or --decoder auto"
+        )
+    return decoding.decode_simplejpeg
 
 
 # ------------------------------------------------------------------------------------------------------ readers
+# index -> (RGB image, label), and index -> name. What they raise is told by `Images`.
 
 
 def read_pixels(pixels: np.ndarray, labels: np.ndarray, index: int) -> tuple[Image.Image, int]:
     return Image.fromarray(pixels[index]).convert("RGB"), int(labels[index])
 
 
-def read_files(samples: list[tuple[str, int]], index: int) -> tuple[Image.Image, int]:
+def read_files(samples: list[tuple[str, int]], index: int, decode: Decode = decode_pillow) -> tuple[Any, int]:
     path, label = samples[index]
-    return decode(path, path), label
+    return decode(path), label
+
+
+def name_files(samples: list[tuple[str, int]], index: int) -> str:
+    return samples[index][0]
 
 
 def read_dataset(dataset: Any, index: int) -> tuple[Image.Image, int]:
@@ -110,11 +145,19 @@ def read_dataset(dataset: Any, index: int) -> tuple[Image.Image, int]:
     return image.convert("RGB"), label
 
 
-def read_timm(reader: Any, where: str, index: int) -> tuple[Image.Image, int]:
+def read_timm(reader: Any, index: int, decode: Decode = decode_pillow) -> tuple[Any, int]:
     """Not through timm's data set, which replaces an unreadable image by the next one."""
     file, label, *_ = reader[index]
     with file:
-        return decode(file, f"{getattr(file, 'name', 'an image')} (number {index} of {where})"), label
+        return decode(file), label
+
+
+def name_timm(reader: Any, where: str, index: int) -> str:
+    """Numbered where the reader knows no file, and in a Hugging Face set, where it reads an image to name it."""
+    number = f"image {index} of {where}"
+    if not hasattr(reader, "samples"):
+        return number
+    return f"{reader.filename(index, absolute=True)} ({number})"
 
 
 # ---------------------------------------------------------------------------------------- Hugging Face's `datasets`

@@ -1,4 +1,4 @@
-"""What a run tells: meters that stay on the device, `log.txt`, `train.log`, TensorBoard, the progress bar.
+"""What a run tells: `log.txt`, `train.log`, TensorBoard, the progress bar.
 
 Level 1: imports `utils`, and `checkpoints` for its atomic writer. It may not know what a value means (a loss, an
 accuracy, a learning rate): names and numbers come from the caller.
@@ -15,114 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from checkpoints import to_plain, write_atomically
 from utils import InputError, Processes, StopRun
 
 Item = TypeVar("Item")
-Number = float | Tensor
-
-
-# ----------------------------------------------------------------------------------------------------- meters
-
-
-class _Sums:
-    """The weighted sum and the weight of one name: over the epoch so far without `recent`, and `recent`.
-
-    Two sums, and not an old total to subtract, because float32 (MPS) would lose the recent share of a long total.
-    """
-
-    def __init__(self) -> None:
-        self.past: list[Number] = [0.0, 0.0]
-        self.recent: list[Number] = [0.0, 0.0]
-
-    def add(self, value: Number, weight: Number) -> None:
-        total, total_weight = self.recent
-        self.recent = [_wide(value) * weight + total, _wide(weight) + total_weight]
-
-    def fold(self) -> None:
-        self.past = self.both()
-        self.recent = [0.0, 0.0]
-
-    def both(self) -> list[Number]:
-        return [past + recent for past, recent in zip(self.past, self.recent, strict=True)]
-
-
-class Meters:
-    """Weighted means of named scalars. Updating never waits for the device; reading waits once.
-
-    A name may be absent from some updates: its mean is over the updates that had it. A name whose weights sum to 0
-    reads as NaN.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, _Sums] = {}
-
-    def update(self, weight: Number = 1, **scalars: Number) -> None:
-        """Adds one value per name, each counted `weight` times (such as the number of samples it is a mean over)."""
-        for name, value in scalars.items():
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"meter {name}: a scalar is needed, not shape {tuple(value.shape)}")
-            self._sums.setdefault(name, _Sums()).add(value, weight)
-
-    def read(self) -> dict[str, float]:
-        """The means since the beginning. One transfer from the device."""
-        return self._means([sums.both() for sums in self._sums.values()])
-
-    def recent(self) -> dict[str, float]:
-        """The means since the last call, of the names that were updated since. One transfer from the device."""
-        means = self._means([sums.recent for sums in self._sums.values()])
-        fresh = {name for name, sums in self._sums.items() if isinstance(sums.recent[1], Tensor) or sums.recent[1]}
-        for sums in self._sums.values():
-            sums.fold()
-        return {name: mean for name, mean in means.items() if name in fresh}
-
-    def _means(self, pairs: list[list[Number]]) -> dict[str, float]:
-        numbers = _to_host([number for pair in pairs for number in pair])
-        totals, weights = numbers[::2], numbers[1::2]
-        means = (total / weight if weight else math.nan for total, weight in zip(totals, weights, strict=True))
-        return dict(zip(self._sums, means, strict=True))
-
-    def reduce(self, processes: Processes) -> Meters:
-        """Turns sums and weights into those over all ranks, in place; returns itself. All ranks call it together, once.
-
-        Ranks may have seen different names: the union is agreed on first, then one all-reduce carries all numbers.
-        """
-        if processes.world_size == 1:
-            return self
-        names = sorted({name for seen in processes.gather(list(self._sums)) for name in seen})
-        pairs = [self._sums.setdefault(name, _Sums()).both() for name in names]
-        numbers = [_on(number, processes.device) for pair in pairs for number in pair]
-        if not names:
-            return self
-        for name, pair in zip(names, processes.sum(torch.stack(numbers)).view(-1, 2), strict=True):
-            self._sums[name].past, self._sums[name].recent = list(pair), [0.0, 0.0]
-        return self
-
-
-def _dtype_on(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-
-
-def _on(value: Number, device: torch.device) -> Tensor:
-    return torch.as_tensor(value, dtype=_dtype_on(device), device=device)
-
-
-def _wide(value: Number) -> Number:
-    """A tensor as a detached 0-dim tensor of the widest type its device has; a number as it is."""
-    return _on(value.detach().reshape(()), value.device) if isinstance(value, Tensor) else float(value)
-
-
-def _to_host(values: list[Number]) -> list[float]:
-    """The values as python floats. The tensors among them, if any, travel in one transfer."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    if not tensors:
-        return [float(value) for value in values]
-    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), tensors[0].device)
-    read = iter(torch.stack([_on(tensor, device) for tensor in tensors]).tolist())
-    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]
 
 
 # ------------------------------------------------------------------------------------------------------- files
@@ -253,6 +151,10 @@ class RunLog:
         self._append("log.txt", to_json(stats) + "\n")
         plain = to_plain(stats)
         self._write_scalars("", int(plain["epoch"]), {k: v for k, v in plain.items() if k != "epoch"})
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes out what TensorBoard holds, so that a kill does not lose it."""
         for writer in self._writers.values():
             writer.flush()
 

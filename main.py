@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,19 @@ from assembly import (
     open_images,
     resolve_defaults,
     schedule_settings,
+    total_batch,
 )
+from corrupt import CorruptImages
+from health import NonFiniteLoss
 from logs import RunLog, write_json
 from mixers.interface import NoMixing, StepRandom
 from mixers.switch import Switch
-from models.build import build_model, list_models, load_foreign, restore_model
+from models.build import build_model, list_models, load_foreign, restore_model, use_float32_attention
 from options import check_args, explicit_flags, get_args_parser
+from run_folder import RunFolder
+from running import Rules, Run
 from utils import Processes
+from watch import Watch
 
 
 def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,10 +65,51 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
-    """From flags to the last epoch."""
-    folder = Path(args.output_dir) if args.output_dir and processes.is_main else None  # rank 0 alone writes
-    resume_from = resume.find(args.output_dir, args.resume, args.auto_resume)
-    resume.check_agreement(processes.gather(resume_from), args.output_dir)
+    """From flags to the last epoch, with everything that ends with it."""
+    folder = RunFolder(args.output_dir, args.keep_checkpoints) if args.output_dir and processes.is_main else None
+    with ExitStack() as ending:
+        processes.from_main(lambda: None if folder is None else folder.open())
+        if folder is not None:
+            ending.callback(folder.close)
+        path, notes = processes.from_main(lambda: resume.find(args.output_dir, args.resume, args.auto_resume))
+        for note in notes:
+            log.say(f"warning: {note}")
+        try:
+            run = make_run(args, processes, log, folder, path)
+            if folder is not None:
+                folder.status("running", epoch=run.progress.epoch, step=run.progress.step)
+            with loaders.closing(run.train_loader, run.val_loader), run.watch:
+                state = run.train()
+                if folder is not None:
+                    folder.status(state, epoch=run.progress.epoch, step=run.progress.step)
+        except BaseException as error:
+            if folder is not None:
+                code = error.exit_code if isinstance(error, utils.StopRun) else 1
+                text = (str(error) or type(error).__name__).splitlines()[0]
+                with suppress(utils.StopRun):  # of a full disk, say: the first cause has the word
+                    folder.status("failed", exit_code=code, error=text)
+            if isinstance(error, NonFiniteLoss):
+                keep_evidence(args.output_dir, processes.rank, error)
+            raise
+
+
+def keep_evidence(output_dir: str, rank: int, failure: NonFiniteLoss) -> None:
+    """Each rank that met a loss that was not finite writes what it was given."""
+    if output_dir and failure.evidence is not None:
+        checkpoints.save_checkpoint(Path(output_dir) / f"not_finite_rank{rank}.pth", failure.evidence)
+
+
+def make_run(
+    args: argparse.Namespace, processes: Processes, log: RunLog, folder: RunFolder | None, resume_from: str
+) -> Run:
+    """Everything a run needs, put back to where `resume_from` left it."""
+    resume.check_agreement(resume_from, processes)
+    checkpoint, accepted = resume.read(resume_from) if resume_from else None, args.accept_changes or ()
+    shares = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
+    if checkpoint is not None:
+        for name, value in resume.keep_total_batch(checkpoint, shares, processes.world_size, accepted).items():
+            log.say(f"{processes.world_size} processes instead of {checkpoint['world_size']}: --{name} is now {value}")
+            setattr(args, name, value)
     train_images, val_images = open_images(args, train=True), open_images(args, train=False)
     datasets.check_same_classes(train_images.class_names, val_images.class_names)
     num_classes = len(train_images.class_names)
@@ -70,79 +118,45 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
     train_loader = make_train_loader(args, train_images, spec, processes)
     val_loader = make_eval_loader(args, val_images, spec, processes)
     mixer = make_mixer(args, model, spec, processes)
-    training = make_training(args, model, mixer, processes)
+    training = make_training(args, model, mixer, spec, processes)
+    data = {"class_names": train_images.class_names, "image_spec": spec.to_plain()}
     identity = resume.Identity(
-        vars(args), model_config(args, num_classes),
-        {"class_names": train_images.class_names, "image_spec": spec.to_plain()}, utils.describe_versions(),
+        vars(args), model_config(args, num_classes), {**data, "num_images": train_images.num_images},
+        utils.describe_versions(), shares,
     )  # fmt: skip
     steps = loaders.steps_per_epoch(train_loader)
     log.table(summary.describe_run(identity, training, steps, (train_images.num_images, val_images.num_images)))
     for warning in summary.warnings(identity.args, steps):
         log.say(f"warning: {warning}")
     progress = resume.Progress(args.start_epoch, args.start_epoch * steps)
-    if resume_from:
-        progress, changes = resume.load(resume_from, training, identity)
-        log.say(f"resumed from {resume_from}; next is epoch {progress.epoch}, best top-1 {progress.best_acc1:.2f}")
-        for change in changes:
-            log.say(f"  changed since then: {change}")
+    if checkpoint is not None:
+        progress = resume.load(checkpoint, f"--resume {resume_from}", training, identity, accepted)
+        for line in summary.describe_going_on(resume_from, checkpoint, progress, identity):
+            log.say(line)
     log.drop_epochs_from(progress.epoch, progress.step)
     if folder is not None:
-        checkpoints.remove_stale(folder)
-        write_json(folder / "args.json", identity.args)
-        write_json(folder / "environment.json", identity.versions)
+        for path in [] if checkpoint is None else folder.go_on_from(
+            Path(resume_from), progress.step, checkpoint.get("names", ())
+        ):  # fmt: skip
+            log.say(f"warning: a later checkpoint is set aside as {path}")
+        write_json(folder.path / "args.json", identity.args)
+        write_json(folder.path / "environment.json", identity.versions)
     if progress.epoch >= args.epochs:
         log.say(f"nothing left to do: all {args.epochs} epochs are done")
-        return
-    schedule = optim.Schedule(training.optimizer, schedule_settings(args, processes), steps, progress.epoch)
+    schedule = optim.Schedule(
+        training.optimizer, schedule_settings(args, processes), steps, progress.epoch, progress.step
+    )
     training.after_update = schedule.after_update
     samples = val_loader.dataset if folder else None  # what nobody keeps is not drawn
     show = make_painter(training, mixer, samples, spec, train_images.class_names, processes)
-    while progress.epoch < args.epochs:
-        training.mixer = mixer.at(progress.epoch)
-        stats = run_epoch(args, training, (train_loader, val_loader), progress, log)
-        schedule.after_epoch(progress.epoch)
-        is_best = stats["test_acc1"] >= progress.best_acc1
-        progress.best_acc1 = max(progress.best_acc1, stats["test_acc1"])
-        log.epoch(stats)
-        log.say(f"epoch {progress.epoch}: top-1 {stats['test_acc1']:.2f} %, best {progress.best_acc1:.2f} %")
-        if folder is not None and (picture := show(progress.epoch)) is not None:
-            pictures.save_png(picture, folder / "mixing.png")
-            log.picture("mixing", picture, progress.epoch)
-        progress.epoch, progress.step = progress.epoch + 1, progress.step + steps
-        if folder is not None:
-            resume.save(folder, training, progress, identity, is_best)
-
-
-def run_epoch(
-    args: argparse.Namespace,
-    training: engine.Training,
-    train_and_val: tuple[Any, Any],
-    progress: resume.Progress,
-    log: RunLog,
-) -> dict[str, Any]:
-    """Trains and evaluates one epoch; returns its line of `log.txt`."""
-    train_loader, val_loader = train_and_val
-    groups = training.optimizer.param_groups
-    first_rate = groups[0]["lr"]
-
-    def on_log(step: int, means: dict[str, float]) -> None:
-        values = {**means, "lr": groups[0]["lr"]}
-        log.note(values)
-        log.scalars(step, values)
-
-    loaders.set_epoch(train_loader, progress.epoch)
-    batches = log.progress(train_loader, len(train_loader), f"epoch {progress.epoch}")
-    figures = engine.train_one_epoch(
-        training, batches, first_step=progress.step, on_log=on_log, log_every=args.log_every
-    )
-    return {
-        "epoch": progress.epoch,
-        "lr": first_rate,
-        **{f"train_{name}": value for name, value in figures.items()},
-        **engine.evaluate_all(training, val_loader),
-        "n_parameters": sum(p.numel() for p in training.module.parameters() if p.requires_grad),
-        "peak_memory_mb": utils.peak_memory_mb(training.processes.device),
-    }
+    corrupt = CorruptImages(train_images.num_images, train_images.name_of) if args.skip_corrupt else None
+    if corrupt is not None:
+        corrupt.load(progress.bad_images)
+    return Run(
+        Rules(args.epochs, args.log_every, args.save_steps), training, mixer, train_loader, val_loader, identity,
+        progress, schedule, Watch(processes, args.save_minutes), log, bool(args.output_dir),
+        folder, show, corrupt, steps, total_batch(args, processes),
+    )  # fmt: skip
 
 
 def make_painter(
@@ -184,7 +198,10 @@ def evaluate(args: argparse.Namespace, processes: Processes, log: RunLog) -> Non
         models = {"model": model}
     loader, autocast = make_eval_loader(args, images, spec, processes), engine.make_autocast(processes.device, args.amp)
     for name, model in models.items():
-        figures = engine.evaluate(model.to(processes.device), loader, processes, autocast)
+        if args.attn_fp32:
+            use_float32_attention(model, args.model)
+        with loaders.closing(loader):
+            figures = engine.evaluate(model.to(processes.device), loader, processes, autocast)
         log.say(
             f"{args.resume} ({name}): top-1 {figures['acc1']:.3f} %, top-5 {figures['acc5']:.3f} %, "
             f"loss {figures['loss']:.4f} on {figures['images']:.0f} images"

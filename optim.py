@@ -31,11 +31,19 @@ def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Op
     """
     try:
         try:
-            return create_optimizer_v2(model, **settings, fused=True)
+            return _with_momentum(create_optimizer_v2(model, **settings, fused=True))
         except (TypeError, RuntimeError):  # it has none
             return create_optimizer_v2(model, **settings)
     except (ValueError, AssertionError, TypeError) as error:
         raise InputError(f"--opt {settings.get('opt')} with these --opt-* settings: {error}") from error
+
+
+def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """SGD begins with momentum 0: torch's fused form leaves it uninitialised where the very first update is skipped."""
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else []:
+        for parameter in group["params"] if group["momentum"] else []:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class Schedule:
@@ -47,14 +55,19 @@ class Schedule:
     Args:
         settings: keywords of timm's `create_scheduler_v2` (`sched`, `num_epochs`, `warmup_epochs`, ...).
         steps: updates per epoch.
-        done_epochs: epochs that are done already.
+        done_epochs, done_updates: how many of either are done already.
 
     Raises:
         InputError: a schedule that timm does not have or that needs a metric.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, settings: dict[str, Any], steps: int, done_epochs: int = 0
+        self,
+        optimizer: torch.optim.Optimizer,
+        settings: dict[str, Any],
+        steps: int,
+        done_epochs: int = 0,
+        done_updates: int = 0,
     ) -> None:
         name, self.by_epoch = settings.get("sched"), settings.get("step_on_epochs", True)
         try:
@@ -66,7 +79,8 @@ class Schedule:
         self.timm: Scheduler = made
         if done_epochs:
             self.after_epoch(done_epochs - 1)
-            self.after_update(done_epochs * steps - 1)
+        if done_updates:
+            self.after_update(done_updates - 1)
 
     def after_epoch(self, epoch: int) -> None:
         if self.by_epoch:

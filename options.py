@@ -77,11 +77,19 @@ def _add_run(parser: Parser) -> None:
     group.add_argument("--batch-size", default=64, type=int, help="images per process and micro-batch")
     group.add_argument("--accum-steps", default=1, type=int, help="micro-batches per optimizer step")
     group.add_argument("--amp", choices=["fp16", "bf16", "none"], help="default: fp16 on CUDA, none elsewhere")
+    add_switch(group, "attn-fp32", False, "compute attention in float32 under --amp: where its logits overflow fp16")
     group.add_argument("--compile", action="store_true", help="torch.compile the step and the motivating pass")
     group.add_argument("--eval", action="store_true", help="evaluate --resume and stop; needs no other flag")
     group.add_argument("--resume", default="", help="checkpoint to go on from (or to evaluate)")
     group.add_argument("--auto-resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pth if it is there")
     group.add_argument("--finetune", default="", help="weights to start from; heads of other sizes start anew")
+    group.add_argument("--save-steps", default=0, type=int, help="also save every N steps; 0: only after epochs")
+    group.add_argument("--save-minutes", default=0, type=float, help="also save when M minutes have passed; 0: never")
+    group.add_argument("--keep-checkpoints", default=2, type=int, help="how many checkpoints by step are kept")
+    group.add_argument("--accept-changes", nargs="+", metavar="FLAG",
+                       help="go on although these flags differ from those the run was begun with; or all")  # fmt: skip
+    group.add_argument("--max-bad-steps", default=20, type=int,
+                       help="steps in a row that may be left out because they were not finite")  # fmt: skip
     group.add_argument("--log-every", default=10, type=int, help="steps between lines of the log")
     add_switch(group, "channels-last", False, "keep images and convolutions channels-last: faster for ConvNets on CUDA")
     add_switch(group, "train-mode", True, "train in training mode; off fine-tunes without dropout and drop path")
@@ -100,6 +108,11 @@ def _add_data(parser: Parser) -> None:
     group.add_argument("--eval-crop-ratio", type=float, help="crop side / resized side in evaluation; default: the "
                        "data set's own, 0.875 for photographs")  # fmt: skip
     group.add_argument("--num-workers", type=int, help="loader processes per rank; default: 10, or this rank's cores")
+    group.add_argument("--data-timeout", default=600, type=float, help="seconds to wait for a loader process before "
+                       "the run ends and names it; 0: for ever")  # fmt: skip
+    group.add_argument("--decoder", default="auto", choices=["auto", "pillow", "simplejpeg"], help="of training "
+                       "images; auto: simplejpeg where it is installed, which gives the same pixels")  # fmt: skip
+    add_switch(group, "skip-corrupt", False, "train on other images in the place of a few that cannot be decoded")
     add_switch(group, "pin-mem", True, "pin host memory for faster transfers to CUDA")
 
 
@@ -146,8 +159,12 @@ def _add_augmentation(parser: Parser) -> None:
     group.add_argument("--color-jitter", default=0.3, type=float, help="has no effect while --aa is on")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's policy string, or none")
     group.add_argument("--train-interpolation", default="bicubic", help="random, bilinear or bicubic")
+    group.add_argument("--resize", default="pillow", choices=["pillow", "torch"], help="what resizes the random crop: "
+                       "torch is faster and differs by a grey level here and there")  # fmt: skip
     add_switch(group, "repeated-aug", True, "show each image several times in a batch, each time augmented anew")
     group.add_argument("--repeats", default=3, type=int, help="how many times, with --repeated-aug")
+    group.add_argument("--repeat-layout", default="blocks", choices=["blocks", "strided"], help="views of one image on "
+                       "one process, decoded once, or on neighbouring ones as in DeiT")  # fmt: skip
     group.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
     group.add_argument("--remode", default="pixel", help="const, rand or pixel")
     group.add_argument("--recount", default=1, type=int, help="boxes per erased image")
@@ -168,10 +185,12 @@ def _add_distillation(parser: Parser) -> None:
     group.add_argument("--distillation-tau", default=1.0, type=float)
 
 
-POSITIVE = (*mixing.POSITIVE, "batch_size", "accum_steps", "epochs", "repeats", "recount", "log_every", "lr", "opt_eps",
-            "distillation_tau", "patch_size", "nb_classes", "decay_epochs", "decay_rate")  # fmt: skip
-NOT_NEGATIVE = (*mixing.NOT_NEGATIVE, "weight_decay", "momentum", "warmup_lr", "min_lr", "warmup_epochs", "start_epoch",
-                "num_workers", "color_jitter", "lr_noise_pct", "lr_noise_std")  # fmt: skip
+POSITIVE = (*mixing.POSITIVE, "max_bad_steps", "batch_size", "accum_steps", "epochs", "repeats", "recount",
+            "log_every", "lr", "opt_eps", "distillation_tau", "patch_size", "nb_classes", "decay_epochs",
+            "decay_rate")  # fmt: skip
+NOT_NEGATIVE = (*mixing.NOT_NEGATIVE, "save_steps", "save_minutes", "weight_decay", "momentum", "warmup_lr",
+                "min_lr", "warmup_epochs", "start_epoch", "num_workers", "data_timeout", "color_jitter", "lr_noise_pct",
+                "lr_noise_std")  # fmt: skip
 SHARES = (*mixing.SHARES, "reprob", "drop", "drop_path", "model_ema_decay",
           "distillation_alpha", "eval_crop_ratio")  # fmt: skip
 
@@ -184,11 +203,14 @@ def check_args(args: argparse.Namespace) -> None:
     """
     mixing.check_values(vars(args), POSITIVE, NOT_NEGATIVE, SHARES)
     mixing.require(args.eval_crop_ratio != 0, "eval_crop_ratio", args.eval_crop_ratio, "must be above 0")
+    keep = args.keep_checkpoints
+    mixing.require(keep >= 2, "keep_checkpoints", keep, "must be at least 2, so that a damaged one can be done without")
     if args.clip_grad is not None:
         mixing.require(args.clip_grad > 0, "clip_grad", args.clip_grad, "must be above 0; leave it out for no clipping")
-    if args.input_size is not None:
-        fine = len(args.input_size) <= 2 and min(args.input_size) > 0
-        mixing.require(fine, "input_size", args.input_size, "takes one side, or height and width, in pixels")
+    for name in ("input_size", "guide_size"):
+        if (sides := getattr(args, name)) is not None:
+            fine = len(sides) <= 2 and min(sides) > 0
+            mixing.require(fine, name, sides, "takes one side, or height and width, in pixels")
     if args.opt_betas is not None:
         fine = len(args.opt_betas) >= 2 and all(0 <= beta < 1 for beta in args.opt_betas)
         mixing.require(fine, "opt_betas", args.opt_betas, "takes two numbers from 0 to below 1")
@@ -202,6 +224,10 @@ def _check_together(args: argparse.Namespace) -> None:
         (
             bool(args.resume) and bool(args.finetune),
             "--resume goes on with a run and --finetune starts one from weights: give one of them",
+        ),
+        (
+            (args.save_steps > 0 or args.save_minutes > 0) and not args.output_dir and not args.eval,
+            "--save-steps and --save-minutes need --output-dir, where checkpoints go",
         ),
         (args.auto_resume and not args.output_dir, "--auto-resume needs --output-dir, where it looks for a checkpoint"),
         (

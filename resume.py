@@ -5,24 +5,33 @@ Plain data only; writing and checked reading are in `checkpoints.py`. Decides no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints import FORMAT, load_checkpoint, load_strictly, save_checkpoint, to_plain
+import torch
+
+from checkpoints import FORMAT, load_checkpoint, load_strictly, to_plain
 from engine import Training
+from health import NonFiniteLoss
+from meters import Meters
 from models.build import own_keys, plain_weights
-from utils import InputError
+from run_folder import RunFolder, candidates
+from utils import InputError, Processes, StopRun
 
 
 @dataclass
 class Progress:
     """How far a run has come."""
 
-    epoch: int = 0  # number of the next epoch
+    epoch: int = 0  # number of the epoch that comes next, or is under way
     step: int = 0  # number of the next optimizer step
+    samples: int = 0  # images of all ranks that are done in this epoch
     best_acc1: float = 0.0  # percent
+    first_rate: float | None = None  # learning rate at the beginning of this epoch
+    meters: Meters = field(default_factory=Meters)  # of this rank, over this epoch
+    bad_images: list[int] = field(default_factory=list)  # those replaced so far, on any rank
 
 
 @dataclass(frozen=True)
@@ -32,14 +41,18 @@ class Identity:
     Args:
         args: the resolved flags.
         model_config: keywords of `models.build.build_model`.
-        data: `class_names` and `image_spec` (see `transforms.ImageSpec`): all that evaluation needs to know.
+        data: `class_names` and `image_spec` (see `transforms.ImageSpec`), all that evaluation needs to know, and the
+            number of training images.
         versions: of the libraries, and the commit.
+        asked: `batch_size` and `accum_steps` of the command line, from which `args` has what this world size makes of
+            them.
     """
 
     args: dict[str, Any]
     model_config: dict[str, Any]
     data: dict[str, Any]
     versions: dict[str, str]
+    asked: dict[str, int] = field(default_factory=dict)
 
 
 # Evaluation may be asked for elsewhere, on other images or in another precision; the rest makes the model what it is.
@@ -48,6 +61,12 @@ FREE_IN_EVALUATION = {
     "data_set", "data_path", "inat_category", "nb_classes", "eval_crop_ratio",
 }  # fmt: skip
 OF_ONE_CALL = {"eval", "resume", "output_dir", "device", "amp", "num_workers", "auto_resume", "finetune"}
+# What may differ when a run is gone on with: none of it changes what is learned. The total batch is looked at apart.
+FREE_ON_RESUME = (OF_ONE_CALL - {"amp"}) | {
+    "start_epoch", "log_every", "pin_mem", "save_steps", "save_minutes", "keep_checkpoints", "accept_changes",
+    "max_bad_steps", "skip_corrupt", "data_timeout", "decoder", "data_path", "batch_size", "accum_steps", "compile",
+    "list_models", "attentive_teacher", "teacher_path",
+}  # fmt: skip
 
 
 def is_ours(checkpoint: dict[str, Any]) -> bool:
@@ -81,78 +100,172 @@ def flags_for_evaluation(saved: dict[str, Any], given: dict[str, Any]) -> dict[s
     return {**{name: value for name, value in saved.items() if name not in OF_ONE_CALL}, **given}
 
 
-def find(output_dir: str, given: str, automatic: bool) -> str:
-    """The checkpoint to go on from: the one given, else with `automatic` the output folder's, else "".
+def find(output_dir: str, given: str, automatic: bool) -> tuple[str, list[str]]:
+    """The checkpoint to go on from: the one given, else with `automatic` the output folder's newest sound one, else "".
+
+    Returns:
+        Its path, and what is to be said of newer ones that are damaged.
 
     Raises:
-        InputError: the output folder holds a run that would not be gone on with; none is ever overwritten.
+        InputError: the output folder holds a run that would not be gone on with, or nothing but damaged checkpoints;
+            none is ever overwritten.
     """
-    there = Path(output_dir) / "checkpoint.pth" if output_dir else None
-    if there is None or not there.exists():
-        return given
-    if given and Path(given).resolve().parent == there.resolve().parent:
-        return given
+    there = candidates(Path(output_dir)) if output_dir else []
+    if not there:
+        return given, []
+    if given and Path(output_dir).resolve() in Path(given).resolve().parents:
+        return given, []
     if given or not automatic:
         advice = "" if given else "add --auto-resume to go on with it, or "
-        raise InputError(f"--output-dir {output_dir} already holds a run ({there.name}): {advice}choose another folder")
-    return str(there)
+        raise InputError(f"--output-dir {output_dir} already holds a run ({there[0]}): {advice}choose another folder")
+    notes: list[str] = []
+    for path in there:
+        try:
+            checkpoint = load_checkpoint(path)
+            _check_finite({name: checkpoint.get(name) or {} for name in ("model", "ema")})
+            return str(path), notes
+        except StopRun as error:
+            named = error.text if str(path) in error.text else f"{path}: {error.text}"
+            notes.append(f"passed over: {named}")
+    raise InputError(f"--output-dir {output_dir}: no checkpoint in it can be gone on from\n  " + "\n  ".join(notes))
 
 
-def check_agreement(found: list[str], output_dir: str) -> None:
-    """Refuses that some ranks go on with a run and others begin one. `found` is what `find` gave on each rank.
+def check_agreement(path: str, processes: Processes) -> None:
+    """Refuses that some ranks go on with a run and others cannot see it; all ranks call it.
 
     Raises:
-        InputError: they differ, as on machines that do not share the output folder.
+        InputError: the file is not there for all, as on machines that do not share the output folder.
     """
-    if len(set(found)) > 1:
-        without = [rank for rank, path in enumerate(found) if not path]
+    there = processes.gather(not path or Path(path).exists())
+    without = [rank for rank, seen in enumerate(there) if not seen]
+    if without and any(there):  # a name that is wrong for all is refused by who reads it
         raise InputError(
-            f"--output-dir {output_dir}: ranks {without} do not see the checkpoint that others do; "
-            "the folder must be on storage that all machines share"
+            f"{path}: ranks {without} do not see this checkpoint; it must be on storage that all machines share"
         )
 
 
-def save(folder: Path, training: Training, progress: Progress, identity: Identity, is_best: bool) -> None:
-    """Writes `checkpoint.pth`, and `best_checkpoint.pth` if the last epoch was the best so far. For rank 0 alone."""
+def save(
+    folder: RunFolder | None, training: Training, progress: Progress, identity: Identity, names: tuple[str, ...] = ()
+) -> None:
+    """Writes a checkpoint, and lets `names` stand for it. All ranks call it; the one with a folder writes.
+
+    Raises:
+        NonFiniteLoss: a weight is not finite; nothing was written.
+    """
+    weights = {"model": plain_weights(training.module)}
+    weights["ema"] = {} if training.ema is None else plain_weights(training.ema.module)
+    _check_finite(weights)
+    sums = training.processes.gather(progress.meters.state())
+    if folder is None:
+        return
     state = {
         "format": FORMAT,
         **vars(identity),
-        "model": plain_weights(training.module),
-        "ema": None if training.ema is None else plain_weights(training.ema.module),
+        "model": weights["model"],
+        "ema": weights["ema"] or None,
         "optimizer": training.optimizer.state_dict(),
         "scaler": training.scaler.state_dict(),
         "epoch": progress.epoch - 1,
+        "samples_in_epoch": progress.samples,
         "step": progress.step,
         "best_acc1": progress.best_acc1,
+        "first_rate": progress.first_rate,
+        "meters": sums,
+        "skipped_steps": float(training.health.skipped),
+        "bad_images": progress.bad_images,
+        "world_size": training.processes.world_size,
+        "names": list(names),
     }
-    save_checkpoint(folder / "checkpoint.pth", state)
-    if is_best:
-        save_checkpoint(folder / "best_checkpoint.pth", state)
+    folder.save(state, progress.step, names)
 
 
-def load(path: str, training: Training, identity: Identity) -> tuple[Progress, list[str]]:
-    """Puts a run back to where its checkpoint left it.
+def _check_finite(weights: Mapping[str, Any]) -> None:
+    for part, tensors in weights.items():
+        for name, value in tensors.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+                raise NonFiniteLoss(f"{part}.{name} is not finite: such weights are neither written nor gone on from")
 
-    State comes from the file, settings from this run: another `--lr` or `--weight-decay` holds from now on.
 
-    Returns:
-        How far it has come, and the flags that have changed since, as text.
+def read(path: str) -> dict[str, Any]:
+    """A checkpoint that a run can be gone on from.
 
     Raises:
-        InputError: another model, other data, another optimizer, or a part that this run needs is missing; each named.
+        InputError: it is not one, or a part is missing.
     """
-    checkpoint, source = load_checkpoint(path), f"--resume {path}"
+    checkpoint = load_checkpoint(path)
     needed = ["args", "model_config", "data", "model", "optimizer", "scaler", "epoch", "step", "best_acc1"]
-    needed += ["ema"] if training.ema is not None else []
+    needed += ["ema"] if "ema" not in checkpoint else []  # there, but empty, where a run keeps no average
     if missing := [name for name in needed if checkpoint.get(name) is None]:
-        raise InputError(f"{source}: holds no {', '.join(missing)}; to start a new run from its weights use --finetune")
+        raise InputError(
+            f"--resume {path}: holds no {', '.join(missing)}; to start a new run from its weights use --finetune"
+        )
     if not is_ours(checkpoint):
-        raise InputError(f"{source}: was not written by this project's main.py; use --finetune")
+        raise InputError(f"--resume {path}: was not written by this project's main.py; use --finetune")
+    return checkpoint
+
+
+def keep_total_batch(
+    checkpoint: Mapping[str, Any], flags: dict[str, int], world_size: int, accepted: Collection[str]
+) -> dict[str, int]:
+    """The `batch_size` and `accum_steps` with which this number of processes takes the same steps as the run before.
+
+    Args:
+        flags: both, as they are.
+        accepted: flags that may differ, or `all`.
+
+    Returns:
+        Both, or nothing where the flags do that as they are.
+
+    Raises:
+        InputError: the flags ask for another total batch, or the processes cannot share the old one, or what is done of
+            the epoch is no whole number of steps of an accepted one.
+    """
+    saved, old_size = checkpoint["args"], checkpoint.get("world_size", world_size)
+    asked = checkpoint.get("asked") or saved
+    total, wanted_total = (
+        part["batch_size"] * part["accum_steps"] * size for part, size in ((saved, old_size), (flags, world_size))
+    )
+    if wanted_total == total:
+        return {}
+    if _accepts(accepted, "batch_size"):
+        if (done := checkpoint.get("samples_in_epoch", 0)) % wanted_total:
+            raise InputError(
+                f"{done} images of an epoch are done, no whole number of steps of {wanted_total}: go on with a total "
+                f"batch of {total} to the end of the epoch, and change it then"
+            )
+        return {}
+    same = all(value == asked[name] for name, value in flags.items())
+    share, rest = divmod(total, world_size)
+    if not same or rest:
+        wanted = "--batch-size x --accum-steps x processes" if not same else f"{world_size} processes cannot share it:"
+        raise InputError(
+            f"the run was begun with a total batch of {total}; {wanted} must give that again "
+            "(or add --accept-changes batch-size, at the end of an epoch)"
+        )
+    accum = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= asked["batch_size"])
+    return {"batch_size": share // accum, "accum_steps": accum}
+
+
+def load(
+    checkpoint: Mapping[str, Any], source: str, training: Training, identity: Identity, accepted: Collection[str] = ()
+) -> Progress:
+    """Puts a run back to where its checkpoint left it.
+
+    State comes from the file, settings from this run, where they may differ or are accepted as different.
+
+    Args:
+        checkpoint: what `read` gave.
+        source: its path, for messages.
+        accepted: names of flags that may differ from those the run was begun with, or `all`.
+
+    Raises:
+        InputError: another model, other data, other settings, or a part that this run needs is missing; each named.
+    """
+    if training.ema is not None and checkpoint.get("ema") is None:
+        raise InputError(f"{source}: holds no ema; to start a new run from its weights use --finetune")
     _check_same("model", checkpoint["model_config"], identity.model_config, source)
     _check_same("data", checkpoint["data"], identity.data, source)
-    changes = list(_changes(checkpoint["args"], to_plain(identity.args)))
-    if (old := checkpoint["args"].get("opt")) != (new := identity.args["opt"]):
-        raise InputError(f"{source}: was trained with --opt {old}, whose state --opt {new} cannot go on with")
+    _check_settings(checkpoint["args"], to_plain(identity.args), source, accepted)
     load_strictly(training.module, own_keys(checkpoint["model"]), source=source)
     if training.ema is not None:
         load_strictly(training.ema.module, own_keys(checkpoint["ema"]), source=f"{source} (average)")
@@ -161,21 +274,57 @@ def load(path: str, training: Training, identity: Identity) -> tuple[Progress, l
         training.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": own_groups})
         if checkpoint["args"]["amp"] == identity.args["amp"]:  # a scale means something to its own precision only
             training.scaler.load_state_dict(checkpoint["scaler"])
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        training.health.skipped += checkpoint.get("skipped_steps", 0.0)
+        training.health.told = float(training.health.skipped)
+        meters = _own_meters(checkpoint.get("meters", []), training.processes)
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{source}: its optimizer state does not fit this run's: {error}") from error
-    return Progress(checkpoint["epoch"] + 1, checkpoint["step"], checkpoint["best_acc1"]), changes
+    return Progress(
+        checkpoint["epoch"] + 1, checkpoint["step"], checkpoint.get("samples_in_epoch", 0), checkpoint["best_acc1"],
+        checkpoint.get("first_rate"), meters, list(checkpoint.get("bad_images", [])),
+    )  # fmt: skip
 
 
-def _changes(saved: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    for name, value in wanted.items():
-        if name not in OF_ONE_CALL | {"start_epoch", "log_every"} and not _same(saved.get(name), value):
-            yield f"--{name.replace('_', '-')} {saved.get(name)} -> {value}"
+def _own_meters(states: list[dict[str, list[float]]], processes: Processes) -> Meters:
+    """This rank's sums; with another number of ranks, rank 0 takes those of all."""
+    if len(states) == processes.world_size:
+        return Meters.from_state(states[processes.rank])
+    total: dict[str, list[float]] = {}
+    for state in states if processes.is_main else []:
+        for name, sums in state.items():
+            total[name] = [one + other for one, other in zip(total.get(name, [0.0] * 4), sums, strict=True)]
+    return Meters.from_state(total)
+
+
+def _accepts(accepted: Collection[str], name: str) -> bool:
+    return bool({word.lstrip("-").replace("-", "_") for word in accepted} & {name, "all"})
+
+
+def _check_settings(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], source: str, accepted: Collection[str]
+) -> None:
+    """Refuses settings that differ from those a run was begun with, unless they are accepted by name."""
+    changed = {
+        name: f"--{name.replace('_', '-')} {_short(saved[name])} -> {_short(value)}"
+        for name, value in wanted.items()
+        if name in saved and name not in FREE_ON_RESUME and not _same(saved[name], value)
+    }
+    if "opt" in changed:
+        raise InputError(f"{source}: {changed['opt']}: one optimizer cannot go on with another's state")
+    if refused := [name for name in changed if not _accepts(accepted, name)]:
+        flags = " ".join(name.replace("_", "-") for name in refused)
+        raise InputError(
+            f"{source}: the run was begun with other settings: {', '.join(changed[name] for name in refused)}; "
+            f"to go on with the new ones add --accept-changes {flags}, or choose another --output-dir"
+        )
 
 
 def _check_same(what: str, saved: dict[str, Any], wanted: dict[str, Any], source: str) -> None:
     """Refuses to go on with another model or other data; regularisation (`drop`, `drop_path`) may change."""
     for name, value in to_plain(wanted).items():
         old = saved.get(name)
+        if name not in saved and name == "num_images":  # checkpoints of older versions do not have it
+            continue
         if isinstance(value, dict) and isinstance(old, dict):
             _check_same(what, old, value, source)
         elif name not in ("drop", "drop_path") and not _same(old, value):

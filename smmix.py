@@ -96,32 +96,36 @@ def region_mask(corners: Tensor, size: tuple[int, int], grid_size: tuple[int, in
 
 
 def paste_regions(images: Tensor, regions: Regions, patch_size: tuple[int, int]) -> Tensor:
-    """Eq. 8: every image with a region of its source pasted in. Only the regions' pixels are read and written anew.
+    """Eq. 8: every image with a region of its source pasted in.
+
+    One pass: each run of pixels as wide as a patch is read from where it comes from, its own place or the source's
+    region, and written once. That is the batch's copy and nothing else, and needs no scattering.
 
     Args:
-        images: (B, C, height, width), any dtype; stays as it is.
+        images: (B, C, height, width), any dtype, channels first or last in memory; stays as it is.
         regions: corners and size in grid cells.
         patch_size: height and width in pixels of a cell.
 
     Returns:
-        (B, C, height, width), new.
+        (B, C, height, width), new, in the same memory format.
     """
-    height, width = regions.size[0] * patch_size[0], regions.size[1] * patch_size[1]
-    row_steps = torch.arange(height, device=images.device)
-    column_steps = torch.arange(width, device=images.device)
-    target = torch.arange(len(images), device=images.device)
+    batch, channels, height, width = images.shape
+    is_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    held = images.permute(0, 2, 3, 1) if is_last else images.contiguous()
+    planes, run = (1, patch_size[1] * channels) if is_last else (channels, patch_size[1])  # a run's length in memory
+    runs = width // patch_size[1]  # per row
+    number, rows, columns = (torch.arange(n, device=images.device) for n in (batch, height, runs))
 
-    def pixels(corners: Tensor) -> tuple[Tensor, Tensor]:
-        rows = corners[:, :1] * patch_size[0] + row_steps  # (B, height)
-        columns = corners[:, 1:] * patch_size[1] + column_steps  # (B, width)
-        return rows[:, :, None], columns[:, None, :]
-
-    from_rows, from_columns = pixels(regions.source_corners)
-    to_rows, to_columns = pixels(regions.target_corners)
-    patches = images[target.flip(0)[:, None, None], :, from_rows, from_columns]  # (B, height, width, C)
-    mixed = images.clone()
-    mixed[target[:, None, None], :, to_rows, to_columns] = patches
-    return mixed
+    top, left = regions.target_corners[:, :1] * patch_size[0], regions.target_corners[:, 1:]  # (B, 1)
+    inside_rows = (rows >= top) & (rows < top + regions.size[0] * patch_size[0])  # (B, height)
+    inside_columns = (columns >= left) & (columns < left + regions.size[1])  # (B, runs)
+    down, right = (regions.source_corners - regions.target_corners).unbind(1)
+    away = ((batch - 1 - 2 * number) * planes * height + down * patch_size[0]) * runs + right  # (B,)
+    own = (number[:, None, None] * planes * height + rows[:, None]) * runs + columns  # (B, height, runs)
+    seen = own + away[:, None, None] * (inside_rows[:, :, None] & inside_columns[:, None, :])
+    seen = seen[:, None] + (torch.arange(planes, device=images.device) * height * runs)[:, None, None]
+    mixed = held.reshape(-1, run).index_select(0, seen.flatten()).view(held.shape)
+    return mixed.permute(0, 3, 1, 2) if is_last else mixed
 
 
 def mix_probs(logits: Tensor, lam: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ Only turns values into text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from engine import Training
 from mixers.switch import Switch
-from resume import Identity
+from resume import Identity, Progress
 
 
 def describe_run(
@@ -42,6 +42,17 @@ def describe_run(
         ("device", f"{processes.device.type}, {flags['num_workers']} loader processes per rank"),
         ("versions", ", ".join(f"{name} {version}" for name, version in identity.versions.items())),
     ]
+
+
+def describe_going_on(
+    path: str, checkpoint: Mapping[str, Any], progress: Progress, identity: Identity
+) -> Iterator[str]:
+    """Where a run goes on from, and whether with other libraries than before."""
+    within = f" after {progress.samples} images" if progress.samples else ""
+    yield f"resumed from {path}; next is epoch {progress.epoch}{within}, best top-1 {progress.best_acc1:.2f}"
+    changed = [f"{name} {now}" for name, now in identity.versions.items() if checkpoint["versions"].get(name) != now]
+    if changed:
+        yield f"warning: the run was begun with other versions than {', '.join(changed)}"
 
 
 def _describe_mixing(flags: dict[str, Any], mixer: Any) -> str:

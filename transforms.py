@@ -1,6 +1,6 @@
-"""From a PIL image to a normalised tensor, for training and for evaluation.
+"""From a decoded image to a tensor, for training and for evaluation, and from pixels to normalised values and back.
 
-Level 1: imports `utils` only. It must not open files, know labels or mix images.
+Level 1: imports `utils` and `cropping` only. It must not open files, know labels or mix images.
 The training recipe is DeiT's, built by timm; inputs of at most `SMALL_SIDE` pixels are padded and cropped instead of
 zoomed, as is usual for CIFAR.
 
@@ -23,9 +23,11 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
+from cropping import OF_TORCH, RESIZERS, CropAndResize, Pixels, as_image, as_tensor
 from utils import InputError
 
-Transform = Callable[[Image.Image], torch.Tensor]  # PIL RGB -> (3, H, W) float32, normalised
+# A decoded image -> (3, H, W): uint8 pixels for training, normalised float32 for evaluation
+Transform = Callable[[Any], torch.Tensor]
 
 SMALL_SIDE = 32  # up to here a random zoom would leave too few pixels, so images are padded and cropped
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
@@ -92,6 +94,7 @@ class Augment:
         reprob: probability that a rectangle is erased; `remode` fills it, `recount` is the largest number of them.
         interpolation: one of `INTERPOLATIONS`, or 'random' for bilinear or bicubic per image.
         hflip: probability of mirroring left and right.
+        resize: what resizes the random crop, one of `cropping.RESIZERS`.
 
     Raises:
         InputError: a value is unknown or out of its range.
@@ -104,6 +107,7 @@ class Augment:
     recount: int = 1
     interpolation: str = "bicubic"
     hflip: float = 0.5
+    resize: str = "pillow"
 
     def __post_init__(self) -> None:
         if self.auto and not re.fullmatch(_AUGMENT_NAMES, self.auto):
@@ -113,6 +117,13 @@ class Augment:
             )
         if self.interpolation not in (*INTERPOLATIONS, "random"):
             raise InputError(f"--train-interpolation {self.interpolation}: use random, {', '.join(INTERPOLATIONS)}")
+        if self.resize not in RESIZERS:
+            raise InputError(f"--resize {self.resize}: use {' or '.join(RESIZERS)}")
+        if self.resize == "torch" and self.interpolation not in OF_TORCH:
+            raise InputError(
+                f"--resize torch: has no --train-interpolation {self.interpolation}; use --resize pillow, or one of "
+                f"{', '.join(OF_TORCH)}"
+            )
         if self.remode not in ERASE_MODES:
             raise InputError(f"--remode {self.remode}: use {', '.join(ERASE_MODES)}")
         if self.recount < 1:
@@ -134,8 +145,9 @@ class ResizeTo:
     size: tuple[int, int]
     interpolation: str
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self, pixels: Pixels) -> Image.Image:
         height, width = self.size
+        image = as_image(pixels)
         if image.size == (width, height):
             return image
         mode = "bicubic" if self.interpolation == "random" else self.interpolation
@@ -143,10 +155,11 @@ class ResizeTo:
 
 
 def build_train_transform(spec: ImageSpec, augment: Augment) -> transforms.Compose:
-    """DeiT's training transform: PIL RGB -> (3, H, W) float32. Draws from python's, numpy's and torch's generators.
+    """DeiT's training transform up to pixels: a decoded image -> (3, H, W) uint8, channels last.
 
-    Large inputs: random resized crop. Small ones: resized only if they differ, then a random crop of the image padded
-    by an eighth of its side (4 pixels at 32). The rest is the same: flip, `aa` or colour jitter, normalise, erase.
+    Draws from python's, numpy's and torch's generators. Large inputs: random resized crop. Small ones: resized only if
+    they differ, then a random crop of the image padded by an eighth of its side (4 pixels at 32). The rest is the same:
+    flip, `aa` or colour jitter. `normalise` and `erasing.erase` follow in the batch.
     """
     large = create_transform(
         input_size=spec.input_size,
@@ -157,18 +170,16 @@ def build_train_transform(spec: ImageSpec, augment: Augment) -> transforms.Compo
         interpolation=augment.interpolation,
         mean=spec.mean,
         std=spec.std,
-        re_prob=augment.reprob,
-        re_mode=augment.remode,
-        re_count=augment.recount,
     )
-    _, *after_crop = large.transforms
+    crop, *after_crop, _to_float, _normalise = large.transforms
     for step in after_crop:
-        _guard_posterize(step)
+        guard_posterize(step)
     if not spec.is_small:
-        return large
+        settings = {"size": crop.size, "scale": crop.scale, "ratio": crop.ratio, "interpolation": augment.interpolation}
+        return transforms.Compose([CropAndResize(augment.resize, **settings), *after_crop, as_tensor])
     padding = max(1, round(min(spec.input_size) / 8))
-    crop = transforms.RandomCrop(spec.input_size, padding=padding)
-    return transforms.Compose([ResizeTo(spec.input_size, augment.interpolation), crop, *after_crop])
+    padded = transforms.RandomCrop(spec.input_size, padding=padding)
+    return transforms.Compose([ResizeTo(spec.input_size, augment.interpolation), padded, *after_crop, as_tensor])
 
 
 def build_eval_transform(spec: ImageSpec) -> transforms.Compose:
@@ -191,11 +202,25 @@ def build_eval_transform(spec: ImageSpec) -> transforms.Compose:
     return transforms.Compose([ResizeTo(spec.input_size, spec.interpolation), *after_crop])
 
 
+def normalise(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
+    """Pixels uint8 (B, 3, H, W) as float32, on their device and in their memory format.
+
+    On the CPU these are, bit for bit, the values of torchvision's `ToTensor` and `Normalize`.
+    """
+    mean, std = _mean_and_std(spec, images.device)
+    return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
 def denormalise(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
     """Normalised images (B, 3, H, W) as pixels to look at: uint8 (B, 3, H, W), clipped where erasing left the range."""
-    mean, std = (torch.tensor(values).to(images.device, non_blocking=True) for values in (spec.mean, spec.std))
-    mean, std = mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
+    mean, std = _mean_and_std(spec, images.device)
     return (images.float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def _mean_and_std(spec: ImageSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1, 3, 1, 1) each, moved without waiting."""
+    mean, std = (torch.tensor(values).to(device, non_blocking=True) for values in (spec.mean, spec.std))
+    return mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
 
 
 # ---------------------------------------------------------------------------------------- posterize with 0 bits
@@ -212,7 +237,8 @@ def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     return timm_posterize(image, bits, **options)
 
 
-def _guard_posterize(step: Any) -> None:
+def guard_posterize(step: Any) -> None:
+    """Gives the operations of one step of a transform, if it has any, the guarded function."""
     for operation in _operations(step):
         if operation.aug_fn is timm_posterize:
             operation.aug_fn = posterize

@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -21,13 +22,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import get_worker_info
+
+Made = TypeVar("Made")
+PEER_TIMEOUT = timedelta(minutes=10)  # of every message between ranks
 
 
 class StopRun(Exception):
@@ -78,6 +82,19 @@ class Processes:
         dist.all_reduce(total)
         return total
 
+    def from_main(self, make: Callable[[], Made]) -> Made:
+        """What rank 0 makes (anything picklable), on all ranks; a `StopRun` of its is raised by all alike."""
+        made: Any = None
+        if self.is_main:
+            try:
+                made = make()
+            except StopRun as error:
+                made = error
+        made = self.gather(made)[0]
+        if isinstance(made, StopRun):
+            raise made
+        return made
+
     def gather(self, value: Any) -> list[Any]:
         """`value` (anything picklable) of every rank, in rank order."""
         if self.world_size == 1:
@@ -102,7 +119,7 @@ def pick_device(name: str) -> str:
     return name
 
 
-def init_processes(device_name: str, timeout_minutes: float = 10) -> Processes:
+def init_processes(device_name: str) -> Processes:
     """Joins the process group that torchrun described in the environment; one process needs none.
 
     Rank and world size come from `RANK`, `WORLD_SIZE` and `LOCAL_RANK` only. NCCL on CUDA, gloo elsewhere.
@@ -121,10 +138,42 @@ def init_processes(device_name: str, timeout_minutes: float = 10) -> Processes:
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group(
             backend="nccl" if kind == "cuda" else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=PEER_TIMEOUT,
             device_id=device if kind == "cuda" else None,
+            **_store_of_this_attempt(rank, world_size),
         )
     return Processes(rank, world_size, device)
+
+
+def _store_of_this_attempt(rank: int, world_size: int) -> dict[str, Any]:
+    """Arguments that give each attempt of `torchrun --max-restarts` keys of its own.
+
+    All attempts share the launcher's store, where a new rank could read the address of its dead predecessor. The count
+    of attempts is one node's, so on several nodes TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is what helps.
+    """
+    environment = os.environ
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None or environment.get("LOCAL_WORLD_SIZE") != str(world_size):
+        return {}
+    is_launchers = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    if is_launchers:
+        _check_launcher(address, port)
+    is_master = rank == 0 and not is_launchers
+    store = dist.TCPStore(address, port, world_size, is_master=is_master, timeout=PEER_TIMEOUT)
+    return {"store": dist.PrefixStore(f"attempt{attempt}", store), "rank": rank, "world_size": world_size}
+
+
+def _check_launcher(address: str, port: int) -> None:
+    """Its store was there before its ranks. Torch would ask again and again until the time is up.
+
+    Raises:
+        StopRun: nobody answers.
+    """
+    try:
+        socket.create_connection((address, port), timeout=30).close()
+    except OSError as error:
+        raise StopRun(f"the launcher is gone: its store, {address}:{port}, gives no answer ({error})") from error
 
 
 def cores_per_process() -> int:

@@ -35,9 +35,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.interface import AttentionOf, ModelOutput
+from models.interface import AttentionOf, Glance, ModelOutput
 
-Guide = Callable[[Tensor], ModelOutput]  # clean images (B, C, height, width) -> what the motivating model makes of them
+Guide = Callable[[Tensor], Glance | ModelOutput]  # clean images (B, C, height, width) -> their logits and score
 
 
 class Regions(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from utils import InputError
@@ -27,6 +28,8 @@ OWN: dict[str, tuple[Any, tuple[str, ...]]] = {
     "attentive_cells": (None, ("attentivemix",)),
     "relabel": ("none", BY_MASK),
     "variant": ("paper", ("smmix",)),
+    "guide_size": (None, ("smmix",)),
+    "guide_amp": (None, ("smmix",)),
     **dict.fromkeys(VARIANT_FLAGS, (None, ("smmix",))),
 }
 POSITIVE = ("attentive_cells",)
@@ -38,9 +41,7 @@ RANGES = ("side_ratio", "cutmix_minmax", "resize_scope")
 def add_method_flags(group: Any, methods: Sequence[str] = METHODS) -> None:
     """Adds what says how images are mixed to a parser or to a group of one; `methods` are the choices of `--mixer`."""
 
-    def own(name: str, **keywords: Any) -> None:
-        group.add_argument(f"--{name}", default=OWN[name.replace("-", "_")][0], **keywords)
-
+    own = partial(_add_own, group)
     group.add_argument("--mixer", default="smmix", choices=methods, help="what mixes the images")
     group.add_argument("--mixup", default=0.8, type=float, help="Mixup's alpha; 0 turns Mixup off")
     group.add_argument("--cutmix", default=1.0, type=float, help="CutMix's alpha, for --mixer cutmix and transmix")
@@ -68,14 +69,22 @@ def add_method_flags(group: Any, methods: Sequence[str] = METHODS) -> None:
     group.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
 
 
+def _add_own(group: Any, name: str, **keywords: Any) -> None:
+    group.add_argument(f"--{name}", default=OWN[name.replace("-", "_")][0], **keywords)
+
+
 def add_training_flags(group: Any) -> None:
-    """Adds what says how often images are mixed, and what is made of them."""
+    """Adds what says how often images are mixed, at what cost, and what is made of them."""
     group.add_argument("--mix-protocol", default="switch", choices=["switch", "single"], help="switch: --mixer shares "
                        "its steps with Mixup, unless --mixup is 0; single: it gets them all")  # fmt: skip
     group.add_argument("--mixup-prob", default=1.0, type=float, help="share of batches that are mixed at all")
     group.add_argument("--mixup-switch-prob", default=0.5, type=float, help="share of mixed batches that --mixer gets "
                        "when Mixup is on too")  # fmt: skip
     group.add_argument("--mix-off-epoch", type=int, help="nothing is mixed from this epoch on, counted from 0")
+    _add_own(group, "guide-size", type=int, nargs="+", metavar="SIDE", help="the motivating pass of smmix sees the "
+             "images at this size: one side, or height and width, in pixels; default: the training's")  # fmt: skip
+    _add_own(group, "guide-amp", choices=["fp16", "bf16", "none"], help="precision of the motivating pass of smmix; "
+             "default: --amp")  # fmt: skip
     group.add_argument("--bce-loss", action="store_true", help="binary cross entropy for L_cls and L_fine")
 
 
@@ -138,7 +147,7 @@ def conflicts(args: argparse.Namespace) -> list[tuple[bool, str]]:
     foreign = [
         f"{_written(name, value)} (for {' or '.join(methods)})"
         for name, (default, methods) in OWN.items()
-        if mixer not in methods and _plain(value := getattr(args, name)) != default
+        if mixer not in methods and _plain(value := getattr(args, name, default)) != default  # some are main.py's only
     ]
     return [
         (bool(foreign), f"{', '.join(foreign)}: --mixer {mixer} has no use for it, leave it out"),

@@ -15,10 +15,18 @@ from typing import Any
 
 import torch
 from timm.layers import resample_patch_embed, resize_rel_pos_bias_table
-from timm.models.beit import Beit
+from timm.models.beit import Beit, Block
 from torch import Tensor
 
-from models.blocks import PlainTransformer, queries_and_keys, resize_positions
+from models.blocks import (
+    PlainTransformer,
+    like_its_layer,
+    queries_and_keys,
+    queries_keys_values,
+    resize_positions,
+    softmax_map,
+)
+from models.partial import attend_from_first
 
 TABLE = "relative_position_bias_table"
 INDEX = "relative_position_index"  # timm computes it; official files have it
@@ -51,6 +59,11 @@ class BEiT(PlainTransformer):
     def map_of(self, block: Any, tokens: Tensor, beside: dict[str, Any], class_only: bool) -> Tensor:
         return biased_attention_map(block.attn, block.norm1(tokens), beside["shared_rel_pos_bias"], class_only)
 
+    def attend(self, block: Any, tokens: Tensor, beside: dict[str, Any], count: int) -> tuple[Tensor, Tensor] | None:
+        if type(block) is not Block:
+            return None
+        return attend_and_map(block.attn, block.norm1(tokens), beside["shared_rel_pos_bias"], count)
+
     def classify(self, pooled: Tensor) -> Tensor:
         network = self.network
         return network.head(network.head_drop(network.fc_norm(pooled)))
@@ -74,6 +87,7 @@ class BEiT(PlainTransformer):
         return new, notes
 
 
+@like_its_layer
 def biased_attention_map(attention: Any, tokens: Tensor, shared_bias: Tensor | None, class_only: bool) -> Tensor:
     """The map A of Eq. 5 that a BEiT layer would use on `tokens`, in float32 and without gradient.
 
@@ -89,16 +103,29 @@ def biased_attention_map(attention: Any, tokens: Tensor, shared_bias: Tensor | N
         (B, H, Q, T), rows (queries) sum to one.
     """
     with torch.no_grad():
-        bias = None if attention.q_bias is None else torch.cat((attention.q_bias, attention.k_bias))
-        queries, keys = queries_and_keys(tokens, attention.qkv.weight, bias, attention.num_heads, class_only)
-        rows = slice(queries.shape[2])
-        with torch.autocast(tokens.device.type, enabled=False):
-            similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B, H, Q, T)
-            if attention.relative_position_bias_table is not None:
-                similarity = similarity + attention._get_rel_pos_bias()[:, :, rows].float()
-            if shared_bias is not None:
-                similarity = similarity + shared_bias[:, rows].float()
-            return similarity.softmax(dim=-1)
+        queries, keys = queries_and_keys(attention, tokens, class_only)
+        bias = position_bias(attention, shared_bias, queries.shape[2])
+        return softmax_map(queries, keys, attention.scale, bias)
+
+
+@like_its_layer
+def attend_and_map(attention: Any, tokens: Tensor, shared_bias: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """What a BEiT layer gives the first of `tokens` (B, T, D), (B, count, D), and its map (B, H, T, T)."""
+    queries, keys, values = queries_keys_values(attention, tokens)
+    bias = position_bias(attention, shared_bias, tokens.shape[1])
+    rows = None if bias is None else bias[:, :, :count]
+    attended = attend_from_first(attention, tokens, (queries, keys, values), count, rows)
+    return attended, softmax_map(queries, keys, attention.scale, bias)
+
+
+def position_bias(attention: Any, shared_bias: Tensor | None, count: int) -> Tensor | None:
+    """(1, H, count, T), what a layer adds before the softmax for its first queries: its own biases and the shared."""
+    own = None if attention.relative_position_bias_table is None else attention._get_rel_pos_bias()  # (1, H, T, T)
+    if own is None or shared_bias is None:
+        bias = own if shared_bias is None else shared_bias[None]
+    else:
+        bias = own + shared_bias
+    return None if bias is None else bias[:, :, :count]
 
 
 def resize_table(table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int] | None) -> Tensor:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.swin_transformer import window_partition, window_reverse
 from timm.models.vision_transformer import Attention  # also in releases where timm.layers has none
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
-from models.interface import AttentionOf, ImageModel, class_attention_score, image_attention_score
+from models.interface import AttentionOf, Glance, ImageModel, class_attention_score, image_attention_score
+from models.partial import finish_block
 
 
 def run_block(stage: Any, block: Any, *given: Any, **named: Any) -> Tensor:
@@ -50,24 +52,52 @@ class PlainTransformer(ImageModel):
     def embed(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """(B, C, height, width) images -> tokens (B, T, D) for the first block, and what each block takes besides."""
 
+    def embed_resized(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """`embed` for images of another size, if the model `looks_smaller`."""
+        raise NotImplementedError
+
     @abstractmethod
     def map_of(self, block: Any, tokens: Tensor, beside: dict[str, Any], class_only: bool) -> Tensor:
         """The attention map of a block on what it receives: (B, H, T, T), or the class token's row (B, H, 1, T)."""
 
+    @abstractmethod
+    def attend(self, block: Any, tokens: Tensor, beside: dict[str, Any], count: int) -> tuple[Tensor, Tensor] | None:
+        """What a block's attention gives its first tokens (B, count, D), and its map (B, H, T, T).
+
+        `None` if `finish_block` does not know this kind of block.
+        """
+
     def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
-        network = self.network
         if need_attention is None:
-            return network.forward_features(images), None  # (B, T, D)
-        tokens, beside = self.embed(images)
-        for block, more in zip(network.blocks[:-1], beside[:-1], strict=True):
-            tokens = run_block(network, block, tokens, **more)
-        last = network.blocks[-1]
-        features = network.norm(run_block(network, last, tokens, **beside[-1]))
-        class_only = need_attention == "class" and self.has_class_token
+            return self.network.forward_features(images), None  # (B, T, D)
+        return self._last_block(*self._before_last_block(*self.embed(images)), need_attention)
+
+    def _before_last_block(self, tokens: Tensor, beside: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Any]]:
+        """From what `embed` gives to the tokens that the last block receives, and what it takes besides."""
+        for block, more in zip(self.network.blocks[:-1], beside[:-1], strict=True):
+            tokens = run_block(self.network, block, tokens, **more)
+        return tokens, beside[-1]
+
+    def _last_block(self, tokens: Tensor, beside: dict[str, Any], asked: AttentionOf) -> tuple[Tensor, Tensor]:
+        network, last = self.network, self.network.blocks[-1]
+        features = network.norm(run_block(network, last, tokens, **beside))
+        class_only = asked == "class" and self.has_class_token
         score_of = class_attention_score if class_only else image_attention_score
         with torch.no_grad():
-            attention = self.map_of(last, tokens, beside[-1], class_only)
-            return features, score_of(attention, network.num_prefix_tokens)
+            return features, score_of(self.map_of(last, tokens, beside, class_only), network.num_prefix_tokens)
+
+    def glance(self, images: Tensor, resized: bool) -> Glance:
+        """Where prefix tokens decide alone, the last block makes nothing of the image tokens but their score."""
+        network, last, prefix = self.network, self.network.blocks[-1], self.network.num_prefix_tokens
+        tokens, beside = self._before_last_block(*(self.embed_resized if resized else self.embed)(images))
+        from_prefix = network.global_pool == "token" and getattr(network, "attn_pool", None) is None
+        attended = self.attend(last, tokens, beside, prefix) if from_prefix else None
+        if attended is None:
+            features, score = self._last_block(tokens, beside, "image")
+        else:
+            features = network.norm(finish_block(last, tokens[:, :prefix], attended[0]))  # (B, prefix, D)
+            score = image_attention_score(attended[1], prefix)
+        return Glance(self.head(features)[0], score)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features[:, self.network.num_prefix_tokens :]
@@ -133,17 +163,88 @@ class WindowedTransformer(ImageModel):
         return head.fc(head.drop(pooled))
 
 
-def queries_and_keys(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, heads: int, class_only: bool
-) -> tuple[Tensor, Tensor]:
-    """Queries (B, H, Q, D / H) and keys (B, H, T, D / H) of a joint projection; its values are not computed.
+# ---------------------------------------------------------------------------------------- attention in float32
+
+ATTENTION = ("attn", "attn_pool")  # what timm's networks and ours call their attention layers
+
+
+class InFloat32:
+    """Comes before an attention layer's class and computes the whole layer in float32 under autocast too.
+
+    The layer keeps its parameters and their names. What it gives is cast to autocast's type at the end, so that the
+    rest of the network stays as it was. Without autocast nothing changes.
+    """
+
+    plain: type[nn.Module]  # the layer's own class
+
+    def forward(self, tokens: Tensor, *given: Any, **named: Any) -> Tensor:
+        plain, device = cast(Any, super()).forward, tokens.device.type
+        if not torch.is_autocast_enabled(device):
+            return plain(tokens, *given, **named)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            given, named = tuple(map(_widened, given)), {name: _widened(value) for name, value in named.items()}
+            return plain(_widened(tokens), *given, **named).to(dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copied and pickled by the plain class: this one is made while running, and has no place to be found at."""
+        return _blank_in_float32, (self.plain,), vars(self)
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+_made: dict[type[nn.Module], type[nn.Module]] = {}  # so that copies are of one class with what they are copied from
+
+
+def _in_float32(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _made:
+        _made[kind] = type(f"{kind.__name__}InFloat32", (InFloat32, kind), {"plain": kind})
+    return _made[kind]
+
+
+def _blank_in_float32(kind: type[nn.Module]) -> nn.Module:
+    made = _in_float32(kind)
+    return made.__new__(made)
+
+
+def attention_in_float32(network: nn.Module) -> int:
+    """Makes every attention layer of a network compute in float32 under autocast; returns how many there are."""
+    layers = [layer for name, layer in network.named_modules() if name.rpartition(".")[2] in ATTENTION]
+    for layer in layers:
+        if not isinstance(layer, InFloat32):
+            layer.__class__ = _in_float32(type(layer))
+    return len(layers)
+
+
+Reading = TypeVar("Reading", bound=Callable[..., Any])
+
+
+def like_its_layer(read: Reading) -> Reading:
+    """For a second reading of an attention layer, `read(layer, tokens, ...)`: in float32 if the layer computes so."""
+
+    @wraps(read)
+    def reading(attention: Any, tokens: Tensor, *given: Any, **named: Any) -> Any:
+        if not isinstance(attention, InFloat32):
+            return read(attention, tokens, *given, **named)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return read(attention, tokens.float(), *given, **named)
+
+    return cast(Reading, reading)
+
+
+# ------------------------------------------------------------------------------------------------ attention maps
+
+
+def queries_and_keys(attention: Any, tokens: Tensor, class_only: bool) -> tuple[Tensor, Tensor]:
+    """Queries (B, H, Q, D / H) and keys (B, H, T, D / H) of a layer's joint projection; its values are not computed.
 
     Args:
-        tokens: (B, T, D), what the attention layer receives.
-        weight: of queries, keys and values, one below the other.
-        bias: in the same order; it may end with the keys.
+        tokens: (B, T, D), what the layer itself receives.
         class_only: only the first token asks (Q = 1), else all do (Q = T).
     """
+    weight, bias, heads = attention.qkv.weight, _joint_bias(attention), attention.num_heads
     width = len(weight) // 3
     first, second = slice(width), slice(width, 2 * width)
     asking = tokens[:, :1] if class_only else tokens
@@ -152,17 +253,36 @@ def queries_and_keys(
     return split_heads(queries, heads), split_heads(keys, heads)
 
 
+def queries_keys_values(attention: Any, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values (B, H, T, D / H) of a layer's joint projection, for `tokens` (B, T, D)."""
+    joint = linear(tokens, attention.qkv.weight, _joint_bias(attention)).unflatten(2, (3, attention.num_heads, -1))
+    return joint.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _joint_bias(attention: Any) -> Tensor | None:
+    """Some of timm's layers keep it in parts, because that of the keys is fixed."""
+    if getattr(attention, "q_bias", None) is None:
+        return attention.qkv.bias
+    return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+
+
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
     """(B, T, D) -> (B, H, T, D / H)."""
     return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def softmax_map(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """(B, H, Q, D / H) and (B, H, T, D / H) -> (B, H, Q, T) in float32, under autocast too; rows sum to one."""
+def softmax_map(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """(B, H, Q, D / H) and (B, H, T, D / H) -> (B, H, Q, T) in float32, under autocast too; rows sum to one.
+
+    Args:
+        bias: (1, H, Q, T), added before the softmax.
+    """
     with torch.autocast(queries.device.type, enabled=False):
-        return ((queries.float() * scale) @ keys.float().transpose(-2, -1)).softmax(dim=-1)
+        similarity = (queries.float() * scale) @ keys.float().transpose(-2, -1)
+        return (similarity if bias is None else similarity + bias.float()).softmax(dim=-1)
 
 
+@like_its_layer
 def attention_map(attention: Attention, tokens: Tensor, class_only: bool = False) -> Tensor:
     """The map A of Eq. 5 that a timm attention layer would use on `tokens`, in float32 and without gradient.
 
@@ -177,19 +297,19 @@ def attention_map(attention: Attention, tokens: Tensor, class_only: bool = False
     Returns:
         (B, H, T, T), or (B, H, 1, T); rows (queries) sum to one.
     """
-    qkv = attention.qkv
     with torch.no_grad():
-        queries, keys = queries_and_keys(tokens, qkv.weight, qkv.bias, attention.num_heads, class_only)
+        queries, keys = queries_and_keys(attention, tokens, class_only)
         return softmax_map(attention.q_norm(queries), attention.k_norm(keys), attention.scale)
 
 
 def resize_positions(
-    positions: Tensor, grid_size: tuple[int, int], num_prefix_tokens: int, old_grid: tuple[int, int] | None
+    positions: Tensor, grid_size: tuple[int, int], num_prefix_tokens: int, old_grid: tuple[int, int] | None, **how: Any
 ) -> Tensor:
     """Position embeddings (1, prefix + N_old, D) resampled (bicubic) to a grid; the same tensor if nothing is to do.
 
     Args:
         old_grid: the grid they belong to. If absent: this one if the count fits, else a square.
+        how: of timm's `resample_abs_pos_embed`, for another rule.
     """
     count = positions.shape[1] - num_prefix_tokens
     if old_grid is None:
@@ -198,9 +318,7 @@ def resize_positions(
     if old_grid == grid_size or count != math.prod(old_grid):
         return positions
     with torch.no_grad():
-        return resample_abs_pos_embed(
-            positions, new_size=list(grid_size), old_size=list(old_grid), num_prefix_tokens=num_prefix_tokens
-        )
+        return resample_abs_pos_embed(positions, list(grid_size), list(old_grid), num_prefix_tokens, **how)
 
 
 def windowed_score(block: Any, tokens: Tensor, attention_of: Callable[[Any, Tensor, Tensor | None], Tensor]) -> Tensor:

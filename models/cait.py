@@ -19,7 +19,7 @@ from timm.models.cait import Cait, ClassAttn, LayerScaleBlock, TalkingHeadAttn
 from torch import Tensor
 from torch.nn.functional import linear
 
-from models.blocks import resize_positions, run_block, softmax_map, split_heads
+from models.blocks import like_its_layer, resize_positions, run_block, softmax_map, split_heads
 from models.interface import AttentionOf, ImageModel, class_attention_score, image_attention_score
 
 
@@ -95,6 +95,7 @@ class CaiT(ImageModel):
         return new, notes
 
 
+@like_its_layer
 def talking_heads_map(attention: TalkingHeadAttn, tokens: Tensor) -> Tensor:
     """The map that a talking-heads layer gets from its softmax on `tokens`, in float32 and without gradient.
 
@@ -120,6 +121,7 @@ def talking_heads_map(attention: TalkingHeadAttn, tokens: Tensor) -> Tensor:
             return mixed.permute(0, 3, 1, 2).softmax(dim=-1)
 
 
+@like_its_layer
 def class_token_map(attention: ClassAttn, tokens: Tensor) -> Tensor:
     """The map that a class-attention layer would use on `tokens`, in float32 and without gradient.
 

@@ -12,13 +12,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from timm.layers import resample_patch_embed
+import torch
+from timm.layers import PatchEmbed, resample_patch_embed
 from timm.models import register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from models.blocks import PlainTransformer, attention_map, resize_positions
+from models.blocks import (
+    PlainTransformer,
+    attention_map,
+    like_its_layer,
+    queries_keys_values,
+    resize_positions,
+    softmax_map,
+)
+from models.partial import attend_from_first
 
 
 class PlainViT(PlainTransformer):
@@ -42,9 +52,32 @@ class PlainViT(PlainTransformer):
         tokens = network._pos_embed(network.patch_embed(images))  # (B, T, D)
         return network.norm_pre(network.patch_drop(tokens)), [{}] * len(network.blocks)
 
+    @property
+    def looks_smaller(self) -> bool:
+        """Where patches are embedded by one convolution, positions are learned, and none belong to the pooling."""
+        network = self.network
+        plain = type(network) in (VisionTransformer, VisionTransformerDistilled)
+        pooled = getattr(network.attn_pool, "pos_embed", None) is None
+        return plain and type(network.patch_embed) is PatchEmbed and pooled
+
+    def embed_resized(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The position embedding is resampled each time: it changes from step to step."""
+        network, patches = self.network, self.network.patch_embed.proj(images)  # (B, D, r, c)
+        tokens = network.patch_embed.norm(patches.flatten(2).transpose(1, 2))  # (B, n, D)
+        prefix = (getattr(network, name, None) for name in ("cls_token", "dist_token", "reg_token"))
+        tokens = torch.cat((*(one.expand(len(tokens), -1, -1) for one in prefix if one is not None), tokens), dim=1)
+        if network.pos_embed is not None:
+            placed = network.pos_embed.shape[1] - math.prod(self.grid_size)  # prefix tokens that have a position
+            positions = resize_positions(network.pos_embed, tuple(patches.shape[2:]), placed, self.grid_size)
+            tokens = tokens + pad(positions, (0, 0, tokens.shape[1] - positions.shape[1], 0))
+        return network.norm_pre(tokens), [{}] * len(network.blocks)
+
     def map_of(self, block: Any, tokens: Tensor, beside: dict[str, Any], class_only: bool) -> Tensor:
         seen = block.norm1(tokens) if isinstance(block, Block) else tokens  # a post-norm block attends to its raw input
         return attention_map(block.attn, seen, class_only)
+
+    def attend(self, block: Any, tokens: Tensor, beside: dict[str, Any], count: int) -> tuple[Tensor, Tensor] | None:
+        return attend_and_map(block.attn, block.norm1(tokens), count) if type(block) is Block else None
 
     def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = self.network.forward_head(features)
@@ -72,6 +105,15 @@ class PlainViT(PlainTransformer):
             new["patch_embed.proj.weight"] = resample_patch_embed(kernel, list(self.patch_size))
             notes.append(f"patch_embed.proj.weight resized from {tuple(kernel.shape[2:])} to {tuple(self.patch_size)}")
         return new, notes
+
+
+@like_its_layer
+def attend_and_map(attention: Any, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What a timm attention layer gives the first of `tokens` (B, T, D), (B, count, D), and its map (B, H, T, T)."""
+    queries, keys, values = queries_keys_values(attention, tokens)
+    queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    attended = attend_from_first(attention, tokens, (queries, keys, values), count)
+    return attended, softmax_map(queries, keys, attention.scale)
 
 
 def init_like_deit(network: VisionTransformer) -> None:

@@ -18,7 +18,16 @@ from timm.layers import apply_rot_embed_cat, resample_patch_embed
 from timm.models.eva import Eva, EvaBlock
 from torch import Tensor
 
-from models.blocks import PlainTransformer, queries_and_keys, resize_positions, softmax_map, split_heads
+from models.blocks import (
+    PlainTransformer,
+    like_its_layer,
+    queries_and_keys,
+    queries_keys_values,
+    resize_positions,
+    softmax_map,
+    split_heads,
+)
+from models.partial import attend_from_first
 
 
 class EVA(PlainTransformer):
@@ -50,6 +59,11 @@ class EVA(PlainTransformer):
         seen = block.norm1(tokens) if isinstance(block, EvaBlock) else tokens  # a post-norm block sees its raw input
         return rotated_attention_map(block.attn, seen, beside["rope"], class_only)
 
+    def attend(self, block: Any, tokens: Tensor, beside: dict[str, Any], count: int) -> tuple[Tensor, Tensor] | None:
+        if type(block) is not EvaBlock:
+            return None
+        return attend_and_map(block.attn, block.norm1(tokens), beside["rope"], count)
+
     def classify(self, pooled: Tensor) -> Tensor:
         network = self.network
         return network.head(network.head_drop(network.fc_norm(pooled)))  # attention pooling has no part in F
@@ -70,6 +84,7 @@ class EVA(PlainTransformer):
         return new, notes
 
 
+@like_its_layer
 def rotated_attention_map(attention: Any, tokens: Tensor, rotation: Tensor | None, class_only: bool) -> Tensor:
     """The map A of Eq. 5 that an EVA layer would use on `tokens`, in float32 and without gradient.
 
@@ -84,23 +99,40 @@ def rotated_attention_map(attention: Any, tokens: Tensor, rotation: Tensor | Non
     Returns:
         (B, H, Q, T), rows (queries) sum to one.
     """
-    heads = attention.num_heads
+    heads, scale = attention.num_heads, attention.scale
     with torch.no_grad():
         if attention.qkv is None:
             queries = split_heads(attention.q_proj(tokens[:, :1] if class_only else tokens), heads)  # (B, H, Q, D / H)
             keys = split_heads(attention.k_proj(tokens), getattr(attention, "num_kv_heads", heads))
         else:
-            bias = attention.qkv.bias
-            if getattr(attention, "q_bias", None) is not None:
-                bias = torch.cat((attention.q_bias, attention.k_bias))
-            queries, keys = queries_and_keys(tokens, attention.qkv.weight, bias, heads, class_only)
-        if getattr(attention, "q_norm", None) is not None:  # not in timm's older releases
-            queries, keys = attention.q_norm(queries), attention.k_norm(keys)
-        with torch.autocast(tokens.device.type, enabled=False):
-            keys = _turn(attention, keys.float(), rotation)
-            queries = queries if class_only else _turn(attention, queries.float(), rotation)  # a class token stays
-            keys = keys.repeat_interleave(heads // keys.shape[1], dim=1)  # (B, H, T, D / H)
-            return softmax_map(queries, keys, attention.scale)
+            queries, keys = queries_and_keys(attention, tokens, class_only)
+        return softmax_map(*_comparable(attention, queries, keys, None if class_only else rotation, rotation), scale)
+
+
+@like_its_layer
+def attend_and_map(attention: Any, tokens: Tensor, rotation: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """What an EVA layer gives the first of `tokens` (B, T, D), (B, count, D), and its map (B, H, T, T)."""
+    if attention.qkv is None:
+        heads, fewer = attention.num_heads, getattr(attention, "num_kv_heads", attention.num_heads)
+        queries = split_heads(attention.q_proj(tokens), heads)
+        keys, values = (split_heads(project(tokens), fewer) for project in (attention.k_proj, attention.v_proj))
+        values = values.repeat_interleave(heads // fewer, dim=1)
+    else:
+        queries, keys, values = queries_keys_values(attention, tokens)
+    queries, keys = _comparable(attention, queries, keys, rotation, rotation)
+    parts = queries.type_as(values), keys.type_as(values), values
+    return attend_from_first(attention, tokens, parts, count), softmax_map(queries, keys, attention.scale)
+
+
+def _comparable(
+    attention: Any, queries: Tensor, keys: Tensor, turn_queries: Tensor | None, turn_keys: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys as they are compared: normed, turned, with as many heads; in float32."""
+    if getattr(attention, "q_norm", None) is not None:  # not in timm's older releases
+        queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, keys = _turn(attention, queries.float(), turn_queries), _turn(attention, keys.float(), turn_keys)
+    return queries, keys.repeat_interleave(attention.num_heads // keys.shape[1], dim=1)
 
 
 def _turn(attention: Any, parts: Tensor, rotation: Tensor | None) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import downloads
 from checkpoints import load_checkpoint, load_strictly, pick_weights
 from models.build import near_misses, restore_model
 from utils import InputError
@@ -66,17 +69,33 @@ def build_feature_map(choice: str, input_size: tuple[int, int]) -> FeatureMap:
 def _from_file(name: str, path: str, flag: str) -> nn.Module:
     weights = pick_weights(load_checkpoint(path))
     head = getattr(timm.create_model(name, num_classes=1), "default_cfg", {}).get("classifier", "head")
-    classes = weights.get(f"{head}.weight", torch.empty(0)).shape[0]  # its own, whatever they are: none is asked for
+    classifier = weights.get(f"{head}.weight", torch.empty(0))
+    classes = len(classifier) if classifier.numel() and classifier.ndim else 0  # its own: none is asked for
     network = timm.create_model(name, num_classes=classes)
     load_strictly(network, weights, source=flag)
     return network
 
 
 def _download(name: str, flag: str) -> nn.Module:
+    """timm's network with the weights that timm names for it, fetched by us: timm would not check them."""
+    source = timm.get_pretrained_cfg(name)
     try:
-        return timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{flag}: timm could not get its weights ({error}); give a file: {name}=CHECKPOINT") from error
+        if source is None or not source.has_weights:
+            raise InputError("timm knows none")
+        weights: dict[str, Any]
+        if source.hf_hub_id:
+            file = downloads.from_hub(source.hf_hub_id, source.hf_hub_filename)
+            weights = load_file(file) if file.suffix == ".safetensors" else load_checkpoint(file)
+        else:
+            weights = load_checkpoint(str(source.url))
+        network: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
+    except Exception as error:  # the hub's client passes on errors of its HTTP library
+        reason = error.text if isinstance(error, InputError) else error
+        raise InputError(
+            f"{flag}: timm could not get its weights ({reason}); give a file: {name}=CHECKPOINT"
+        ) from error
+    network.pretrained_cfg.pop("state_dict", None)  # else a second copy stays in memory
+    return network
 
 
 def _check_name(flag: str, name: str) -> None:

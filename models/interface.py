@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 AttentionOf = Literal["image", "class"]  # whose: that of the image tokens (Eq. 6), or of the class token (TransMix)
 
@@ -31,6 +32,13 @@ class ModelOutput(NamedTuple):
     class_attention: Tensor | None = (
         None  # (B, N) float32, no gradient: what the class token attends to, mean over heads
     )
+
+
+class Glance(NamedTuple):
+    """What the motivating pass gives: all that mixing needs to know of clean images."""
+
+    logits: Tensor  # (B, K)
+    image_attention: Tensor  # (B, N) float32: alpha of Eq. 6, on the model's own grid
 
 
 def image_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -62,6 +70,19 @@ def class_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
         (B, N) float32 with N = T - num_prefix_tokens.
     """
     return attention[:, :, 0, num_prefix_tokens:].float().mean(dim=1)  # (B, N)
+
+
+def resize_score(score: Tensor, old_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """A score of a coarser grid on a finer one, bilinear: each of its cells is shared by those it covers.
+
+    Args:
+        score: (B, n) float32, row-major over `old_grid`.
+
+    Returns:
+        (B, N), row-major over `grid`; its sum is about the same.
+    """
+    maps = interpolate(score.unflatten(1, old_grid)[:, None], grid, mode="bilinear")  # (B, 1, R, C)
+    return maps.flatten(1) * (score.shape[1] / (grid[0] * grid[1]))
 
 
 def pool_regions(tokens: Tensor, source_mask: Tensor) -> Tensor:
@@ -120,6 +141,11 @@ class ImageModel(nn.Module, ABC):
         """
         return False
 
+    @property
+    def looks_smaller(self) -> bool:
+        """Whether `look` can show the images at another size: what the model learned for its own grid is resampled."""
+        return False
+
     @abstractmethod
     def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
         """(B, C, height, width) images -> the network's final features, and the score (B, N) that is asked for.
@@ -164,6 +190,32 @@ class ImageModel(nn.Module, ABC):
     def input_size(self) -> tuple[int, int]:
         """Height and width in pixels of the images this model takes."""
         return self.grid_size[0] * self.patch_size[0], self.grid_size[1] * self.patch_size[1]
+
+    def look(self, images: Tensor, size: tuple[int, int] | None = None) -> Glance:
+        """The motivating pass: prediction and score of clean images, in evaluation mode, and nothing that costs more.
+
+        Args:
+            images: (B, C, height, width), of the model's own size.
+            size: height and width in pixels to show them at, multiples of `patch_size`, if the model `looks_smaller`.
+        """
+        assert not self.training, "the motivating pass is for evaluation mode"
+        if size is None:
+            return self.glance(images, resized=False)
+        assert self.looks_smaller, f"{type(self).__name__} takes images of one size"
+        smaller = interpolate(images, size, mode="bilinear", antialias=True)
+        seen = self.glance(smaller, resized=True)
+        grid = size[0] // self.patch_size[0], size[1] // self.patch_size[1]
+        return Glance(seen.logits, resize_score(seen.image_attention, grid, self.grid_size))
+
+    def glance(self, images: Tensor, resized: bool) -> Glance:
+        """`look` at the images as they are. Families that predict without the final image tokens do with less.
+
+        Args:
+            resized: they are not of the model's own size; then the score is on their grid. Only if it `looks_smaller`.
+        """
+        output = self(images, need_attention="image")
+        assert output.image_attention is not None
+        return Glance(output.logits, output.image_attention)
 
     def forward(
         self, images: Tensor, source_mask: Tensor | None = None, need_attention: AttentionOf | None = None

@@ -26,7 +26,7 @@ from timm.models.maxxvit import (
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.blocks import run_block
+from models.blocks import like_its_layer, run_block
 from models.interface import AttentionOf, ImageModel
 
 
@@ -132,6 +132,7 @@ def input_size_of(network: MaxxVit) -> tuple[int, int]:
     return grid[0] * stride, grid[1] * stride
 
 
+@like_its_layer
 def grid_score(attention: Any, tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """How much attention each token receives, averaged over heads and the queries of its own grid (Eq. 6), over W.
 

@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, resample_abs_pos_embed, to_2tuple
+from timm.layers import DropPath, Mlp, to_2tuple
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from models.blocks import run_block, softmax_map, split_heads
-from models.interface import AttentionOf, ImageModel, class_attention_score, image_attention_score
+from models.blocks import like_its_layer, resize_positions, run_block, softmax_map, split_heads
+from models.interface import AttentionOf, Glance, ImageModel, class_attention_score, image_attention_score
+from models.partial import finish_block
 
 Grid = tuple[int, int]
 STRIDES = (4, 2, 2, 2)  # of the patch embeddings
@@ -67,11 +68,22 @@ class ReducedAttention(nn.Module):
         return self.norm(self.sr(_to_map(tokens, grid)).flatten(2).transpose(1, 2))
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        parts = self.q(tokens), *self.kv(self._reduce(tokens, grid)).chunk(2, dim=-1)
-        queries, keys, values = (split_heads(part, self.num_heads) for part in parts)  # (B, H, T or M, D / H)
-        mixed = scaled_dot_product_attention(queries, keys, values)  # (B, H, T, D / H)
-        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))  # (B, T, D)
+        return self._attend(tokens, grid, tokens.shape[1])[0]
 
+    def _attend(self, tokens: Tensor, grid: Grid, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Output of the first `count` tokens, all queries (B, H, T, D / H), and keys (B, H, M, D / H)."""
+        parts = self.q(tokens), *self.kv(self._reduce(tokens, grid)).chunk(2, dim=-1)
+        queries, keys, values = (split_heads(part, self.num_heads) for part in parts)
+        mixed = scaled_dot_product_attention(queries[:, :, :count], keys, values)
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2))), queries, keys
+
+    @like_its_layer
+    def attend_and_map(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """What `forward` gives the first token (B, 1, D), and its map (B, H, T, M)."""
+        attended, queries, keys = self._attend(tokens, grid, 1)
+        return attended, softmax_map(queries, keys, queries.shape[-1] ** -0.5)
+
+    @like_its_layer
     def attention_map(self, tokens: Tensor, grid: Grid, class_only: bool) -> Tensor:
         """The map A of Eq. 5 that `forward` uses on `tokens`: (B, H, T, M), in float32 and without gradient.
 
@@ -275,6 +287,13 @@ class PVT(ImageModel):
             attention = last.attn.attention_map(last.norm1(tokens), self.grid_size, class_only)
             return features, score_of(attention, num_prefix_tokens=1)  # (B, N)
 
+    def glance(self, images: Tensor, resized: bool) -> Glance:
+        """The last block makes nothing of the image tokens but their score: the class token decides alone."""
+        tokens, last = self.network.forward_to_last_block(images), self.network.blocks_of(3)[-1]  # (B, 1 + N, D)
+        attended, attention = last.attn.attend_and_map(last.norm1(tokens), self.grid_size)
+        features = self.network.norm(finish_block(last, tokens[:, :1], attended))  # (B, 1, D)
+        return Glance(self.head(features)[0], image_attention_score(attention, num_prefix_tokens=1))
+
     def image_tokens(self, features: Tensor) -> Tensor:
         return features[:, 1:]
 
@@ -290,28 +309,14 @@ class PVT(ImageModel):
         new, notes = dict(weights), []
         for stage, grid in enumerate(self.network.grid_sizes):
             key, scale = f"pos_embed{stage + 1}", 2 ** (3 - stage)
-            if (positions := new.get(key)) is None or positions.ndim != 3:
+            if (held := new.get(key)) is None or held.ndim != 3:
                 continue
             # Each stage from its own old grid to its own new one: counts of different stages may coincide.
             old = None if old_grid is None else (old_grid[0] * scale, old_grid[1] * scale)
-            new[key] = _resize(positions, old, grid, num_prefix_tokens=int(stage == 3))
-            if new[key] is not positions:
-                notes.append(f"{key} resized from {tuple(positions.shape)} to {tuple(new[key].shape)}")
+            new[key] = resize_positions(held, grid, int(stage == 3), old, interpolation="bilinear", antialias=False)
+            if new[key] is not held:
+                notes.append(f"{key} resized from {tuple(held.shape)} to {tuple(new[key].shape)}")
         return new, notes
-
-
-def _resize(positions: Tensor, old_grid: Grid | None, grid: Grid, num_prefix_tokens: int) -> Tensor:
-    """(1, prefix + N_old, D) -> (1, prefix + N, D), bilinear as PVT does it; the same tensor if nothing is to do."""
-    count = positions.shape[1] - num_prefix_tokens
-    if old_grid is None:
-        side = math.isqrt(max(count, 0))
-        old_grid = grid if count == math.prod(grid) else (side, side)
-    if old_grid == grid or count != math.prod(old_grid):
-        return positions
-    with torch.no_grad():
-        return resample_abs_pos_embed(
-            positions, list(grid), list(old_grid), num_prefix_tokens, interpolation="bilinear", antialias=False
-        )
 
 
 # Registered with timm, so that `timm.create_model` finds them too.

@@ -18,7 +18,7 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2, checkpoint_filter_fn
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, linear
 
-from models.blocks import run_block
+from models.blocks import like_its_layer, run_block
 from models.interface import AttentionOf, ImageModel
 
 
@@ -91,6 +91,7 @@ class PVTv2(ImageModel):
         return new, [f"{key} renamed or dropped" for key in weights if key not in new]
 
 
+@like_its_layer
 def reduced_score(attention: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Eq. 6 for a layer whose keys may come from a shrunk grid, in float32 and without gradient.
 

@@ -25,7 +25,7 @@ from timm.models.swin_transformer import (
 from torch import Tensor
 from torch.nn.functional import linear
 
-from models.blocks import WindowedTransformer, windowed_score
+from models.blocks import WindowedTransformer, like_its_layer, windowed_score
 
 TABLE = "relative_position_bias_table"
 BUFFERS = ("relative_position_index", "attn_mask")  # in official files; timm computes them and does not save them
@@ -62,6 +62,7 @@ class Swin(WindowedTransformer):
         return new, notes
 
 
+@like_its_layer
 def window_attention_map(attention: WindowAttention, windows: Tensor, mask: Tensor | None) -> Tensor:
     """The map that a window attention layer would use, in float32 and without gradient.
 

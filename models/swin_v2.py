@@ -24,7 +24,7 @@ from timm.models.swin_transformer_v2 import (
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from models.blocks import WindowedTransformer, windowed_score
+from models.blocks import WindowedTransformer, like_its_layer, windowed_score
 
 
 class SwinV2(WindowedTransformer):
@@ -51,6 +51,7 @@ class SwinV2(WindowedTransformer):
         return new, notes
 
 
+@like_its_layer
 def cosine_attention_map(attention: Any, windows: Tensor, mask: Tensor | None) -> Tensor:
     """The map that a window attention layer would use, in float32 and without gradient.
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models.twins import Block, GlobalSubSampleAttn, Twins
+from timm.models.twins import GlobalSubSampleAttn, Twins
 from torch import Tensor
 from torch.nn.functional import linear
 
+from models.blocks import like_its_layer
 from models.interface import AttentionOf, ImageModel, image_attention_score
 
 
@@ -66,7 +67,9 @@ class TwinsModel(ImageModel):
                 if index == 0:
                     tokens = encode(tokens, grid)
             maps = tokens.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, R, C)
-        return network.norm(tokens), global_score(network.blocks[-1][-1], received)
+        features, last = network.norm(tokens), network.blocks[-1][-1]
+        with torch.no_grad():
+            return features, global_score(last.attn, last.norm1(received))
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features
@@ -78,17 +81,16 @@ class TwinsModel(ImageModel):
         return self.network.head(self.network.head_drop(pooled))
 
 
-def global_score(block: Block, tokens: Tensor) -> Tensor:
-    """Eq. 6 for a block that attends to all tokens: (B, N, D), its input, -> (B, N) in float32 and without gradient.
+@like_its_layer
+def global_score(attention: Any, tokens: Tensor) -> Tensor:
+    """Eq. 6 for a layer that attends to all tokens: (B, N, D), its input, -> (B, N) in float32 and without gradient.
 
     Queries and keys are computed a second time here (values are not).
     """
-    attention: Any = block.attn
     width, heads = attention.q.out_features, attention.num_heads
     with torch.no_grad():
-        seen = block.norm1(tokens)
-        queries = attention.q(seen).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, H, N, D / H)
-        keys = linear(seen, attention.kv.weight[:width], attention.kv.bias[:width])
+        queries = attention.q(tokens).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, H, N, D / H)
+        keys = linear(tokens, attention.kv.weight[:width], attention.kv.bias[:width])
         keys = keys.unflatten(2, (heads, -1)).transpose(1, 2)
         with torch.autocast(tokens.device.type, enabled=False):
             similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B, H, N, N)

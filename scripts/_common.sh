@@ -19,6 +19,14 @@ run() {
   [[ ${DRY_RUN:-0} == 1 ]] || "$@"
 }
 
+# For processes that all run on this machine: gloo and NCCL listen on its loopback interface, unless the caller names
+# another one. torchrun's own key store cannot be told to: it listens on every interface (pytorch #173909).
+stay_on_loopback() {
+  local interface=lo
+  [[ $(uname) != Darwin ]] || interface=lo0
+  export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+}
+
 # Makes sure that .venv exists and holds what the given requirements files name, and puts it first on PATH.
 # PYTHON names the interpreter that makes it. Nothing is installed twice: a stamp keeps each file's checksum. What is in
 # it is started as `python -m ...`, because its launchers (torchrun, mypy) break when the project's folder moves.

@@ -88,7 +88,8 @@ read_launch() {
   is_count "$1" || die "--nproc $1: must be a whole number above 0"
   is_count "${NNODES:-1}" || die "NNODES=$NNODES: must be a whole number above 0"
   if ((${NNODES:-1} == 1)); then
-    launch=(torchrun --standalone "--nproc_per_node=$1")
+    stay_on_loopback
+    launch=(torchrun --standalone --local_addr=127.0.0.1 "--nproc_per_node=$1")
     return
   fi
   [[ -n ${MASTER_ADDR:-} && -n ${NODE_RANK:-} ]] ||

@@ -49,7 +49,8 @@ if [[ -e $output ]]; then
   say "removing the last run's $output"
   [[ ${DRY_RUN:-0} == 1 ]] || rm -rf "$output"
 fi
-run python -m torch.distributed.run --standalone --nproc_per_node=2 \
+stay_on_loopback
+run python -m torch.distributed.run --standalone --local_addr=127.0.0.1 --nproc_per_node=2 \
   main.py "${settings[@]}" --output-dir "$output" "$@"
 
 say "3 of 3: evaluating the trained model (and the running average of its weights, \"ema\")"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import struct
 import tarfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,39 @@ def jpeg_bytes(number: int, size: tuple[int, int] = (48, 40)) -> bytes:
     buffer = io.BytesIO()
     picture(number, size).save(buffer, "JPEG")
     return buffer.getvalue()
+
+
+def bomb(content: bytes = b"") -> bytes:
+    """A PNG of a hundred bytes whose header claims 20,000 x 20,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+# A JPEG's content -> what became of it, and what the message says of it.
+DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "cut in half": (lambda content: content[: len(content) // 2], "truncated"),
+    "cut by 2 bytes": (lambda content: content[:-2], "truncated"),
+    "cut by 100 bytes": (lambda content: content[:-100], "truncated"),
+    "zero tail": (lambda content: content[: len(content) // 2] + bytes(len(content) // 2), "truncated"),
+    "bit rot": (
+        lambda content: bytes(b ^ 255 * (2 * n > len(content) and n % 3 == 0) for n, b in enumerate(content)),
+        "broken data stream",
+    ),
+    "header only": (lambda content: content[:20], "cannot identify"),
+    "empty": (lambda content: b"", "cannot identify"),
+    "a web page": (lambda content: b"<!DOCTYPE html><html><body>404</body></html>", "cannot identify"),
+    "a bomb": (bomb, "decompression bomb"),
+}
+
+
+def damage(path: Path, how: str = "cut in half") -> Path:
+    """Damages a JPEG in its place, in one of the ways of `DAMAGE`. Returns its path."""
+    path.write_bytes(DAMAGE[how][0](path.read_bytes()))
+    return path
 
 
 def make_image_folder(

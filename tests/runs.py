@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -126,6 +127,68 @@ def tensors_in(value: Any, name: str = "") -> dict[str, Tensor]:
     return {name: torch.tensor(float(value))} if isinstance(value, (int, float)) else {}
 
 
+CLOCKS = ("train_images_per_second", "train_data_wait", "data_wait", "peak_memory_mb")
+
+
+def without_clocks(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `log.txt` but for what depends on the machine."""
+    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in read_log(folder)]
+
+
+def scalars_of_steps(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's scalars per step, but for clocks, as it would show them.
+
+    A file hides what those before it have from its step on. Read by hand, because TensorBoard orders the files of one
+    second by name.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    files = [list(LegacyEventFileLoader(str(path)).Load()) for path in (folder / "steps").glob("events*")]
+    shown: dict[str, list[tuple[int, float]]] = {}
+    for event in (event for file in sorted(files, key=lambda file: file[0].wall_time) for event in file):
+        if event.HasField("session_log"):
+            shown = {tag: [one for one in values if one[0] < event.step] for tag, values in shown.items()}
+        for value in (value for value in event.summary.value if value.tag not in CLOCKS):
+            shown.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return shown
+
+
+PARTS = ("model", "ema", "optimizer", "scaler", "epoch", "step", "samples_in_epoch", "best_acc1", "first_rate",
+         "meters", "skipped_steps", "bad_images")  # fmt: skip
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a nest of dicts, lists, tensors and numbers, every bit of it."""
+    summed = hashlib.sha256()
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
+        summed.update(
+            f"{plain.dtype} {tuple(plain.shape)}".encode() + plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    elif isinstance(value, dict):
+        summed.update(repr(sorted((repr(key), digest(item)) for key, item in value.items())).encode())
+    elif isinstance(value, (list, tuple)):
+        summed.update(repr([digest(item) for item in value]).encode())
+    else:
+        summed.update(repr(value).encode())
+    return summed.hexdigest()
+
+
+def fingerprint(folder: Path, scalars: bool = True) -> dict[str, str]:
+    """The SHA-256 of everything that a finished run leaves: its checkpoints by parts, its log, its scalars."""
+    found = {}
+    for name in ("checkpoint.pth", "best_checkpoint.pth"):
+        state = torch.load(folder / name, weights_only=True)
+        found.update({f"{name} {part}": digest(state[part]) for part in PARTS})
+    found["log.txt"] = digest(without_clocks(folder))
+    return {**found, "scalars": digest(scalars_of_steps(folder))} if scalars else found
+
+
+def changed(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    """Names of the parts in which two fingerprints differ."""
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
 def state_of(training: engine.Training) -> dict[str, Tensor]:
     """All that a run carries from step to step: weights, average, optimizer, loss scale."""
     parts = {
@@ -182,3 +245,14 @@ def killed_after(last_step: int) -> Iterator[None]:
 
     with watching_steps(kill):
         yield
+
+
+def spoil_loss(training: engine.Training) -> None:
+    """From now on its loss is not a number."""
+    good = training.criterion
+
+    def spoiled(output: Any, batch: Any) -> Any:
+        terms = good(output, batch)
+        return {**terms, "total": terms["total"] * float("nan")}
+
+    training.criterion = spoiled

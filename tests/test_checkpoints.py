@@ -6,6 +6,7 @@ Longer than the working limit: the promises of one module are proved in one plac
 from __future__ import annotations
 
 import argparse
+import copy
 import errno
 import functools
 import hashlib
@@ -13,9 +14,13 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
+import subprocess
 import time
 import warnings
+import zipfile
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -28,7 +33,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 import checkpoints
-from checkpoints import load_checkpoint, load_strictly, pick_weights, remove_stale, save_checkpoint, to_plain
+import optim
+from checkpoints import (
+    load_checkpoint,
+    load_optimizer,
+    load_strictly,
+    pick_weights,
+    remove_stale,
+    save_checkpoint,
+    to_plain,
+)
+from tests.malicious import Malicious
 from utils import InputError
 
 
@@ -180,51 +195,111 @@ def test_remove_stale_takes_only_our_temporary_files(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth", "notes.tmp"]
 
 
-def save_for_ever(path: Path) -> None:
+def save_for_ever(path: Path, megabytes: int) -> None:
     torch.set_num_threads(1)
     step = 0
     while True:
-        save_checkpoint(path, {"step": step, "w": torch.full((1_250_000,), float(step))})  # 5 MB
+        save_checkpoint(path, {"step": step, "w": torch.full((megabytes * 250_000,), float(step))})
         step += 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_sigkill_never_costs_the_last_file(tmp_path: Path) -> None:
-    path, rng = tmp_path / "checkpoint.pth", random.Random(0)
-    save_checkpoint(path, {"step": -1, "w": torch.full((1_250_000,), -1.0)})
-    for _ in range(10):
+@pytest.mark.parametrize(("kills", "megabytes"), [(10, 5), pytest.param(100, 20, marks=pytest.mark.slow)])
+def test_sigkill_never_costs_the_last_file(kills: int, megabytes: int, tmp_path: Path) -> None:
+    path, rng, unfinished = tmp_path / "checkpoint.pth", random.Random(0), 0
+    save_checkpoint(path, {"step": -1, "w": torch.full((megabytes * 250_000,), -1.0)})
+    for _ in range(kills):
+        process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(path, megabytes), daemon=True)
         with warnings.catch_warnings():  # the child touches no lock that a thread of ours may hold
             warnings.simplefilter("ignore", DeprecationWarning)
-            process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(path,), daemon=True)
             process.start()
         started = path.stat().st_mtime_ns
         while path.stat().st_mtime_ns == started:  # until its first save is through
             assert process.is_alive()
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.01 * megabytes))
         process.kill()
         process.join()
         loaded = load_checkpoint(path)
         assert bool((loaded["w"] == loaded["step"]).all())
-    remove_stale(tmp_path)
+        unfinished += len(remove_stale(tmp_path))
+    assert unfinished > kills / 4  # many of them in the middle of a save
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_previous_file(small_disk: Path) -> None:
+    path = small_disk / "checkpoint.pth"
+    save_checkpoint(path, {"step": 1, "w": torch.ones(1_000_000)})  # 4 MB
+    for _ in range(3):
+        with pytest.raises(InputError, match=r"checkpoint\.pth: disk full .* unchanged"):
+            save_checkpoint(path, {"step": 2, "w": torch.full((1_500_000,), 2.0)})
+        assert os.listdir(small_disk) == ["checkpoint.pth"]
+    loaded = load_checkpoint(path)
+    assert loaded["step"] == 1
+    assert bool((loaded["w"] == 1).all())
+    save_checkpoint(small_disk / "other.pth", {"w": torch.ones(500_000)})  # what fits is still written
 
 
 # ------------------------------------------------------------------------------------------------------ reading
 
 
+def content_of(path: Path) -> list[int]:
+    """The places in a zip file that are somebody's content, and not headers, padding or the directory."""
+    places: list[int] = []
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
+        for entry in archive.infolist():
+            stream.seek(entry.header_offset + 26)
+            names = sum(int.from_bytes(stream.read(2), "little") for _ in range(2))
+            places += range(entry.header_offset + 30 + names, entry.header_offset + 30 + names + entry.file_size)
+    return places
+
+
+def training_state() -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(80, 80), nn.BatchNorm1d(80), nn.Linear(80, 10))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(5, 80)).sum().backward()
+    optimizer.step()
+    return {"format": checkpoints.FORMAT, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1}
+
+
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """200 of 200 in what was saved; elsewhere it is found, or does no harm."""
     path, rng = tmp_path / "checkpoint.pth", random.Random(0)
-    weight = torch.randn(20_000)
-    save_checkpoint(path, {"w": weight})
-    good = path.read_bytes()
-    start = good.index(weight.numpy().tobytes()[:64])
-    for _ in range(20):
+    save_checkpoint(path, training_state())
+    good, whole = path.read_bytes(), load_checkpoint(path)
+    inside = content_of(path)
+    outside = sorted(set(range(len(good))) - set(inside))
+
+    def flip(place: int) -> None:
         bad = bytearray(good)
-        bad[start + rng.randrange(weight.nbytes)] ^= 1 << rng.randrange(8)
+        bad[place] ^= 1 << rng.randrange(8)
         path.write_bytes(bad)
+
+    for place in rng.sample(inside, 200):
+        flip(place)
         with pytest.raises(InputError, match=r"checkpoint\.pth is truncated or corrupt.*earlier"):
             load_checkpoint(path)
+    harmless = 0
+    for place in rng.sample(outside, 200):
+        flip(place)
+        try:
+            torch.testing.assert_close(load_checkpoint(path), whole, rtol=0, atol=0)
+            harmless += 1
+        except InputError:
+            pass
+    assert 0 < harmless < 200
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
@@ -259,16 +334,6 @@ def test_foreign_file_with_namespace_and_numpy_scalars(tmp_path: Path, zipped: b
     assert [type(loaded[key]) for key in ("best", "f", "epoch", "done")] == [float, float, int, bool]
     save_checkpoint(tmp_path / "own.pth", loaded)
     assert unsafe_globals(tmp_path / "own.pth") == []
-
-
-class Malicious:
-    """Unpickling it would create a file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.target),)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -409,3 +474,87 @@ def test_load_strictly_accepts_an_exact_fit() -> None:
     nn.init.ones_(source.get_parameter("head.weight"))
     assert load_strictly(target, source.state_dict(), source="x") == []
     torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------- state of an optimizer
+
+OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "adafactor", "adan", "nadamw", "muon", "rmsproptf", "lookahead_adamw")
+
+
+def trainer(opt: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(OrderedDict(body=nn.Linear(4, 3), norm=nn.LayerNorm(3), head=nn.Linear(3, 2)))
+    return model, optim.make_optimizer(model, {"opt": opt, "lr": 1e-2, "weight_decay": 0.05})
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        model(torch.randn(5, 4, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("opt", OPTIMIZERS)
+def test_an_optimizer_goes_on_exactly_with_its_own_settings(opt: str, tmp_path: Path) -> None:
+    model, optimizer = trainer(opt)
+    train(model, optimizer, range(3))
+    save_checkpoint(tmp_path / "x.pth", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    saved = load_checkpoint(tmp_path / "x.pth")
+    again, other = trainer(opt)
+    other.param_groups[0]["lr"] = 0.5
+    load_optimizer(other, saved["optimizer"], "x.pth")
+    load_strictly(again, saved["model"], source="x.pth")
+    assert other.param_groups[0]["lr"] == 0.5
+    for group in (*other.param_groups, *optimizer.param_groups):
+        group["lr"] = 1e-2
+    train(model, optimizer, range(3, 6))
+    train(again, other, range(3, 6))
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    ours, theirs = (to_plain(one.state_dict()["state"]) for one in (other, optimizer))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def first(saved: dict[str, Any]) -> dict[str, Any]:
+    """The state of the first matrix."""
+    return next(one for one in saved["state"].values() if one["exp_avg"].ndim == 2)
+
+
+WRONG_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "smaller": lambda saved: first(saved).update(exp_avg=torch.zeros(1)),
+    "flat": lambda saved: first(saved).update(exp_avg_sq=first(saved)["exp_avg_sq"].flatten()),
+    "sparse": lambda saved: first(saved).update(exp_avg=torch.zeros(3, 4).to_sparse()),
+    "whole numbers": lambda saved: first(saved).update(exp_avg=torch.zeros(3, 4, dtype=torch.long)),
+    "nothing": lambda saved: first(saved).update(exp_avg=None),
+    "a number": lambda saved: first(saved).update(exp_avg=0.5),
+    "a vector of steps": lambda saved: first(saved).update(step=torch.zeros(3)),
+    "a part too many": lambda saved: first(saved).update(momentum_buffer=torch.zeros(3, 4)),
+    "a part too few": lambda saved: first(saved).pop("exp_avg"),
+    "a parameter too many": lambda saved: saved["state"].update({77: first(saved)}),
+    "a list": lambda saved: saved["state"].update({0: [1, 2]}),
+    "no state": lambda saved: saved.pop("state"),
+    "no groups": lambda saved: saved.pop("param_groups"),
+    "other groups": lambda saved: saved["param_groups"].pop(),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATES)
+def test_a_state_that_does_not_fit_is_refused(wrong: str) -> None:
+    """torch takes the first of them, and then its fused step reads and writes beyond the tensor's end."""
+    model, optimizer = trainer("adamw")
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    WRONG_STATES[wrong](saved)
+    _, other = trainer("adamw")
+    with pytest.raises(InputError, match=r"^x\.pth: its optimizer state (does not fit|is of another)"):
+        load_optimizer(other, saved, "x.pth")
+
+
+def test_a_count_that_is_kept_beside_the_settings_goes_on() -> None:
+    model, optimizer = trainer("lamb")
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    _, other = trainer("lamb")
+    load_optimizer(other, saved, "x.pth")
+    assert [group["step"] for group in other.param_groups] == [3, 3]
+    saved["param_groups"][0]["step"] = "3"
+    with pytest.raises(InputError, match="does not fit in step"):
+        load_optimizer(trainer("lamb")[1], saved, "x.pth")

@@ -219,6 +219,8 @@ def names_read(source: str, variable: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load):
             found |= {node.attr} if node.value.id == variable else set()
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == variable:
+            found.add(node.attr)  # self.args.name
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
             owner, name = node.args[:2]
             if isinstance(owner, ast.Name) and owner.id == variable and isinstance(name, ast.Constant):
@@ -459,7 +461,7 @@ def test_scripts_are_bash_without_mistakes_and_explain_themselves(script: Path) 
 def test_quickstart_trains_on_two_processes_and_evaluates_what_it_trained() -> None:
     printed = dry_run(["scripts/quickstart.sh", "--epochs", "1"])
     trained, evaluated = (args for line in printed.splitlines() if " main.py" in line for args in check_command(line))
-    assert "torch.distributed.run --standalone --nproc_per_node=2 main.py" in printed
+    assert "torch.distributed.run --standalone --local_addr=127.0.0.1 --nproc_per_node=2 main.py" in printed
     assert (trained.data_set, trained.mixer, trained.epochs, trained.device) == ("DIGITS", "smmix", 1, "cpu")
     assert evaluated.eval
     assert evaluated.resume == f"{trained.output_dir}/checkpoint.pth"

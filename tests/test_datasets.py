@@ -215,38 +215,6 @@ def test_the_halves_must_have_the_same_classes() -> None:
     assert "order" in message_of(InputError, check_same_classes, ["a", "b"], ["b", "a"])
 
 
-DAMAGE = {
-    "cut in half": lambda content: content[: len(content) // 2],
-    "cut by two bytes": lambda content: content[:-2],
-    "header only": lambda content: content[:20],
-    "empty": lambda content: b"",
-    "a web page": lambda content: b"<html>404</html>",
-    "zero tail": lambda content: content[: len(content) // 2] + bytes(len(content) // 2),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_image_is_named_and_never_replaced(damage: str, tmp_path: Path) -> None:
-    root = make_image_folder(tmp_path, per_class=1, size=(120, 90))
-    bad = root / "train" / "bee" / "0.jpg"
-    bad.write_bytes(DAMAGE[damage](bad.read_bytes()))
-    for name in ("IMNET", "timm/"):
-        images = open_images(name, str(root), True)
-        assert isinstance(images, Images)
-        assert images[0][1] == 0
-        message = message_of(SampleError, images.__getitem__, 1)
-        assert str(bad) in message
-        assert "replace" in message
-
-
-def test_a_decompression_bomb_is_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = make_image_folder(tmp_path, per_class=1)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    images = open_images("IMNET", str(root), True)
-    assert isinstance(images, Images)
-    assert str(root / "train" / "ant" / "0.jpg") in message_of(SampleError, images.__getitem__, 0)
-
-
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert "pip install scikit-learn" in message_of(InputError, open_images, "DIGITS", "", True)

@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 import engine
 import optim
 import utils
-from logs import Meters
+from health import NonFiniteLoss
 from losses import SMMixLoss
+from meters import Meters
 from models.build import build_model
 from models.interface import ImageModel
 from smmix import VARIANTS
@@ -93,7 +94,8 @@ def _remember_first_gradients(training: engine.Training, seen: dict[str, Any]) -
 
 
 def fail_on_one_rank(training: engine.Training, rank: int) -> dict[str, Any]:
-    """Rank 1's loss becomes infinite for one step, then two more steps follow before anybody looks."""
+    """Rank 1's loss is infinite on three steps in a row before anybody looks."""
+    training.health.limit = 3
     before, good = flat(training.module), training.criterion
 
     def planted(output: Any, batch: Any) -> Any:
@@ -102,12 +104,13 @@ def fail_on_one_rank(training: engine.Training, rank: int) -> dict[str, Any]:
         return {**terms, "total": terms["total"] + float("inf")}
 
     for step in range(STEPS, STEPS + 3):
-        training.criterion = planted if rank == 1 and step == STEPS else good
+        training.criterion = planted if rank == 1 else good
         engine.train_step(training, [batch_of(rank, step), batch_of(rank, step, 1)], step, Meters())
     try:
-        training.stop_if_not_finite()
-    except engine.NonFiniteLoss as error:
-        return {"message": str(error), "unchanged": torch.equal(before, flat(training.module))}
+        training.health.check()
+    except NonFiniteLoss as error:
+        unchanged = torch.equal(before, flat(training.module))
+        return {"message": str(error), "unchanged": unchanged, "evidence": error.evidence is not None}
     return {"message": "", "unchanged": False}
 
 
@@ -134,6 +137,7 @@ def test_ranks_agree_and_equal_one_process(tmp_path: Path, world_size: int, vari
         torch.testing.assert_close(ranks[0]["gradients"][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
     if world_size == 2:
+        assert [rank["failure"]["evidence"] for rank in ranks] == [False, True]
         for rank in ranks:
             failure = rank["failure"]
             assert failure["unchanged"], "no rank may update after a failed loss"

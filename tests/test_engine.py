@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import optim
 import utils
-from logs import Meters
+from health import NonFiniteLoss
 from losses import SMMixLoss
+from meters import Meters
 from mixers.options import METHODS
 from mixers.switch import Choice, Switch
 from models.build import build_model
@@ -35,7 +37,7 @@ def make_training(amp: str = "none", opt: str = "adamw", **settings: Any) -> eng
     return engine.Training(
         module=model, model=model, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
         optimizer=optim.make_optimizer(model, {"opt": opt, "lr": 1e-3}), scaler=engine.make_scaler(CPU.device, amp),
-        autocast=autocast, processes=CPU, watch_gradients=amp != "fp16", **settings,
+        autocast=autocast, processes=CPU, fixed_scale=amp != "fp16", **settings,
     )  # fmt: skip
 
 
@@ -49,8 +51,11 @@ def weights_of(model: nn.Module) -> Tensor:
 
 
 def epoch_of(training: engine.Training, steps: int, **settings: Any) -> dict[str, float]:
-    batches = [batch_of(step) for step in range(steps)]
-    return engine.train_one_epoch(training, batches, first_step=0, on_log=lambda step, means: None, **settings)
+    """The means of an epoch of so many steps."""
+    batches, meters = [batch_of(step) for step in range(steps)], Meters()
+    defaults: dict[str, Any] = {"first_step": 0, "on_log": lambda step, means, trouble: None, "meters": meters}
+    engine.train_one_epoch(training, batches, **{**defaults, **settings})
+    return meters.read()
 
 
 class CountReads(TorchDispatchMode):
@@ -83,8 +88,8 @@ def test_a_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch, first: bool,
     with CountReads() as counter:
         engine.train_step(training, [batch_of(1)], 1, meters)
     assert not counter.reads
-    with CountReads() as counter:  # the control: a logging step does read
-        training.stop_if_not_finite()
+    with CountReads() as counter:  # the control
+        assert float(training.health.skipped) == 0
     assert counter.reads
 
 
@@ -106,45 +111,95 @@ def test_no_mixer_reads_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -
 def test_an_optimizer_without_a_fused_form_still_skips_a_failed_step() -> None:
     training = make_training(opt="lamb")
     before = weights_of(training.module)
-    training.health += float("nan")
+    training.health.poison += float("nan")
     engine.train_step(training, [batch_of(0)], 0, Meters())
     assert torch.equal(weights_of(training.module), before)
 
 
-@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
-@pytest.mark.parametrize("term", ["cls", "fine", "con"])
-def test_a_loss_that_is_not_finite_stops_before_the_update(
-    amp: str, term: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, True))
-    training, good = make_training(amp), SMMixLoss()
+def planted_loss(training: engine.Training, term: str, bad_calls: set[int]) -> list[Tensor]:
+    """Turns a term into NaN on some calls of the loss; returns the list of the weights that each call meets."""
+    good = SMMixLoss()
     kept: list[Tensor] = []
 
     def planted(output: Any, batch: Any) -> Any:
         terms = good(output, batch)
-        kept.append(weights_of(training.module))
-        if len(kept) == 3:
+        if len(kept) in bad_calls:
             terms[term] = terms[term] * float("nan")
+        kept.append(weights_of(training.module))
         return {**terms, "total": terms["cls"] + terms["fine"] + terms["con"]}
 
     training.criterion = planted
-    with pytest.raises(engine.NonFiniteLoss) as failure:
-        epoch_of(training, 6, log_every=5)
-    message = str(failure.value)
-    assert "step 2, total nan" in message
-    assert f"{term} nan" in message
-    assert "images [20, 21, 22, 23]" in message
-    assert torch.equal(weights_of(training.module), kept[2]), "nothing may change from the failed step on"
+    return kept
 
 
-def test_a_gradient_that_is_not_finite_stops_too() -> None:
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+@pytest.mark.parametrize("term", ["cls", "fine", "con"])
+def test_a_loss_that_is_not_finite_changes_nothing(amp: str, term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weight, no average, no state of the optimizer; the steps before and after it do."""
+    monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, True))
+    training = make_training(amp)
+    if amp == "fp16":  # low enough that no step of this run overflows
+        training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    training.ema = ModelEmaV3(training.module, decay=0.5)
+    kept, states, said = planted_loss(training, term, {2}), [], []
+
+    def see(indices: Tensor) -> bool:
+        moments = [state["exp_avg"].flatten() for state in training.optimizer.state.values()]
+        counts = [state["step"].flatten() for state in training.optimizer.state.values()]
+        states.append(torch.cat([weights_of(training.ema.module), *moments, *counts]))
+        return False
+
+    epoch_of(training, 5, log_every=1, after_step=see, on_log=lambda step, means, trouble: said.append(trouble))
+    changes = [not torch.equal(kept[i], kept[i + 1]) for i in range(4)]
+    assert changes == [True, True, False, True]
+    assert [not torch.equal(states[i], states[i + 1]) for i in range(4)] == [True, False, True, True]
+    assert training.health.told == 1
+    report = said[2]
+    assert [trouble is None for trouble in said] == [True, True, False, True, True]
+    assert report is not None
+    assert "left out 1 update" in report
+    assert "rank 0: step 2, total nan" in report
+    assert f"{term} nan" in report
+    assert "images [20, 21, 22, 23]" in report
+
+
+def test_too_many_in_a_row_stop_the_run_with_the_evidence() -> None:
     training = make_training()
+    training.health.limit = 4
+    kept = planted_loss(training, "cls", {1, 3, 4, 5, 6, 7, 8, 9})
+    training.mixer = cast(Any, training.mixer).first
+    with pytest.raises(NonFiniteLoss) as failure:
+        epoch_of(training, 20, log_every=2)
+    assert "5 steps in a row were not finite" in str(failure.value)  # steps 3 to 7, read after step 7
+    assert "rank 0: step 3, total nan" in str(failure.value)
+    assert "--amp bf16, --clip-grad 1.0, --attn-fp32, a lower --lr" in str(failure.value)
+    assert len(kept) == 8
+    evidence = failure.value.evidence
+    assert evidence is not None
+    assert torch.equal(evidence["images"], batch_of(7)[0])
+    assert evidence["mixed_images"].shape == evidence["images"].shape
+    assert "step 7" in evidence["report"]
+    assert failure.value.exit_code == 3
+
+
+def test_the_mean_of_the_log_leaves_such_steps_out() -> None:
+    training = make_training()
+    planted_loss(training, "cls", {1})
+    training.mixer = cast(Any, training.mixer).first
+    meters = Meters()
+    epoch_of(training, 3, meters=meters)
+    assert all(torch.isfinite(torch.tensor(value)) for value in meters.read().values())
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_too() -> None:
+    training, said = make_training(), []
     network: Any = training.module.network
     network.head.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = weights_of(training.module)
-    with pytest.raises(engine.NonFiniteLoss, match=r"step 0.*grad_norm"):
-        epoch_of(training, 2)
+    epoch_of(training, 2, log_every=2, on_log=lambda step, means, trouble: said.append(trouble))
     assert torch.equal(weights_of(training.module), before)
+    assert "left out 2 updates" in said[0]
+    assert "all losses were finite, the gradient was not: step 0" in said[0]
 
 
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])

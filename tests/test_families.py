@@ -17,8 +17,8 @@ import engine
 import optim
 import utils
 from checkpoints import load_strictly
-from logs import Meters
 from losses import SMMixLoss
+from meters import Meters
 from mixers.switch import Choice, Switch
 from models.build import FAMILIES, adapt_weights, build_model, plain_weights, use_grad_checkpointing
 from models.interface import AttentionOf, ImageModel, ModelOutput
@@ -128,7 +128,7 @@ def test_a_compiled_model_takes_the_same_step(family: str, monkeypatch: pytest.M
         if compiled:
             torch._dynamo.reset()
             training.model = torch.compile(training.module, backend="aot_eager")  # type: ignore[assignment]
-            call = torch.compile(training.module, backend="aot_eager")
+            call = torch.compile(training.module.look, backend="aot_eager")
             training.guide = engine.make_guide(training.module, training.autocast, call)
         seen: list[Tensor] = []
         training.optimizer.register_step_pre_hook(

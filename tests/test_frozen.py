@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from checkpoints import save_checkpoint
 from models import frozen
@@ -53,17 +54,15 @@ def test_channels_that_come_last_are_moved(tmp_path: Path) -> None:
     assert torch.equal(features(images)[0, :, 0, 1], expected[0, 0, 1])
 
 
-def test_a_name_alone_lets_timm_fetch_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    create = timm.create_model
-
-    def fetch(name: str, **settings: Any) -> Any:
-        asked.append((name, settings))
-        return create(name)
-
-    monkeypatch.setattr(frozen.timm, "create_model", fetch)
-    frozen.build_feature_map("test_resnet", SIZE)
-    assert asked == [("test_resnet", {"pretrained": True})]
+def test_a_name_alone_has_its_weights_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network: Any = timm.create_model("test_resnet").eval()
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(frozen.downloads, "from_hub", lambda *asked: tmp_path / "model.safetensors")
+    features: Any = frozen.build_feature_map("test_resnet", SIZE)
+    images = torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        torch.testing.assert_close(features(images), network.forward_features(images))
+    assert "state_dict" not in features.network.pretrained_cfg
 
 
 @pytest.mark.parametrize(
@@ -90,9 +89,11 @@ def test_what_cannot_be_looked_through_is_refused(
 
 
 def test_weights_that_cannot_be_fetched_ask_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*args: Any, **settings: Any) -> Any:
+    def offline(*asked: Any) -> Any:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(frozen.timm, "create_model", offline)
+    monkeypatch.setattr(frozen.downloads, "from_hub", offline)
     with pytest.raises(InputError, match=r"could not get its weights \(no route to host\); give a file: test_resnet="):
         frozen.build_feature_map("test_resnet", SIZE)
+    with pytest.raises(InputError, match=r"could not get its weights \(timm knows none\)"):
+        frozen.build_feature_map("cspresnet50d", SIZE)

@@ -16,8 +16,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-import logs
-from logs import Meters, RunLog, to_json, write_json
+import meters as meters_module
+from logs import RunLog, to_json, write_json
+from meters import Meters
 from utils import InputError, Processes
 
 CPU = torch.device("cpu")
@@ -346,5 +347,5 @@ def test_nothing_is_written_without_a_folder(
 
 
 def test_meters_agree_with_their_dtype_rule() -> None:
-    assert logs._dtype_on(torch.device("mps")) is torch.float32
-    assert logs._dtype_on(torch.device("cuda")) is logs._dtype_on(CPU) is torch.float64
+    assert meters_module._dtype_on(torch.device("mps")) is torch.float32
+    assert meters_module._dtype_on(torch.device("cuda")) is meters_module._dtype_on(CPU) is torch.float64

@@ -71,9 +71,9 @@ def test_two_processes_train_resume_and_evaluate(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert "128 per process x 2 processes x 1 accumulated = 256" in first.stdout
     assert first.stdout.count("total batch") == 1  # one rank speaks
-    second = torchrun(*words, "--epochs 2 --auto-resume")
+    second = torchrun(*words, "--epochs 2 --auto-resume --accept-changes epochs")
     assert second.returncode == 0, second.stderr
-    assert f"resumed from {folder / 'checkpoint.pth'}; next is epoch 1" in second.stdout
+    assert f"resumed from {folder / 'checkpoints' / '0000000005.pth'}; next is epoch 1" in second.stdout
 
     lines = read_log(folder)
     assert [line["epoch"] for line in lines] == [0, 1]
@@ -192,8 +192,9 @@ def test_seeds_and_workers(photos: Path) -> None:
 
 
 def test_micro_batches_add_up(photos: Path) -> None:
-    """2 x 4 images are 1 x 8, where nothing in the forward pass is random."""
-    words = split("--mixer none --drop-path 0 --opt momentum --lr 1 --epochs 2 --no-model-ema --data-path", photos)
+    """2 x 4 images are 1 x 8, where nothing in the step is random."""
+    flags = "--mixer none --drop-path 0 --reprob 0 --opt momentum --lr 1 --epochs 2 --no-model-ema --data-path"
+    words = split(flags, photos)
     joined = run_small(*words, "--batch-size 8").training
     parts = run_small(*words, "--batch-size 4 --accum-steps 2").training
     start = run_small(*words, "--batch-size 8 --lr 1e-30").training
@@ -236,7 +237,7 @@ def test_every_combination_trains(photos: Path, teacher: Path, mixer: str, loss:
     if distillation != "none":
         words += split(f"--distillation-type {distillation} --teacher-model test_resnet --teacher-path", teacher)
     steps: list[dict[str, Tensor]] = []
-    with watching_steps(lambda training, step: steps.append(training.unchecked[-1].values)):
+    with watching_steps(lambda training, step: steps.append(training.health.unchecked[-1].values)):
         for smoothing in ("0", "0.1") if not loss else ("0",):
             run = run_small(*words, f"--smoothing {smoothing}")
             assert run.code == 0, run.err

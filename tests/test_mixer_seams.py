@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import engine
 import optim
 import utils
-from logs import Meters
 from losses import SMMixLoss, Terms
+from meters import Meters
 from mixers.cutmix import CutMix
 from mixers.interface import Guide, MixedBatch, Mixer, soft_labels
 from mixers.masks import paste

@@ -27,9 +27,8 @@ from models.build import (
     use_distillation,
 )
 from models.interface import (
-    AttentionOf,
+    Glance,
     ImageModel,
-    ModelOutput,
     class_attention_score,
     image_attention_score,
     pool_regions,
@@ -677,10 +676,10 @@ def test_the_guide_runs_under_the_runs_autocast(tiny_model: ImageModel, images: 
 def test_the_guide_calls_the_compiled_form_if_given_one(tiny_model: ImageModel, images: Tensor) -> None:
     asked = []
 
-    def call(images: Tensor, need_attention: AttentionOf | None) -> ModelOutput:
-        asked.append((need_attention, tiny_model.training))
-        return tiny_model(images, need_attention=need_attention)
+    def call(images: Tensor, size: tuple[int, int] | None) -> Glance:
+        asked.append((size, tiny_model.training))
+        return tiny_model.look(images, size)
 
     make_guide(tiny_model.train(), NO_AMP, call)(images)
-    assert asked == [("image", False)]
+    assert asked == [(None, False)]
     assert tiny_model.training

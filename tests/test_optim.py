@@ -23,7 +23,7 @@ def rates(line: str, done_epochs: int = 0) -> list[float]:
     """The rate of each update from `done_epochs` on, stepped as `main.py` and `engine.py` do."""
     args = get_args_parser().parse_args(line.split())
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
-    schedule = optim.Schedule(optimizer, scheduler_kwargs(args), STEPS, done_epochs)
+    schedule = optim.Schedule(optimizer, scheduler_kwargs(args), STEPS, done_epochs, done_epochs * STEPS)
     seen = []
     for epoch in range(done_epochs, args.epochs):
         for step in range(epoch * STEPS, (epoch + 1) * STEPS):
@@ -71,3 +71,23 @@ def test_swins_tables_and_one_dimensional_parameters_are_not_decayed() -> None:
     decayed = [p for group in optim.make_optimizer(model, optimizer_kwargs(args)).param_groups
                if group["weight_decay"] > 0 for p in group["params"]]  # fmt: skip
     assert [tuple(p.shape) for p in decayed] == [(4, 4)]
+
+
+@pytest.mark.parametrize("name", ["momentum", "sgd", "adamw"])
+def test_the_very_first_update_may_be_left_out(name: str) -> None:
+    """As fp16's first ones are: torch's fused SGD then goes on with momentum that nobody has set."""
+    model = torch.nn.Linear(200, 200)
+    start = model.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    optimizer = optim.make_optimizer(model, {"opt": name, "lr": 1.0, "weight_decay": 0.0, "momentum": 0.9})
+    rubbish = [torch.full((200, 200), 1e30) for _ in range(20)]
+    del rubbish  # what the allocator gives next is not zero
+    for gradient in (math.inf, 1.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        scaler.scale(torch.zeros(()))
+        scaler.step(optimizer)
+        scaler.update(1.0)
+        assert torch.equal(model.weight, start) == (gradient == math.inf)
+    change = 1.9 if name == "sgd" else 1.0  # Nesterov's
+    torch.testing.assert_close(model.weight, start - change, atol=1e-5, rtol=0)

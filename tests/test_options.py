@@ -26,12 +26,15 @@ SMMIX: dict[str, Any] = {
     "resize_placement": "inside", "fmix_decay": 3.0, "attentive_teacher": None, "attentive_cells": None,
     "relabel": "none", "relabel_ratio": 0.5, "variant": "paper", "side_ratio": (0.25, 0.75),
     "region_head": None, "consistency": None, "region_size": None, "accum_steps": 1, "compile": False,
-    "auto_resume": False, "sched_on_updates": False, "scale_schedule": False, "grad_checkpointing": False,
-    "channels_last": False, "list_models": False,
+    "auto_resume": False, "save_steps": 0, "save_minutes": 0, "keep_checkpoints": 2, "accept_changes": None,
+    "max_bad_steps": 20, "sched_on_updates": False, "scale_schedule": False, "grad_checkpointing": False,
+    "guide_size": None, "guide_amp": None,
+    "resize": "pillow", "repeat_layout": "blocks",
+    "skip_corrupt": False, "data_timeout": 600, "channels_last": False, "attn_fp32": False, "list_models": False,
 }  # fmt: skip
 # Decided by the machine, the data or the model, see `assembly.resolve_defaults`.
-OPEN = {"device", "amp", "num_workers", "data_set", "data_path", "nb_classes", "input_size", "eval_crop_ratio",
-        "patch_size", "log_every", "lr_noise", "lr_noise_pct", "lr_noise_std"}  # fmt: skip
+OPEN = {"decoder", "device", "amp", "num_workers", "data_set", "data_path", "nb_classes", "input_size",
+        "eval_crop_ratio", "patch_size", "log_every", "lr_noise", "lr_noise_pct", "lr_noise_std"}  # fmt: skip
 
 
 def test_defaults_are_the_published_recipe() -> None:

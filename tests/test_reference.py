@@ -13,8 +13,8 @@ from torch import Tensor
 import engine
 import optim
 import utils
-from logs import Meters
 from losses import SMMixLoss
+from meters import Meters
 from mixers.interface import StepRandom, draw_beta
 from models.build import build_model
 from models.interface import ImageModel

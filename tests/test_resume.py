@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import resume
+import utils
 from tests.image_folders import make_image_folder
 from tests.runs import (
     Killed,
@@ -21,12 +21,13 @@ from tests.runs import (
     split,
     state_of,
     tensors_in,
+    without_clocks,
 )
 from utils import InputError
 
 # Everything that draws: augmentation, repeats, drop path, both mixers. An epoch has three steps.
 WORDS = "--aa rand-m9-mstd0.5-inc1 --repeated-aug --drop-path 0.2 --epochs 3 --warmup-epochs 1 --lr 0.1"
-CLOCKS = ("train_images_per_second", "peak_memory_mb")
+MORE = "--epochs 2 --accept-changes epochs"  # goes on with a run of one epoch; names of more flags may follow
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +41,6 @@ def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     assert run_small("--data-path", photos, "--output-dir", folder).code == 0
     return folder
-
-
-def without_clocks(folder: Path) -> list[dict[str, Any]]:
-    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in read_log(folder)]
 
 
 # --------------------------------------------------------------------------------------------- going on with a run
@@ -95,13 +92,13 @@ def test_leftovers_of_a_kill_are_cleared(photos: Path, finished: Path, tmp_path:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     leftover = folder / "checkpoint.pth.123.unfinished.tmp"
     leftover.write_bytes(b"half a checkpoint")
-    assert run_small("--epochs 2 --auto-resume --data-path", photos, "--output-dir", folder).code == 0
+    assert run_small(MORE, "--auto-resume --data-path", photos, "--output-dir", folder).code == 0
     assert not leftover.exists()
 
 
 def test_a_given_checkpoint_goes_on_in_another_folder(photos: Path, finished: Path, tmp_path: Path) -> None:
     before = (finished / "checkpoint.pth").read_bytes()
-    words = split("--epochs 2 --data-path", photos, "--resume", finished / "checkpoint.pth")
+    words = split(MORE, "--data-path", photos, "--resume", finished / "checkpoint.pth")
     run = run_small(*words, "--output-dir", tmp_path)
     assert f"resumed from {finished / 'checkpoint.pth'}" in run.out
     assert [line["epoch"] for line in read_log(tmp_path)] == [1]
@@ -112,7 +109,7 @@ def test_a_given_checkpoint_goes_on_in_another_folder(photos: Path, finished: Pa
 def test_more_epochs_go_on_with_the_optimizer(photos: Path, finished: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     old = torch.load(folder / "checkpoint.pth", weights_only=True)
-    run = run_small("--epochs 2 --drop-path 0.3 --auto-resume --data-path", photos, "--output-dir", folder)
+    run = run_small(MORE, "drop-path --drop-path 0.3 --auto-resume --data-path", photos, "--output-dir", folder)
     steps = {int(state["step"]) for state in run.training.optimizer.state_dict()["state"].values()}
     assert steps == {6}
     assert old["step"] == 3
@@ -137,23 +134,23 @@ def test_a_finished_run_says_so_and_stays_as_it_is(photos: Path, finished: Path,
 @pytest.mark.parametrize(("flag", "field"), [("--lr 0.25 --unscale-lr", "lr"), ("--weight-decay 0.25", "weight_decay")])
 def test_a_changed_setting_is_taken_or_refused(photos: Path, finished: Path, flag: str, field: str) -> None:
     """A lower --lr is what a failed run is told to try: the checkpoint's old one must not win in silence."""
-    words = split("--epochs 2 --sched step --data-path", photos, "--resume", finished / "checkpoint.pth")
-    run = run_small(*words, flag)
-    if run.code == 2:
-        assert flag.split()[0] in run.err
-    else:
-        assert run.training.optimizer.param_groups[-1][field] == pytest.approx(0.25)
+    words = split("--sched step", MORE, "sched --data-path", photos, "--resume", finished / "checkpoint.pth")
+    name = flag.split()[0]
+    refused = run_small(*words, flag)
+    assert refused.code == 2
+    assert "the run was begun with other settings" in refused.err
+    assert name in refused.err
+    assert f"add --accept-changes {name.strip('-')}" in refused.err
+    run = run_small(*words, flag, "--accept-changes all")
+    assert run.training.optimizer.param_groups[-1][field] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), ("none", "fp16")])
 def test_another_precision_has_its_own_loss_scale(photos: Path, tmp_path: Path, before: str, after: str) -> None:
     """fp16 needs a scale, which adapts; elsewhere it is one and stays, or it grows until gradients overflow."""
     assert run_small(f"--amp {before} --data-path", photos, "--output-dir", tmp_path).code == 0
-    words = split(f"--amp {after} --epochs 2 --data-path", photos)
+    words = split(f"--amp {after}", MORE, "amp --data-path", photos)
     resumed, fresh = run_small(*words, "--auto-resume --output-dir", tmp_path), run_small(*words)
-    if resumed.code == 2:
-        assert "--amp" in resumed.err
-        return
     left, right = (run.training.scaler for run in (resumed, fresh))
     assert (left.get_scale() > 1) == (right.get_scale() > 1) == (after == "fp16")
     assert left.get_growth_interval() == right.get_growth_interval()
@@ -176,7 +173,7 @@ def test_a_folder_with_a_run_is_not_written_over_by_another_one(photos: Path, fi
     """--resume names one run, --output-dir holds another."""
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     kept = (folder / "checkpoint.pth").read_bytes()
-    words = split("--epochs 2 --data-path", photos, "--resume", finished / "checkpoint.pth")
+    words = split(MORE, "--data-path", photos, "--resume", finished / "checkpoint.pth")
     run = run_small(*words, "--output-dir", folder)
     assert run.code == 2, run.out
     assert "already holds a run" in run.err
@@ -191,12 +188,12 @@ def test_a_folder_with_a_run_is_not_written_over_by_another_one(photos: Path, fi
         ("--patch-size 8", ["patch_size", "8"]),
         ("--variant released", ["separate_region_head"]),
         ("--eval-crop-ratio 0.5", ["crop_ratio", "0.5"]),
-        ("--opt lion", ["--opt lion"]),
+        ("--opt lion", ["--opt adamw -> lion"]),
     ],
 )
 def test_another_run_is_refused(photos: Path, finished: Path, flags: str, fragments: list[str]) -> None:
     path = finished / "checkpoint.pth"
-    run = run_small("--epochs 2", flags, "--data-path", photos, "--resume", path)
+    run = run_small(MORE, flags, "--data-path", photos, "--resume", path)
     assert run.code == 2, run.out
     for fragment in [f"--resume {path}", *fragments]:
         assert fragment in run.err
@@ -206,7 +203,7 @@ def test_another_run_is_refused(photos: Path, finished: Path, flags: str, fragme
 @pytest.mark.parametrize("classes", [("ant", "bee"), ("ant", "bee", "dog")])
 def test_other_classes_are_refused(finished: Path, tmp_path: Path, classes: tuple[str, ...]) -> None:
     others = make_image_folder(tmp_path / "others", classes, per_class=8, size=(20, 20))
-    run = run_small("--epochs 2 --data-path", others, "--resume", finished / "checkpoint.pth")
+    run = run_small(MORE, "--data-path", others, "--resume", finished / "checkpoint.pth")
     assert run.code == 2
     assert f"--resume {finished / 'checkpoint.pth'}" in run.err
     assert "cat" in run.err or "num_classes 3" in run.err
@@ -220,14 +217,14 @@ def test_an_incomplete_checkpoint_is_refused(photos: Path, finished: Path, tmp_p
     state = torch.load(finished / "checkpoint.pth", weights_only=True)
     del state[part]
     torch.save(state, tmp_path / "part.pth")
-    run = run_small("--epochs 2 --data-path", photos, "--resume", tmp_path / "part.pth")
+    run = run_small(MORE, "--data-path", photos, "--resume", tmp_path / "part.pth")
     assert run.code == 2
     assert f"holds no {part}" in run.err
     assert "--finetune" in run.err
 
 
 def test_a_run_without_an_average_can_be_gone_on_with_without_one(photos: Path, finished: Path) -> None:
-    run = run_small("--epochs 2 --no-model-ema --data-path", photos, "--resume", finished / "checkpoint.pth")
+    run = run_small("--no-model-ema", MORE, "model-ema --data-path", photos, "--resume", finished / "checkpoint.pth")
     assert run.code == 0, run.err
     assert run.training.ema is None
 
@@ -236,13 +233,18 @@ def test_weights_of_other_shapes_are_refused(photos: Path, finished: Path, tmp_p
     state = torch.load(finished / "checkpoint.pth", weights_only=True)
     state["model"]["blocks.0.mlp.fc1.weight"] = torch.zeros(3, 3)
     torch.save(state, tmp_path / "shapes.pth")
-    run = run_small("--epochs 2 --data-path", photos, "--resume", tmp_path / "shapes.pth")
+    run = run_small(MORE, "--data-path", photos, "--resume", tmp_path / "shapes.pth")
     assert run.code == 2
     assert "blocks.0.mlp.fc1.weight" in run.err
     assert "(3, 3)" in run.err
 
 
-def test_ranks_that_see_different_folders_are_refused() -> None:
-    resume.check_agreement(["a.pth", "a.pth"], "out")
-    with pytest.raises(InputError, match=r"--output-dir out: ranks \[1, 3\] do not see .* share"):
-        resume.check_agreement(["a.pth", "", "a.pth", ""], "out")
+def test_ranks_that_see_different_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pth"
+    path.touch()
+    processes = utils.Processes(0, 1, torch.device("cpu"))
+    resume.check_agreement(str(path), processes)
+    resume.check_agreement("", processes)
+    monkeypatch.setattr(utils.Processes, "gather", lambda self, value: [value, not value, value, not value])
+    with pytest.raises(InputError, match=r"a\.pth: ranks \[1, 3\] do not see this checkpoint; .* share"):
+        resume.check_agreement(str(path), processes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
-from samplers import EpochBatches, EvalShard, Place
+from samplers import LAYOUTS, EpochBatches, EvalShard, Place
 from utils import keyed_generator
 
 
@@ -31,8 +31,13 @@ def all_ranks(num_images: int, batch_size: int, world_size: int, **more) -> list
     return [list(deal(num_images, batch_size, rank, world_size, **more)) for rank in range(world_size)]
 
 
-def dealt_by_hand(n: int, b: int, w: int, a: int, repeats: int, seed: int, epoch: int) -> list[list[list[Place]]]:
-    """Card by card: lay the whole order out, give one card to each rank in turn, drop what fills no whole step."""
+def dealt_by_hand(
+    n: int, b: int, w: int, a: int, repeats: int, seed: int, epoch: int, layout: str
+) -> list[list[list[Place]]]:
+    """Card by card: lay the whole order out, give one card to each rank in turn, drop what fills no whole step.
+
+    In blocks, a rank gets all its cards of a micro-batch at once.
+    """
     order = torch.randperm(n, generator=keyed_generator(seed, "order", epoch)).tolist()
     laid_out: list[Place] = []
     for image in order:
@@ -43,9 +48,11 @@ def dealt_by_hand(n: int, b: int, w: int, a: int, repeats: int, seed: int, epoch
     while len(laid_out) >= w * b * a:
         for _ in range(a):
             micro: list[list[Place]] = [[] for _ in range(w)]
-            for _ in range(b):
-                for rank in range(w):
-                    micro[rank].append(laid_out.pop(0))
+            turns = [(card, rank) for card in range(b) for rank in range(w)]
+            if layout == "blocks" and repeats > 1:
+                turns.sort(key=lambda turn: turn[1])
+            for _, rank in turns:
+                micro[rank].append(laid_out.pop(0))
             for rank in range(w):
                 half = b - b // 2
                 first, second = micro[rank][:half], micro[rank][half:]
@@ -64,11 +71,14 @@ def dealt_by_hand(n: int, b: int, w: int, a: int, repeats: int, seed: int, epoch
     repeats=st.integers(1, 4),
     seed=st.integers(0, 3),
     epoch=st.integers(0, 3),
+    layout=st.sampled_from(LAYOUTS),
 )
-def test_batches_equal_dealing_by_hand(n: int, b: int, w: int, a: int, repeats: int, seed: int, epoch: int) -> None:
-    expected = dealt_by_hand(n, b, w, a, repeats, seed, epoch)
+def test_batches_equal_dealing_by_hand(
+    n: int, b: int, w: int, a: int, repeats: int, seed: int, epoch: int, layout: str
+) -> None:
+    expected = dealt_by_hand(n, b, w, a, repeats, seed, epoch, layout)
     for rank in range(w):
-        sampler = deal(n, b, rank, w, seed, repeats=repeats, accum_steps=a)
+        sampler = deal(n, b, rank, w, seed, repeats=repeats, accum_steps=a, layout=layout)
         sampler.set_epoch(epoch)
         batches = list(sampler)
         assert batches == expected[rank]
@@ -114,11 +124,12 @@ def deit_order(n: int, world_size: int, rank: int, order: list[int]) -> list[int
     return tripled[rank::world_size][: n // 256 * 256 // world_size]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_same_images_per_step_as_deit(world_size: int) -> None:
+def test_same_images_per_step_as_deit(world_size: int, layout: str) -> None:
     n, batch_size = 1000, 64 // world_size
     order = torch.randperm(n, generator=keyed_generator(0, "order", 0)).tolist()
-    ours = all_ranks(n, batch_size, world_size, repeats=3)
+    ours = all_ranks(n, batch_size, world_size, repeats=3, layout=layout)
     theirs = [deit_order(n, world_size, rank, order) for rank in range(world_size)]
     for step in range(768 // 64):  # DeiT's 1000 images are 768
         start = step * batch_size
@@ -134,8 +145,9 @@ def test_same_shards_as_torch_without_repeats() -> None:
 
 @pytest.mark.parametrize("batch_size", [6, 7, 8, 16, 33])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_partners_are_never_two_views_of_one_image(batch_size: int, world_size: int) -> None:
-    for rank in all_ranks(400, batch_size, world_size, repeats=3):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_partners_are_never_two_views_of_one_image(batch_size: int, world_size: int, layout: str) -> None:
+    for rank in all_ranks(400, batch_size, world_size, repeats=3, layout=layout):
         for batch in rank:
             for place, (_, index, _) in enumerate(batch):
                 partner = batch_size - 1 - place
@@ -162,11 +174,31 @@ def test_seed_and_epoch_change_the_order_and_nothing_else_does() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_world_size_leaves_the_places_of_a_step_as_they_are() -> None:
+def test_world_size_and_layout_leave_the_places_of_a_step_as_they_are() -> None:
     alone = [sorted(batch) for batch in deal(60, 12, repeats=3)]
-    for world_size in (2, 3):
-        ranks = all_ranks(60, 12 // world_size, world_size, repeats=3)
+    for world_size, layout in product((1, 2, 3), LAYOUTS):
+        ranks = all_ranks(60, 12 // world_size, world_size, repeats=3, layout=layout)
         assert [sorted(chain(*step)) for step in zip(*ranks, strict=True)] == alone
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_epoch_goes_on_where_it_stopped_also_with_other_ranks(layout: str) -> None:
+    whole = [sorted(batch) for batch in deal(100, 12, repeats=3, layout=layout)]
+    for world_size in (1, 2, 3):
+        ranks = []
+        for rank in range(world_size):
+            sampler = deal(100, 12 // world_size, rank, world_size, repeats=3, layout=layout)
+            sampler.set_epoch(0, 36)
+            ranks.append(list(sampler))
+        assert [sorted(chain(*step)) for step in zip(*ranks, strict=True)] == whole[3:]
+
+
+@pytest.mark.parametrize(("batch_size", "most"), [(64, 22), (128, 44), (96, 32)])
+def test_blocks_leave_the_views_of_an_image_on_one_rank(batch_size: int, most: int) -> None:
+    for rank in all_ranks(4000, batch_size, 4, repeats=3):
+        assert max(len({index for _, index, _ in batch}) for batch in rank) == most
+    for rank in all_ranks(4000, batch_size, 4, repeats=3, layout="strided"):
+        assert {len({index for _, index, _ in batch}) for batch in rank} == {batch_size}
 
 
 def test_too_few_images_deal_nothing() -> None:

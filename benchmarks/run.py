@@ -1,0 +1,107 @@
+"""Times everything that `docs/performance.md` speaks of, side by side in this process.
+
+    python -m benchmarks.run --model deit_tiny_patch16_224 --batch-size 32 --output output/bench
+    python -m benchmarks.run --model vit_nano_patch4_32 --quick
+
+Writes OUTPUT/bench.json and OUTPUT/bench.md with hardware and versions; without --output it prints the tables only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import utils
+from benchmarks import pipeline, steps
+from benchmarks.timing import Timing, describe_machine, measure, to_markdown
+from checkpoints import write_atomically
+from logs import write_json
+from options import Parser
+from utils import InputError, run_command
+
+PARTS = ("step", "guide", "paste", "pipeline")
+
+
+def get_args_parser() -> Parser:
+    parser = Parser("python -m benchmarks.run", description="Times the training step, the mixing and the input.")
+    parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm's name")
+    parser.add_argument("--input-size", type=int, help="side of the images; default: the model's own")
+    parser.add_argument("--batch-size", default=32, type=int)
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    parser.add_argument("--amp", choices=["fp16", "bf16", "none"], help="default: fp16 on CUDA, none elsewhere")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the step and the motivating pass")
+    parser.add_argument("--rounds", default=15, type=int, help="measurements of each case")
+    parser.add_argument("--threads", default=1, type=int, help="of torch on the CPU")
+    parser.add_argument("--data-path", default="", help="folder of JPEGs for the input; default: pictures made up")
+    parser.add_argument("--parts", default=list(PARTS), nargs="+", choices=PARTS, help="what to time")
+    parser.add_argument("--quick", action="store_true", help="3 rounds: to see that it runs, not for figures")
+    parser.add_argument("--output", default="", help="folder for bench.json and bench.md")
+    return parser
+
+
+def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked.
+
+    Raises:
+        InputError: a number that makes no sense.
+    """
+    args = get_args_parser().parse_args(argv)
+    for name in ("batch_size", "rounds", "threads"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    if args.quick:
+        args.rounds = 3
+    return args
+
+
+def switched(timings: list[Timing]) -> dict[str, float]:
+    """What a run with Mixup at switch probability 0.5 costs, over CutMix with Mixup: the mean of two kinds of step."""
+    seconds = {timing.name.removeprefix("step with "): timing.seconds[0] for timing in timings}
+    base = seconds["cutmix"] + seconds["mixup"]
+    return {name: (value + seconds["mixup"]) / base for name, value in seconds.items() if name not in ("mixup", "none")}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = read_args(argv)
+    device = torch.device(utils.pick_device(args.device))
+    torch.set_num_threads(args.threads)
+    amp = args.amp or ("fp16" if device.type == "cuda" else "none")
+    machine = describe_machine(device, args.threads)
+    results: dict[str, list[Timing]] = {}
+    if set(args.parts) - {"pipeline"}:
+        bench = steps.Bench(args.model, device, args.batch_size, amp, args.compile, args.input_size)
+        makers: dict[str, Callable[[steps.Bench], Any]] = {
+            "step": steps.step_cases, "guide": steps.guide_cases, "paste": steps.paste_cases,
+        }  # fmt: skip
+        for part, cases in makers.items():
+            if part in args.parts:
+                results[part] = measure(cases(bench), device, args.rounds)
+    if "pipeline" in args.parts:
+        size = args.input_size or 224
+        results["pipeline"] = measure(pipeline.cases(args.data_path, size), torch.device("cpu"), args.rounds)
+    setting = (
+        f"{args.model}, batch {args.batch_size}, {amp}{', compiled' if args.compile else ''}, {args.rounds} rounds"
+    )
+    lines = [
+        f"{machine['device']}, {args.threads} threads; {setting}; torch {machine['torch']}, timm {machine['timm']}"
+    ]
+    for part, timings in results.items():
+        lines += ["", f"## {part}", "", to_markdown(timings)]
+    if "step" in results:
+        shares = ", ".join(f"{name} {ratio:.2f}" for name, ratio in switched(results["step"]).items())
+        lines += ["", f"Half of the steps by Mixup, over CutMix with Mixup: {shares}"]
+    print("\n".join(lines))
+    if args.output:
+        folder = Path(args.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = {part: [timing.to_plain() for timing in timings] for part, timings in results.items()}
+        write_json(folder / "bench.json", {"machine": machine, "flags": vars(args), "results": plain})
+        write_atomically(folder / "bench.md", lambda stream: stream.write(("\n".join(lines) + "\n").encode()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

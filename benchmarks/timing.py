@@ -1,0 +1,122 @@
+"""Timing several things side by side: interleaved, in an order drawn anew each round, medians with their spread.
+
+Only ratios of one run are worth quoting. A ratio is taken in each round between neighbours and its median is given,
+so that a machine that slows down for a while slows both sides.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import utils
+
+
+class Case(NamedTuple):
+    """Something to time. `run` is called `repeat` times per measurement."""
+
+    name: str
+    run: Callable[[], Any]
+    repeat: int = 1
+
+
+class Timing(NamedTuple):
+    """Seconds per call of one case, and its ratio to the reference: median, first and third quartile."""
+
+    name: str
+    seconds: tuple[float, float, float]
+    ratio: tuple[float, float, float]
+    peak_memory_mb: float | None = None
+
+    def to_plain(self) -> dict[str, Any]:
+        return {**self._asdict(), "seconds": list(self.seconds), "ratio": list(self.ratio)}
+
+
+def measure(
+    cases: list[Case], device: torch.device, rounds: int, warm_up: int = 2, seed: int = 0, reference: str | None = None
+) -> list[Timing]:
+    """Times every case once per round; the reference is the first one unless it is named.
+
+    On CUDA by events around each call, after synchronising; memory is the peak of one call.
+    """
+    order = random.Random(seed)
+    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    for case in cases:
+        for _ in range(warm_up):
+            case.run()
+    memory = {case.name: _peak_memory(case, device) for case in cases}
+    for _ in range(rounds):
+        for case in order.sample(cases, len(cases)):
+            seconds[case.name].append(_clock(case, device))
+    base = seconds[reference or cases[0].name]
+    timings = []
+    for name, values in seconds.items():
+        ratios = [value / other for value, other in zip(values, base, strict=True)]
+        timings.append(Timing(name, _quartiles(values), _quartiles(ratios), memory[name]))
+    return timings
+
+
+def _clock(case: Case, device: torch.device) -> float:
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        for _ in range(case.repeat):
+            case.run()
+        end.record()
+        torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / 1000 / case.repeat
+    begun = time.perf_counter()
+    for _ in range(case.repeat):
+        case.run()
+    return (time.perf_counter() - begun) / case.repeat
+
+
+def _peak_memory(case: Case, device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None  # a process has one high-water mark on the host: it cannot be told apart by case
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    case.run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 2**20
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    first, middle, third = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, first, third
+
+
+def to_markdown(timings: list[Timing]) -> str:
+    """A table: case, milliseconds per call, ratio, and memory where it is known."""
+    with_memory = any(timing.peak_memory_mb is not None for timing in timings)
+    head = ["case", "ms", "ratio", *(["peak MiB"] if with_memory else [])]
+    rows = [head, ["---"] * len(head)]
+    for timing in timings:
+        middle, low, high = timing.ratio
+        row = [timing.name, f"{1000 * timing.seconds[0]:.3g}", f"{middle:.2f} [{low:.2f}..{high:.2f}]"]
+        rows.append([*row, *([f"{timing.peak_memory_mb:.0f}"] if timing.peak_memory_mb is not None else [])])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
+    """Hardware and versions, as every figure needs them."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"device": name, "type": device.type, "threads": threads, **utils.describe_versions()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,79 @@
+"""The benchmarks run, compare what they say they compare, and write what they measured. No figure is looked at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import profile_step, run, steps
+from benchmarks.timing import Case, Timing, measure, to_markdown
+from mixers.interface import Regions
+from smmix import paste_regions
+from utils import run_command
+
+CPU = torch.device("cpu")
+TINY = ["--model", "vit_nano_patch4_32", "--batch-size", "4", "--device", "cpu"]
+
+
+def test_every_case_is_timed_in_every_round_beside_its_reference() -> None:
+    calls: list[str] = []
+    cases = [Case("one", lambda: calls.append("one")), Case("two", lambda: calls.append("two"), 3)]
+    timings = measure(cases, CPU, rounds=4, warm_up=1)
+    assert (calls.count("one"), calls.count("two")) == (1 + 4, 1 + 4 * 3)
+    assert [timing.name for timing in timings] == ["one", "two"]
+    assert timings[0].ratio == (1.0, 1.0, 1.0)
+    assert measure(cases, CPU, rounds=2, reference="two")[1].ratio == (1.0, 1.0, 1.0)
+
+
+def test_medians_and_quartiles_are_shown() -> None:
+    table = to_markdown([Timing("a", (0.5, 0.4, 0.6), (1.25, 1.0, 1.5)), Timing("b", (2.0, 2.0, 2.0), (4, 4, 4))])
+    assert "| a | 500 | 1.25 [1.00..1.50] |" in table
+    assert "peak" not in table
+
+
+def test_half_of_the_steps_by_mixup() -> None:
+    seconds = {"cutmix": 1.0, "mixup": 1.0, "smmix": 1.4, "none": 0.9}
+    timings = [Timing(f"step with {name}", (value, value, value), (1, 1, 1)) for name, value in seconds.items()]
+    assert run.switched(timings) == pytest.approx({"cutmix": 1.0, "smmix": 1.2})
+
+
+def test_the_textbook_way_pastes_the_same() -> None:
+    images = torch.rand(4, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    regions = Regions(
+        torch.tensor([[0, 1], [2, 2], [1, 0], [0, 0]]), torch.tensor([[1, 1], [0, 0], [2, 3], [0, 2]]), (2, 3)
+    )
+    ours = paste_regions(images, regions, (8, 8))
+    assert torch.equal(steps.paste_by_unfolding(images, regions, (8, 8)), ours)
+
+
+def test_a_quick_run_writes_all_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*TINY, "--quick", "--parts", "step", "guide", "paste", "--output", str(tmp_path)]
+    assert run_command(lambda: run.main(flags)) == 0
+    told, written = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
+    assert (tmp_path / "bench.md").read_text().strip() == told.strip()
+    assert {"device", "threads", "torch", "commit"} <= written["machine"].keys()
+    assert list(written["results"]) == ["step", "guide", "paste"]
+    names = [timing["name"] for timing in written["results"]["step"]]
+    assert names[0] == "step with cutmix"
+    assert set(names) == {f"step with {name}" for name in steps.METHODS}
+    assert "Half of the steps by Mixup, over CutMix with Mixup: cutmix 1.00, " in told
+
+
+def test_a_profile_names_the_parts_of_a_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "backward", torch.Tensor.backward)  # put back afterwards
+    assert run_command(lambda: profile_step.main([*TINY, "--steps", "1", "--rows", "3"])) == 0
+    told = capsys.readouterr().out
+    rows = dict(line.strip("| ").split(" | ")[:2] for line in told.splitlines() if line.startswith("| "))
+    assert set(profile_step.PARTS) <= rows.keys()
+    assert all(float(rows[part]) >= 0 for part in profile_step.PARTS)
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--rounds", "--threads"])
+def test_numbers_that_make_no_sense_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(lambda: run.main([flag, "0"])) == 2
+    assert f"{flag} 0: must be above 0" in capsys.readouterr().err

@@ -1,0 +1,60 @@
+"""The benchmark of the input pipeline: its cases give what they say they give. No figure is looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import decoding
+from batches import Batch
+from benchmarks import pipeline, run
+from tests.image_folders import make_image_folder, message_of
+from utils import InputError
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "BATCH", 6)
+
+
+def test_every_case_gives_a_batch_and_all_draw_alike(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path, per_class=4, splits=("train",))
+    made = {case.name: case.run() for case in pipeline.cases(str(root), 64)}
+    floats = [made.pop(name) for name in list(made) if name.startswith(("DeiT", "the device"))]
+    assert all(batch.shape == (6, 3, 64, 64) and batch.dtype == torch.float32 for batch in floats)
+    assert len(floats) == 3
+    assert len(made) == (7 if decoding.simplejpeg else 3)
+    exact = [batch for name, batch in made.items() if "torch" not in name and "views" not in name]
+    for batch in made.values():
+        assert isinstance(batch, Batch)
+        assert batch.images.dtype == torch.uint8
+    assert all(torch.equal(batch.images, exact[0].images) for batch in exact)
+    # what DeiT's erases lies in our boxes, and everything else is the same to the bit
+    pixels = pipeline.normalise(exact[0].images, pipeline.ImageSpec((64, 64)))
+    for image, plain, boxes in zip(pixels, floats[0], exact[0].boxes, strict=True):
+        outside = torch.ones(64, 64, dtype=torch.bool)
+        for top, bottom, left, right in boxes.tolist():
+            outside[top:bottom, left:right] = False
+        assert torch.equal(image[:, outside], plain[:, outside])
+
+
+def test_three_views_share_an_image(tmp_path: Path) -> None:
+    root = make_image_folder(tmp_path, per_class=4, splits=("train",))
+    made = {case.name: case.run() for case in pipeline.cases(str(root), 32)}
+    views = made["pixels, pillow, 3 views"]
+    assert views.indices.tolist() == [0, 0, 0, 1, 1, 1]
+    assert len({image.numpy().tobytes() for image in views.images}) == 6
+
+
+def test_an_empty_folder_is_said(tmp_path: Path) -> None:
+    assert "no image in it" in message_of(InputError, pipeline.find_files, str(tmp_path))
+    assert len(pipeline.find_files("")) == 24
+
+
+def test_the_command_prints_its_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run.main(["--parts", "pipeline", "--quick", "--input-size", "32"])
+    shown = capsys.readouterr().out
+    assert "## pipeline" in shown
+    assert "| pixels, --decoder pillow | " in shown

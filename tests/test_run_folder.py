@@ -1,0 +1,231 @@
+"""The output folder of a run: one writer, what its status says, and which checkpoints are kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import engine
+import run_folder
+from run_folder import RunFolder
+from tests.image_folders import make_image_folder, message_of
+from tests.launches import read_status
+from tests.runs import ROOT, changed, fingerprint, run_small, split, spoil_loss, watching_steps
+from utils import InputError
+
+linux = pytest.mark.skipif(run_folder.fcntl is None, reason="locks are of Unix")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of eight per epoch."""
+    return make_image_folder(tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(20, 20))
+
+
+# ------------------------------------------------------------------------------------------------------ one writer
+
+
+@linux
+def test_p14_a_second_run_is_refused_and_the_first_goes_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "WAIT_FOR_LOCK", 0.3)
+    words = split("--data-path", photos, "--auto-resume --save-steps 1 --output-dir")
+    assert run_small(*words, str(tmp_path / "alone")).code == 0
+    folder, refused = tmp_path / "run", []
+
+    def begin_another(training: engine.Training, step: int) -> None:
+        if step == 1:
+            before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+            with watching_steps(lambda training, step: pytest.fail("it trains")):
+                refused.append(run_small(*words, folder))
+            assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    with watching_steps(begin_another):
+        assert run_small(*words, folder).code == 0
+    (second,) = refused
+    assert second.code == 2
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
+    assert f"--output-dir {folder}: {owner} is writing there; stop it, or choose another folder" in second.err
+    assert changed(fingerprint(tmp_path / "alone"), fingerprint(folder)) == []
+
+
+@linux
+def test_p14_a_run_waits_for_one_that_is_about_to_leave(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    first.open()
+    leaving = threading.Timer(0.5, first.close)
+    leaving.start()
+    begun = time.monotonic()
+    second.open()
+    assert time.monotonic() - begun >= 0.3
+    leaving.join()
+    second.close()
+
+
+@linux
+def test_p14_a_killed_run_holds_nothing(tmp_path: Path) -> None:
+    script = f"import run_folder, time; folder = run_folder.RunFolder({str(tmp_path)!r}); folder.open()"
+    script += "; print(1, flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        owner.stdout.readline()
+        try:
+            with patch.object(run_folder, "WAIT_FOR_LOCK", 0.1):
+                assert f"process {owner.pid} on" in message_of(InputError, RunFolder(tmp_path).open)
+        finally:
+            owner.kill()
+    folder = RunFolder(tmp_path)
+    folder.open()
+    folder.close()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--output-dir .*/file: cannot be written: "):
+        RunFolder(tmp_path / "file").open()
+
+
+# ---------------------------------------------------------------------------------------------------------- status
+
+
+@contextmanager
+def meeting(trouble: str) -> Iterator[None]:
+    def meet(training: engine.Training, step: int) -> None:
+        if trouble == "a signal":
+            signal.raise_signal(signal.SIGTERM)
+        if trouble == "a bug":
+            raise ArithmeticError("a bug\nof two lines")
+        if step == 0:
+            spoil_loss(training)
+
+    with watching_steps(meet):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("trouble", "flags", "state", "code", "error"),
+    [
+        ("", "", "done", 0, None),
+        ("a signal", "", "preempted", 0, None),
+        ("", "--model vit_mini_patch4_32 --input-size 10 --patch-size 16", "failed", 2, "--input-size"),
+        ("nan", "--max-bad-steps 2 --log-every 1", "failed", 3, "2 steps in a row were not finite"),
+        ("a bug", "", "failed", 1, "a bug"),
+    ],
+)
+def test_the_status_says_how_a_run_ended(
+    trouble: str, flags: str, state: str, code: int, error: str | None, photos: Path, tmp_path: Path
+) -> None:
+    meets: AbstractContextManager[Any] = meeting(trouble) if trouble else nullcontext()
+    bug = pytest.raises(ArithmeticError) if trouble == "a bug" else nullcontext()
+    with meets, bug:
+        outcome = run_small("--data-path", photos, "--output-dir", tmp_path, flags)
+        assert outcome.code == code, outcome.err
+    status = read_status(tmp_path)
+    assert status["state"] == state
+    assert status["pid"] == os.getpid()
+    if error is None:
+        assert (status["epoch"], status["step"]) == ((1, 3) if state == "done" else (0, 1))
+        assert "exit_code" not in status
+    else:
+        assert status["exit_code"] == code
+        assert status["error"].splitlines() == [status["error"]]
+        assert error in status["error"]
+    assert (tmp_path / "not_finite_rank0.pth").exists() == (code == 3)
+
+
+def test_the_status_tells_how_far_a_run_is(photos: Path, tmp_path: Path) -> None:
+    seen = []
+    with watching_steps(lambda training, step: seen.append(read_status(tmp_path))):
+        run_small("--save-steps 2 --data-path", photos, "--output-dir", tmp_path)
+    assert [(status["state"], status["step"]) for status in seen] == [("running", 0), ("running", 0), ("running", 2)]
+
+
+def test_the_evidence_of_values_that_are_not_finite_can_be_read(photos: Path, tmp_path: Path) -> None:
+    words = "--max-bad-steps 2 --log-every 1 --num-workers 1 --data-path"
+    with meeting("nan"):
+        outcome = run_small(words, photos, "--output-dir", tmp_path)
+    assert outcome.code == 3
+    evidence = torch.load(tmp_path / "not_finite_rank0.pth", weights_only=True)
+    assert set(evidence) == {"images", "labels", "mixed_images", "mixed_labels", "report"}
+    assert evidence["images"].shape == (8, 3, 16, 16)
+    assert "step 2" in evidence["report"]
+
+
+# ------------------------------------------------------------------------------------------------------ what is kept
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.stem) for path in (folder / "checkpoints").glob("*.pth"))
+
+
+def test_the_newest_checkpoints_are_kept(photos: Path, tmp_path: Path) -> None:
+    seen = []
+    with watching_steps(lambda training, step: seen.append(steps_in(tmp_path))):
+        run_small("--epochs 2 --save-steps 2 --keep-checkpoints 3 --data-path", photos, "--output-dir", tmp_path)
+    assert seen == [[], [], [2], [2, 3], [2, 3, 4], [2, 3, 4]]
+    assert steps_in(tmp_path) == [3, 4, 6]
+    assert (tmp_path / "checkpoint.pth").samefile(tmp_path / "checkpoints" / "0000000006.pth")
+
+
+def test_time_saves_too(photos: Path, tmp_path: Path) -> None:
+    words = "--epochs 1 --save-minutes 1e-9 --keep-checkpoints 9 --data-path"
+    assert run_small(words, photos, "--output-dir", tmp_path).code == 0
+    assert steps_in(tmp_path) == [1, 2, 3]
+
+
+def test_leftovers_are_cleared_in_both_folders(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.open()
+    folder.close()
+    leftovers = [tmp_path / "a.1.unfinished.tmp", tmp_path / "checkpoints" / "0000000003.pth.1.unfinished.tmp"]
+    for path in leftovers:
+        path.touch()
+    folder.open()
+    folder.close()
+    assert not any(path.exists() for path in leftovers)
+
+
+def test_names_are_given_where_files_cannot_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no links here")))
+    folder = RunFolder(tmp_path)
+    folder.open()
+    folder.save({"x": 1}, 7, ("checkpoint.pth",))
+    folder.close()
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True) == {"x": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint.pth", "checkpoints"]
+
+
+def test_going_back_gives_up_what_came_later(photos: Path, tmp_path: Path) -> None:
+    """Gone on with from an older checkpoint, a run is never taken up again from one of the course it left."""
+    words = split(
+        "--epochs 2 --save-steps 1 --keep-checkpoints 9 --lr 0.1 --data-path", photos, "--output-dir", tmp_path
+    )
+    assert run_small(*words).code == 0
+    content = (tmp_path / "checkpoints" / "0000000005.pth").read_bytes()
+    back = split("--lr 0.2 --accept-changes lr")
+
+    def stop(training: engine.Training, step: int) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with watching_steps(stop):
+        run = run_small(*words, *back, "--resume", tmp_path / "checkpoints" / "0000000002.pth")
+    assert "a later checkpoint is set aside as" in run.out
+    assert (read_status(tmp_path)["state"], steps_in(tmp_path)) == ("preempted", [1, 2, 3])
+    assert (tmp_path / "checkpoints" / "0000000005.pth.aside").read_bytes() == content
+    again = run_small(*words, *back, "--auto-resume")
+    assert f"resumed from {tmp_path / 'checkpoints' / '0000000003.pth'}" in again.out
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]
