@@ -100,7 +100,8 @@ _SIDES = _list(_whole(1, LARGEST_SIZE), 2)
 _WEIGHTS = _dict(is_ordinary)
 _SHARE = _either(_NOTHING, lambda value: _finite(value) and 0 <= value <= 1)
 
-NEVER_NONE = ("samples_in_epoch", "meters", "skipped_steps", "bad_images", "world_size")
+NAMES = ("checkpoint.pth", "best_checkpoint.pth")  # of files that the checkpoint may stand for in its folder
+NEVER_NONE = ("samples_in_epoch", "meters", "skipped_steps", "bad_images", "world_size", "asked", "names")
 PARTS: dict[str, Check] = {
     "format": _whole(0),
     "args": _are_flags,
@@ -138,4 +139,6 @@ PARTS: dict[str, Check] = {
     "skipped_steps": _finite,
     "bad_images": _list(_whole(0)),
     "world_size": _whole(1, 1_000_000),
+    "asked": _parts("batch_size", "accum_steps", batch_size=_whole(1), accum_steps=_whole(1)),
+    "names": _list(lambda value: value in NAMES),
 }  # fmt: skip

@@ -5,7 +5,6 @@ python -m benchmarks.profile_step --model deit_tiny_patch16_224 --batch-size 32
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from utils import run_command
 PARTS = ("motivating pass", "mixing without the pass", "forward", "losses", "backward", "update")
 
 
-def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def get_args_parser() -> Parser:
     parser = Parser("python -m benchmarks.profile_step", description="Profiles a training step with SMMix.")
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm's name")
     parser.add_argument("--batch-size", default=32, type=int)
@@ -30,7 +29,7 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", default=3, type=int)
     parser.add_argument("--threads", default=1, type=int)
     parser.add_argument("--rows", default=15, type=int, help="operations to list")
-    return parser.parse_args(argv)
+    return parser
 
 
 def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +55,7 @@ def name_parts(bench: Bench) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = read_args(argv)
+    args = get_args_parser().parse_args(argv)
     device = torch.device(utils.pick_device(args.device))
     torch.set_num_threads(args.threads)
     bench = Bench(args.model, device, args.batch_size, args.amp)

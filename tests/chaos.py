@@ -202,7 +202,7 @@ class Chaos:
         return result, wrong
 
 
-def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("tests.chaos", description=__doc__, allow_abbrev=False)
     parser.add_argument("--runs", default=20, type=int, help="how many runs are disturbed")
     parser.add_argument("--seed", default=0, type=int, help="of the blows; the runs train alike")
@@ -210,7 +210,11 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kills", default=3, type=int, help="SIGKILLs per run")
     parser.add_argument("--short", action="store_true", help="fewer steps, and no polite stops")
     parser.add_argument("--elastic-restarts", action="store_true", help="under torchrun --max-restarts, ranks only")
-    return parser.parse_args(argv)
+    return parser
+
+
+def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    return get_args_parser().parse_args(argv)
 
 
 def prepare(args: argparse.Namespace, base: Path) -> Chaos:

@@ -319,13 +319,17 @@ def report(results: list[Result], seed: int) -> int:
     return total
 
 
-def main() -> int:
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m tests.fuzz", description="Looks for input that breaks a promise.")
     parser.add_argument("--cases", default=10_000, type=int)
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--only", help="AREA:NUMBER of one case, as a counterexample names it")
     parser.add_argument("--keep", type=Path, help="folder for what that case was made of")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = get_args_parser().parse_args()
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
 from pathlib import Path
@@ -12,9 +11,11 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser as get_torchrun_parser
 
-from evaluation import show_mixing
+from benchmarks import profile_step, run
+from evaluation import check_data, export, show_mixing
 from models.interface import ImageModel
 from options import GONE, get_args_parser
+from tests import chaos, fuzz
 from utils import keyed_generator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,9 +159,8 @@ def test_a_function_that_names_its_equation_agrees_with_the_page() -> None:
 
 
 def known_flags() -> set[str]:
-    parsers: list[argparse.ArgumentParser] = [
-        get_args_parser(), show_mixing.get_args_parser(), get_torchrun_parser()
-    ]  # fmt: skip
+    tools = (show_mixing, check_data, export, run, profile_step, chaos, fuzz)
+    parsers = [get_args_parser(), get_torchrun_parser(), *(tool.get_args_parser() for tool in tools)]
     return {option for parser in parsers for action in parser._actions for option in action.option_strings}
 
 

@@ -121,7 +121,7 @@ def test_going_on_with_a_fine_tune_leaves_its_start_alone(photos: Path, pretrain
     """--auto-resume --finetune, as a job script repeats it: the weights are taken the first time only."""
     words = split("--auto-resume --data-path", photos, "--finetune", pretrained, "--output-dir", tmp_path)
     assert "weights from" in run_small(*words).out
-    second = run_small(*words, "--epochs 2")
+    second = run_small(*words, "--epochs 2 --accept-changes epochs")
     assert second.code == 0, second.err
     assert "resumed from" in second.out
     assert "weights from" not in second.out

@@ -256,6 +256,13 @@ def test_an_altered_part_is_named(part: str, wrong: Any, checkpoint: dict[str, A
         load_checkpoint(tmp_path / "x.pth")
 
 
+def test_a_checkpoint_names_no_other_file_of_its_folder(checkpoint: dict[str, Any], tmp_path: Path) -> None:
+    """A run that goes on lets its checkpoint stand for these names: they must not lead elsewhere."""
+    torch.save({**checkpoint, "names": ["../log.txt"]}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=r"x\.pth: damaged or altered in names; use another"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
 # -------------------------------------------------------------------------------------------- files that hold too much
 
 
