@@ -167,7 +167,7 @@ def test_copies_and_averages_and_pickles_compute_alike_and_on_their_own(family: 
 
 
 @pytest.mark.slow
-@families
+@pytest.mark.parametrize("family", ["VisionTransformer", "PyramidVisionTransformer", "SwinTransformer", "Eva"])
 def test_compiled_whole_it_computes_alike(family: str) -> None:
     torch._dynamo.reset()
     outputs, gradients = [], []
