@@ -15,6 +15,7 @@ from mixers.interface import Mixer, NoMixing
 from mixers.mixup import Mixup
 from mixers.resizemix import ResizeMix
 from mixers.saliencymix import SaliencyMix
+from mixers.split import Split
 from mixers.switch import Switch
 from mixers.transmix import TransMix
 from smmix import VARIANTS, SMMix, Variant
@@ -26,7 +27,7 @@ class Settings:
     """The values of the mixing flags under the flags' own names; `mixers/options.py` says what each is for."""
 
     mixer: str
-    mix_protocol: Literal["switch", "single"]
+    mix_protocol: Literal["switch", "single", "split"]
     mixup: float
     cutmix: float
     cutmix_minmax: tuple[float, float] | None
@@ -136,7 +137,7 @@ MIXERS: dict[str, Callable[[Settings, Surroundings], Mixer]] = {
 
 
 def build_mixer(settings: Settings, around: Surroundings) -> Switch:
-    """The switch of a run: the named method, and Mixup where they share their steps.
+    """The switch of a run: the named method, and Mixup where they share its steps, or its batches.
 
     Raises:
         InputError: the model's grid is too small for regions.
@@ -144,6 +145,8 @@ def build_mixer(settings: Settings, around: Surroundings) -> Switch:
     first = MIXERS[settings.mixer](settings, around)
     if settings.relabel == "transmix" or settings.mixer == "transmix":
         first = TransMix(first, around.grid_size, settings.relabel_ratio)
+    if settings.mix_protocol == "split":
+        first = Split(first, _mixup(settings, around), settings.mixup_switch_prob)
     shares = settings.mix_protocol == "switch" and settings.mixer not in ("mixup", "none") and settings.mixup > 0
     return Switch(
         first, _mixup(settings, around) if shares else None, settings.mixup_prob, settings.mixup_switch_prob,

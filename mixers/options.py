@@ -75,11 +75,12 @@ def _add_own(group: Any, name: str, **keywords: Any) -> None:
 
 def add_training_flags(group: Any) -> None:
     """Adds what says how often images are mixed, at what cost, and what is made of them."""
-    group.add_argument("--mix-protocol", default="switch", choices=["switch", "single"], help="switch: --mixer shares "
-                       "its steps with Mixup, unless --mixup is 0; single: it gets them all")  # fmt: skip
+    group.add_argument("--mix-protocol", default="switch", choices=["switch", "single", "split"],
+                       help="switch: --mixer shares its steps with Mixup, unless --mixup is 0; single: it gets them "
+                       "all; split: it shares each batch with Mixup")  # fmt: skip
     group.add_argument("--mixup-prob", default=1.0, type=float, help="share of batches that are mixed at all")
-    group.add_argument("--mixup-switch-prob", default=0.5, type=float, help="share of mixed batches that --mixer gets "
-                       "when Mixup is on too")  # fmt: skip
+    group.add_argument("--mixup-switch-prob", default=0.5, type=float, help="share of mixed batches, or with split of "
+                       "each batch, that --mixer gets when Mixup is on too")  # fmt: skip
     group.add_argument("--mix-off-epoch", type=int, help="nothing is mixed from this epoch on, counted from 0")
     _add_own(group, "guide-size", type=int, nargs="+", metavar="SIDE", help="the motivating pass of smmix sees the "
              "images at this size: one side, or height and width, in pixels; default: the training's")  # fmt: skip
@@ -144,6 +145,7 @@ def conflicts(args: argparse.Namespace) -> list[tuple[bool, str]]:
     """(whether it is broken, what to say) of each rule between several mixing flags."""
     mixer, alphas = args.mixer, args.mix_alpha or []
     relabels = args.relabel == "transmix" or mixer == "transmix"
+    splits = args.mix_protocol == "split"
     foreign = [
         f"{_written(name, value)} (for {' or '.join(methods)})"
         for name, (default, methods) in OWN.items()
@@ -168,6 +170,16 @@ def conflicts(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (
             mixer == "attentivemix" and args.attentive_cells is not None and bool(alphas),
             "--attentive-cells fixes what --mix-alpha would draw: give one of them",
+        ),
+        (
+            splits and (mixer in ("mixup", "none") or args.mixup == 0),
+            "--mix-protocol split shares each batch between --mixer and Mixup: give another --mixer than mixup and "
+            "none, and --mixup above 0",
+        ),
+        (
+            splits and (relabels or args.bce_loss),
+            "--mix-protocol split: a batch with images of two kinds cannot have "
+            f"{'labels from TransMix' if relabels else '--bce-loss'}; use --mix-protocol switch",
         ),
         (
             args.relabel_ratio != 0.5 and not relabels,
