@@ -20,6 +20,7 @@ import datasets
 import engine
 import erasing
 import loaders
+import operations
 import optim
 import transforms
 import utils
@@ -32,7 +33,6 @@ from mixers.interface import Guide
 from mixers.switch import Switch
 from models.build import (
     build_model,
-    check_look_size,
     load_foreign,
     use_distillation,
     use_float32_attention,
@@ -40,6 +40,7 @@ from models.build import (
 )
 from models.frozen import build_feature_map, build_teacher
 from models.interface import ImageModel
+from models.looking import check_look_size, check_score_block
 from utils import Processes
 
 
@@ -62,7 +63,7 @@ def model_config(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
         "patch_size": args.patch_size,
         "drop": args.drop,
         "drop_path": args.drop_path,
-        "separate_region_head": args.mixer == "smmix" and args.region_head == "separate",
+        "separate_region_head": args.mixer == "smmix" and args.region_head == "separate" and args.fine_weight > 0,
     }
 
 
@@ -103,8 +104,10 @@ def make_eval_loader(args: argparse.Namespace, val: Any, spec: transforms.ImageS
 def make_train_loader(args: argparse.Namespace, train: Any, spec: transforms.ImageSpec, processes: Processes) -> Any:
     augment = transforms.Augment(
         aa=args.aa, color_jitter=args.color_jitter, reprob=args.reprob, remode=args.remode, recount=args.recount,
-        interpolation=args.train_interpolation, resize=args.resize,
+        interpolation=args.train_interpolation, resize=args.resize, randaugment=args.randaugment,
     )  # fmt: skip
+    if augment.randaugment == "device" and processes.device.type == "mps":
+        raise utils.InputError("--randaugment device: mps has no float64, which the warps need; use --randaugment cpu")
     transform = transforms.build_train_transform(spec, datasets.augment_for(args.data_set, augment))
     erase = erasing.Erasing(augment.reprob, augment.recount)
     return loaders.build_train_loader(
@@ -115,16 +118,22 @@ def make_train_loader(args: argparse.Namespace, train: Any, spec: transforms.Ima
     )  # fmt: skip
 
 
-def make_finish(args: argparse.Namespace, spec: transforms.ImageSpec) -> Callable[[torch.Tensor, torch.Tensor], Any]:
+def make_finish(args: argparse.Namespace, spec: transforms.ImageSpec) -> Callable[..., torch.Tensor]:
     """What becomes of a training batch on its device: see `engine.Training.finish`."""
-    return lambda images, boxes: erasing.erase(transforms.normalise(images, spec), boxes, args.remode)
+    fill = transforms.fill_color(spec)
+
+    def finish(images: torch.Tensor, boxes: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        augmented = operations.apply(images, drawn, fill) if drawn.shape[1] else images
+        return erasing.erase(transforms.normalise(augmented, spec), boxes, args.remode)
+
+    return finish
 
 
 def make_criterion(
     args: argparse.Namespace, model: ImageModel, autocast: engine.Autocast, device: torch.device
 ) -> Criterion:
     """The sum of Eq. 15, inside DeiT's distillation if that is asked for."""
-    base = SMMixLoss(bce=args.bce_loss)
+    base = SMMixLoss(args.bce_loss, args.fine_weight, args.con_weight)
     if args.distillation_type == "none":
         return base
     teacher = build_teacher(args.teacher_model, args.teacher_path, model.num_classes, model.input_size)
@@ -167,8 +176,11 @@ def make_guide(args: argparse.Namespace, model: ImageModel, device: torch.device
     size = None if args.guide_size is None else utils.as_pair(args.guide_size)
     if size is not None:
         check_look_size(model, args.model, size)
+    if args.score_block is not None:
+        check_score_block(model, args.model, args.score_block)
     autocast = engine.make_autocast(device, args.guide_amp or args.amp)
-    return engine.make_guide(model, autocast, torch.compile(model.look) if args.compile else None, size)
+    call = torch.compile(model.look) if args.compile else None
+    return engine.make_guide(model, autocast, call, size, args.score_block, predict=args.con_weight > 0)
 
 
 def make_training(

@@ -26,9 +26,10 @@ def as_image(pixels: Pixels) -> Image.Image:
     return pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
 
 
-def as_tensor(image: Image.Image) -> torch.Tensor:
-    """Pillow's RGB image as (3, H, W) uint8, a view of pixels that lie row by row: channels last."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def as_tensor(pixels: Pixels) -> torch.Tensor:
+    """An RGB image as (3, H, W) uint8, a view of pixels that lie row by row: channels last."""
+    rows = np.array(pixels) if isinstance(pixels, Image.Image) else pixels
+    return torch.from_numpy(rows).permute(2, 0, 1)
 
 
 class CropAndResize(RandomResizedCropAndInterpolation):
@@ -45,6 +46,10 @@ class CropAndResize(RandomResizedCropAndInterpolation):
         self.resizer = resizer
 
     def __call__(self, pixels: Pixels) -> Image.Image:
+        return as_image(self.resized(pixels))
+
+    def resized(self, pixels: Pixels) -> Pixels:
+        """The same as the resizer leaves it: an array from torch."""
         view = pixels if isinstance(pixels, Image.Image) else torch.from_numpy(pixels).permute(2, 0, 1)
         top, left, height, width = self.get_params(view, self.scale, self.ratio)
         mode = random.choice(self.interpolation) if isinstance(self.interpolation, tuple) else self.interpolation
@@ -58,4 +63,4 @@ class CropAndResize(RandomResizedCropAndInterpolation):
         crop = crop if isinstance(crop, np.ndarray) else np.array(crop)
         rows = torch.from_numpy(crop).permute(2, 0, 1)[None]  # (1, 3, height, width), channels last, never copied
         resized = torch.nn.functional.interpolate(rows, self.size, mode=mode.value, antialias=True)[0]
-        return Image.fromarray(resized.permute(1, 2, 0).numpy())  # of (H, W, 3)
+        return resized.permute(1, 2, 0).numpy()  # (H, W, 3)

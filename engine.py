@@ -59,6 +59,8 @@ def make_guide(
     autocast: Autocast,
     call: Callable[..., Glance] | None = None,
     size: tuple[int, int] | None = None,
+    block: int | None = None,
+    predict: bool = True,
 ) -> Guide:
     """The motivating pass: `model`, unwrapped, in eval mode, without gradient.
 
@@ -66,6 +68,7 @@ def make_guide(
         autocast: the run's, or that of another precision for this pass alone.
         call: what to call in the place of `model.look`, for instance its compiled form.
         size: height and width in pixels to show the images at; default: as they are.
+        block, predict: where the score is read, and whether the pass goes on to the prediction; see `look`.
     """
 
     look = model.look if call is None else call
@@ -73,7 +76,7 @@ def make_guide(
     def guide(images: Tensor) -> Glance:
         # An autocast context of its own: weights cast under no_grad must not be cached for the pass that learns.
         with eval_mode(model), torch.no_grad(), autocast():
-            return look(images, size)
+            return look(images, size, block, predict)
 
     return guide
 
@@ -115,8 +118,9 @@ class Training:
         health: counts the updates that were left out because they were not finite.
         fixed_scale: the loss is not scaled (all but fp16), so nothing may change its scale of 1.
         memory_format: of the images, to match the model's.
-        finish: pixels (B, C, height, width) uint8 and boxes (B, M, 4), both on the device -> images as the model takes
-            them: normalised, and erased in the boxes. Images that are float are taken as they come.
+        finish: pixels (B, C, height, width) uint8 and boxes (B, M, 4), both on the device, and operations (B, L, 8) on
+            the host -> images as the model takes them: augmented, normalised, erased. Float images are taken as they
+            come.
         after_update: told the number of each step that is done; a schedule by update is.
     """
 
@@ -137,7 +141,7 @@ class Training:
     fixed_scale: bool = True
     after_update: Callable[[int], None] | None = None
     memory_format: torch.memory_format = torch.contiguous_format
-    finish: Callable[[Tensor, Tensor], Tensor] | None = None
+    finish: Callable[..., Tensor] | None = None
     health: Health = field(default=cast(Any, None))
 
     def __post_init__(self) -> None:
@@ -181,13 +185,13 @@ def warm_up(training: Training, image_size: tuple[int, int]) -> None:
 
 def receive(training: Training, micro_batch: tuple[Tensor, ...], step: int, micro: int) -> tuple[Tensor, Tensor]:
     """Images and labels of one micro-batch on the device; pixels are finished there, with noise keyed by the step."""
-    host_images, host_labels, _, *host_boxes = micro_batch
-    images, labels, *boxes = to_device(training.processes.device, host_images, host_labels, *host_boxes)
+    host_images, host_labels, _, *rest = micro_batch
+    images, labels, *boxes = to_device(training.processes.device, host_images, host_labels, *rest[:1])
     images = images.contiguous(memory_format=training.memory_format)
     if not images.is_floating_point():
         assert training.finish is not None, "pixels need `finish`"
         utils.seed_globals("erase", training.seed, step, micro, training.processes.rank)
-        images = training.finish(images, *boxes)
+        images = training.finish(images, *boxes, *rest[1:])
     return images, labels
 
 
@@ -196,7 +200,7 @@ def train_step(training: Training, micro_batches: list[tuple[Tensor, ...]], step
 
     Args:
         micro_batches: (images (B, C, height, width), labels (B,), indices (B,)) each, on the host; with uint8 images
-            also the boxes (B, M, 4) to erase.
+            also the boxes (B, M, 4) to erase and the operations (B, L, 8).
         step: number of the step since the beginning of the run; with the rank it keys all of its randomness.
         meters: receives the loss terms as device tensors.
     """

@@ -24,7 +24,7 @@ from cropping import Pixels
 from erasing import Erasing
 from images import Images, StreamedImages, UnreadableSampleError
 from samplers import EpochBatches, EvalShard, Place
-from transforms import Transform
+from transforms import Transform, Undone
 from utils import InputError, SampleError, key_seed, keyed_generator, keyed_globals
 from workers import Loader, explaining
 
@@ -33,11 +33,18 @@ SUBSTITUTES = 20  # images that are tried in the place of one that cannot be rea
 # ------------------------------------------------------------------------------------------------------ samples
 
 
+def draw_sample(transform: Transform, image: Pixels, label: int, shown: int, erase: Erasing) -> Sample:
+    """All draws of one sample: those of the transform, then the boxes."""
+    made = transform(image)
+    pixels, operations = made if isinstance(made, Undone) else (made, [])
+    return Sample(pixels, label, shown, erase.draw((pixels.shape[1], pixels.shape[2])), operations)
+
+
 class TrainSamples(Dataset[Sample]):
     """(epoch, index, position) -> `Sample`, with draws keyed by that place; many places at once -> `Batch`.
 
     Args:
-        transform: a decoded image -> (3, H, W).
+        transform: a decoded image -> (3, H, W), or `transforms.Undone`.
         erase: draws the boxes, last of a sample's draws.
         skip_corrupt: an image that cannot be decoded is replaced by another with its own label, drawn from the same
             place, and its index i is given as ~i = -1 - i. Errors of the transform surface either way.
@@ -68,8 +75,7 @@ class TrainSamples(Dataset[Sample]):
         """The sample of a place, its image decoded by `look`."""
         image, label, shown = self.read(place, look)
         with keyed_globals("sample", self.seed, *place):
-            tensor = self.transform(image)
-            return Sample(tensor, label, shown, self.erase.draw((tensor.shape[1], tensor.shape[2])))
+            return draw_sample(self.transform, image, label, shown, self.erase)
 
     def read(self, place: Place, look: Callable[[int], tuple[Pixels, int]]) -> tuple[Pixels, int, int]:
         """The image of a place or its substitute, the label, and the index, inverted for a substitute.
@@ -146,9 +152,9 @@ class StreamedSamples(IterableDataset[Sample]):
             begin = count
             for image, label in islice(self.images, quota - count):
                 with keyed_globals("stream", self.seed, self.epoch, self.rank, worker, count):
-                    tensor = self.transform(image)
-                    boxes = self.erase.draw((tensor.shape[1], tensor.shape[2]))
-                yield Sample(tensor, label, self.rank + self.world_size * (worker + workers * count), boxes)
+                    shown = self.rank + self.world_size * (worker + workers * count)
+                    sample = draw_sample(self.transform, image, label, shown, self.erase)
+                yield sample
                 count += 1
             if count == begin:
                 raise InputError(f"worker {worker} of rank {self.rank} has no shard to read: lower --num-workers")

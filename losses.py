@@ -68,13 +68,15 @@ def consistency(logits: Tensor, reference_probs: Tensor) -> Tensor:
 class SMMixLoss:
     """Eq. 15: L_total = L_cls + L_fine + L_con. A term whose inputs the batch or the model left out is left out.
 
-    Terms that the mixing method itself brings (`MixedBatch.terms`) are added.
+    Terms that the mixing method itself brings (`MixedBatch.terms`) are added. Named terms are given without weights.
 
     Args:
         bce: use `binary_cross_entropy` for L_cls and L_fine.
+        fine_weight, con_weight: of L_fine and L_con in the total; the paper's are 1.
     """
 
-    def __init__(self, bce: bool = False) -> None:
+    def __init__(self, bce: bool = False, fine_weight: float = 1.0, con_weight: float = 1.0) -> None:
+        self.weights = {"fine": fine_weight, "con": con_weight}
         self.cross_entropy = binary_cross_entropy if bce else soft_cross_entropy
 
     def __call__(self, output: ModelOutput, batch: MixedBatch) -> Terms:
@@ -88,7 +90,8 @@ class SMMixLoss:
         if batch.reference_probs is not None:
             terms["con"] = consistency(output.logits, batch.reference_probs)
         terms.update(batch.terms)
-        return {"total": torch.stack(list(terms.values())).sum(), **terms}
+        weighted = [self.weights.get(name, 1.0) * term for name, term in terms.items()]
+        return {"total": torch.stack(weighted).sum(), **terms}
 
 
 class DistillationLoss:

@@ -161,6 +161,8 @@ def _add_augmentation(parser: Parser) -> None:
     group.add_argument("--train-interpolation", default="bicubic", help="random, bilinear or bicubic")
     group.add_argument("--resize", default="pillow", choices=["pillow", "torch"], help="what resizes the random crop: "
                        "torch is faster and differs by a grey level here and there")  # fmt: skip
+    group.add_argument("--randaugment", default="cpu", choices=["cpu", "device"], help="where flip and --aa rand-... "
+                       "are done: per image by the loader, or in the batch, with the same pixels")  # fmt: skip
     add_switch(group, "repeated-aug", True, "show each image several times in a batch, each time augmented anew")
     group.add_argument("--repeats", default=3, type=int, help="how many times, with --repeated-aug")
     group.add_argument("--repeat-layout", default="blocks", choices=["blocks", "strided"], help="views of one image on "

@@ -64,8 +64,8 @@ OF_ONE_CALL = {"eval", "resume", "output_dir", "device", "amp", "num_workers", "
 # What may differ when a run is gone on with: none of it changes what is learned. The total batch is looked at apart.
 FREE_ON_RESUME = (OF_ONE_CALL - {"amp"}) | {
     "start_epoch", "log_every", "pin_mem", "save_steps", "save_minutes", "keep_checkpoints", "accept_changes",
-    "max_bad_steps", "skip_corrupt", "data_timeout", "decoder", "data_path", "batch_size", "accum_steps", "compile",
-    "list_models", "attentive_teacher", "teacher_path",
+    "max_bad_steps", "skip_corrupt", "data_timeout", "decoder", "randaugment", "data_path", "batch_size", "accum_steps",
+    "compile", "list_models", "attentive_teacher", "teacher_path",
 }  # fmt: skip
 
 

@@ -161,7 +161,7 @@ class Run:
             self.has_warned = True
             self.log.say(
                 f"warning: {waits.seconds / seconds:.0%} of this epoch's time went by waiting for data; raise "
-                "--num-workers, or see --decoder and --resize"
+                "--num-workers, or see --decoder, --resize and --randaugment"
             )
         return meters.reduce(self.training.processes).read()
 

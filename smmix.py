@@ -155,6 +155,7 @@ class SMMix(Mixer[tuple[int, int]]):
         grid_size: the model's own token grid (rows, columns).
         side_ratio: range of delta.
         variant: paper or released arithmetic.
+        fine, con: whether the batch carries what L_fine (Sec. 4.2) and L_con (Sec. 4.3) need.
 
     Raises:
         ValueError: a grid side below 2, where no region can lie beside another.
@@ -167,11 +168,14 @@ class SMMix(Mixer[tuple[int, int]]):
         smoothing: float = 0.1,
         side_ratio: tuple[float, float] = (0.25, 0.75),
         variant: Variant = VARIANTS["paper"],
+        fine: bool = True,
+        con: bool = True,
     ) -> None:
         super().__init__(num_classes, smoothing)
         if min(grid_size) < 2:
             raise ValueError(f"a grid of {grid_size[0]} x {grid_size[1]} tokens has no room for two regions")
         self.grid_size, self.side_ratio, self.variant = grid_size, side_ratio, variant
+        self.fine, self.con = fine, con
 
     def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> tuple[int, int]:
         return draw_region_size(self.grid_size, self.side_ratio, self.variant.region_size, generator)
@@ -195,15 +199,18 @@ class SMMix(Mixer[tuple[int, int]]):
         lam = torch.full((len(images),), drawn[0] * drawn[1] / (rows * columns), device=images.device)  # (B,)
         target_labels = soft_labels(labels, self.num_classes, self.smoothing)
         source_labels = target_labels.flip(0)
-        mix_reference = mix_probs if self.variant.consistency == "probs" else mix_logits
+        reference = None
+        if self.con:
+            assert clean.logits is not None
+            reference = (mix_probs if self.variant.consistency == "probs" else mix_logits)(clean.logits, lam)
         return MixedBatch(
             images=paste_regions(images, regions, patch_size),
             labels=mix_labels(source_labels, target_labels, lam),
             lam=lam,
             source_labels=source_labels,
             target_labels=target_labels,
-            source_mask=region_mask(regions.target_corners, drawn, self.grid_size),
-            reference_probs=mix_reference(clean.logits, lam),
+            source_mask=region_mask(regions.target_corners, drawn, self.grid_size) if self.fine else None,
+            reference_probs=reference,
             clean_logits=clean.logits,
             image_attention=clean.image_attention,
             regions=regions,

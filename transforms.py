@@ -1,6 +1,6 @@
 """From a decoded image to a tensor, for training and for evaluation, and from pixels to normalised values and back.
 
-Level 1: imports `utils` and `cropping` only. It must not open files, know labels or mix images.
+Level 1: imports `utils`, `cropping` and `randaugment` only. It must not open files, know labels or mix images.
 The training recipe is DeiT's, built by timm; inputs of at most `SMALL_SIDE` pixels are padded and cropped instead of
 zoomed, as is usual for CIFAR.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -23,15 +23,25 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
 
+import randaugment
 from cropping import OF_TORCH, RESIZERS, CropAndResize, Pixels, as_image, as_tensor
 from utils import InputError
 
-# A decoded image -> (3, H, W): uint8 pixels for training, normalised float32 for evaluation
-Transform = Callable[[Any], torch.Tensor]
+
+class Undone(NamedTuple):
+    """Pixels (3, H, W) uint8 and what is left to do to them, in the batch: `randaugment.DrawOnly`'s rows."""
+
+    pixels: torch.Tensor
+    operations: list[randaugment.Row]
+
+
+# A decoded image -> (3, H, W): uint8 pixels for training, also as `Undone`, normalised float32 for evaluation
+Transform = Callable[[Any], Any]
 
 SMALL_SIDE = 32  # up to here a random zoom would leave too few pixels, so images are padded and cropped
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 ERASE_MODES = ("const", "rand", "pixel")
+AUGMENTERS = ("cpu", "device")
 _NUMBER = r"\d+(?:\.\d+)?"
 _AUGMENT_NAMES = (  # timm ignores or asserts on what it does not know, so the names are checked here
     rf"rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]|t(weights|3aw?)))*"
@@ -95,9 +105,10 @@ class Augment:
         interpolation: one of `INTERPOLATIONS`, or 'random' for bilinear or bicubic per image.
         hflip: probability of mirroring left and right.
         resize: what resizes the random crop, one of `cropping.RESIZERS`.
+        randaugment: where flip and `aa` are done: `cpu`, per image, or `device`, in the batch (RandAugment only).
 
     Raises:
-        InputError: a value is unknown or out of its range.
+        InputError: a value is unknown or out of its range, or not offered together with another.
     """
 
     aa: str | None = "rand-m9-mstd0.5-inc1"
@@ -108,6 +119,7 @@ class Augment:
     interpolation: str = "bicubic"
     hflip: float = 0.5
     resize: str = "pillow"
+    randaugment: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.auto and not re.fullmatch(_AUGMENT_NAMES, self.auto):
@@ -131,6 +143,23 @@ class Augment:
         for flag, value in (("--reprob", self.reprob), ("horizontal flip", self.hflip)):
             if not 0 <= value <= 1:
                 raise InputError(f"{flag} {value}: a probability lies between 0 and 1")
+        if self.randaugment not in AUGMENTERS:
+            raise InputError(f"--randaugment {self.randaugment}: use {' or '.join(AUGMENTERS)}")
+        if self.randaugment == "device":
+            self._check_device()
+
+    def _check_device(self) -> None:
+        without = [name for name in randaugment.NOT_ENCODED if name in (self.auto or "")]
+        if not (self.auto or "").startswith("rand") or without:
+            raise InputError(
+                f"--randaugment device: does timm's rand-... policies without {' or '.join(randaugment.NOT_ENCODED)}, "
+                f"not --aa {self.aa}; use --randaugment cpu, or another --aa"
+            )
+        if self.interpolation not in randaugment.INTERPOLATIONS:
+            raise InputError(
+                f"--randaugment device: has no --train-interpolation {self.interpolation}; use --randaugment cpu, or "
+                f"one of {', '.join(randaugment.INTERPOLATIONS)}"
+            )
 
     @property
     def auto(self) -> str | None:
@@ -154,12 +183,28 @@ class ResizeTo:
         return transforms.functional.resize(image, [height, width], str_to_interp_mode(mode))
 
 
+@dataclass(frozen=True)
+class LeaveUndone:
+    """The last step of a transform: an image as it is, and what is drawn for it and not done."""
+
+    draw: randaugment.DrawOnly
+
+    def __call__(self, pixels: Pixels) -> Undone:
+        return Undone(as_tensor(pixels), self.draw())
+
+
+def fill_color(spec: ImageSpec) -> tuple[int, ...]:
+    """What RandAugment's warps bring in from outside an image, as timm has it: the mean color's levels."""
+    return tuple(min(255, round(255 * value)) for value in spec.mean)
+
+
 def build_train_transform(spec: ImageSpec, augment: Augment) -> transforms.Compose:
     """DeiT's training transform up to pixels: a decoded image -> (3, H, W) uint8, channels last.
 
     Draws from python's, numpy's and torch's generators. Large inputs: random resized crop. Small ones: resized only if
     they differ, then a random crop of the image padded by an eighth of its side (4 pixels at 32). The rest is the same:
-    flip, `aa` or colour jitter. `normalise` and `erasing.erase` follow in the batch.
+    flip, `aa` or colour jitter; with `augment.randaugment` on the device, the image and these as they were drawn.
+    `operations.apply` for those, `normalise` and `erasing.erase` follow in the batch.
     """
     large = create_transform(
         input_size=spec.input_size,
@@ -172,14 +217,16 @@ def build_train_transform(spec: ImageSpec, augment: Augment) -> transforms.Compo
         std=spec.std,
     )
     crop, *after_crop, _to_float, _normalise = large.transforms
+    settings = {"size": crop.size, "scale": crop.scale, "ratio": crop.ratio, "interpolation": augment.interpolation}
+    own_crop = CropAndResize(augment.resize, **settings)
+    padded = transforms.RandomCrop(spec.input_size, padding=max(1, round(min(spec.input_size) / 8)))
+    small = [ResizeTo(spec.input_size, augment.interpolation), padded]
+    if augment.randaugment == "device":
+        undone = LeaveUndone(randaugment.DrawOnly(after_crop, spec.input_size))
+        return transforms.Compose([*(small if spec.is_small else [own_crop.resized]), undone])
     for step in after_crop:
         guard_posterize(step)
-    if not spec.is_small:
-        settings = {"size": crop.size, "scale": crop.scale, "ratio": crop.ratio, "interpolation": augment.interpolation}
-        return transforms.Compose([CropAndResize(augment.resize, **settings), *after_crop, as_tensor])
-    padding = max(1, round(min(spec.input_size) / 8))
-    padded = transforms.RandomCrop(spec.input_size, padding=padding)
-    return transforms.Compose([ResizeTo(spec.input_size, augment.interpolation), padded, *after_crop, as_tensor])
+    return transforms.Compose([*(small if spec.is_small else [own_crop]), *after_crop, as_tensor])
 
 
 def build_eval_transform(spec: ImageSpec) -> transforms.Compose:

@@ -2,8 +2,8 @@
 
 The reference is what DeiT's loader worker does with timm's transform: Pillow's decoder, RandomResizedCrop, flip,
 RandAugment, float, normalised, erased, stacked. Ours are `loaders.TrainSamples` as a worker runs them; what they leave
-to the device is a case of its own, on this core. A measurement is one batch of `BATCH` images, with the same files and
-draws in all cases of one view.
+to the device is a case of its own, on this core, or on another device in `finish_cases`. A measurement is one batch of
+`BATCH` images, with the same files and draws in all cases of one view.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from timm.data import create_transform
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import decoding
+import operations
 import utils
 from batches import Batch
 from benchmarks.timing import Case
@@ -32,7 +33,7 @@ from images import Images, read_files
 from loaders import TrainSamples
 from samplers import Place
 from tests.image_folders import make_image_folder
-from transforms import Augment, ImageSpec, build_train_transform, guard_posterize, normalise
+from transforms import AUGMENTERS, Augment, ImageSpec, build_train_transform, fill_color, guard_posterize, normalise
 from utils import InputError, keyed_globals
 
 FILES, MADE_UP_SIZE = 150, (500, 375)  # so many of a folder; pictures where there is none
@@ -46,9 +47,9 @@ class Inputs(NamedTuple):
     spec: ImageSpec
     augment: Augment = Augment()
 
-    def samples(self, decode: Decode = decode_pillow, resize: str = "pillow") -> TrainSamples:
+    def samples(self, decode: Decode = decode_pillow, resize: str = "pillow", randaugment: str = "cpu") -> TrainSamples:
         read = partial(read_files, [(path, 0) for path in self.files], decode=decode)
-        transform = build_train_transform(self.spec, replace(self.augment, resize=resize))
+        transform = build_train_transform(self.spec, replace(self.augment, resize=resize, randaugment=randaugment))
         erasing = Erasing(self.augment.reprob, self.augment.recount)
         return TrainSamples(Images(len(self.files), read, ["any"]), transform, 0, erase=erasing)
 
@@ -78,8 +79,8 @@ def find_files(data_path: str) -> list[str]:
     return files
 
 
-def plain_batches(inputs: Inputs) -> Callable[[], Any]:
-    """DeiT's own way, through timm's transform (which needs a guard, see `transforms.posterize`)."""
+def plain_transform(inputs: Inputs) -> Any:
+    """timm's own transform, as DeiT uses it, with the guard that it needs (see `transforms.posterize`)."""
     augment = inputs.augment
     transform = create_transform(
         inputs.spec.input_size, is_training=True, color_jitter=augment.color_jitter, auto_augment=augment.auto,
@@ -87,12 +88,18 @@ def plain_batches(inputs: Inputs) -> Callable[[], Any]:
     )  # fmt: skip
     for step in transform.transforms:
         guard_posterize(step)
+    return transform
+
+
+def plain_batches(inputs: Inputs, transform: Any = None, decode: Decode = decode_pillow) -> Callable[[], Any]:
+    """DeiT's own way."""
+    transform = transform or plain_transform(inputs)
     places = inputs.places(views=1)
 
     def load() -> torch.Tensor:
         made = []
         for place in next(places):
-            image = decode_pillow(inputs.files[place[1]])
+            image = decode(inputs.files[place[1]])
             with keyed_globals("sample", 0, *place):
                 made.append(transform(image))
         return torch.stack(made)  # (B, 3, H, W) float32
@@ -101,14 +108,33 @@ def plain_batches(inputs: Inputs) -> Callable[[], Any]:
 
 
 def our_batches(inputs: Inputs, samples: TrainSamples, views: int = 1) -> Callable[[], Batch]:
-    """A worker's part: pixels and boxes."""
+    """A worker's part: pixels, boxes and operations."""
     places = inputs.places(views)
     return lambda: samples.__getitems__(next(places))
 
 
-def finished(inputs: Inputs, batch: Batch) -> Callable[[], torch.Tensor]:
-    """The device's part, here: normalise and erase."""
-    return lambda: erase(normalise(batch.images.contiguous(), inputs.spec), batch.boxes, inputs.augment.remode)
+def finished(inputs: Inputs, batch: Batch, device: torch.device | None = None) -> Callable[[], torch.Tensor]:
+    """The device's part: move there, if that is elsewhere, do what was drawn, normalise and erase."""
+    device = device or torch.device("cpu")
+    host = Batch(*(part.pin_memory() for part in batch)) if device.type == "cuda" else batch
+
+    def finish() -> torch.Tensor:
+        images, boxes = (part.to(device, non_blocking=True) for part in (host.images, host.boxes))
+        images = images.contiguous()
+        if host.operations.shape[1]:
+            images = operations.apply(images, host.operations, fill_color(inputs.spec))
+        return erase(normalise(images, inputs.spec), boxes, inputs.augment.remode)
+
+    return finish
+
+
+def finish_cases(data_path: str, size: int, batch_size: int, device: torch.device) -> list[Case]:
+    """The device's part of a batch, without RandAugment and with it; arguments as in `cases`."""
+    inputs = Inputs(find_files(data_path), ImageSpec((size, size)))
+    places = [(0, position % len(inputs.files), position) for position in range(batch_size)]
+    offered = AUGMENTERS[: 1 if device.type == "mps" else 2]  # there is no float64
+    batches = {name: inputs.samples(randaugment=name).__getitems__(places) for name in offered}
+    return [Case(f"finish, --randaugment {name}", finished(inputs, batch, device)) for name, batch in batches.items()]
 
 
 def in_a_worker(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -140,11 +166,16 @@ def cases(data_path: str, size: int) -> list[Case]:
     if decoding.simplejpeg is not None:
         fast = inputs.samples(decode_simplejpeg)
         both = inputs.samples(decode_simplejpeg, "torch")
+        least = inputs.samples(decode_simplejpeg, "torch", "device")
         made += [
             ("pixels, simplejpeg (the default)", our_batches(inputs, fast)),
             ("pixels, simplejpeg, --resize torch", our_batches(inputs, both)),
             ("pixels, simplejpeg, 3 views (the default with repeats)", our_batches(inputs, fast, REPEATS)),
             ("pixels, simplejpeg, --resize torch, 3 views", our_batches(inputs, both, REPEATS)),
+            ("pixels, simplejpeg, --resize torch, --randaugment device", our_batches(inputs, least)),
+            ("pixels, simplejpeg, --resize torch, --randaugment device, 3 views", our_batches(inputs, least, REPEATS)),
         ]
+    undone = our_batches(inputs, inputs.samples(randaugment="device"))()
     made.append(("the device's part, on this core", finished(inputs, our_batches(inputs, once)())))
+    made.append(("the device's part with --randaugment device, on this core", finished(inputs, undone)))
     return [Case(name, in_a_worker(run)) for name, run in made]

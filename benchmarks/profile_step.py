@@ -45,7 +45,7 @@ def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def name_parts(bench: Bench) -> None:
     """Lets the parts of a step appear in a profile; backward is what lies between the losses and the update."""
     training = bench.training
-    training.guide = named("motivating pass", training.guide)
+    bench.guide = named("motivating pass", bench.guide)
     training.criterion = named("losses", training.criterion)
     learn, look = (named(name, training.model.forward) for name in ("forward", "forward of the pass"))
     training.model.forward = lambda *given, **more: (learn if training.model.training else look)(*given, **more)

@@ -9,6 +9,7 @@ Writes OUTPUT/bench.json and OUTPUT/bench.md with hardware and versions; without
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from typing import Any
 import torch
 
 import utils
-from benchmarks import pipeline, steps
+from benchmarks import pipeline, stages, steps
 from benchmarks.timing import Timing, describe_machine, measure, to_markdown
 from checkpoints import write_atomically
 from logs import write_json
 from options import Parser
 from utils import InputError, run_command
 
-PARTS = ("step", "guide", "paste", "pipeline")
+PARTS = ("step", "guide", "update", "paste", "pipeline", "stages", "finish")
 
 
 def get_args_parser() -> Parser:
@@ -59,10 +60,16 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def switched(timings: list[Timing]) -> dict[str, float]:
-    """What a run with Mixup at switch probability 0.5 costs, over CutMix with Mixup: the mean of two kinds of step."""
+    """What a run with Mixup at switch probability 0.5 costs, over CutMix with Mixup: the mean of two kinds of step.
+
+    Where each batch is split between the two there is one kind.
+    """
     seconds = {timing.name.removeprefix("step with "): timing.seconds[0] for timing in timings}
     base = seconds["cutmix"] + seconds["mixup"]
-    return {name: (value + seconds["mixup"]) / base for name, value in seconds.items() if name not in ("mixup", "none")}
+    both = {name: value + seconds["mixup"] for name, value in seconds.items() if name not in ("mixup", "none")}
+    if steps.SPLIT in both:
+        both[steps.SPLIT] = 2 * seconds[steps.SPLIT]
+    return {name: value / base for name, value in both.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,17 +79,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     amp = args.amp or ("fp16" if device.type == "cuda" else "none")
     machine = describe_machine(device, args.threads)
     results: dict[str, list[Timing]] = {}
-    if set(args.parts) - {"pipeline"}:
+    if set(args.parts) - {"pipeline", "stages", "finish"}:
         bench = steps.Bench(args.model, device, args.batch_size, amp, args.compile, args.input_size)
         makers: dict[str, Callable[[steps.Bench], Any]] = {
-            "step": steps.step_cases, "guide": steps.guide_cases, "paste": steps.paste_cases,
+            "step": steps.step_cases, "guide": steps.guide_cases, "update": steps.update_cases,
+            "paste": steps.paste_cases,
         }  # fmt: skip
         for part, cases in makers.items():
             if part in args.parts:
                 results[part] = measure(cases(bench), device, args.rounds)
+    size = args.input_size or 224
+    if "finish" in args.parts:
+        finishing = pipeline.finish_cases(args.data_path, size, args.batch_size, device)
+        results["finish"] = measure(finishing, device, args.rounds)
     if "pipeline" in args.parts:
-        size = args.input_size or 224
-        results["pipeline"] = measure(pipeline.cases(args.data_path, size), torch.device("cpu"), args.rounds)
+        cases_of_pipeline = pipeline.cases(args.data_path, size)
+        results["pipeline"] = measure(cases_of_pipeline, torch.device("cpu"), args.rounds, clock=time.process_time)
     setting = (
         f"{args.model}, batch {args.batch_size}, {amp}{', compiled' if args.compile else ''}, {args.rounds} rounds"
     )
@@ -91,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     for part, timings in results.items():
         lines += ["", f"## {part}", "", to_markdown(timings)]
+    if "stages" in args.parts:
+        lines += ["", "## stages of the input, CPU time per image", "", stages.table(args.data_path, size, args.rounds)]
     if "step" in results:
         shares = ", ".join(f"{name} {ratio:.2f}" for name, ratio in switched(results["step"]).items())
         lines += ["", f"Half of the steps by Mixup, over CutMix with Mixup: {shares}"]

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.nn.functional import fold, unfold
 
@@ -17,7 +18,7 @@ from benchmarks.timing import Case
 from losses import SMMixLoss
 from meters import Meters
 from mixers.build import Settings, Surroundings, build_mixer
-from mixers.interface import Mixer, Regions, StepRandom
+from mixers.interface import Guide, Mixer, Regions, StepRandom
 from mixers.options import METHODS
 from models.build import build_model
 from models.interface import ImageModel
@@ -26,6 +27,7 @@ from smmix import paste_regions
 from transforms import ImageSpec, denormalise
 
 CLASSES = 1000
+SPLIT = "smmix --mix-protocol split"
 
 
 class Bench:
@@ -52,9 +54,9 @@ class Bench:
         self.labels = torch.arange(batch_size, device=device) % CLASSES
         self.meters, self.step = Meters(), 0
 
-    def mixer(self, name: str) -> Mixer[Any]:
+    def mixer(self, name: str, **more: Any) -> Mixer[Any]:
         """A method alone. AttentiveMix looks through a stand-in that costs nothing; its teacher's cost is apart."""
-        flags = {**vars(get_args_parser().parse_args([])), "mixer": name, "mix_protocol": "single"}
+        flags = {**vars(get_args_parser().parse_args([])), "mixer": name, "mix_protocol": "single", **more}
 
         def teacher(images: Tensor) -> Tensor:
             return torch.nn.functional.adaptive_avg_pool2d(images, 7)
@@ -63,10 +65,28 @@ class Bench:
         around = Surroundings(CLASSES, self.model.grid_size, to_bytes, teacher)
         return build_mixer(Settings.from_flags(flags), around).first
 
-    def take_step(self, mixer: Mixer[Any]) -> None:
+    def cheaper_guides(self) -> dict[str, Guide]:
+        """The motivating pass under each flag that makes it cheaper, by the flag, as far as this model takes it."""
+        model, made = self.model, {}
+        if self.amp == "none":
+            made["--guide-amp bf16"] = engine.make_guide(model, engine.make_autocast(self.device, "bf16"))
+        if model.looks_smaller:
+            cells = zip(model.grid_size, model.patch_size, strict=True)
+            height, width = (max(2, count // 2) * patch for count, patch in cells)
+            made[f"--guide-size {height} {width}"] = engine.make_guide(model, self.autocast, size=(height, width))
+        made["--con-weight 0"] = engine.make_guide(model, self.autocast, predict=False)
+        if model.score_blocks > 1:
+            block = model.score_blocks // 2
+            made[f"--con-weight 0 --score-block {block}"] = engine.make_guide(
+                model, self.autocast, block=block, predict=False
+            )
+        return made
+
+    def take_step(self, mixer: Mixer[Any], guide: Guide | None = None) -> None:
         """Forward, backward and update on the batch mixed by `mixer`."""
         self.training.model.train()
         self.training.mixer = mixer
+        self.training.guide = guide or self.guide
         micro_batch = (self.images, self.labels, self.labels)
         engine.train_step(self.training, [micro_batch], self.step, self.meters)
         self.training.health.unchecked.clear()
@@ -78,23 +98,59 @@ class Bench:
 
 
 def step_cases(bench: Bench) -> list[Case]:
-    """One step with each method; CutMix is the reference."""
+    """One step with each method, and with SMMix made cheaper; CutMix is the reference."""
     names = ["cutmix", *(name for name in METHODS if name != "cutmix")]
-    return [Case(f"step with {name}", partial(bench.take_step, bench.mixer(name))) for name in names]
+    cases = [Case(f"step with {name}", partial(bench.take_step, bench.mixer(name))) for name in names]
+    for flags, guide in bench.cheaper_guides().items():
+        mixer = bench.mixer("smmix", con_weight=0.0 if "--con-weight 0" in flags else 1.0)
+        cases.append(Case(f"step with smmix {flags}", partial(bench.take_step, mixer, guide)))
+    return [*cases, Case(f"step with {SPLIT}", partial(bench.take_step, bench.mixer("smmix", mix_protocol="split")))]
 
 
 def guide_cases(bench: Bench) -> list[Case]:
-    """The motivating pass beside the forward pass and the step of training."""
+    """The motivating pass, as it is, as the whole forward pass, and made cheaper, beside those of training."""
 
     def forward() -> None:
         bench.training.model.train()
         with bench.autocast():
             bench.training.model(bench.images)
 
+    def whole() -> None:
+        with engine.eval_mode(bench.model), torch.no_grad(), bench.autocast():
+            bench.model(bench.images, need_attention="image")
+
+    def cheaper(guide: Guide) -> Callable[[], Any]:
+        return lambda: guide(bench.images)
+
     return [
         Case("training forward", forward),
+        Case("motivating pass as a whole forward pass", whole),
         Case("motivating pass", lambda: bench.guide(bench.images)),
+        *(Case(f"motivating pass {flags}", cheaper(guide)) for flags, guide in bench.cheaper_guides().items()),
+        Case("motivating pass of half of the images", lambda: bench.guide(bench.images[::2])),
         Case("training step (cutmix)", partial(bench.take_step, bench.mixer("cutmix"))),
+    ]
+
+
+def update_cases(bench: Bench) -> list[Case]:
+    """Optimizer and average: one call for all parameters, as here, and a loop over them."""
+    fused = optim.make_optimizer(bench.model, {"opt": "adamw", "lr": 1e-6, "weight_decay": 0.05})
+    looped = torch.optim.AdamW(bench.model.parameters(), lr=1e-6, weight_decay=0.05, foreach=False)
+    average = ModelEmaV3(bench.model, decay=0.99996)
+    one_by_one = ModelEmaV3(bench.model, decay=0.99996, foreach=False)
+    good = torch.ones((), device=bench.device)
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        for parameter in bench.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.full_like(parameter, 1e-3)
+        optimizer.step()
+
+    return [
+        Case("AdamW, a loop over parameters", partial(step, looped)),
+        Case("AdamW as here", partial(step, fused)),
+        Case("average, a loop over parameters", lambda: one_by_one.update(bench.model)),
+        Case("average as here", lambda: engine.update_average(average, bench.model, good)),
     ]
 
 

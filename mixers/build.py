@@ -48,6 +48,8 @@ class Settings:
     region_size: Literal["floor", "integer"] | None
     side_ratio: tuple[float, float]
     smoothing: float
+    fine_weight: float
+    con_weight: float
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> Settings:
@@ -81,7 +83,10 @@ class Surroundings:
 
 def _smmix(settings: Settings, around: Surroundings) -> Mixer:
     try:
-        return SMMix(around.num_classes, around.grid_size, settings.smoothing, settings.side_ratio, settings.arithmetic)
+        return SMMix(
+            around.num_classes, around.grid_size, settings.smoothing, settings.side_ratio, settings.arithmetic,
+            fine=settings.fine_weight > 0, con=settings.con_weight > 0,
+        )  # fmt: skip
     except ValueError as error:
         raise InputError(f"--mixer smmix: {error}; use a larger --input-size or a smaller --patch-size") from error
 

@@ -30,10 +30,13 @@ OWN: dict[str, tuple[Any, tuple[str, ...]]] = {
     "variant": ("paper", ("smmix",)),
     "guide_size": (None, ("smmix",)),
     "guide_amp": (None, ("smmix",)),
+    "score_block": (None, ("smmix",)),
+    "fine_weight": (1.0, ("smmix",)),
+    "con_weight": (1.0, ("smmix",)),
     **dict.fromkeys(VARIANT_FLAGS, (None, ("smmix",))),
 }
 POSITIVE = ("attentive_cells",)
-NOT_NEGATIVE = ("mixup", "cutmix", "fmix_decay", "mix_off_epoch")
+NOT_NEGATIVE = ("mixup", "cutmix", "fmix_decay", "mix_off_epoch", "fine_weight", "con_weight")
 SHARES = ("mixup_prob", "mixup_switch_prob", "smoothing", "relabel_ratio")
 RANGES = ("side_ratio", "cutmix_minmax", "resize_scope")
 
@@ -86,6 +89,11 @@ def add_training_flags(group: Any) -> None:
              "images at this size: one side, or height and width, in pixels; default: the training's")  # fmt: skip
     _add_own(group, "guide-amp", choices=["fp16", "bf16", "none"], help="precision of the motivating pass of smmix; "
              "default: --amp")  # fmt: skip
+    _add_own(group, "fine-weight", type=float, help="weight of L_fine; 0 leaves it out")
+    _add_own(group, "con-weight", type=float, help="weight of L_con; with 0 it is left out, and the motivating pass "
+             "ends where its score is read")  # fmt: skip
+    _add_own(group, "score-block", type=int, metavar="D", help="the motivating pass reads its score in block D, "
+             "counted from 1; default: the last")  # fmt: skip
     group.add_argument("--bce-loss", action="store_true", help="binary cross entropy for L_cls and L_fine")
 
 

@@ -56,15 +56,14 @@ class Split(Mixer[tuple[Any, Any]]):
         inner = self.first.apply(images[middle], labels[middle], drawn[0], guide)
         assert inner.relabel is None
         assert not inner.terms
-        ends = (torch.cat((whole[:end], whole[count - end :])) for whole in (images, labels))
-        outer = self.second.apply(*ends, drawn[1], guide)
+        at_ends, their_labels = (torch.cat((whole[:end], whole[count - end :])) for whole in (images, labels))
+        outer = self.second.apply(at_ends, their_labels, drawn[1], guide)
 
-        def rows(inside: Tensor | None, outside: Tensor | None = None) -> Tensor | None:
-            if inside is None:
-                return None
-            if outside is None:
-                outside = inside.new_zeros(2 * end, *inside.shape[1:])
+        def rows(inside: Tensor, outside: Tensor) -> Tensor:
             return torch.cat((outside[:end], inside, outside[end:]))
+
+        def or_zeros(inside: Tensor | None) -> Tensor | None:
+            return None if inside is None else rows(inside, inside.new_zeros(2 * end, *inside.shape[1:]))
 
         with_regions = inner.source_mask is not None
         return replace(
@@ -72,9 +71,9 @@ class Split(Mixer[tuple[Any, Any]]):
             images=rows(inner.images, outer.images),
             labels=rows(inner.labels, outer.labels),
             lam=None if inner.lam is None or outer.lam is None else rows(inner.lam, outer.lam),
-            source_labels=rows(inner.source_labels) if with_regions else None,
-            target_labels=rows(inner.target_labels) if with_regions else None,
-            source_mask=rows(inner.source_mask),
-            reference_probs=rows(inner.reference_probs),
+            source_labels=or_zeros(inner.source_labels) if with_regions else None,
+            target_labels=or_zeros(inner.target_labels) if with_regions else None,
+            source_mask=or_zeros(inner.source_mask),
+            reference_probs=or_zeros(inner.reference_probs),
             mask=None,
         )

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from models.blocks import (
     PlainTransformer,
-    like_its_layer,
     queries_and_keys,
     queries_keys_values,
     resize_positions,
     softmax_map,
 )
 from models.partial import attend_from_first
+from models.precision import like_its_layer
 
 TABLE = "relative_position_bias_table"
 INDEX = "relative_position_index"  # timm computes it; official files have it

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.swin_transformer import window_partition, window_reverse
 from timm.models.vision_transformer import Attention  # also in releases where timm.layers has none
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
 from models.interface import AttentionOf, Glance, ImageModel, class_attention_score, image_attention_score
 from models.partial import finish_block
+from models.precision import like_its_layer
 
 
 def run_block(stage: Any, block: Any, *given: Any, **named: Any) -> Tensor:
@@ -72,11 +72,21 @@ class PlainTransformer(ImageModel):
             return self.network.forward_features(images), None  # (B, T, D)
         return self._last_block(*self._before_last_block(*self.embed(images)), need_attention)
 
+    @property
+    def score_blocks(self) -> int:
+        """All those that are like the last."""
+        kinds = [(type(block), type(block.attn)) for block in self.network.blocks]
+        return len(kinds) if len(set(kinds)) == 1 else 0
+
     def _before_last_block(self, tokens: Tensor, beside: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Any]]:
         """From what `embed` gives to the tokens that the last block receives, and what it takes besides."""
-        for block, more in zip(self.network.blocks[:-1], beside[:-1], strict=True):
+        return self._run(tokens, beside, 0, len(beside) - 1), beside[-1]
+
+    def _run(self, tokens: Tensor, beside: list[dict[str, Any]], begin: int, end: int) -> Tensor:
+        """Some of the blocks."""
+        for block, more in zip(self.network.blocks[begin:end], beside[begin:end], strict=True):
             tokens = run_block(self.network, block, tokens, **more)
-        return tokens, beside[-1]
+        return tokens
 
     def _last_block(self, tokens: Tensor, beside: dict[str, Any], asked: AttentionOf) -> tuple[Tensor, Tensor]:
         network, last = self.network, self.network.blocks[-1]
@@ -86,10 +96,19 @@ class PlainTransformer(ImageModel):
         with torch.no_grad():
             return features, score_of(self.map_of(last, tokens, beside, class_only), network.num_prefix_tokens)
 
-    def glance(self, images: Tensor, resized: bool) -> Glance:
+    def glance(self, images: Tensor, resized: bool, block: int | None, predict: bool) -> Glance:
         """Where prefix tokens decide alone, the last block makes nothing of the image tokens but their score."""
-        network, last, prefix = self.network, self.network.blocks[-1], self.network.num_prefix_tokens
-        tokens, beside = self._before_last_block(*(self.embed_resized if resized else self.embed)(images))
+        network, prefix = self.network, self.network.num_prefix_tokens
+        tokens, each = (self.embed_resized if resized else self.embed)(images)
+        early, number = None, len(each) if block is None else block
+        if not predict or number < len(each):
+            tokens = self._run(tokens, each, 0, number - 1)
+            attention = self.map_of(network.blocks[number - 1], tokens, each[number - 1], False)
+            early = image_attention_score(attention, prefix)
+            if not predict:
+                return Glance(None, early)
+        tokens = self._run(tokens, each, 0 if early is None else number - 1, len(each) - 1)
+        last, beside = network.blocks[-1], each[-1]
         from_prefix = network.global_pool == "token" and getattr(network, "attn_pool", None) is None
         attended = self.attend(last, tokens, beside, prefix) if from_prefix else None
         if attended is None:
@@ -97,7 +116,7 @@ class PlainTransformer(ImageModel):
         else:
             features = network.norm(finish_block(last, tokens[:, :prefix], attended[0]))  # (B, prefix, D)
             score = image_attention_score(attended[1], prefix)
-        return Glance(self.head(features)[0], score)
+        return Glance(self.head(features)[0], score if early is None else early)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features[:, self.network.num_prefix_tokens :]
@@ -140,6 +159,15 @@ class WindowedTransformer(ImageModel):
         network = self.network
         if need_attention is None:
             return network.forward_features(images), None  # (B, R, C, D)
+        final, last = network.layers[-1], network.layers[-1].blocks[-1]
+        tokens = self._before_last_block(images)
+        features = network.norm(run_block(final, last, tokens))
+        with torch.no_grad():
+            return features, self.score(last, tokens)
+
+    def _before_last_block(self, images: Tensor) -> Tensor:
+        """The tokens (B, R, C, D) that the last block receives."""
+        network = self.network
         tokens = network.patch_embed(images)
         for stage in network.layers[:-1]:
             tokens = stage(tokens)
@@ -147,10 +175,12 @@ class WindowedTransformer(ImageModel):
         tokens = final.downsample(tokens)  # (B, R, C, D)
         for block in final.blocks[:-1]:
             tokens = run_block(final, block, tokens)
-        last = final.blocks[-1]
-        features = network.norm(run_block(final, last, tokens))
-        with torch.no_grad():
-            return features, self.score(last, tokens)
+        return tokens
+
+    def glance(self, images: Tensor, resized: bool, block: int | None, predict: bool) -> Glance:
+        if predict:
+            return super().glance(images, resized, block, predict)
+        return Glance(None, self.score(self.network.layers[-1].blocks[-1], self._before_last_block(images)))
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features.flatten(1, 2)
@@ -161,77 +191,6 @@ class WindowedTransformer(ImageModel):
     def classify(self, pooled: Tensor) -> Tensor:
         head = self.network.head
         return head.fc(head.drop(pooled))
-
-
-# ---------------------------------------------------------------------------------------- attention in float32
-
-ATTENTION = ("attn", "attn_pool")  # what timm's networks and ours call their attention layers
-
-
-class InFloat32:
-    """Comes before an attention layer's class and computes the whole layer in float32 under autocast too.
-
-    The layer keeps its parameters and their names. What it gives is cast to autocast's type at the end, so that the
-    rest of the network stays as it was. Without autocast nothing changes.
-    """
-
-    plain: type[nn.Module]  # the layer's own class
-
-    def forward(self, tokens: Tensor, *given: Any, **named: Any) -> Tensor:
-        plain, device = cast(Any, super()).forward, tokens.device.type
-        if not torch.is_autocast_enabled(device):
-            return plain(tokens, *given, **named)
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            given, named = tuple(map(_widened, given)), {name: _widened(value) for name, value in named.items()}
-            return plain(_widened(tokens), *given, **named).to(dtype)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copied and pickled by the plain class: this one is made while running, and has no place to be found at."""
-        return _blank_in_float32, (self.plain,), vars(self)
-
-
-def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
-
-
-_made: dict[type[nn.Module], type[nn.Module]] = {}  # so that copies are of one class with what they are copied from
-
-
-def _in_float32(kind: type[nn.Module]) -> type[nn.Module]:
-    if kind not in _made:
-        _made[kind] = type(f"{kind.__name__}InFloat32", (InFloat32, kind), {"plain": kind})
-    return _made[kind]
-
-
-def _blank_in_float32(kind: type[nn.Module]) -> nn.Module:
-    made = _in_float32(kind)
-    return made.__new__(made)
-
-
-def attention_in_float32(network: nn.Module) -> int:
-    """Makes every attention layer of a network compute in float32 under autocast; returns how many there are."""
-    layers = [layer for name, layer in network.named_modules() if name.rpartition(".")[2] in ATTENTION]
-    for layer in layers:
-        if not isinstance(layer, InFloat32):
-            layer.__class__ = _in_float32(type(layer))
-    return len(layers)
-
-
-Reading = TypeVar("Reading", bound=Callable[..., Any])
-
-
-def like_its_layer(read: Reading) -> Reading:
-    """For a second reading of an attention layer, `read(layer, tokens, ...)`: in float32 if the layer computes so."""
-
-    @wraps(read)
-    def reading(attention: Any, tokens: Tensor, *given: Any, **named: Any) -> Any:
-        if not isinstance(attention, InFloat32):
-            return read(attention, tokens, *given, **named)
-        with torch.autocast(tokens.device.type, enabled=False):
-            return read(attention, tokens.float(), *given, **named)
-
-    return cast(Reading, reading)
 
 
 # ------------------------------------------------------------------------------------------------ attention maps

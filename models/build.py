@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from checkpoints import load_checkpoint, load_strictly, pick_weights
 from models.beit import BEiT
-from models.blocks import attention_in_float32
 from models.cait import CaiT
 from models.convnet import ConvNet
 from models.deit import PlainViT, init_like_deit
 from models.eva import EVA
 from models.interface import ImageModel
 from models.maxvit import MaxViT
+from models.precision import attention_in_float32
 from models.pvt import PVT, PyramidVisionTransformer
 from models.pvt_v2 import PVTv2
 from models.swin import Swin
@@ -227,26 +227,6 @@ def use_float32_attention(model: ImageModel, name: str) -> None:
     """
     if isinstance(model, ConvNet) or not attention_in_float32(model.network):
         raise InputError(f"--attn-fp32: {name} has no attention; leave the flag out")
-
-
-def check_look_size(model: ImageModel, name: str, size: tuple[int, int]) -> None:
-    """Whether the motivating pass can show the images at this height and width.
-
-    Raises:
-        InputError: the model takes images of one size, or these sides do not fit.
-    """
-    given, own = f"--guide-size {size[0]} {size[1]}", model.input_size
-    if not model.looks_smaller:
-        kind = type(model.network).__name__
-        raise InputError(f"{given}: {name}, a {kind}, is read at its own size only; a plain ViT or DeiT takes the flag")
-    if size[0] > own[0] or size[1] > own[1] or size == own:
-        raise InputError(f"{given}: must be smaller than the images, {own[0]} x {own[1]} pixels; leave the flag out")
-    if any(side % patch or side < 2 * patch for side, patch in zip(size, model.patch_size, strict=True)):
-        fits = [max(side // patch, 2) * patch for side, patch in zip(size, model.patch_size, strict=True)]
-        raise InputError(
-            f"{given}: each side must be a multiple of the patch size {model.patch_size[0]}x{model.patch_size[1]} of "
-            f"{name}, and two patches or more, such as {fits[0]} {fits[1]}"
-        )
 
 
 # ------------------------------------------------------------------------------------------------ weights

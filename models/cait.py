@@ -19,8 +19,9 @@ from timm.models.cait import Cait, ClassAttn, LayerScaleBlock, TalkingHeadAttn
 from torch import Tensor
 from torch.nn.functional import linear
 
-from models.blocks import like_its_layer, resize_positions, run_block, softmax_map, split_heads
-from models.interface import AttentionOf, ImageModel, class_attention_score, image_attention_score
+from models.blocks import resize_positions, run_block, softmax_map, split_heads
+from models.interface import AttentionOf, Glance, ImageModel, class_attention_score, image_attention_score
+from models.precision import like_its_layer
 
 
 class CaiT(ImageModel):
@@ -57,22 +58,49 @@ class CaiT(ImageModel):
         network: Any = self.network
         if need_attention is None:
             return network.forward_features(images), None  # (B, 1 + N, D)
-        tokens = network.pos_drop(network.patch_embed(images) + network.pos_embed)  # (B, N, D)
-        for block in network.blocks[:-1]:
-            tokens = run_block(network, block, tokens)
-        last, received = network.blocks[-1], tokens
+        received, last = self._run(self._embed(images), 0, len(network.blocks) - 1), network.blocks[-1]
         tokens = run_block(network, last, received)
+        features, class_token = self._class_attention(tokens)
+        with torch.no_grad():
+            if need_attention == "image":
+                return features, score_in(last, received)
+            last_of_class = network.blocks_token_only[-1]
+            seen = last_of_class.norm1(torch.cat((class_token, tokens), dim=1))
+            return features, class_attention_score(class_token_map(last_of_class.attn, seen), num_prefix_tokens=1)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        network: Any = self.network
+        return network.pos_drop(network.patch_embed(images) + network.pos_embed)  # (B, N, D)
+
+    def _run(self, tokens: Tensor, begin: int, end: int) -> Tensor:
+        """Some of the blocks of image tokens."""
+        for block in self.network.blocks[begin:end]:
+            tokens = run_block(self.network, block, tokens)
+        return tokens
+
+    def _class_attention(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Final image tokens -> features (B, 1 + N, D), and what the last of its blocks takes for class token."""
+        network: Any = self.network
         class_token = network.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
         for block in network.blocks_token_only[:-1]:  # not checkpointed: timm does not either
             class_token = block(tokens, class_token)
-        last_of_class = network.blocks_token_only[-1]
-        features = network.norm(torch.cat((last_of_class(tokens, class_token), tokens), dim=1))
-        with torch.no_grad():
-            if need_attention == "image":
-                attention = talking_heads_map(last.attn, last.norm1(received))  # (B, H, N, N)
-                return features, image_attention_score(attention, num_prefix_tokens=0)
-            seen = last_of_class.norm1(torch.cat((class_token, tokens), dim=1))
-            return features, class_attention_score(class_token_map(last_of_class.attn, seen), num_prefix_tokens=1)
+        final = network.blocks_token_only[-1](tokens, class_token)
+        return network.norm(torch.cat((final, tokens), dim=1)), class_token
+
+    @property
+    def score_blocks(self) -> int:
+        """Those of the image tokens."""
+        return len(self.network.blocks)
+
+    def glance(self, images: Tensor, resized: bool, block: int | None, predict: bool) -> Glance:
+        blocks = self.network.blocks
+        number = len(blocks) if block is None else block
+        tokens = self._run(self._embed(images), 0, number - 1)
+        score = score_in(blocks[number - 1], tokens)
+        if not predict:
+            return Glance(None, score)
+        features, _ = self._class_attention(self._run(tokens, number - 1, len(blocks)))
+        return Glance(self.head(features)[0], score)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features[:, 1:]
@@ -93,6 +121,11 @@ class CaiT(ImageModel):
             if new["pos_embed"] is not position:
                 notes.append(f"pos_embed resized from {tuple(position.shape)} to {tuple(new['pos_embed'].shape)}")
         return new, notes
+
+
+def score_in(block: Any, received: Tensor) -> Tensor:
+    """Eq. 6 of a self-attention block, from the image tokens (B, N, D) that it receives: (B, N)."""
+    return image_attention_score(talking_heads_map(block.attn, block.norm1(received)), num_prefix_tokens=0)
 
 
 @like_its_layer

@@ -23,12 +23,12 @@ from torch.nn.functional import pad
 from models.blocks import (
     PlainTransformer,
     attention_map,
-    like_its_layer,
     queries_keys_values,
     resize_positions,
     softmax_map,
 )
 from models.partial import attend_from_first
+from models.precision import like_its_layer
 
 
 class PlainViT(PlainTransformer):

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from models.blocks import (
     PlainTransformer,
-    like_its_layer,
     queries_and_keys,
     queries_keys_values,
     resize_positions,
@@ -28,6 +27,7 @@ from models.blocks import (
     split_heads,
 )
 from models.partial import attend_from_first
+from models.precision import like_its_layer
 
 
 class EVA(PlainTransformer):

@@ -37,7 +37,7 @@ class ModelOutput(NamedTuple):
 class Glance(NamedTuple):
     """What the motivating pass gives: all that mixing needs to know of clean images."""
 
-    logits: Tensor  # (B, K)
+    logits: Tensor | None  # (B, K), if the prediction was asked for
     image_attention: Tensor  # (B, N) float32: alpha of Eq. 6, on the model's own grid
 
 
@@ -146,6 +146,11 @@ class ImageModel(nn.Module, ABC):
         """Whether `look` can show the images at another size: what the model learned for its own grid is resampled."""
         return False
 
+    @property
+    def score_blocks(self) -> int:
+        """How many blocks `look` can choose from to read the score; 0: it is always that of the last one."""
+        return 0
+
     @abstractmethod
     def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
         """(B, C, height, width) images -> the network's final features, and the score (B, N) that is asked for.
@@ -191,31 +196,37 @@ class ImageModel(nn.Module, ABC):
         """Height and width in pixels of the images this model takes."""
         return self.grid_size[0] * self.patch_size[0], self.grid_size[1] * self.patch_size[1]
 
-    def look(self, images: Tensor, size: tuple[int, int] | None = None) -> Glance:
+    def look(
+        self, images: Tensor, size: tuple[int, int] | None = None, block: int | None = None, predict: bool = True
+    ) -> Glance:
         """The motivating pass: prediction and score of clean images, in evaluation mode, and nothing that costs more.
 
         Args:
             images: (B, C, height, width), of the model's own size.
             size: height and width in pixels to show them at, multiples of `patch_size`, if the model `looks_smaller`.
+            block: read the score in this block, counted from 1, of the model's `score_blocks`; default: the last.
+            predict: false ends the pass where the score is read, if the family can; then there are no logits.
         """
         assert not self.training, "the motivating pass is for evaluation mode"
+        assert block is None or 0 < block <= self.score_blocks, f"no block {block} of {self.score_blocks} to read"
         if size is None:
-            return self.glance(images, resized=False)
+            return self.glance(images, False, block, predict)
         assert self.looks_smaller, f"{type(self).__name__} takes images of one size"
         smaller = interpolate(images, size, mode="bilinear", antialias=True)
-        seen = self.glance(smaller, resized=True)
+        seen = self.glance(smaller, True, block, predict)
         grid = size[0] // self.patch_size[0], size[1] // self.patch_size[1]
         return Glance(seen.logits, resize_score(seen.image_attention, grid, self.grid_size))
 
-    def glance(self, images: Tensor, resized: bool) -> Glance:
+    def glance(self, images: Tensor, resized: bool, block: int | None, predict: bool) -> Glance:
         """`look` at the images as they are. Families that predict without the final image tokens do with less.
 
         Args:
             resized: they are not of the model's own size; then the score is on their grid. Only if it `looks_smaller`.
+            block, predict: see there.
         """
         output = self(images, need_attention="image")
         assert output.image_attention is not None
-        return Glance(output.logits, output.image_attention)
+        return Glance(output.logits if predict else None, output.image_attention)
 
     def forward(
         self, images: Tensor, source_mask: Tensor | None = None, need_attention: AttentionOf | None = None

@@ -26,8 +26,9 @@ from timm.models.maxxvit import (
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.blocks import like_its_layer, run_block
+from models.blocks import run_block
 from models.interface import AttentionOf, ImageModel
+from models.precision import like_its_layer
 
 
 class MaxViT(ImageModel):

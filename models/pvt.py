@@ -19,9 +19,10 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from models.blocks import like_its_layer, resize_positions, run_block, softmax_map, split_heads
+from models.blocks import resize_positions, run_block, softmax_map, split_heads
 from models.interface import AttentionOf, Glance, ImageModel, class_attention_score, image_attention_score
 from models.partial import finish_block
+from models.precision import like_its_layer
 
 Grid = tuple[int, int]
 STRIDES = (4, 2, 2, 2)  # of the patch embeddings
@@ -87,10 +88,8 @@ class ReducedAttention(nn.Module):
     def attention_map(self, tokens: Tensor, grid: Grid, class_only: bool) -> Tensor:
         """The map A of Eq. 5 that `forward` uses on `tokens`: (B, H, T, M), in float32 and without gradient.
 
-        The fused kernel gives none, so queries and keys are computed a second time here (values are not).
-
-        Args:
-            class_only: compute the first token's row alone: (B, H, 1, M).
+        The fused kernel gives none, so queries and keys are computed a second time here (values are not); with
+        `class_only` the first token's row alone: (B, H, 1, M).
         """
         width = self.q.in_features
         with torch.no_grad():
@@ -276,20 +275,21 @@ class PVT(ImageModel):
         return True
 
     def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
-        network = self.network
-        tokens = network.forward_to_last_block(images)  # (B, 1 + N, D)
-        features = network.forward_last_block(tokens)
-        if need_attention is None:
-            return features, None
-        last, class_only = network.blocks_of(3)[-1], need_attention == "class"
-        score_of = class_attention_score if class_only else image_attention_score
-        with torch.no_grad():
-            attention = last.attn.attention_map(last.norm1(tokens), self.grid_size, class_only)
-            return features, score_of(attention, num_prefix_tokens=1)  # (B, N)
+        tokens = self.network.forward_to_last_block(images)  # (B, 1 + N, D)
+        features = self.network.forward_last_block(tokens)
+        return features, None if need_attention is None else self._score(tokens, need_attention == "class")
 
-    def glance(self, images: Tensor, resized: bool) -> Glance:
+    @torch.no_grad()
+    def _score(self, tokens: Tensor, class_only: bool) -> Tensor:
+        """(B, N), from what the last block receives (B, 1 + N, D)."""
+        last, score_of = self.network.blocks_of(3)[-1], class_attention_score if class_only else image_attention_score
+        return score_of(last.attn.attention_map(last.norm1(tokens), self.grid_size, class_only), num_prefix_tokens=1)
+
+    def glance(self, images: Tensor, resized: bool, block: int | None, predict: bool) -> Glance:
         """The last block makes nothing of the image tokens but their score: the class token decides alone."""
         tokens, last = self.network.forward_to_last_block(images), self.network.blocks_of(3)[-1]  # (B, 1 + N, D)
+        if not predict:
+            return Glance(None, self._score(tokens, class_only=False))
         attended, attention = last.attn.attend_and_map(last.norm1(tokens), self.grid_size)
         features = self.network.norm(finish_block(last, tokens[:, :1], attended))  # (B, 1, D)
         return Glance(self.head(features)[0], image_attention_score(attention, num_prefix_tokens=1))

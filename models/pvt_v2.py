@@ -18,8 +18,9 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2, checkpoint_filter_fn
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, linear
 
-from models.blocks import like_its_layer, run_block
+from models.blocks import run_block
 from models.interface import AttentionOf, ImageModel
+from models.precision import like_its_layer
 
 
 class PVTv2(ImageModel):

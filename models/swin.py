@@ -25,7 +25,8 @@ from timm.models.swin_transformer import (
 from torch import Tensor
 from torch.nn.functional import linear
 
-from models.blocks import WindowedTransformer, like_its_layer, windowed_score
+from models.blocks import WindowedTransformer, windowed_score
+from models.precision import like_its_layer
 
 TABLE = "relative_position_bias_table"
 BUFFERS = ("relative_position_index", "attn_mask")  # in official files; timm computes them and does not save them

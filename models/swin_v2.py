@@ -24,7 +24,8 @@ from timm.models.swin_transformer_v2 import (
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from models.blocks import WindowedTransformer, like_its_layer, windowed_score
+from models.blocks import WindowedTransformer, windowed_score
+from models.precision import like_its_layer
 
 
 class SwinV2(WindowedTransformer):

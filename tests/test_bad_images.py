@@ -143,7 +143,7 @@ def shown(folder: Path, epochs: tuple[int, ...] = (0, 1), start: int = 0, **more
     with closing(loader):
         for epoch in epochs:
             set_epoch(loader, epoch, start)
-            for images, labels, indices, _ in loader:
+            for images, labels, indices, *_ in loader:
                 triples = zip(images, labels.tolist(), indices.tolist(), strict=True)
                 found += [(image.numpy().tobytes(), label, index) for image, label, index in triples]
     return found
@@ -176,7 +176,7 @@ def test_a_substitute_is_another_image_with_its_own_label(folder: Path) -> None:
     whole = {EVAL(images[index][0]).numpy().tobytes(): index for index in range(24) if index not in BAD}
     drawn = set()
     for position in range(40):
-        image, label, index, _ = samples[0, 7, position]
+        image, label, index, *_ = samples[0, 7, position]
         other = whole[image.numpy().tobytes()]
         assert (index, label) == (~7, images[other][1])
         drawn.add(other)

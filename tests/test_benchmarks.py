@@ -35,9 +35,9 @@ def test_medians_and_quartiles_are_shown() -> None:
 
 
 def test_half_of_the_steps_by_mixup() -> None:
-    seconds = {"cutmix": 1.0, "mixup": 1.0, "smmix": 1.4, "none": 0.9}
+    seconds = {"cutmix": 1.0, "mixup": 1.0, "smmix": 1.4, "none": 0.9, steps.SPLIT: 1.1}
     timings = [Timing(f"step with {name}", (value, value, value), (1, 1, 1)) for name, value in seconds.items()]
-    assert run.switched(timings) == pytest.approx({"cutmix": 1.0, "smmix": 1.2})
+    assert run.switched(timings) == pytest.approx({"cutmix": 1.0, "smmix": 1.2, steps.SPLIT: 1.1})
 
 
 def test_the_textbook_way_pastes_the_same() -> None:
@@ -50,15 +50,17 @@ def test_the_textbook_way_pastes_the_same() -> None:
 
 
 def test_a_quick_run_writes_all_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [*TINY, "--quick", "--parts", "step", "guide", "paste", "--output", str(tmp_path)]
+    flags = [*TINY, "--quick", "--parts", "step", "guide", "update", "paste", "--output", str(tmp_path)]
     assert run_command(lambda: run.main(flags)) == 0
     told, written = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
     assert (tmp_path / "bench.md").read_text().strip() == told.strip()
     assert {"device", "threads", "torch", "commit"} <= written["machine"].keys()
-    assert list(written["results"]) == ["step", "guide", "paste"]
+    assert list(written["results"]) == ["step", "guide", "update", "paste"]
     names = [timing["name"] for timing in written["results"]["step"]]
     assert names[0] == "step with cutmix"
-    assert set(names) == {f"step with {name}" for name in steps.METHODS}
+    cheaper = ["--guide-amp bf16", "--guide-size 16 16", "--con-weight 0", "--con-weight 0 --score-block 2"]
+    more = ["--mix-protocol split", *cheaper]
+    assert set(names) == {f"step with {name}" for name in [*steps.METHODS, *(f"smmix {flags}" for flags in more)]}
     assert "Half of the steps by Mixup, over CutMix with Mixup: cutmix 1.00, " in told
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import assembly
 import engine
 import utils
 from checkpoints import load_strictly
-from models.build import adapt_weights, build_model, check_look_size, plain_weights, use_float32_attention
+from models.build import adapt_weights, build_model, plain_weights, use_float32_attention
 from models.deit import PlainViT
 from models.interface import Glance, ImageModel, resize_score
+from models.looking import check_look_size
 from options import check_args, get_args_parser
 from tests.conftest import randomise
 from tests.image_folders import make_image_folder
@@ -85,8 +87,15 @@ def watch(module: nn.Module, seen: list[Tensor]) -> None:
     module.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
 
 
+def prediction(model: ImageModel, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    logits = model.look(images, size).logits
+    assert logits is not None
+    return logits
+
+
 def same(ours: Glance, theirs: Any) -> None:
     """Equal; logits in half precision to a rounding or two, because kernels differ in where they round."""
+    assert ours.logits is not None
     within = 1e-5 if ours.logits.dtype == torch.float32 else 2 * torch.finfo(ours.logits.dtype).eps
     torch.testing.assert_close(ours.logits, theirs.logits, atol=within, rtol=within)
     torch.testing.assert_close(ours.image_attention, theirs.image_attention, atol=1e-6, rtol=0)
@@ -163,10 +172,10 @@ def test_a_gate_on_the_attention_is_passed(case: str) -> None:
     layer = parts_of(model).blocks[-1].attn
     if not hasattr(layer, "gate"):
         pytest.skip("this timm has none")
-    ungated = model.look(images)
+    ungated = prediction(model, images)
     layer.gate = nn.Linear(24, 24)
     same(model.look(images), model(images, need_attention="image"))
-    assert not torch.allclose(model.look(images).logits, ungated.logits, atol=1e-3)
+    assert not torch.allclose(prediction(model, images), ungated, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -282,7 +291,7 @@ def test_a_smaller_look_is_that_of_a_model_built_smaller(case: str) -> None:
     torch.testing.assert_close(seen.logits, expected.logits, atol=1e-5, rtol=1e-5)
     score = resize_score(expected.image_attention, small.grid_size, model.grid_size)
     torch.testing.assert_close(seen.image_attention, score, atol=1e-6, rtol=0)
-    assert not torch.allclose(seen.logits, model.look(images).logits, atol=1e-3)
+    assert not torch.allclose(prediction(model, images, size), prediction(model, images), atol=1e-3)
 
 
 def test_a_smaller_look_finds_what_the_full_one_finds() -> None:
@@ -397,3 +406,93 @@ def test_a_run_takes_both_flags_and_keeps_them(tmp_path: Path) -> None:
     refused = run_small("--guide-size 6 --data-path", photos)
     assert refused.code == 2
     assert "--guide-size 6 6: each side must be a multiple of the patch size 4x4 of vit_nano_patch4_32" in refused.err
+
+
+# ------------------------------------------------------------------------------------------------ an earlier block
+
+READ_ANYWHERE = [case for case in CASES if case.split(",")[0] in ("VisionTransformer", "ViT", "BEiT", "EVA")] + [
+    "VisionTransformerDistilled", "Cait", "Beit", "Eva",
+]  # fmt: skip
+
+
+def cut_after(model: ImageModel, block: int) -> ImageModel:
+    """The same model without the later blocks: its last block is the one asked for."""
+    shorter = copy.deepcopy(model)
+    del parts_of(shorter).blocks[block:]
+    return shorter
+
+
+@pytest.mark.parametrize("case", ["VisionTransformer", "VisionTransformerDistilled", "Cait", "Beit", "ViT, everything"])
+def test_a_score_from_an_earlier_block_is_that_of_a_shorter_model(case: str) -> None:
+    model, images = make(case), batch_of(1)[0]
+    with torch.no_grad():
+        shorter = cut_after(model, 1).look(images)
+        seen, whole = model.look(images, block=1), model.look(images)
+    torch.testing.assert_close(seen.image_attention, shorter.image_attention, atol=1e-6, rtol=0)
+    torch.testing.assert_close(seen.logits, whole.logits, atol=1e-5, rtol=1e-5)  # the pass went on
+    assert not torch.allclose(seen.image_attention, whole.image_attention, atol=1e-5)
+
+
+@cases
+def test_every_block_that_is_offered_can_be_read(case: str) -> None:
+    model, images = make(case), batch_of(1)[0]
+    assert bool(model.score_blocks) == (case in READ_ANYWHERE), case
+    with torch.no_grad():
+        last = model.look(images)
+        for block in range(1, model.score_blocks + 1):
+            seen, alone = model.look(images, block=block), model.look(images, block=block, predict=False)
+            check_score(seen.image_attention, model)
+            assert alone.logits is None
+            torch.testing.assert_close(alone.image_attention, seen.image_attention, atol=1e-6, rtol=0)
+            torch.testing.assert_close(seen.logits, last.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.look(images, predict=False).image_attention, last.image_attention, atol=1e-6,
+                                   rtol=0)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["VisionTransformer", "Cait", "PyramidVisionTransformer", "SwinTransformer"])
+def test_without_a_prediction_the_pass_ends_where_the_score_is_read(case: str) -> None:
+    model, seen = make(case), []  # type: ignore[var-annotated]
+    for name, module in model.named_modules():
+        if name.endswith(".mlp"):
+            watch(module, seen)
+    with torch.no_grad():
+        model.look(batch_of(1)[0])
+        all_of_them = len(seen)
+        for block in (None, *range(1, model.score_blocks + 1)):
+            seen.clear()
+            assert model.look(batch_of(1)[0], block=block, predict=False).logits is None
+            wanted = (
+                block - 1 if block is not None else model.score_blocks - 1 if model.score_blocks else all_of_them - 1
+            )
+            assert len(seen) == wanted
+
+
+@pytest.mark.parametrize(
+    ("case", "words", "said"),
+    [
+        ("VisionTransformer", "--score-block 0", r"--score-block 0: \S+ has the blocks 1 to 2"),
+        ("VisionTransformer", "--score-block 3", r"has the blocks 1 to 2"),
+        ("SwinTransformer", "--score-block 1", r"a SwinTransformer, is read in its last block only"),
+        ("VisionTransformer", "--mixer cutmix --score-block 1", r"--score-block 1 \(for smmix\)"),
+        ("VisionTransformer", "--con-weight -1", "--con-weight -1.0: must not be negative"),
+        ("VisionTransformer", "--mixer cutmix --fine-weight 0", r"--fine-weight 0.0 \(for smmix\)"),
+    ],
+)
+def test_a_block_or_weight_that_does_not_do_is_refused(case: str, words: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        guide_of(make(case), *words.split())
+
+
+@pytest.mark.slow
+def test_runs_without_a_term_leave_it_out(tmp_path: Path) -> None:
+    photos = make_image_folder(tmp_path / "photos", ("ant", "bee", "cat"), per_class=8, size=(20, 20))
+    heads = {}
+    for name in ("fine", "con"):
+        words = f"--{name}-weight 0 --score-block 2 --variant released --mix-protocol single"
+        run = run_small(words, "--data-path", photos, "--output-dir", tmp_path / name)
+        assert run.code == 0, run.err
+        line = json.loads((tmp_path / name / "log.txt").read_text().splitlines()[0])
+        terms = {key for key in line if key.startswith("train_loss_")}
+        assert terms == {"train_loss_cls", *({"train_loss_fine", "train_loss_con"} - {f"train_loss_{name}"})}
+        heads[name] = run.training.module.token_head is not None
+    assert heads == {"fine": False, "con": True}  # no region, no classifier for it

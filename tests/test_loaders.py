@@ -81,8 +81,9 @@ def same(one: list[tuple[torch.Tensor, ...]], other: list[tuple[torch.Tensor, ..
 
 def test_samples_depend_on_their_place_alone(folder: Path) -> None:
     samples = folder_samples(folder)
-    image, label, index, boxes = samples[2, 7, 4]
-    assert (image.shape, image.dtype, label, index, boxes) == ((3, 32, 32), torch.uint8, 1, 7, [])
+    image, label, index, boxes, operations = samples[2, 7, 4]
+    assert (image.shape, image.dtype, label, index) == ((3, 32, 32), torch.uint8, 1, 7)
+    assert boxes == operations == []
     torch.manual_seed(9)
     assert torch.equal(samples[2, 7, 4][0], image)
     for other in ((3, 7, 4), (2, 7, 5), (2, 6, 4)):
@@ -146,7 +147,7 @@ def test_a_batch_is_its_samples_each_in_its_row(folder: Path) -> None:
     assert (batch.images.shape, batch.images.dtype) == ((5, 3, 32, 32), torch.uint8)
     assert batch.images.permute(0, 2, 3, 1).is_contiguous()
     for row, place in enumerate(places):
-        image, label, index, boxes = samples[place]
+        image, label, index, boxes, _ = samples[place]
         assert torch.equal(batch.images[row], image)
         assert (batch.labels[row], batch.indices[row], batch.boxes[row].tolist()) == (label, index, [*map(list, boxes)])
     assert batch.labels.dtype == batch.indices.dtype == batch.boxes.dtype == torch.int64
@@ -178,7 +179,7 @@ def test_world_sizes_and_layouts_see_equal_samples(folder: Path) -> None:
                 folder_samples(folder, erase=Erasing(0.5, 2)), batch_size=6 // world_size, rank=rank,
                 world_size=world_size, repeats=3, layout=layout,
             )  # fmt: skip
-            for images, _, indices, boxes in loader:
+            for images, _, indices, boxes, _ in loader:
                 for image, index, erased in zip(images, indices.tolist(), boxes, strict=True):
                     found.setdefault(index, []).append(image.numpy().tobytes() + erased.numpy().tobytes())
         return {index: sorted(views) for index, views in found.items()}
@@ -247,7 +248,7 @@ def test_a_stream_repeats_exactly_and_resumes_at_an_epoch(tmp_path: Path) -> Non
     torch.manual_seed(1)
     first = epochs_of(loader)
     assert (len(loader), steps_per_epoch(loader), len(first)) == (4, 4, 8)
-    images, labels, numbers, boxes = first[0]
+    images, labels, numbers, boxes, _ = first[0]
     assert (images.shape, images.dtype, labels.dtype) == ((3, 3, 32, 32), torch.uint8, torch.int64)
     assert (numbers.tolist(), boxes.shape) == ([0, 1, 2], (3, 0, 4))
     torch.manual_seed(2)

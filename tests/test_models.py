@@ -667,19 +667,22 @@ def test_evaluation_mode_is_put_back_when_the_body_fails(tiny_model: ImageModel)
 
 def test_the_guide_runs_under_the_runs_autocast(tiny_model: ImageModel, images: Tensor) -> None:
     clean = make_guide(tiny_model, BF16)(images)
+    assert clean.logits is not None
     assert clean.logits.dtype == torch.bfloat16
     assert clean.image_attention is not None
     assert clean.image_attention.dtype == torch.float32
-    assert make_guide(tiny_model, NO_AMP)(images).logits.dtype == torch.float32
+    exact = make_guide(tiny_model, NO_AMP)(images).logits
+    assert exact is not None
+    assert exact.dtype == torch.float32
 
 
 def test_the_guide_calls_the_compiled_form_if_given_one(tiny_model: ImageModel, images: Tensor) -> None:
     asked = []
 
-    def call(images: Tensor, size: tuple[int, int] | None) -> Glance:
-        asked.append((size, tiny_model.training))
-        return tiny_model.look(images, size)
+    def call(images: Tensor, *more: Any) -> Glance:
+        asked.append((*more, tiny_model.training))
+        return tiny_model.look(images, *more)
 
     make_guide(tiny_model.train(), NO_AMP, call)(images)
-    assert asked == [(None, False)]
+    assert asked == [(None, None, True, False)]
     assert tiny_model.training

@@ -9,7 +9,7 @@ import torch
 
 import decoding
 from batches import Batch
-from benchmarks import pipeline, run
+from benchmarks import pipeline, run, stages
 from tests.image_folders import make_image_folder, message_of
 from utils import InputError
 
@@ -24,8 +24,8 @@ def test_every_case_gives_a_batch_and_all_draw_alike(tmp_path: Path) -> None:
     made = {case.name: case.run() for case in pipeline.cases(str(root), 64)}
     floats = [made.pop(name) for name in list(made) if name.startswith(("DeiT", "the device"))]
     assert all(batch.shape == (6, 3, 64, 64) and batch.dtype == torch.float32 for batch in floats)
-    assert len(floats) == 3
-    assert len(made) == (7 if decoding.simplejpeg else 3)
+    assert len(floats) == 4
+    assert len(made) == (9 if decoding.simplejpeg else 3)
     exact = [batch for name, batch in made.items() if "torch" not in name and "views" not in name]
     for batch in made.values():
         assert isinstance(batch, Batch)
@@ -48,9 +48,25 @@ def test_three_views_share_an_image(tmp_path: Path) -> None:
     assert len({image.numpy().tobytes() for image in views.images}) == 6
 
 
+def test_both_ways_to_finish_a_batch_give_the_same_but_for_the_noise() -> None:
+    exact, undone = (case.run() for case in pipeline.finish_cases("", 32, 24, torch.device("cpu")))
+    assert exact.shape == undone.shape == (24, 3, 32, 32)
+    assert torch.equal(exact.isclose(undone), exact == undone)
+    assert 0.7 < float((exact == undone).float().mean()) < 1
+
+
 def test_an_empty_folder_is_said(tmp_path: Path) -> None:
     assert "no image in it" in message_of(InputError, pipeline.find_files, str(tmp_path))
     assert len(pipeline.find_files("")) == 24
+
+
+def test_stages_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    run.main(["--parts", "stages", "--quick", "--input-size", "64"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    shown = {row[0]: row for row in rows}
+    assert {*stages.ORDER, "all"} <= shown.keys()
+    assert len(shown["stage"]) == (5 if decoding.simplejpeg else 3)
+    assert all(float(value) > 0 for value in shown["all"][1:])
 
 
 def test_the_command_prints_its_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
