@@ -27,7 +27,10 @@ START_OF_JPEG = b"\xff\xd8\xff"
 def decode_pillow(file: File) -> Image.Image:
     """The image as RGB; what Pillow raises is told by `images.Images`."""
     with Image.open(file) as image:
-        return image.convert("RGB")
+        if image.mode != "RGB":
+            return image.convert("RGB")
+        image.load()
+        return image  # converting would copy it
 
 
 def decode_simplejpeg(file: File) -> Image.Image | np.ndarray:
