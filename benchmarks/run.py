@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     amp = args.amp or ("fp16" if device.type == "cuda" else "none")
     machine = describe_machine(device, args.threads)
+    clock = time.process_time if args.threads == 1 else time.perf_counter  # several threads add up, and wait busily
     results: dict[str, list[Timing]] = {}
     if set(args.parts) - {"pipeline", "stages", "finish"}:
         bench = steps.Bench(args.model, device, args.batch_size, amp, args.compile, args.input_size)
@@ -87,20 +88,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         }  # fmt: skip
         for part, cases in makers.items():
             if part in args.parts:
-                results[part] = measure(cases(bench), device, args.rounds)
+                results[part] = measure(cases(bench), device, args.rounds, clock=clock)
     size = args.input_size or 224
     if "finish" in args.parts:
         finishing = pipeline.finish_cases(args.data_path, size, args.batch_size, device)
-        results["finish"] = measure(finishing, device, args.rounds)
+        results["finish"] = measure(finishing, device, args.rounds, clock=clock)
     if "pipeline" in args.parts:
         cases_of_pipeline = pipeline.cases(args.data_path, size)
         results["pipeline"] = measure(cases_of_pipeline, torch.device("cpu"), args.rounds, clock=time.process_time)
-    setting = (
-        f"{args.model}, batch {args.batch_size}, {amp}{', compiled' if args.compile else ''}, {args.rounds} rounds"
-    )
-    lines = [
-        f"{machine['device']}, {args.threads} threads; {setting}; torch {machine['torch']}, timm {machine['timm']}"
-    ]
+    timed = "CUDA events" if device.type == "cuda" else "CPU time" if args.threads == 1 else "wall clock"
+    words = [
+        f"{machine['device']}, {args.threads} threads ({timed})", args.model, f"batch {args.batch_size}", amp,
+        *(["compiled"] if args.compile else []), f"{args.rounds} rounds", f"torch {machine['torch']}",
+        f"timm {machine['timm']}",
+    ]  # fmt: skip
+    lines = [", ".join(words)]
     for part, timings in results.items():
         lines += ["", f"## {part}", "", to_markdown(timings)]
     if "stages" in args.parts:
