@@ -178,4 +178,4 @@ def cases(data_path: str, size: int) -> list[Case]:
     undone = our_batches(inputs, inputs.samples(randaugment="device"))()
     made.append(("the device's part, on this core", finished(inputs, our_batches(inputs, once)())))
     made.append(("the device's part with --randaugment device, on this core", finished(inputs, undone)))
-    return [Case(name, in_a_worker(run)) for name, run in made]
+    return [Case(name, in_a_worker(run), images=BATCH) for name, run in made]

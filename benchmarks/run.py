@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         }  # fmt: skip
         for part, cases in makers.items():
             if part in args.parts:
-                results[part] = measure(cases(bench), device, args.rounds, clock=clock)
+                in_memory = part in ("step", "guide")
+                results[part] = measure(cases(bench), device, args.rounds, clock=clock, with_memory=in_memory)
     size = args.input_size or 224
     if "finish" in args.parts:
         finishing = pipeline.finish_cases(args.data_path, size, args.batch_size, device)

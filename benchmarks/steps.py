@@ -104,7 +104,8 @@ def step_cases(bench: Bench) -> list[Case]:
     for flags, guide in bench.cheaper_guides().items():
         mixer = bench.mixer("smmix", con_weight=0.0 if "--con-weight 0" in flags else 1.0)
         cases.append(Case(f"step with smmix {flags}", partial(bench.take_step, mixer, guide)))
-    return [*cases, Case(f"step with {SPLIT}", partial(bench.take_step, bench.mixer("smmix", mix_protocol="split")))]
+    cases.append(Case(f"step with {SPLIT}", partial(bench.take_step, bench.mixer("smmix", mix_protocol="split"))))
+    return [case._replace(images=bench.batch_size) for case in cases]
 
 
 def guide_cases(bench: Bench) -> list[Case]:

@@ -6,6 +6,7 @@ so that a machine that slows down for a while slows both sides.
 
 from __future__ import annotations
 
+import itertools
 import platform
 import random
 import statistics
@@ -15,25 +16,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import utils
 
 
 class Case(NamedTuple):
-    """Something to time. `run` is called `repeat` times per measurement."""
+    """Something to time: `run`, called `repeat` times per measurement. `images` is how many it treats."""
 
     name: str
     run: Callable[[], Any]
     repeat: int = 1
+    images: int | None = None
 
 
 class Timing(NamedTuple):
-    """Seconds per call of one case, and its ratio to the reference: median, first and third quartile."""
+    """Seconds per call of one case, and its ratio to the reference: median, first and third quartile.
+
+    `peak_mib` is the most memory for tensors that one call had beyond what was there before it.
+    """
 
     name: str
     seconds: tuple[float, float, float]
     ratio: tuple[float, float, float]
-    peak_memory_mb: float | None = None
+    peak_mib: float | None = None
+    images_per_second: float | None = None
 
     def to_plain(self) -> dict[str, Any]:
         return {**self._asdict(), "seconds": list(self.seconds), "ratio": list(self.ratio)}
@@ -41,27 +48,31 @@ class Timing(NamedTuple):
 
 def measure(
     cases: list[Case], device: torch.device, rounds: int, warm_up: int = 2, seed: int = 0, reference: str | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = time.perf_counter, with_memory: bool = False,
 ) -> list[Timing]:  # fmt: skip
     """Times every case once per round; the reference is the first one unless it is named.
 
-    On CUDA by events around each call, after synchronising; memory is the peak of one call. On the CPU by `clock`:
-    `time.process_time` leaves out what other processes take.
+    On CUDA by events around each call, after synchronising. On the CPU by `clock`: `time.process_time` leaves out
+    what other processes take.
     """
     order = random.Random(seed)
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     for case in cases:
         for _ in range(warm_up):
             case.run()
-    memory = {case.name: _peak_memory(case, device) for case in cases}
+    memory = {case.name: _peak_memory(case, device) if with_memory else None for case in cases}
     for _ in range(rounds):
         for case in order.sample(cases, len(cases)):
             seconds[case.name].append(_clock(case, device, clock))
     base = seconds[reference or cases[0].name]
     timings = []
-    for name, values in seconds.items():
+    for case in cases:
+        name, values = case.name, seconds[case.name]
         ratios = [value / other for value, other in zip(values, base, strict=True)]
-        timings.append(Timing(name, _quartiles(values), _quartiles(ratios), memory[name]))
+        middle, rate = _quartiles(values), None
+        if case.images is not None:
+            rate = case.images / middle[0]
+        timings.append(Timing(name, middle, _quartiles(ratios), memory[name], rate))
     return timings
 
 
@@ -81,14 +92,21 @@ def _clock(case: Case, device: torch.device, clock: Callable[[], float]) -> floa
     return (clock() - begun) / case.repeat
 
 
-def _peak_memory(case: Case, device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None  # a process has one high-water mark on the host: it cannot be told apart by case
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    case.run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / 2**20
+def _peak_memory(case: Case, device: torch.device) -> float:
+    """By CUDA's allocator; on the CPU by adding up what the profiler says was taken and given back."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        case.run()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        case.run()
+    assert watched.profiler is not None
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    taken = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(taken), default=0) / 2**20
 
 
 def _quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -99,14 +117,16 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def to_markdown(timings: list[Timing]) -> str:
-    """A table: case, milliseconds per call, ratio, and memory where it is known."""
-    with_memory = any(timing.peak_memory_mb is not None for timing in timings)
-    head = ["case", "ms", "ratio", *(["peak MiB"] if with_memory else [])]
+    """A table: case, milliseconds per call, ratio, and images per second and memory where they are known."""
+    more = {"images/s": [timing.images_per_second for timing in timings], "peak MiB": [t.peak_mib for t in timings]}
+    more = {name: values for name, values in more.items() if any(value is not None for value in values)}
+    head = ["case", "ms", "ratio", *more]
     rows = [head, ["---"] * len(head)]
-    for timing in timings:
+    for place, timing in enumerate(timings):
         middle, low, high = timing.ratio
         row = [timing.name, f"{1000 * timing.seconds[0]:.3g}", f"{middle:.2f} [{low:.2f}..{high:.2f}]"]
-        rows.append([*row, *([f"{timing.peak_memory_mb:.0f}"] if timing.peak_memory_mb is not None else [])])
+        row += ["" if values[place] is None else f"{values[place]:.4g}" for values in more.values()]
+        rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -32,6 +32,21 @@ def test_medians_and_quartiles_are_shown() -> None:
     table = to_markdown([Timing("a", (0.5, 0.4, 0.6), (1.25, 1.0, 1.5)), Timing("b", (2.0, 2.0, 2.0), (4, 4, 4))])
     assert "| a | 500 | 1.25 [1.00..1.50] |" in table
     assert "peak" not in table
+    more = to_markdown([Timing("a", (0.5, 0.4, 0.6), (1.25, 1.0, 1.5), 12.0, 64.0)])
+    assert "| case | ms | ratio | images/s | peak MiB |" in more
+    assert "| a | 500 | 1.25 [1.00..1.50] | 64 | 12 |" in more
+
+
+def test_memory_is_the_most_that_one_call_holds_at_once() -> None:
+    held = torch.zeros(2**20)
+
+    def run() -> None:
+        for _ in range(3):  # two of 4 MiB at a time
+            (held + 1).add_(held * 2)
+
+    (timing,) = measure([Case("twice", run, images=5)], CPU, rounds=3, with_memory=True)
+    assert timing.peak_mib == pytest.approx(8, abs=0.1)
+    assert timing.images_per_second == pytest.approx(5 / timing.seconds[0])
 
 
 def test_half_of_the_steps_by_mixup() -> None:
