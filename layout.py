@@ -49,6 +49,11 @@ def _finite(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _factor(value: Any) -> bool:
+    """Of a loss scale, which torch keeps as float32."""
+    return _finite(value) and 0 < value < 2.0**127
+
+
 def _list(check: Check, *lengths: int) -> Check:
     def holds(value: Any) -> bool:
         return type(value) in (list, tuple) and (not lengths or len(value) in lengths) and all(map(check, value))
@@ -127,8 +132,8 @@ PARTS: dict[str, Check] = {
         param_groups=_list(_one_of(dict)),
     ),
     "scaler": _parts(
-        scale=_finite, growth_factor=_finite, backoff_factor=_finite, growth_interval=_whole(1),
-        _growth_tracker=_whole(0),
+        scale=_factor, growth_factor=_factor, backoff_factor=_factor, growth_interval=_whole(1, 2**31 - 1),
+        _growth_tracker=_whole(0, 2**31 - 1),
     ),
     "epoch": _whole(-1),
     "samples_in_epoch": _whole(0),

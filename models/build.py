@@ -22,7 +22,7 @@ from timm.models.twins import Twins
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from checkpoints import load_checkpoint, load_strictly, pick_weights
+from checkpoints import check_fit, load_checkpoint, load_strictly, pick_weights
 from models.beit import BEiT
 from models.cait import CaiT
 from models.convnet import ConvNet
@@ -239,6 +239,15 @@ def _build_again(config: Any) -> ImageModel:
         raise InputError(f"the checkpoint's model_config is damaged: {error}") from error
 
 
+def _draft(config: Any) -> ImageModel:
+    """The same without memory, which refuses at once what a network of the wrong size would take long to refuse."""
+    try:
+        with torch.device("meta"):
+            return _build_again(config)
+    except (NotImplementedError, RuntimeError):  # some of older timm's cannot be built without numbers
+        return _build_again(config)
+
+
 def load_foreign(model: ImageModel, path: str, fresh_heads: bool = True) -> list[str]:
     """Starts from the weights of a file: this project's, DeiT's, timm's, or the released code's.
 
@@ -254,7 +263,7 @@ def load_foreign(model: ImageModel, path: str, fresh_heads: bool = True) -> list
     checkpoint = load_checkpoint(path)
     old_grid = None
     if "model_config" in checkpoint:  # ours: the grid behind its position embedding is known, square or not
-        old_grid = _build_again(checkpoint["model_config"]).grid_size
+        old_grid = _draft(checkpoint["model_config"]).grid_size
     weights, notes = adapt_weights(model, pick_weights(checkpoint), old_grid, fresh_heads)
     load_strictly(model, weights, source=path)
     return notes
@@ -274,8 +283,10 @@ def restore_model(checkpoint: Mapping[str, Any], ema: bool = False) -> ImageMode
     if "model_config" not in checkpoint or checkpoint.get(key) is None:
         missing = "model_config" if "model_config" not in checkpoint else key
         raise InputError(f"the checkpoint holds no {missing}: it was not written by this project's main.py")
+    weights = own_keys(checkpoint[key])
+    check_fit(_draft(checkpoint["model_config"]), weights, source="the checkpoint")
     model = _build_again(checkpoint["model_config"])
-    load_strictly(model, own_keys(checkpoint[key]), source="the checkpoint")
+    load_strictly(model, weights, source="the checkpoint")
     return model
 
 

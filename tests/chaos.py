@@ -141,6 +141,7 @@ def disturbed(start: Callable[[], Launch], folder: Path, blows: list[Blow], draw
                     result.in_saves += blow.number == signal.SIGKILL and is_half_written(folder, launch)
                 if hit is None or not launch.restarts:  # under --max-restarts a launch outlives its blows
                     break
+                launch.wait_until_replaced(LIMIT)
             if blow is not None and blow.who == "the launcher" and draw.random() < 0.5:
                 continue  # its ranks may still be there
             code = launch.wait(LIMIT)

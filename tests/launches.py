@@ -96,6 +96,11 @@ class Launch:
         wait_until(held_or_ended, seconds, pause)
         return found
 
+    def wait_until_replaced(self, seconds: float) -> bool:
+        """Whether none of the ranks that are there now was left after at most so many seconds."""
+        before = set(self.ranks())
+        return self.wait_until(lambda: not before & set(self.ranks()), seconds)
+
     def wait(self, seconds: float) -> int:
         """The launcher's exit code.
 

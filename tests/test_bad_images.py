@@ -280,7 +280,7 @@ def test_a_run_with_damaged_images_names_each_once_and_is_the_same_with_workers(
         assert "3 so far, at most 10" in said
 
 
-def test_a_run_bears_ten_of_few_images_and_no_more(tmp_path: Path) -> None:
+def test_p11_a_run_bears_ten_of_few_images_and_no_more(tmp_path: Path) -> None:
     root = make_image_folder(tmp_path, per_class=20)
     ants = [root / "train" / "ant" / f"{number}.jpg" for number in range(11)]
     for path in ants[:10]:

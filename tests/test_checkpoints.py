@@ -205,7 +205,7 @@ def save_for_ever(path: Path, megabytes: int) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("kills", "megabytes"), [(10, 5), pytest.param(100, 20, marks=pytest.mark.slow)])
-def test_sigkill_never_costs_the_last_file(kills: int, megabytes: int, tmp_path: Path) -> None:
+def test_p4_sigkill_never_costs_the_last_file(kills: int, megabytes: int, tmp_path: Path) -> None:
     path, rng, unfinished = tmp_path / "checkpoint.pth", random.Random(0), 0
     save_checkpoint(path, {"step": -1, "w": torch.full((megabytes * 250_000,), -1.0)})
     for _ in range(kills):
@@ -239,7 +239,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_leaves_the_previous_file(small_disk: Path) -> None:
+def test_p4_a_full_disk_leaves_the_previous_file(small_disk: Path) -> None:
     path = small_disk / "checkpoint.pth"
     save_checkpoint(path, {"step": 1, "w": torch.ones(1_000_000)})  # 4 MB
     for _ in range(3):
@@ -274,7 +274,7 @@ def training_state() -> dict[str, Any]:
     return {"format": checkpoints.FORMAT, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1}
 
 
-def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_p5_every_flipped_bit_is_found(tmp_path: Path) -> None:
     """200 of 200 in what was saved; elsewhere it is found, or does no harm."""
     path, rng = tmp_path / "checkpoint.pth", random.Random(0)
     save_checkpoint(path, training_state())

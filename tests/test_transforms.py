@@ -187,7 +187,7 @@ def test_the_default_recipe_survives_its_own_augmentation() -> None:
 
 
 @pytest.mark.slow
-def test_the_default_recipe_survives_60_000_draws() -> None:
+def test_p15_the_default_recipe_survives_60_000_draws() -> None:
     draw_many(build_train_transform(ImageSpec((8, 8)), Augment()), 60_000, picture(0, (8, 8)))
 
 

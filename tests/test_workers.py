@@ -89,7 +89,7 @@ def failure(loader: Loader, after_first: Callable[[], object] = int) -> tuple[st
 
 @pytest.mark.parametrize("how", [hang, hang_for_good])
 @pytest.mark.parametrize("persistent", [True, False])
-def test_a_worker_that_hangs_is_named_with_the_images_it_owes(how: Callable[[], None], persistent: bool) -> None:
+def test_p13_a_worker_that_hangs_is_named_with_the_images_it_owes(how: Callable[[], None], persistent: bool) -> None:
     said, seconds = failure(make_loader(Numbers(how), persistent_workers=persistent))
     assert said.startswith("loader worker 1 (process ")
     assert "batch 3, images [6, 7], first picture 6)" in said
