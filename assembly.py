@@ -25,11 +25,12 @@ import optim
 import transforms
 import utils
 from health import Health
-from images import pick_decoder
+from images import pick_decoder, take_subset
 from logs import RunLog
 from losses import Criterion, DistillationLoss, SMMixLoss
 from mixers.build import Settings, Surroundings, build_mixer
 from mixers.interface import Guide
+from mixers.options import weight_of_con
 from mixers.switch import Switch
 from models.build import (
     build_model,
@@ -38,8 +39,8 @@ from models.build import (
     use_float32_attention,
     use_grad_checkpointing,
 )
-from models.frozen import build_feature_map, build_teacher
-from models.interface import ImageModel
+from models.frozen import build_feature_map, build_motivator, build_teacher
+from models.interface import Depth, ImageModel
 from models.looking import check_look_size, check_score_block
 from utils import Processes
 
@@ -50,8 +51,12 @@ def resolve_defaults(args: argparse.Namespace, processes: Processes) -> None:
     args.amp = args.amp or ("fp16" if processes.device.type == "cuda" else "none")
     if args.num_workers is None:
         args.num_workers = min(10, utils.cores_per_process())
+    settings = Settings.from_flags(vars(args))
     if args.mixer == "smmix":
-        vars(args).update(vars(Settings.from_flags(vars(args)).arithmetic))
+        vars(args).update(vars(settings.arithmetic))
+    elif settings.has_con:
+        args.consistency = settings.arithmetic.consistency
+    args.con_weight = weight_of_con(args.mixer, args.con_weight)
 
 
 def model_config(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
@@ -87,10 +92,12 @@ def make_model(
 
 
 def open_images(args: argparse.Namespace, train: bool) -> Any:
-    return datasets.open_images(
+    """One half of the data: to train on, with `--subset` a part of it, or to evaluate on, always all of it."""
+    images = datasets.open_images(
         args.data_set, args.data_path, train, inat_category=args.inat_category, num_classes=args.nb_classes,
         batch_size=args.batch_size, seed=args.seed, decode=pick_decoder(args.decoder if train else "pillow"),
     )  # fmt: skip
+    return images if args.subset is None or not train else take_subset(images, args.subset)
 
 
 def make_eval_loader(args: argparse.Namespace, val: Any, spec: transforms.ImageSpec, processes: Processes) -> Any:
@@ -133,7 +140,10 @@ def make_criterion(
     args: argparse.Namespace, model: ImageModel, autocast: engine.Autocast, device: torch.device
 ) -> Criterion:
     """The sum of Eq. 15, inside DeiT's distillation if that is asked for."""
-    base = SMMixLoss(args.bce_loss, args.fine_weight, args.con_weight)
+    base = SMMixLoss(
+        args.bce_loss, args.fine_weight, args.con_weight, fine_temperature=args.fine_temperature,
+        con_temperature=args.con_temperature,
+    )  # fmt: skip
     if args.distillation_type == "none":
         return base
     teacher = build_teacher(args.teacher_model, args.teacher_path, model.num_classes, model.input_size)
@@ -171,16 +181,35 @@ def schedule_settings(args: argparse.Namespace, processes: Processes) -> dict[st
     return settings
 
 
-def make_guide(args: argparse.Namespace, model: ImageModel, device: torch.device) -> Guide:
+def make_motivator(args: argparse.Namespace, model: ImageModel, average: Any, device: torch.device) -> ImageModel:
+    """Whose prediction and score of the clean images guide the training (Table 9).
+
+    Args:
+        average: of the weights, a `ModelEmaV3`, if there is one.
+    """
+    if args.motivator == "self":
+        return model
+    if args.motivator == "ema":
+        return cast(ImageModel, average.module)
+    motivator = build_motivator(args.motivator, model.num_classes, model.input_size)
+    if args.attn_fp32:
+        use_float32_attention(motivator, args.motivator)
+    return motivator.to(device)
+
+
+def make_guide(args: argparse.Namespace, model: ImageModel, device: torch.device, average: Any = None) -> Guide:
     """The motivating pass, as exact or as cheap as the flags want it."""
+    motivator = make_motivator(args, model, average, device)
+    name = args.model if args.motivator in ("self", "ema") else args.motivator
     size = None if args.guide_size is None else utils.as_pair(args.guide_size)
     if size is not None:
-        check_look_size(model, args.model, size)
-    if args.score_block is not None:
-        check_score_block(model, args.model, args.score_block)
+        check_look_size(motivator, name, size)
+    block: Depth = "rollout" if args.score == "rollout" else args.score_block
+    check_score_block(motivator, name, block)
     autocast = engine.make_autocast(device, args.guide_amp or args.amp)
-    call = torch.compile(model.look) if args.compile else None
-    return engine.make_guide(model, autocast, call, size, args.score_block, predict=args.con_weight > 0)
+    call = torch.compile(motivator.look) if args.compile else None
+    predict = weight_of_con(args.mixer, args.con_weight) > 0
+    return engine.make_guide(motivator, autocast, call, size, block, predict, model.grid_size)
 
 
 def make_training(
@@ -201,7 +230,7 @@ def make_training(
         model=cast(torch.nn.Module, torch.compile(wrapped)) if args.compile else wrapped,
         criterion=make_criterion(args, model, autocast, device),
         mixer=mixer,
-        guide=make_guide(args, model, device),
+        guide=make_guide(args, model, device, average),
         optimizer=optim.make_optimizer(model, {**optimizer_kwargs(args), "lr": peak_rate(args, processes)}),
         scaler=engine.make_scaler(device, args.amp),
         autocast=autocast,

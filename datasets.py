@@ -129,7 +129,8 @@ def _open_digits(train: bool) -> Images:
     chosen = np.sort(kept if train else held_out)
     pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8), grey
     read = partial(read_pixels, pixels, digits.target[chosen])
-    return Images(len(chosen), read, [str(digit) for digit in digits.target_names], name_of="image {} of DIGITS".format)
+    names = [str(digit) for digit in digits.target_names]
+    return Images(len(chosen), read, names, name_of="image {} of DIGITS".format, labels=digits.target[chosen].tolist())
 
 
 def _open_cifar(kind: type[torchvision_datasets.CIFAR10], path: str, train: bool) -> Images:
@@ -145,13 +146,16 @@ def _open_cifar(kind: type[torchvision_datasets.CIFAR10], path: str, train: bool
 
 def _numbered(dataset: Any, class_names: list[str], what: str) -> Images:
     """Images of a torchvision data set, which have no file each."""
-    return Images(len(dataset), partial(read_dataset, dataset), class_names, name_of=f"image {{}} of {what}".format)
+    name_of, labels = f"image {{}} of {what}".format, getattr(dataset, "targets", None)
+    known = None if labels is None else [int(label) for label in labels]
+    return Images(len(dataset), partial(read_dataset, dataset), class_names, name_of=name_of, labels=known)
 
 
 def _in_files(samples: list[tuple[str, int]], class_names: list[str], decode: Decode) -> Images:
     """Images from (path, label) of each."""
     read = partial(read_files, samples, decode=decode)
-    return Images(len(samples), read, class_names, name_of=partial(name_files, samples))
+    labels = [label for _, label in samples]
+    return Images(len(samples), read, class_names, name_of=partial(name_files, samples), labels=labels)
 
 
 def _class_folders(path: str) -> list[str]:
@@ -263,7 +267,9 @@ def _open_timm(
         return StreamedImages(source, names, package)
     if hasattr(source, "reader"):
         name_of = partial(name_timm, source.reader, path if package is None else which)
-        return Images(len(source), partial(read_timm, source.reader, decode=decode), names, package, name_of)
+        samples = getattr(source.reader, "samples", None)  # of folders and tar files: (file, label)
+        labels = None if samples is None else [label for _, label, *_ in samples]
+        return Images(len(source), partial(read_timm, source.reader, decode=decode), names, package, name_of, labels)
     return _numbered(source, names, f"timm/{name}")
 
 

@@ -22,7 +22,7 @@ from health import Health, Seen
 from losses import Criterion, Terms
 from meters import Meters
 from mixers.interface import Guide, MixedBatch, StepRandom
-from models.interface import Glance, ImageModel
+from models.interface import Depth, Glance, ImageModel, resample_score
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -59,24 +59,26 @@ def make_guide(
     autocast: Autocast,
     call: Callable[..., Glance] | None = None,
     size: tuple[int, int] | None = None,
-    block: int | None = None,
+    block: Depth = None,
     predict: bool = True,
+    grid: tuple[int, int] | None = None,
 ) -> Guide:
-    """The motivating pass: `model`, unwrapped, in eval mode, without gradient.
+    """The motivating pass: a model, as a rule that under training, unwrapped, in eval mode, without gradient.
 
     Args:
         autocast: the run's, or that of another precision for this pass alone.
-        call: what to call in the place of `model.look`, for instance its compiled form.
+        call: what to call in the place of `model.look`, such as its compiled form.
         size: height and width in pixels to show the images at; default: as they are.
         block, predict: where the score is read, and whether the pass goes on to the prediction; see `look`.
+        grid: where the score is used, if that is not the model's own token grid.
     """
-
-    look = model.look if call is None else call
+    look, own = call or model.look, model.grid_size
 
     def guide(images: Tensor) -> Glance:
         # An autocast context of its own: weights cast under no_grad must not be cached for the pass that learns.
         with eval_mode(model), torch.no_grad(), autocast():
-            return look(images, size, block, predict)
+            seen = look(images, size, block, predict)
+        return seen if grid in (None, own) else Glance(seen.logits, resample_score(seen.image_attention, own, grid))
 
     return guide
 

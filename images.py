@@ -10,7 +10,8 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 import decoding
 from decoding import Decode, decode_pillow
-from utils import InputError, SampleError
+from utils import InputError, SampleError, key_seed
 
 # What Pillow raises for a file that is no image, or a damaged one; a test damages files of many formats at random.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -38,6 +39,7 @@ class Images(Dataset[tuple[Any, int]]):
         class_names: one per label.
         package: what `read` needs; pickled ahead of it.
         name_of: index -> what to call the image in messages, its file's path where it has one.
+        labels: of all images, where they are known without reading these.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class Images(Dataset[tuple[Any, int]]):
         class_names: list[str],
         package: HuggingFace | None = None,
         name_of: Callable[[int], str] = "image {}".format,
+        labels: Sequence[int] | None = None,
     ) -> None:
         self.package = package  # the first attribute, so the first to be unpickled
         self.num_images = num_images
         self.read = read
         self.class_names = class_names
         self.name_of = name_of
+        self.labels = labels
 
     def __len__(self) -> int:
         return self.num_images
@@ -97,6 +101,47 @@ class StreamedImages(IterableDataset[tuple[Image.Image, int]]):
             raise SampleError(f"the stream cannot be read any further ({error})") from error
 
 
+def take_subset(images: Images | StreamedImages, count: int) -> Images:
+    """`count` of the images, as many of each class as of any other; a class that has fewer gives all it has.
+
+    The same ones whatever the seed of a run, and among those of any larger count: each class gives its images in the
+    order of a hash of their numbers. What does not divide evenly goes to the first classes.
+
+    Raises:
+        InputError: more than there are, fewer than classes, or the labels are not known before the images are read.
+    """
+    labels = None if isinstance(images, StreamedImages) else images.labels
+    if isinstance(images, StreamedImages) or labels is None:
+        raise InputError(
+            f"--subset {count}: the labels of this data set are known only when its images are read; take one of image "
+            "folders, or IMNET, CIFAR, CIFAR10, INAT, INAT19 or DIGITS"
+        )
+    classes = len(images.class_names)
+    if not classes <= count <= len(images):
+        raise InputError(f"--subset {count}: must lie between the {classes} classes and the {len(images)} images")
+    members: list[list[int]] = [[] for _ in range(classes)]
+    for index, label in enumerate(labels):
+        members[check_label(label, images.class_names, images.name_of(index))].append(index)
+    chosen: list[int] = []
+    for share, label in zip(even_shares([len(held) for held in members], count), range(classes), strict=True):
+        chosen += sorted(members[label], key=partial(key_seed, "subset"))[:share]
+    chosen.sort()
+    return Images(
+        count, partial(read_chosen, images.read, chosen), images.class_names, images.package,
+        partial(name_chosen, images.name_of, chosen), [labels[index] for index in chosen],
+    )  # fmt: skip
+
+
+def even_shares(available: Sequence[int], count: int) -> list[int]:
+    """How many each of several heaps gives so that they give `count`: all alike, but none more than it has."""
+    level = 0
+    while level < max(available) and sum(min(held, level + 1) for held in available) <= count:
+        level += 1
+    shares = [min(held, level) for held in available]
+    more = [place for place, held in enumerate(available) if held > level][: count - sum(shares)]
+    return [share + (place in more) for place, share in enumerate(shares)]
+
+
 def check_label(label: Any, class_names: list[str], what: str) -> int:
     """`label` as an int.
 
@@ -138,6 +183,14 @@ def read_files(samples: list[tuple[str, int]], index: int, decode: Decode = deco
 
 def name_files(samples: list[tuple[str, int]], index: int) -> str:
     return samples[index][0]
+
+
+def read_chosen(read: Callable[[int], tuple[Any, int]], chosen: list[int], index: int) -> tuple[Any, int]:
+    return read(chosen[index])
+
+
+def name_chosen(name_of: Callable[[int], str], chosen: list[int], index: int) -> str:
+    return name_of(chosen[index])
 
 
 def read_dataset(dataset: Any, index: int) -> tuple[Image.Image, int]:

@@ -53,16 +53,19 @@ def fine_grained(
     return 0.5 * (of_source + cross_entropy(region_logits[:, 1], target_labels))
 
 
-def consistency(logits: Tensor, reference_probs: Tensor) -> Tensor:
+def consistency(logits: Tensor, reference_probs: Tensor, temperature: float = 1.0) -> Tensor:
     """Eq. 14: KL(reference || prediction), averaged over the batch.
 
-    The reference is the mixture of the clean images' predictions and carries no gradient.
+    The reference is the mixture of the clean images' predictions and carries no gradient. With a temperature T,
+    T^2 * KL(reference || softmax(logits / T)), as in distillation (Hinton et al. 2015): the factor keeps the size of
+    the gradient. The reference comes with the same temperature already in it.
 
     Args:
         logits: (B, K) of the mixed images.
         reference_probs: (B, K), rows sum to one.
     """
-    return kl_div(log_softmax(logits.float(), dim=-1), reference_probs.detach(), reduction="batchmean")
+    predicted = log_softmax(logits.float() / temperature, dim=-1)
+    return temperature**2 * kl_div(predicted, reference_probs.detach(), reduction="batchmean")
 
 
 class SMMixLoss:
@@ -73,10 +76,21 @@ class SMMixLoss:
     Args:
         bce: use `binary_cross_entropy` for L_cls and L_fine.
         fine_weight, con_weight: of L_fine and L_con in the total; the paper's are 1.
+        fine_temperature: T of L_fine's predictions, softmax(logits / T).
+        con_temperature: T of both sides of L_con; see `consistency`.
     """
 
-    def __init__(self, bce: bool = False, fine_weight: float = 1.0, con_weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        bce: bool = False,
+        fine_weight: float = 1.0,
+        con_weight: float = 1.0,
+        *,
+        fine_temperature: float = 1.0,
+        con_temperature: float = 1.0,
+    ) -> None:
         self.weights = {"fine": fine_weight, "con": con_weight}
+        self.fine_temperature, self.con_temperature = fine_temperature, con_temperature
         self.cross_entropy = binary_cross_entropy if bce else soft_cross_entropy
 
     def __call__(self, output: ModelOutput, batch: MixedBatch) -> Terms:
@@ -84,11 +98,10 @@ class SMMixLoss:
         if output.region_logits is not None:
             assert batch.source_labels is not None
             assert batch.target_labels is not None
-            terms["fine"] = fine_grained(
-                output.region_logits, batch.source_labels, batch.target_labels, self.cross_entropy
-            )
+            predicted = output.region_logits.float() / self.fine_temperature
+            terms["fine"] = fine_grained(predicted, batch.source_labels, batch.target_labels, self.cross_entropy)
         if batch.reference_probs is not None:
-            terms["con"] = consistency(output.logits, batch.reference_probs)
+            terms["con"] = consistency(output.logits, batch.reference_probs, self.con_temperature)
         terms.update(batch.terms)
         weighted = [self.weights.get(name, 1.0) * term for name, term in terms.items()]
         return {"total": torch.stack(weighted).sum(), **terms}

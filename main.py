@@ -60,6 +60,7 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
         if resume.is_ours(checkpoint):
             saved = resume.flags_for_evaluation(checkpoint["args"], explicit_flags(parser, argv))
             args = argparse.Namespace(**{**vars(args), **saved})
+            parser.check_kinds(args)
     check_args(args)
     return args
 
@@ -133,7 +134,9 @@ def make_run(
         progress = resume.load(checkpoint, f"--resume {resume_from}", training, identity, accepted)
         for line in summary.describe_going_on(resume_from, checkpoint, progress, identity):
             log.say(line)
-    log.drop_epochs_from(progress.epoch, progress.step)
+    done = end_reached(args, progress)
+    if not done:
+        log.drop_epochs_from(progress.epoch, progress.step)
     if folder is not None:
         for path in [] if checkpoint is None else folder.go_on_from(
             Path(resume_from), progress.step, checkpoint.get("names", ())
@@ -141,8 +144,8 @@ def make_run(
             log.say(f"warning: a later checkpoint is set aside as {path}")
         write_json(folder.path / "args.json", identity.args)
         write_json(folder.path / "environment.json", identity.versions)
-    if progress.epoch >= args.epochs:
-        log.say(f"nothing left to do: all {args.epochs} epochs are done")
+    if done:
+        log.say(f"nothing left to do: {done} are done")
     schedule = optim.Schedule(
         training.optimizer, schedule_settings(args, processes), steps, progress.epoch, progress.step
     )
@@ -153,10 +156,17 @@ def make_run(
     if corrupt is not None:
         corrupt.load(progress.bad_images)
     return Run(
-        Rules(args.epochs, args.log_every, args.save_steps), training, mixer, train_loader, val_loader, identity,
-        progress, schedule, Watch(processes, args.save_minutes), log, bool(args.output_dir),
+        Rules(args.epochs, args.log_every, args.save_steps, args.max_steps), training, mixer, train_loader, val_loader,
+        identity, progress, schedule, Watch(processes, args.save_minutes), log, bool(args.output_dir),
         folder, show, corrupt, steps, total_batch(args, processes),
     )  # fmt: skip
+
+
+def end_reached(args: argparse.Namespace, progress: resume.Progress) -> str:
+    """Which end a run has come to, if any."""
+    if progress.epoch >= args.epochs:
+        return f"all {args.epochs} epochs"
+    return f"{progress.step} steps" if args.max_steps is not None and progress.step >= args.max_steps else ""
 
 
 def make_painter(

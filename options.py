@@ -41,12 +41,43 @@ class Parser(argparse.ArgumentParser):
         for word in given:
             if (flag := word.split("=")[0].lower()) in GONE:
                 self.error(f"{flag}: {GONE[flag]}")
-        return super().parse_args(given, namespace)
+        parsed = super().parse_args(given, namespace)
+        if namespace is None:
+            self.check_kinds(parsed)
+        return parsed
+
+    def check_kinds(self, args: argparse.Namespace) -> None:
+        """Holds values that did not come from a command line to what one could have given.
+
+        Raises:
+            InputError: one is of another kind; it is named.
+        """
+        for action in self._actions:
+            value = getattr(args, action.dest, action.default)
+            if action.dest != "help" and not _suits(action, value):
+                raise InputError(f"{max(action.option_strings, key=len)} {value!r}: no value that this flag can have")
 
     def error(self, message: str) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {message} (--help lists all flags)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _suits(action: argparse.Action, value: Any) -> bool:
+    kind = action.type or str
+
+    def fits(one: Any) -> bool:
+        alike = type(one) is kind or (kind is float and type(one) is int)
+        return alike and (action.choices is None or one in action.choices)
+
+    if value is None:
+        return action.default is None
+    if action.nargs == 0:
+        return type(value) is bool
+    if action.nargs is None:
+        return fits(value) or (type(value) is type(action.default) and value == action.default)
+    several = isinstance(value, (list, tuple)) and all(map(fits, value))
+    return several and (len(value) == action.nargs if isinstance(action.nargs, int) else len(value) > 0)
 
 
 def _hyphenated(word: str) -> str:
@@ -73,6 +104,8 @@ def _add_run(parser: Parser) -> None:
     group.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     group.add_argument("--seed", default=0, type=int)
     group.add_argument("--epochs", default=300, type=int)
+    group.add_argument("--max-steps", type=int, metavar="N", help="end the run after N optimizer steps, its epoch cut "
+                       "short and evaluated: for trials; more steps go on with it")  # fmt: skip
     group.add_argument("--start-epoch", default=0, type=int, help="number of the first epoch; --resume sets it")
     group.add_argument("--batch-size", default=64, type=int, help="images per process and micro-batch")
     group.add_argument("--accum-steps", default=1, type=int, help="micro-batches per optimizer step")
@@ -103,6 +136,8 @@ def _add_data(parser: Parser) -> None:
     ranks = ["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]
     group.add_argument("--inat-category", default="name", choices=ranks, help="what INAT and INAT19 call a class")
     group.add_argument("--nb-classes", type=int, help="number of classes, for timm/<name> sets that do not know it")
+    group.add_argument("--subset", type=int, metavar="N", help="train on N images, as many of each class as of any "
+                       "other, the same ones whatever the seed; evaluation takes all")  # fmt: skip
     group.add_argument("--input-size", type=int, nargs="+", metavar="SIDE", help="one side, or height and width, in "
                        "pixels; default: the model's own")  # fmt: skip
     group.add_argument("--eval-crop-ratio", type=float, help="crop side / resized side in evaluation; default: the "
@@ -188,8 +223,8 @@ def _add_distillation(parser: Parser) -> None:
 
 
 POSITIVE = (*mixing.POSITIVE, "max_bad_steps", "batch_size", "accum_steps", "epochs", "repeats", "recount",
-            "log_every", "lr", "opt_eps", "distillation_tau", "patch_size", "nb_classes", "decay_epochs",
-            "decay_rate")  # fmt: skip
+            "log_every", "subset", "max_steps", "lr", "opt_eps", "distillation_tau", "patch_size", "nb_classes",
+            "decay_epochs", "decay_rate")  # fmt: skip
 NOT_NEGATIVE = (*mixing.NOT_NEGATIVE, "save_steps", "save_minutes", "weight_decay", "momentum", "warmup_lr",
                 "min_lr", "warmup_epochs", "start_epoch", "num_workers", "data_timeout", "color_jitter", "lr_noise_pct",
                 "lr_noise_std")  # fmt: skip
@@ -221,8 +256,13 @@ def check_args(args: argparse.Namespace) -> None:
 
 def _check_together(args: argparse.Namespace) -> None:
     rules: list[tuple[bool, str]] = [
-        *mixing.conflicts(args),
+        *([] if args.eval else mixing.conflicts(args)),  # an evaluation mixes nothing
         (args.eval and not args.resume, "--eval needs --resume CHECKPOINT, the model to evaluate"),
+        (
+            args.motivator == "ema" and not (args.model_ema and not args.model_ema_force_cpu),
+            "--motivator ema looks through the averaged weights on each step: add --model-ema, and leave out "
+            "--model-ema-force-cpu",
+        ),
         (
             bool(args.resume) and bool(args.finetune),
             "--resume goes on with a run and --finetune starts one from weights: give one of them",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from checkpoints import FORMAT, load_checkpoint, load_strictly, to_plain
+from checkpoints import FORMAT, load_checkpoint, load_optimizer, load_strictly, to_plain
 from engine import Training
 from health import NonFiniteLoss
 from meters import Meters
@@ -65,7 +65,7 @@ OF_ONE_CALL = {"eval", "resume", "output_dir", "device", "amp", "num_workers", "
 FREE_ON_RESUME = (OF_ONE_CALL - {"amp"}) | {
     "start_epoch", "log_every", "pin_mem", "save_steps", "save_minutes", "keep_checkpoints", "accept_changes",
     "max_bad_steps", "skip_corrupt", "data_timeout", "decoder", "randaugment", "data_path", "batch_size", "accum_steps",
-    "compile", "list_models", "attentive_teacher", "teacher_path",
+    "compile", "list_models", "attentive_teacher", "teacher_path", "max_steps",
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def flags_for_evaluation(saved: dict[str, Any], given: dict[str, Any]) -> dict[s
         InputError: one that was given contradicts what the checkpoint is.
     """
     for name, value in given.items():
-        if name not in FREE_IN_EVALUATION and not _same(saved.get(name), value):
+        if name not in FREE_IN_EVALUATION and not same_value(saved.get(name), value):
             raise InputError(
                 f"--{name.replace('_', '-')} {value}: --eval takes this from the checkpoint, which has "
                 f"{saved.get(name)}; leave the flag out"
@@ -201,6 +201,8 @@ def read(path: str) -> dict[str, Any]:
         )
     if not is_ours(checkpoint):
         raise InputError(f"--resume {path}: was not written by this project's main.py; use --finetune")
+    if not {"batch_size", "accum_steps", "amp", "opt"} <= checkpoint["args"].keys():
+        raise InputError(f"--resume {path}: the checkpoint's args are damaged: use another checkpoint")
     return checkpoint
 
 
@@ -266,19 +268,18 @@ def load(
     _check_same("model", checkpoint["model_config"], identity.model_config, source)
     _check_same("data", checkpoint["data"], identity.data, source)
     _check_settings(checkpoint["args"], to_plain(identity.args), source, accepted)
+    load_optimizer(training.optimizer, checkpoint["optimizer"], source)  # before the weights: it takes a step
     load_strictly(training.module, own_keys(checkpoint["model"]), source=source)
     if training.ema is not None:
         load_strictly(training.ema.module, own_keys(checkpoint["ema"]), source=f"{source} (average)")
-    own_groups = training.optimizer.state_dict()["param_groups"]
     try:
-        training.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": own_groups})
         if checkpoint["args"]["amp"] == identity.args["amp"]:  # a scale means something to its own precision only
             training.scaler.load_state_dict(checkpoint["scaler"])
         training.health.skipped += checkpoint.get("skipped_steps", 0.0)
         training.health.told = float(training.health.skipped)
         meters = _own_meters(checkpoint.get("meters", []), training.processes)
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{source}: its optimizer state does not fit this run's: {error}") from error
+        raise InputError(f"{source}: its state does not fit this run's: {error}") from error
     return Progress(
         checkpoint["epoch"] + 1, checkpoint["step"], checkpoint.get("samples_in_epoch", 0), checkpoint["best_acc1"],
         checkpoint.get("first_rate"), meters, list(checkpoint.get("bad_images", [])),
@@ -307,7 +308,10 @@ def _check_settings(
     changed = {
         name: f"--{name.replace('_', '-')} {_short(saved[name])} -> {_short(value)}"
         for name, value in wanted.items()
-        if name in saved and name not in FREE_ON_RESUME and not _same(saved[name], value)
+        if name in saved
+        and name not in FREE_ON_RESUME
+        and not same_value(saved[name], value)
+        and not (name == "motivator" and {saved[name], value}.isdisjoint({"self", "ema"}))  # a network may move
     }
     if "opt" in changed:
         raise InputError(f"{source}: {changed['opt']}: one optimizer cannot go on with another's state")
@@ -327,11 +331,11 @@ def _check_same(what: str, saved: dict[str, Any], wanted: dict[str, Any], source
             continue
         if isinstance(value, dict) and isinstance(old, dict):
             _check_same(what, old, value, source)
-        elif name not in ("drop", "drop_path") and not _same(old, value):
+        elif name not in ("drop", "drop_path") and not same_value(old, value):
             raise InputError(f"{source}: its {what} has {name} {_short(old)}, this run has {_short(value)}")
 
 
-def _same(one: Any, other: Any) -> bool:
+def same_value(one: Any, other: Any) -> bool:
     """Equality that takes tuples for lists and one side for a square."""
     as_list = [list(value) if isinstance(value, (list, tuple)) else value for value in (one, other)]
     if all(isinstance(value, list) and len(value) in (1, 2) for value in as_list):

@@ -75,6 +75,7 @@ class Rules(NamedTuple):
     epochs: int
     log_every: int
     save_steps: int
+    max_steps: int | None = None
 
 
 @dataclass
@@ -108,8 +109,8 @@ class Run:
     has_warned: bool = False  # of long waits
 
     def train(self) -> str:
-        """To the last epoch, or until the ranks agree to stop; returns `done` or `preempted`."""
-        while self.progress.epoch < self.rules.epochs:
+        """To the last epoch or step, or until the ranks agree to stop; returns `done` or `preempted`."""
+        while self.progress.epoch < self.rules.epochs and not self.at_last_step:
             try:
                 self.run_epoch()
             except Stopped:
@@ -119,6 +120,10 @@ class Run:
                 self.log.say(f"stopped at {where} ({reason}); the same command with --auto-resume goes on from here")
                 return "preempted"
         return "done"
+
+    @property
+    def at_last_step(self) -> bool:
+        return self.rules.max_steps is not None and self.progress.step >= self.rules.max_steps
 
     def run_epoch(self) -> None:
         """Trains what is left of this epoch, evaluates, and saves."""
@@ -130,10 +135,11 @@ class Run:
         done, began, count = progress.step, time.perf_counter(), len(self.train_loader)
         self.waits = Waits(self.train_loader)
         batches = self.log.progress(self.waits, count, f"epoch {progress.epoch}")
-        if engine.train_one_epoch(
+        stopped = engine.train_one_epoch(
             self.training, batches, first_step=progress.step, meters=progress.meters, on_log=self.on_log,
             after_step=self.after_step, log_every=self.rules.log_every,
-        ):  # fmt: skip
+        )  # fmt: skip
+        if stopped and not self.at_last_step:
             raise Stopped
         self.on_log(progress.step - 1, {}, self.training.health.check())
         self.share_bad_images()
@@ -183,7 +189,7 @@ class Run:
             self.share_bad_images()
         if agreed.save or (every and progress.step % every == 0 and not agreed.stop):
             self.save()
-        return agreed.stop
+        return agreed.stop or self.at_last_step
 
     def share_bad_images(self) -> None:
         """Tells all ranks which images could not be read, says it once, and stops the run if they are too many."""
@@ -197,6 +203,11 @@ class Run:
 
     def end_epoch(self, stats: dict[str, Any]) -> None:
         progress = self.progress
+        if progress.samples < self.steps * self.total_batch:
+            self.log.epoch(stats)
+            self.log.say(f"ended in epoch {progress.epoch} after {progress.step} steps, as --max-steps says")
+            self.save("checkpoint.pth")  # within the epoch, so that a longer run goes on there
+            return
         self.schedule.after_epoch(progress.epoch)
         is_best = stats["test_acc1"] >= progress.best_acc1
         progress.best_acc1 = max(progress.best_acc1, stats["test_acc1"])

@@ -10,7 +10,7 @@ Letters: B batch, K classes, N = rows * columns image tokens, (h, w) region in t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,36 @@ class Variant:
 
 
 VARIANTS = {"paper": Variant(), "released": Variant("separate", "logits", "integer")}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Where a region is taken and where it goes (Table A4), and the score that decides it (Table A5); the method's are
+    the defaults."""
+
+    source: Literal["max", "random"] = "max"  # the most attended window, or any, drawn for each image
+    target: Literal["min", "max", "corr"] = "min"  # the least or most attended window, or the source region's own place
+    score: Literal["guide", "random"] = "guide"  # the motivating pass's, or drawn for each token
+
+    @property
+    def needs_score(self) -> bool:
+        return self.source == "max" or self.target != "corr"
+
+    @property
+    def needs_guide(self) -> bool:
+        """For the score; L_con may need it besides."""
+        return self.needs_score and self.score == "guide"
+
+
+MAX_TO_MIN = Scheme()
+
+
+class Drawn(NamedTuple):
+    """What is random about one mix."""
+
+    size: tuple[int, int]  # the region's rows and columns
+    source_corners: Tensor | None = None  # (B, 2) int64, of a scheme that draws them; each in the image's source
+    score: Tensor | None = None  # (B, N) float32, of a scheme that draws it
 
 
 def draw_region_size(
@@ -148,14 +178,22 @@ def mix_logits(logits: Tensor, lam: Tensor) -> Tensor:
     return mix_labels(logits.flip(0), logits, lam).softmax(dim=-1)
 
 
-class SMMix(Mixer[tuple[int, int]]):
+def mix_predictions(logits: Tensor, lam: Tensor, rule: Literal["probs", "logits"], temperature: float = 1.0) -> Tensor:
+    """The reference of L_con (B, K) by either rule, of logits that are divided by the temperature first."""
+    return (mix_probs if rule == "probs" else mix_logits)(logits.float() / temperature, lam)
+
+
+class SMMix(Mixer[Drawn]):
     """Max-min attention region mixing (Sec. 4.1) with everything that Sec. 4.2 and 4.3 need to supervise it.
 
     Args:
         grid_size: the model's own token grid (rows, columns).
         side_ratio: range of delta.
         variant: paper or released arithmetic.
-        fine, con: whether the batch carries what L_fine (Sec. 4.2) and L_con (Sec. 4.3) need.
+        fine, con: whether the batch carries what L_fine (Sec. 4.2) and L_con (Sec. 4.3) need. The motivating pass is
+            run if L_con or the scheme needs it.
+        scheme: where regions come from and go to.
+        temperature: of the reference of L_con.
 
     Raises:
         ValueError: a grid side below 2, where no region can lie beside another.
@@ -170,48 +208,76 @@ class SMMix(Mixer[tuple[int, int]]):
         variant: Variant = VARIANTS["paper"],
         fine: bool = True,
         con: bool = True,
+        scheme: Scheme = MAX_TO_MIN,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__(num_classes, smoothing)
         if min(grid_size) < 2:
             raise ValueError(f"a grid of {grid_size[0]} x {grid_size[1]} tokens has no room for two regions")
         self.grid_size, self.side_ratio, self.variant = grid_size, side_ratio, variant
-        self.fine, self.con = fine, con
+        self.fine, self.con, self.scheme, self.temperature = fine, con, scheme, temperature
 
-    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> tuple[int, int]:
-        return draw_region_size(self.grid_size, self.side_ratio, self.variant.region_size, generator)
+    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> Drawn:
+        rows, columns = self.grid_size
+        height, width = draw_region_size(self.grid_size, self.side_ratio, self.variant.region_size, generator)
+        corners = score = None
+        if self.scheme.source == "random":
+            ends = rows - height + 1, columns - width + 1
+            corners = torch.stack([torch.randint(end, (batch_size,), generator=generator) for end in ends], dim=1)
+        if self.scheme.needs_score and self.scheme.score == "random":
+            score = torch.rand(batch_size, rows * columns, generator=generator)
+        return Drawn((height, width), corners, score)
 
-    def choose(self, image_attention: Tensor, size: tuple[int, int]) -> Regions:
-        """Eq. 7 for a whole batch: each target's least attended window, its source's most attended one."""
-        scores = region_scores(image_attention, self.grid_size, size)
-        source_corners = pick_regions(scores, largest=True).flip(0)  # (B, 2), now beside their targets
-        target_corners = pick_regions(scores, largest=False)
+    def choose(self, score: Tensor | None, size: tuple[int, int], corners: Tensor | None = None) -> Regions:
+        """Eq. 7 for a whole batch: each target's least attended window, its source's most attended one; or what the
+        scheme has in their place.
+
+        Args:
+            score: (B, N), if the scheme needs one.
+            corners: (B, 2), of the regions in the sources, if the scheme draws them.
+        """
+        scores = None if score is None else region_scores(score, self.grid_size, size)
+        if corners is None:
+            assert scores is not None
+            corners = pick_regions(scores, largest=True).flip(0)  # (B, 2), now beside their targets
+        if self.scheme.target == "corr":
+            return Regions(corners, corners, size)
+        assert scores is not None
+        target_corners = pick_regions(scores, largest=self.scheme.target == "max")
         if len(scores) % 2:  # the middle image of an odd batch is its own source: it stays a plain image
             middle = torch.arange(len(scores), device=scores.device) == len(scores) // 2
-            target_corners = torch.where(middle[:, None], source_corners, target_corners)
-        return Regions(source_corners, target_corners, size)
+            target_corners = torch.where(middle[:, None], corners, target_corners)
+        return Regions(corners, target_corners, size)
 
-    def apply(self, images: Tensor, labels: Tensor, drawn: tuple[int, int], guide: Guide) -> MixedBatch:
-        clean = guide(images)
-        assert clean.image_attention is not None
-        regions = self.choose(clean.image_attention, drawn)
+    def apply(self, images: Tensor, labels: Tensor, drawn: Drawn, guide: Guide) -> MixedBatch:
+        size = drawn.size
+        corners, score = (
+            None if value is None else value.to(images.device, non_blocking=True)
+            for value in (drawn.source_corners, drawn.score)
+        )
+        clean = guide(images) if self.con or self.scheme.needs_guide else None
+        if clean is not None and score is None:
+            score = clean.image_attention
+        regions = self.choose(score if self.scheme.needs_score else None, size, corners)
         rows, columns = self.grid_size
         patch_size = (images.shape[-2] // rows, images.shape[-1] // columns)
-        lam = torch.full((len(images),), drawn[0] * drawn[1] / (rows * columns), device=images.device)  # (B,)
+        lam = torch.full((len(images),), size[0] * size[1] / (rows * columns), device=images.device)  # (B,)
         target_labels = soft_labels(labels, self.num_classes, self.smoothing)
         source_labels = target_labels.flip(0)
         reference = None
         if self.con:
+            assert clean is not None
             assert clean.logits is not None
-            reference = (mix_probs if self.variant.consistency == "probs" else mix_logits)(clean.logits, lam)
+            reference = mix_predictions(clean.logits, lam, self.variant.consistency, self.temperature)
         return MixedBatch(
             images=paste_regions(images, regions, patch_size),
             labels=mix_labels(source_labels, target_labels, lam),
             lam=lam,
             source_labels=source_labels,
             target_labels=target_labels,
-            source_mask=region_mask(regions.target_corners, drawn, self.grid_size) if self.fine else None,
+            source_mask=region_mask(regions.target_corners, size, self.grid_size) if self.fine else None,
             reference_probs=reference,
-            clean_logits=clean.logits,
-            image_attention=clean.image_attention,
+            clean_logits=None if clean is None else clean.logits,
+            image_attention=score,
             regions=regions,
         )

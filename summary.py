@@ -56,13 +56,31 @@ def describe_going_on(
 
 
 def _describe_mixing(flags: dict[str, Any], mixer: Any) -> str:
-    text = flags["mixer"] + (f" ({flags['variant']})" if flags["mixer"] == "smmix" else "")
+    text = flags["mixer"] + (f" ({flags['variant']})" if flags["mixer"] == "smmix" else "") + _describe_study(flags)
     text += " with TransMix's labels" if flags["relabel"] == "transmix" else ""
     if isinstance(mixer, Switch) and mixer.second is not None:
         text += f" at {mixer.first_prob:g}, else Mixup"
     if flags["mixer"] != "none" and flags["mixup_prob"] < 1:
         text += f"; {flags['mixup_prob']:g} of all batches"
     return text if flags["mix_off_epoch"] is None else f"{text}; nothing from epoch {flags['mix_off_epoch']} on"
+
+
+def _describe_study(flags: dict[str, Any]) -> str:
+    """What departs from the method's own terms, scheme, score and motivator."""
+    own = float(flags["mixer"] == "smmix")
+    parts = {
+        "regions {0} -> {1}": ("source_region", "target_region"),
+        "score {0}": ("score",), "block {0}": ("score_block",),
+        "L_fine x {0:g}": ("fine_weight",), "L_con x {0:g}": ("con_weight",), "guided by {0}": ("motivator",),
+    }  # fmt: skip
+    usual = ("max", "min", "attention", None, 1.0, own, "self")
+    known = dict(zip((name for names in parts.values() for name in names), usual, strict=True))
+    told = [
+        text.format(*(flags[name] for name in names))
+        for text, names in parts.items()
+        if any(flags[name] != known[name] for name in names)
+    ]
+    return f", {', '.join(told)}" if told else ""
 
 
 def warnings(flags: dict[str, Any], steps: int) -> Iterator[str]:

@@ -36,7 +36,8 @@ from utils import InputError, run_command
 
 METHODS = tuple(name for name in mixing.METHODS if name != "none")
 EVERY_IMAGE = {"mix_protocol": "single", "mixup_prob": 1.0, "mixup_switch_prob": 1.0, "mix_off_epoch": None,
-               "bce_loss": False, "fine_weight": 1.0, "con_weight": 1.0}  # fmt: skip
+               "bce_loss": False, "fine_weight": 1.0, "con_weight": None, "con_temperature": 1.0,
+               "score": "attention"}  # fmt: skip
 
 
 def get_args_parser() -> Parser:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from mixers.attentivemix import AttentiveMix
+from mixers.consistent import Consistent
 from mixers.cutmix import CutMix
 from mixers.fmix import FMix
 from mixers.interface import Mixer, NoMixing
 from mixers.mixup import Mixup
+from mixers.options import weight_of_con
 from mixers.resizemix import ResizeMix
 from mixers.saliencymix import SaliencyMix
 from mixers.split import Split
 from mixers.switch import Switch
 from mixers.transmix import TransMix
-from smmix import VARIANTS, SMMix, Variant
+from smmix import VARIANTS, Scheme, SMMix, Variant, mix_predictions
 from utils import InputError
 
 
@@ -49,7 +52,11 @@ class Settings:
     side_ratio: tuple[float, float]
     smoothing: float
     fine_weight: float
-    con_weight: float
+    con_weight: float | None
+    con_temperature: float
+    source_region: Literal["max", "random"]
+    target_region: Literal["min", "max", "corr"]
+    score: Literal["attention", "rollout", "random"]
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> Settings:
@@ -63,6 +70,15 @@ class Settings:
         """SMMix's arithmetic: that of `variant`, each part of it overridden where its own flag says so."""
         names = [one.name for one in fields(Variant)]
         return replace(VARIANTS[self.variant], **{name: getattr(self, name) for name in names if getattr(self, name)})
+
+    @property
+    def has_con(self) -> bool:
+        """Whether L_con is part of the loss."""
+        return weight_of_con(self.mixer, self.con_weight) > 0
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme(self.source_region, self.target_region, "random" if self.score == "random" else "guide")
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,8 @@ def _smmix(settings: Settings, around: Surroundings) -> Mixer:
     try:
         return SMMix(
             around.num_classes, around.grid_size, settings.smoothing, settings.side_ratio, settings.arithmetic,
-            fine=settings.fine_weight > 0, con=settings.con_weight > 0,
+            fine=settings.fine_weight > 0, con=settings.has_con, scheme=settings.scheme,
+            temperature=settings.con_temperature,
         )  # fmt: skip
     except ValueError as error:
         raise InputError(f"--mixer smmix: {error}; use a larger --input-size or a smaller --patch-size") from error
@@ -150,6 +167,9 @@ def build_mixer(settings: Settings, around: Surroundings) -> Switch:
     first = MIXERS[settings.mixer](settings, around)
     if settings.relabel == "transmix" or settings.mixer == "transmix":
         first = TransMix(first, around.grid_size, settings.relabel_ratio)
+    if settings.has_con and settings.mixer != "smmix":
+        rule, temperature = settings.arithmetic.consistency, settings.con_temperature
+        first = Consistent(first, partial(mix_predictions, rule=rule, temperature=temperature))
     if settings.mix_protocol == "split":
         first = Split(first, _mixup(settings, around), settings.mixup_switch_prob)
     shares = settings.mix_protocol == "switch" and settings.mixer not in ("mixup", "none") and settings.mixup > 0

@@ -60,7 +60,7 @@ class MixedBatch:
     source_mask: Tensor | None = None  # (B, N) bool: tokens that belong to the source
     reference_probs: Tensor | None = None  # (B, K) float32: what Eq. 14 pulls the prediction towards
     clean_logits: Tensor | None = None  # (B, K): the guide's prediction on the clean images
-    image_attention: Tensor | None = None  # (B, N): the guide's score of the clean images
+    image_attention: Tensor | None = None  # (B, N): the score of the clean images, the guide's as a rule
     regions: Regions | None = None
     mask: Tensor | None = None  # (B, 1, height, width) bool: pixels that are the source's, where a method has one
     terms: Mapping[str, Tensor] = field(default_factory=dict)  # the method's own losses (scalars), added to the total

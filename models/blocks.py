@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
-from models.interface import AttentionOf, Glance, ImageModel, class_attention_score, image_attention_score
+from models.interface import AttentionOf, Depth, Glance, ImageModel, class_attention_score, image_attention_score
 from models.partial import finish_block
 from models.precision import like_its_layer
 
@@ -96,15 +96,18 @@ class PlainTransformer(ImageModel):
         with torch.no_grad():
             return features, score_of(self.map_of(last, tokens, beside, class_only), network.num_prefix_tokens)
 
-    def glance(self, images: Tensor, resized: bool, block: int | None, predict: bool) -> Glance:
+    def glance(self, images: Tensor, resized: bool, block: Depth, predict: bool) -> Glance:
         """Where prefix tokens decide alone, the last block makes nothing of the image tokens but their score."""
         network, prefix = self.network, self.network.num_prefix_tokens
         tokens, each = (self.embed_resized if resized else self.embed)(images)
-        early, number = None, len(each) if block is None else block
-        if not predict or number < len(each):
+        early, number = None, block if isinstance(block, int) else len(each)
+        if block == "rollout":
+            tokens, early = self._rollout(tokens, each)
+            if not predict:
+                return Glance(None, early)
+        elif not predict or number < len(each):
             tokens = self._run(tokens, each, 0, number - 1)
-            attention = self.map_of(network.blocks[number - 1], tokens, each[number - 1], False)
-            early = image_attention_score(attention, prefix)
+            early = self._score(tokens, each, number - 1)
             if not predict:
                 return Glance(None, early)
         tokens = self._run(tokens, each, 0 if early is None else number - 1, len(each) - 1)
@@ -117,6 +120,19 @@ class PlainTransformer(ImageModel):
             features = network.norm(finish_block(last, tokens[:, :prefix], attended[0]))  # (B, prefix, D)
             score = image_attention_score(attended[1], prefix)
         return Glance(self.head(features)[0], score if early is None else early)
+
+    def _score(self, tokens: Tensor, beside: list[dict[str, Any]], place: int) -> Tensor:
+        """Eq. 6 of a block, counted from 0, from the tokens that it receives: (B, N)."""
+        attention = self.map_of(self.network.blocks[place], tokens, beside[place], False)
+        return image_attention_score(attention, self.network.num_prefix_tokens)
+
+    def _rollout(self, tokens: Tensor, beside: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        """What the last block receives, and the mean of all blocks' scores (B, N): the paper's "Rollout" (Table A5)."""
+        total, last = self._score(tokens, beside, 0), len(beside) - 1
+        for place in range(last):
+            tokens = self._run(tokens, beside, place, place + 1)
+            total = total + self._score(tokens, beside, place + 1)
+        return tokens, total / (last + 1)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features[:, self.network.num_prefix_tokens :]
@@ -177,7 +193,7 @@ class WindowedTransformer(ImageModel):
             tokens = run_block(final, block, tokens)
         return tokens
 
-    def glance(self, images: Tensor, resized: bool, block: int | None, predict: bool) -> Glance:
+    def glance(self, images: Tensor, resized: bool, block: Depth, predict: bool) -> Glance:
         if predict:
             return super().glance(images, resized, block, predict)
         return Glance(None, self.score(self.network.layers[-1].blocks[-1], self._before_last_block(images)))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from models.blocks import resize_positions, run_block, softmax_map, split_heads
-from models.interface import AttentionOf, Glance, ImageModel, class_attention_score, image_attention_score
+from models.interface import AttentionOf, Depth, Glance, ImageModel, class_attention_score, image_attention_score
 from models.precision import like_its_layer
 
 
@@ -92,11 +92,16 @@ class CaiT(ImageModel):
         """Those of the image tokens."""
         return len(self.network.blocks)
 
-    def glance(self, images: Tensor, resized: bool, block: int | None, predict: bool) -> Glance:
+    def glance(self, images: Tensor, resized: bool, block: Depth, predict: bool) -> Glance:
         blocks = self.network.blocks
-        number = len(blocks) if block is None else block
-        tokens = self._run(self._embed(images), 0, number - 1)
+        number = block if isinstance(block, int) else len(blocks)
+        tokens, before = self._embed(images), []
+        for place in range(number - 1):
+            before += [score_in(blocks[place], tokens)] if block == "rollout" else []
+            tokens = self._run(tokens, place, place + 1)
         score = score_in(blocks[number - 1], tokens)
+        if block == "rollout":
+            score = torch.stack([*before, score]).mean(dim=0)
         if not predict:
             return Glance(None, score)
         features, _ = self._class_attention(self._run(tokens, number - 1, len(blocks)))

@@ -1,4 +1,4 @@
-"""Second networks that are only looked through: teachers to distil from, AttentiveMix's classifier. All timm's own."""
+"""Second networks that are only looked through: teachers to distil from, AttentiveMix's classifier, motivators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import downloads
 from checkpoints import load_checkpoint, load_strictly, pick_weights
-from models.build import near_misses, restore_model
+from models.build import adapt_weights, build_model, load_foreign, near_misses, restore_model
+from models.interface import ImageModel
 from utils import InputError
 
 
@@ -64,6 +65,61 @@ def build_feature_map(choice: str, input_size: tuple[int, int]) -> FeatureMap:
     if len(shape) != 4 or shape[1] != network.num_features:
         raise InputError(f"{flag}: gives no map of features (its last ones are {list(shape[1:])}): take a ConvNet")
     return features
+
+
+def build_motivator(choice: str, num_classes: int, input_size: tuple[int, int]) -> ImageModel:
+    """A frozen network to guide a student by (Table 9): any family, any grid, the student's classes and images.
+
+    What it learned for its own image size is resampled as `--finetune` does.
+
+    Args:
+        choice: NAME (timm's; timm downloads its weights), NAME=CHECKPOINT, or a CHECKPOINT of this project's main.py.
+        input_size: height and width in pixels of the student's images.
+
+    Raises:
+        InputError: unknown name, weights that cannot be had or belong to another network, other classes, or images that
+            it cannot take.
+    """
+    name, equals, path = choice.partition("=")
+    flag = f"--motivator {choice}"
+    if not equals and Path(choice).is_file():
+        name, path = "", choice
+    elif not timm.is_model(name):
+        raise InputError(f"{flag}: neither self nor ema, nor a file, nor a model's name; {near_misses(name)}")
+    config = _config_in(path, name, flag) if path else {"name": name}
+    downloaded = None if path else _download(name, flag)
+    classes = config.get("num_classes", getattr(downloaded, "num_classes", num_classes))
+    if classes != num_classes:
+        raise InputError(
+            f"{flag}: predicts {classes} classes, the data has {num_classes}: it must be trained for these"
+        )
+    try:
+        model = build_model(**{**config, "num_classes": num_classes, "input_size": input_size})
+        if downloaded is None:
+            load_foreign(model, path, fresh_heads=False)
+        else:
+            weights, _ = adapt_weights(model, downloaded.state_dict(), fresh_heads=False)
+            load_strictly(model, weights, source=flag)
+    except InputError as error:
+        raise InputError(
+            f"{flag} cannot guide a student on {input_size[0]} x {input_size[1]} pixels: {error}"
+        ) from error
+    _try(flag, model.network, input_size)
+    return model.requires_grad_(False)
+
+
+def _config_in(path: str, name: str, flag: str) -> dict[str, Any]:
+    """Keywords of `build_model` for the weights in a file; only a checkpoint of ours says them itself."""
+    config = load_checkpoint(path).get("model_config")
+    if not isinstance(config, dict):
+        if not name:
+            raise InputError(
+                f"{flag}: was not written by this project's main.py; say whose weights these are: NAME={path}"
+            )
+        return {"name": name}
+    if name not in ("", config.get("name")):
+        raise InputError(f"{flag}: the file holds a {config.get('name')}; give the file alone")
+    return config
 
 
 def _from_file(name: str, path: str, flag: str) -> nn.Module:

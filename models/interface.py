@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+Depth = int | Literal["rollout"] | None  # of the score: a block, counted from 1; the mean of all; or the last
 AttentionOf = Literal["image", "class"]  # whose: that of the image tokens (Eq. 6), or of the class token (TransMix)
 
 
@@ -83,6 +84,34 @@ def resize_score(score: Tensor, old_grid: tuple[int, int], grid: tuple[int, int]
     """
     maps = interpolate(score.unflatten(1, old_grid)[:, None], grid, mode="bilinear")  # (B, 1, R, C)
     return maps.flatten(1) * (score.shape[1] / (grid[0] * grid[1]))
+
+
+def resample_score(score: Tensor, old_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """A score of another model's grid on this one: `resize_score` along a side that gets finer; along one that gets
+    coarser each new cell receives what lies within it, cells on its border in proportion to their area.
+
+    Args:
+        score: (B, n) float32, row-major over `old_grid`.
+
+    Returns:
+        (B, N), row-major over `grid`; its sum is about the same, and the same where no side gets finer.
+    """
+    between = max(old_grid[0], grid[0]), max(old_grid[1], grid[1])
+    if between != old_grid:
+        score = resize_score(score, old_grid, between)
+    if grid == between:
+        return score
+    rows, columns = (overlaps(old, new, score.device) for old, new in zip(between, grid, strict=True))
+    with torch.autocast(score.device.type, enabled=False):
+        return (rows @ score.float().unflatten(1, between) @ columns.T).flatten(1)
+
+
+def overlaps(old: int, new: int, device: torch.device) -> Tensor:
+    """(new, old) float32: how much of each of `old` equal parts of a line lies in each of `new` ones; columns sum to
+    one."""
+    ends, cells = torch.arange(new + 1, device=device) * (old / new), torch.arange(old, device=device)
+    begin, end = ends[:-1, None], ends[1:, None]
+    return (torch.minimum(end, cells + 1) - torch.maximum(begin, cells)).clamp(min=0)
 
 
 def pool_regions(tokens: Tensor, source_mask: Tensor) -> Tensor:
@@ -197,18 +226,20 @@ class ImageModel(nn.Module, ABC):
         return self.grid_size[0] * self.patch_size[0], self.grid_size[1] * self.patch_size[1]
 
     def look(
-        self, images: Tensor, size: tuple[int, int] | None = None, block: int | None = None, predict: bool = True
+        self, images: Tensor, size: tuple[int, int] | None = None, block: Depth = None, predict: bool = True
     ) -> Glance:
         """The motivating pass: prediction and score of clean images, in evaluation mode, and nothing that costs more.
 
         Args:
             images: (B, C, height, width), of the model's own size.
             size: height and width in pixels to show them at, multiples of `patch_size`, if the model `looks_smaller`.
-            block: read the score in this block, counted from 1, of the model's `score_blocks`; default: the last.
+            block: read the score in this block, counted from 1, of the model's `score_blocks`; `rollout`: the mean of
+                all their scores; default: that of the last.
             predict: false ends the pass where the score is read, if the family can; then there are no logits.
         """
         assert not self.training, "the motivating pass is for evaluation mode"
-        assert block is None or 0 < block <= self.score_blocks, f"no block {block} of {self.score_blocks} to read"
+        known = self.score_blocks > 0 if block == "rollout" else block is None or 0 < block <= self.score_blocks
+        assert known, f"no block {block} of {self.score_blocks} to read"
         if size is None:
             return self.glance(images, False, block, predict)
         assert self.looks_smaller, f"{type(self).__name__} takes images of one size"
@@ -217,7 +248,7 @@ class ImageModel(nn.Module, ABC):
         grid = size[0] // self.patch_size[0], size[1] // self.patch_size[1]
         return Glance(seen.logits, resize_score(seen.image_attention, grid, self.grid_size))
 
-    def glance(self, images: Tensor, resized: bool, block: int | None, predict: bool) -> Glance:
+    def glance(self, images: Tensor, resized: bool, block: Depth, predict: bool) -> Glance:
         """`look` at the images as they are. Families that predict without the final image tokens do with less.
 
         Args:

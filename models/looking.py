@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.interface import ImageModel
+from models.interface import Depth, ImageModel
 from utils import InputError
 
 
@@ -26,17 +26,20 @@ def check_look_size(model: ImageModel, name: str, size: tuple[int, int]) -> None
         )
 
 
-def check_score_block(model: ImageModel, name: str, block: int) -> None:
-    """Whether the motivating pass can read its score in this block.
+def check_score_block(model: ImageModel, name: str, block: Depth) -> None:
+    """Whether the motivating pass can read its score in this block, or in all.
 
     Raises:
         InputError: the model has no such block, or is read in its last one only.
     """
+    if block is None:
+        return
+    given = "--score rollout" if block == "rollout" else f"--score-block {block}"
     if not model.score_blocks:
         kind = type(model.network).__name__
         raise InputError(
-            f"--score-block {block}: {name}, a {kind}, is read in its last block only, as others lie on other grids; a "
+            f"{given}: {name}, a {kind}, is read in its last block only, as others lie on other grids; a "
             "ViT, DeiT or CaiT takes the flag"
         )
-    if not 0 < block <= model.score_blocks:
-        raise InputError(f"--score-block {block}: {name} has the blocks 1 to {model.score_blocks}")
+    if isinstance(block, int) and not 0 < block <= model.score_blocks:
+        raise InputError(f"{given}: {name} has the blocks 1 to {model.score_blocks}")

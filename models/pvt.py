@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from models.blocks import resize_positions, run_block, softmax_map, split_heads
-from models.interface import AttentionOf, Glance, ImageModel, class_attention_score, image_attention_score
+from models.interface import AttentionOf, Depth, Glance, ImageModel, class_attention_score, image_attention_score
 from models.partial import finish_block
 from models.precision import like_its_layer
 
@@ -285,7 +285,7 @@ class PVT(ImageModel):
         last, score_of = self.network.blocks_of(3)[-1], class_attention_score if class_only else image_attention_score
         return score_of(last.attn.attention_map(last.norm1(tokens), self.grid_size, class_only), num_prefix_tokens=1)
 
-    def glance(self, images: Tensor, resized: bool, block: int | None, predict: bool) -> Glance:
+    def glance(self, images: Tensor, resized: bool, block: Depth, predict: bool) -> Glance:
         """The last block makes nothing of the image tokens but their score: the class token decides alone."""
         tokens, last = self.network.forward_to_last_block(images), self.network.blocks_of(3)[-1]  # (B, 1 + N, D)
         if not predict:

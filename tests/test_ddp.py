@@ -22,7 +22,7 @@ from losses import SMMixLoss
 from meters import Meters
 from models.build import build_model
 from models.interface import ImageModel
-from smmix import VARIANTS
+from smmix import VARIANTS, Drawn
 from tests.mixing import make_switch
 
 CLASSES, SIDE, BATCH, STEPS = 5, (16, 24), 4, 6
@@ -71,7 +71,7 @@ def work(rank: int, world_size: int, folder: str, variant: str) -> None:
         for micro in range(2):
             random = training.random(step, micro)
             seen["choices"].append(bool(training.mixer.draw(random.shared).first))  # type: ignore[attr-defined]
-            seen["sizes"].append(training.mixer.first.draw(BATCH, SIDE, random.own))  # type: ignore[attr-defined]
+            seen["sizes"].append(training.mixer.first.draw(BATCH, SIDE, random.own).size)  # type: ignore[attr-defined]
         engine.train_step(training, [batch_of(rank, step, micro) for micro in range(2)], step, Meters())
     seen.update(weights=flat(training.module), average=flat(training.ema.module))
     seen["searches"] = training.model.find_unused_parameters
@@ -177,7 +177,7 @@ def test_the_joined_batch_gives_the_mean_of_the_ranks_gradients() -> None:
     training = make_training(utils.Processes(0, 1, torch.device("cpu")), "paper")
     model = training.module.eval()
     mixer = training.mixer.first  # type: ignore[attr-defined]
-    drawn = (2, 3)
+    drawn = Drawn((2, 3))
     parts = [mixer.apply(*batch_of(rank, 0)[:2], drawn, training.guide) for rank in range(2)]
     joined = type(parts[0])(
         **{

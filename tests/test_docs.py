@@ -27,8 +27,8 @@ TEXTS = sorted(
     for path in ROOT.glob(pattern) if path.is_file()
 )  # fmt: skip
 FLAGS_PAGE = ROOT / "docs/flags.md"
-OTHER_FLAGS = {"--nproc", "--output", "--list", "--row", "--force-exclude", "--hook-type", "--check", "--logdir",
-               "--help"}  # fmt: skip
+OTHER_FLAGS = {"--nproc", "--output", "--list", "--row", "--small", "--steps", "--list-tsv", "--motivator-tiny",
+               "--motivator-small", "--force-exclude", "--hook-type", "--check", "--logdir", "--help"}  # fmt: skip
 NOT_OFFERED = {"--src", "--cosub", "--attn-only", "--multi-reso", "--wandb-project", "--wandb-name"}
 
 

@@ -22,7 +22,7 @@ from mixers.switch import Choice, Switch
 from models.build import build_model
 from models.interface import ImageModel
 from samplers import EvalShard
-from smmix import SMMix
+from smmix import Drawn, SMMix
 from tests.mixing import fake_teacher, make_switch
 
 CLASSES = 5
@@ -83,7 +83,7 @@ def test_a_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch, first: bool,
     meters = Meters()
     engine.train_step(training, [batch_of(0)], 0, meters)  # the optimizer's state exists from now on
     monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, first))
-    monkeypatch.setattr(SMMix, "draw", lambda self, *args: (2, 1))
+    monkeypatch.setattr(SMMix, "draw", lambda self, *args: Drawn((2, 1)))
     monkeypatch.setattr("mixers.mixup.Mixup.draw", lambda self, count, *args: [0.3] * count)
     with CountReads() as counter:
         engine.train_step(training, [batch_of(1)], 1, meters)
@@ -93,9 +93,14 @@ def test_a_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch, first: bool,
     assert counter.reads
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "smmix"])
-def test_no_mixer_reads_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    switch = make_switch(CLASSES, (4, 4), fake_teacher, mixer=name, mix_protocol="single")
+STUDIED: list[dict[str, Any]] = [
+    {"source_region": "random"}, {"target_region": "corr"}, {"score": "random"}, {"mixer": "cutmix", "con_weight": 1.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [*({"mixer": name} for name in METHODS if name != "smmix"), *STUDIED], ids=str)
+def test_no_mixer_reads_the_device(flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    switch = make_switch(CLASSES, (4, 4), fake_teacher, mix_protocol="single", **flags)
     training = make_training()
     training.mixer = switch
     training.model.train()

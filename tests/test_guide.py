@@ -382,8 +382,14 @@ def test_the_pass_runs_at_its_own_size(words: str, tokens: int) -> None:
     [
         ("--guide-size 0", "--guide-size 0: takes one side, or height and width, in pixels"),
         ("--guide-size 32 32 32", "--guide-size 32 32 32: takes one side"),
-        ("--mixer cutmix --guide-size 112", r"--guide-size 112 \(for smmix\): --mixer cutmix has no use for it"),
-        ("--mixer transmix --guide-amp bf16", r"--guide-amp bf16 \(for smmix\): --mixer transmix has no use for it"),
+        (
+            "--mixer cutmix --guide-size 112",
+            r"--guide-size 112 \(for smmix, or with --con-weight above 0\): --mixer cutmix has no use for it",
+        ),
+        (
+            "--mixer transmix --guide-amp bf16",
+            r"--guide-amp bf16 \(for smmix, or with --con-weight above 0\): --mixer transmix has no use for it",
+        ),
         ("--guide-size 40", "multiple of the patch size"),
     ],
 )

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -21,6 +22,7 @@ from losses import SMMixLoss
 from mixers.attentivemix import AttentiveMix
 from mixers.boxes import Box, draw_box, draw_box_between, sides_of
 from mixers.build import MIXERS
+from mixers.consistent import Consistent
 from mixers.cutmix import CutMix
 from mixers.fmix import FMix
 from mixers.interface import MixedBatch, Mixer, NoMixing, Regions, StepRandom, mix_labels, soft_labels
@@ -31,7 +33,7 @@ from mixers.saliencymix import SaliencyMix
 from mixers.switch import Choice, Switch
 from mixers.transmix import TransMix
 from models.interface import ModelOutput
-from smmix import VARIANTS, SMMix
+from smmix import VARIANTS, Scheme, SMMix, mix_predictions
 from tests.conftest import FakeGuide
 from tests.mixing import fake_teacher, make_switch, to_bytes
 from utils import InputError, keyed_generator
@@ -61,6 +63,12 @@ MAKERS: dict[str, Callable[[], Mixer[Any]]] = {
     "saliencymix_elem": lambda: SaliencyMix(K, to_bytes, alpha=0.2, mode="elem"),
     "transmix": lambda: TransMix(CutMix(K), GRID),
     "transmix_on_smmix": lambda: TransMix(SMMix(K, GRID), GRID),
+    "smmix_random_corr": lambda: SMMix(K, GRID, scheme=Scheme("random", "corr")),
+    "smmix_random_min": lambda: SMMix(K, GRID, scheme=Scheme("random", "min")),
+    "smmix_max_max": lambda: SMMix(K, GRID, scheme=Scheme("max", "max")),
+    "smmix_random_score": lambda: SMMix(K, GRID, scheme=Scheme(score="random")),
+    "cutmix_with_con": lambda: Consistent(CutMix(K), partial(mix_predictions, rule="probs")),
+    "transmix_with_con": lambda: Consistent(TransMix(CutMix(K), GRID), partial(mix_predictions, rule="logits")),
 }
 MIXING = [name for name in MAKERS if name != "none"]
 DRAWS_NOTHING = {"attentivemix_original"}  # its number of cells is fixed
@@ -81,7 +89,7 @@ def no_guide(images: Tensor) -> ModelOutput:
 
 def mix(mixer: Mixer[Any], images: Tensor, labels: Tensor, key: int = 0) -> MixedBatch:
     inner = mixer.mixer if isinstance(mixer, TransMix) else mixer
-    guide = FakeGuide(GRID, K) if isinstance(inner, SMMix) else no_guide
+    guide = FakeGuide(GRID, K) if isinstance(inner, (SMMix, Consistent)) else no_guide
     return mixer(images, labels, guide, StepRandom(keyed_generator("shared", key), keyed_generator("own", key)))
 
 

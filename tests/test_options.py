@@ -28,7 +28,9 @@ SMMIX: dict[str, Any] = {
     "region_head": None, "consistency": None, "region_size": None, "accum_steps": 1, "compile": False,
     "auto_resume": False, "save_steps": 0, "save_minutes": 0, "keep_checkpoints": 2, "accept_changes": None,
     "max_bad_steps": 20, "sched_on_updates": False, "scale_schedule": False, "grad_checkpointing": False,
-    "guide_size": None, "guide_amp": None, "score_block": None, "fine_weight": 1.0, "con_weight": 1.0,
+    "guide_size": None, "guide_amp": None, "score_block": None, "fine_weight": 1.0, "con_weight": None,
+    "fine_temperature": 1.0, "con_temperature": 1.0, "score": "attention", "source_region": "max",
+    "target_region": "min", "motivator": "self", "subset": None, "max_steps": None,
     "resize": "pillow", "randaugment": "cpu", "repeat_layout": "blocks",
     "skip_corrupt": False, "data_timeout": 600, "channels_last": False, "attn_fp32": False, "list_models": False,
 }  # fmt: skip

@@ -17,7 +17,7 @@ from mixers.interface import Guide, MixedBatch, NoMixing, Regions, StepRandom
 from mixers.mixup import Mixup
 from models.interface import ModelOutput
 from pictures import HALO, SOURCE_COLOR, TARGET_COLOR, Layout, Page, Pair
-from smmix import SMMix
+from smmix import Drawn, SMMix
 from transforms import ImageSpec
 from utils import InputError, keyed_generator
 
@@ -70,7 +70,7 @@ def smmix_picture(
     attention[:, -1, -1] = 0.0
     images, labels = flat_images(count, size), torch.arange(count) % len(NAMES)
     mixer = SMMix(len(NAMES), grid_size)
-    batch = mixer.apply(images, labels, region, planted_guide(attention))
+    batch = mixer.apply(images, labels, Drawn(region), planted_guide(attention))
     picture = pictures.mixing_picture(
         images, batch, labels, spec=plain_spec(size), class_names=NAMES, grid_size=grid_size
     )

@@ -24,7 +24,7 @@ from models import pvt
 from models.build import adapt_weights, build_model, plain_weights
 from models.interface import ModelOutput
 from models.pvt import PVT, PyramidVisionTransformer
-from smmix import VARIANTS, SMMix
+from smmix import VARIANTS, Drawn, SMMix
 from tests.conftest import randomise
 from utils import InputError
 
@@ -113,7 +113,7 @@ def recorded_mix(record: dict[str, Any], images: Tensor) -> Tensor:
 def apply(record: dict[str, Any], guide: Any, variant: str = "released") -> MixedBatch:
     side, rect = (record["side"],) * 2, (record["rect"],) * 2
     mixer = SMMix(record["n_classes"], side, record["label_smoothing"], variant=VARIANTS[variant])
-    return mixer.apply(recorded_images(record), record["y"], rect, guide)
+    return mixer.apply(recorded_images(record), record["y"], Drawn(rect), guide)
 
 
 @steps

@@ -20,7 +20,7 @@ from losses import SMMixLoss
 from mixers.interface import MixedBatch, mix_labels, soft_labels
 from models.build import adapt_weights, build_model
 from models.interface import ImageModel, ModelOutput
-from smmix import VARIANTS, SMMix, mix_logits, mix_probs, paste_regions, region_mask
+from smmix import VARIANTS, Drawn, SMMix, mix_logits, mix_probs, paste_regions, region_mask
 
 DATA = Path(__file__).parent / "data"
 NO_AMP = make_autocast(torch.device("cpu"), "none")
@@ -53,7 +53,7 @@ def sha256(images: Tensor) -> str:
 
 def apply(record: dict[str, Any], guide: Any, variant: str = "released") -> MixedBatch:
     mixer = SMMix(record["n_classes"], (record["side"],) * 2, record["label_smoothing"], variant=VARIANTS[variant])
-    return mixer.apply(record["x"], record["y"], (record["rect"],) * 2, guide)
+    return mixer.apply(record["x"], record["y"], Drawn((record["rect"],) * 2), guide)
 
 
 def recorded_guide(record: dict[str, Any]) -> Any:

@@ -93,6 +93,8 @@ PLACES = {
     "main --teacher-path": f"{TRAIN} {DISTIL} --teacher-path {{file}}",
     "main --attentive-teacher": f"{TRAIN} {MIX} --attentive-teacher {{file}}",
     "main --attentive-teacher NAME=": f"{TRAIN} {MIX} --attentive-teacher test_resnet={{file}}",
+    "main --motivator": f"{TRAIN} --motivator {{file}}",
+    "main --motivator NAME=": f"{TRAIN} --motivator vit_nano_patch4_32={{file}}",
     "evaluation.export --resume": "--resume {file} --output {folder}/model.safetensors",
     "evaluation.export --resume with --ema": "--resume {file} --output {folder}/model.onnx --ema",
     "evaluation.show_mixing --resume": "--data-set DIGITS --device cpu --output {folder}/mixed.png --resume {file}",
@@ -105,13 +107,14 @@ PLACES = {
 NAMES = {"--model", "--teacher-model", "--opt", "--sched", "--data-set", "--aa", "--train-interpolation", "--remode",
          "--accept-changes"}  # fmt: skip
 IMAGES = {"--data-path"}  # a folder of images
+RUNS = {"root"}  # a folder of runs, of which report.py reads text and pictures
 WRITTEN = {"--output", "--output-dir", "--job-dir"}
 SLURM = {"--partition", "--comment", "--constraint", "--account", "--qos", "--sbatch", "--exclude", "--name"}
 
 
 def test_every_flag_that_takes_a_file_is_given_malicious_ones() -> None:
     tried = {" ".join(place.split()[:2]) for place in PLACES}
-    harmless = NAMES | IMAGES | WRITTEN
+    harmless = NAMES | IMAGES | RUNS | WRITTEN
     found = set()
     for program in programs():
         here = harmless | SLURM if program == "run_with_submitit" else harmless
@@ -145,7 +148,7 @@ def outcome(program: str, words: list[str]) -> int:
 
 @pytest.mark.parametrize("kind", malicious.KINDS)
 @pytest.mark.parametrize("place", PLACES)
-def test_a_malicious_file_runs_nothing(
+def test_p6_a_malicious_file_runs_nothing(
     place: str, kind: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, marker = tmp_path / "checkpoint.pth", tmp_path / "executed"
@@ -351,7 +354,7 @@ def pickles_in(folder: Path) -> list[Path]:
     return [path for path in files if path.read_bytes()[:4].startswith(starts)]
 
 
-def test_every_file_of_a_run_is_plain_data(photos: Path, tmp_path: Path) -> None:
+def test_p6_every_file_of_a_run_is_plain_data(photos: Path, tmp_path: Path) -> None:
     run = run_small("--model-ema --epochs 2 --data-path", photos, "--output-dir", tmp_path / "run")
     assert run.code == 0, run.err
     names = {path.name for path in pickles_in(tmp_path)}

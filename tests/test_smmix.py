@@ -19,6 +19,7 @@ from mixers.interface import MixedBatch, Regions, StepRandom
 from models.interface import ModelOutput
 from smmix import (
     VARIANTS,
+    Drawn,
     SMMix,
     Variant,
     draw_region_size,
@@ -342,14 +343,14 @@ def test_the_whole_mix_is_that_of_a_loop_over_pairs(grid: Size, size: Size, batc
     images, labels = batch_of(batch, grid)
     guide = FakeGuide(grid, 5)
     mixer = SMMix(5, grid, variant=VARIANTS[variant])
-    ours = mixer.apply(images, labels, size, guide)
+    ours = mixer.apply(images, labels, Drawn(size), guide)
     assert_same_batch(ours, slow_mix(images, labels, guide, grid, size, VARIANTS[variant]))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5])
 def test_the_middle_image_of_an_odd_batch_stays_plain(batch: int) -> None:
     images, labels = batch_of(batch, (4, 6))
-    mixed = SMMix(5, (4, 6)).apply(images, labels, (3, 3), FakeGuide((4, 6), 5))
+    mixed = SMMix(5, (4, 6)).apply(images, labels, Drawn((3, 3)), FakeGuide((4, 6), 5))
     middle = batch // 2
     assert torch.equal(mixed.images[middle], images[middle])
     own = torch.tensor(slow_labels(int(labels[middle]), 5, 0.1))
@@ -438,7 +439,7 @@ def test_another_key_gives_another_mix() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_images_keep_full_precision_labels(dtype: torch.dtype) -> None:
     images, labels = batch_of(4, (4, 6))
-    mixed = SMMix(5, (4, 6)).apply(images.to(dtype), labels, (2, 3), FakeGuide((4, 6), 5))
+    mixed = SMMix(5, (4, 6)).apply(images.to(dtype), labels, Drawn((2, 3)), FakeGuide((4, 6), 5))
     assert mixed.images.dtype == dtype
     for name in ("labels", "lam", "source_labels", "target_labels", "reference_probs"):
         assert getattr(mixed, name).dtype == torch.float32, name
@@ -481,7 +482,7 @@ def test_the_whole_mix_is_the_same_when_compiled(backend: str, variant: str, cas
     mixer = SMMix(5, (4, 6), variant=VARIANTS[variant])
 
     def apply(images: Tensor, labels: Tensor, clean: ModelOutput, size: Size) -> MixedBatch:
-        return mixer.apply(images, labels, size, lambda _: clean)
+        return mixer.apply(images, labels, Drawn(size), lambda _: clean)
 
     compiled = torch.compile(apply, backend=backend, dynamic=True, fullgraph=True)
     for batch, size in cases:

@@ -52,9 +52,48 @@ PAPER: dict[str, dict[str, tuple[str, ...]]] = {
         "tokenmix": ("tokenmix", "81.2"),
         "smmix": ("smmix", "81.1"),
     },
+    "table1": {
+        "cutmix": ("CutMix", "72.2", "79.8", "81.8", "77.6", "79.1", "75.1", "79.8", "81.2", "81.7", "81.2"),
+        "smmix": ("SMMix", "73.6", "81.1", "82.9", "78.9", "80.2", "76.4", "81.0", "82.2", "82.7", "81.8"),
+    },
+    "table7": {
+        "none": ("none", "79.8"),
+        "mixing": ("mixing", "80.4"),
+        "consistency": ("consistency", "80.3"),
+        "mixing_fine": ("mixing_fine", "80.9"),
+        "mixing_consistency": ("mixing_consistency", "80.8"),
+        "all": ("all", "81.1"),
+    },
+    "table8": {"fixed": ("fixed", "81.0"), "u01": ("u01", "81.0"), "default": ("default", "81.1")},
+    "table9": {
+        "deit_tiny": ("deit_tiny", "73.5"),
+        "deit_small": ("deit_small", "74.1"),
+        "self": ("self", "73.6"),
+        "ema": ("ema", "-"),
+    },
+    "tablea4": {
+        "random_corr": ("random_corr", "74.2"),
+        "random_max": ("random_max", "73.8"),
+        "random_min": ("random_min", "74.5"),
+        "max_corr": ("max_corr", "74.4"),
+        "max_max": ("max_max", "74.3"),
+        "max_min": ("max_min", "74.7"),
+    },
+    "tablea5": {
+        "none": ("none", "80.7"),
+        "block3": ("block3", "81.0"),
+        "block6": ("block6", "81.1"),
+        "block9": ("block9", "81.1"),
+        "block12": ("block12", "81.1"),
+        "rollout": ("rollout", "81.1"),
+    },
 }
-TO_COME = {"table2": ["puzzlemix", "automix"], "table1_transmix": [], "table6": ["tokenmix"]}
-COLUMNS = {"table2": ["deit_small", "swin_tiny"], "table1_transmix": [], "table6": ["deit_small"]}
+TO_COME: dict[str, list[str]] = {table: [] for table in PAPER}
+TO_COME.update(table2=["puzzlemix", "automix"], table6=["tokenmix"])
+COLUMNS = {
+    **{table: ["deit_small"] for table in PAPER},
+    "table1": list(TABLE_1), "table1_transmix": [], "table2": ["deit_small", "swin_tiny"], "table9": ["deit_tiny"],
+}  # fmt: skip
 
 # The benchmark's recipe (Open-Mixup's files for DeiT-S and Swin-T) as each row of Table 2 must spell it out.
 TABLE_2_RECIPE: dict[str, Any] = {
@@ -101,6 +140,41 @@ TABLE_6_ROWS: dict[str, dict[str, Any]] = {
     "transmix": {"mixer": "smmix", "relabel": "transmix", "relabel_ratio": 0.5},
     "smmix": {"mixer": "smmix"},
 }
+# What each row of the study adds to the recipe of its model's script.
+STUDY: dict[str, dict[str, dict[str, Any]]] = {
+    "table1": {"cutmix": {"mixer": "cutmix"}, "smmix": {"mixer": "smmix"}},
+    "table6": TABLE_6_ROWS,
+    "table7": {
+        "none": {"mixer": "cutmix", "con_weight": 0.0},
+        "mixing": {"mixer": "smmix", "fine_weight": 0.0, "con_weight": 0.0},
+        "consistency": {"mixer": "cutmix", "con_weight": 1.0},
+        "mixing_fine": {"mixer": "smmix", "fine_weight": 1.0, "con_weight": 0.0},
+        "mixing_consistency": {"mixer": "smmix", "fine_weight": 0.0, "con_weight": 1.0},
+        "all": {"mixer": "smmix", "fine_weight": 1.0, "con_weight": 1.0},
+    },
+    "table8": {
+        "fixed": {"mixer": "smmix", "side_ratio": [0.5, 0.5]},
+        "u01": {"mixer": "smmix", "side_ratio": [0.0, 1.0]},
+        "default": {"mixer": "smmix", "side_ratio": [0.25, 0.75]},
+    },
+    "table9": {
+        "deit_tiny": {"mixer": "smmix", "motivator": "deit_tiny_patch16_224.fb_in1k"},
+        "deit_small": {"mixer": "smmix", "motivator": "deit_small_patch16_224.fb_in1k"},
+        "self": {"mixer": "smmix", "motivator": "self"},
+        "ema": {"mixer": "smmix", "motivator": "ema", "model_ema": True},
+    },
+    "tablea4": {
+        f"{source}_{target}": {
+            "mixer": "smmix", "epochs": 100, "source_region": source, "target_region": target,
+        }
+        for source in ("random", "max") for target in ("corr", "max", "min")
+    },
+    "tablea5": {
+        "none": {"mixer": "smmix", "score": "random"},
+        **{f"block{depth}": {"mixer": "smmix", "score_block": depth} for depth in (3, 6, 9, 12)},
+        "rollout": {"mixer": "smmix", "score": "rollout"},
+    },
+}  # fmt: skip
 OF_THE_RUN = {"model", "batch_size", "accum_steps", "data_path", "output_dir"}
 
 
@@ -179,7 +253,7 @@ def test_every_table_is_tested() -> None:
 def test_a_list_numbers_the_rows_and_quotes_the_paper(table: str) -> None:
     done = start(table, "--list", DRY_RUN="0")
     assert (done.returncode, done.stderr) == (0, "")
-    rows = re.findall(r"^ *(\d+) +(\w+) +.*?((?: +\d+\.\d)+)(   not available yet)?$", done.stdout, flags=re.M)
+    rows = re.findall(r"^ *(\d+) +(\w+) +.*?((?: {2,}(?:\d+\.\d|-))+)(   not available yet)?$", done.stdout, flags=re.M)
     expected = [
         (str(number), name, " ".join(figures), "   not available yet" if name in TO_COME[table] else "")
         for number, (name, (_, *figures)) in enumerate(PAPER[table].items(), start=1)
@@ -192,7 +266,8 @@ def test_a_list_numbers_the_rows_and_quotes_the_paper(table: str) -> None:
 def test_a_header_says_what_to_expect_and_that_it_was_not_run(table: str) -> None:
     header = re.sub(r"\n# *", " ", (FOLDER / f"{table}.sh").read_text().split("\nset -e")[0])
     for label, *figures in PAPER[table].values():
-        assert f"{label} {' and '.join(figures)}" in header
+        together = f"{', '.join(figures[:-1])} and {figures[-1]}" if len(figures) > 1 else figures[0]
+        assert together == "-" or f"{label} {together}" in header
     assert "Not run by us" in header
 
 
@@ -201,6 +276,12 @@ def test_the_figures_here_agree_with_the_ten_scripts() -> None:
         assert float(PAPER["table2"]["cutmix"][column]) == TABLE_1[model].cutmix
         assert float(PAPER["table2"]["smmix"][column]) == TABLE_1[model].smmix
     assert float(PAPER["table6"]["smmix"][1]) == TABLE_1["deit_small"].smmix
+    for place, model in enumerate(COLUMNS["table1"], start=1):
+        assert float(PAPER["table1"]["cutmix"][place]) == TABLE_1[model].cutmix
+        assert float(PAPER["table1"]["smmix"][place]) == TABLE_1[model].smmix
+    for table, row, known in (("table7", "none", "cutmix"), ("table7", "all", "smmix"), ("table8", "default", "smmix")):
+        assert float(PAPER[table][row][1]) == getattr(TABLE_1["deit_small"], known)
+    assert float(PAPER["table9"]["self"][1]) == TABLE_1["deit_tiny"].smmix
     for model, (label, _) in PAPER["table1_transmix"].items():
         assert label == TABLE_1[model].name
 
@@ -232,12 +313,27 @@ def test_a_transmix_row_has_the_authors_recipe_or_its_models_own(model: str) -> 
     assert run.args.model == TABLE_1[model].model
 
 
-@pytest.mark.parametrize("row", TABLE_6_ROWS)
-def test_a_row_of_table_6_is_the_recipe_of_deit_small(row: str) -> None:
-    run = all_runs("table6")[f"deit_small_{row}"]
-    assert recipe_of(run) == {**RECIPE, **TABLE_6_ROWS[row]}
-    script, _ = run_of("deit_small", "--nproc", "4")
-    assert (run.args.model, run.args.batch_size) == (script.model, script.batch_size)
+@pytest.mark.parametrize(("table", "row"), [(table, row) for table, rows in STUDY.items() for row in rows])
+def test_a_row_of_the_study_is_the_recipe_of_its_models_script(table: str, row: str) -> None:
+    for model in COLUMNS[table]:
+        run = all_runs(table)[f"{model}_{row}"]
+        own = {**RECIPE, **TABLE_1[model].differs, **STUDY[table][row]}
+        assert recipe_of(run) == {name: value for name, value in own.items() if value is not None}
+        script, _ = run_of(model, "--nproc", "4")
+        assert (run.args.model, run.args.batch_size) == (script.model, script.batch_size)
+
+
+def test_the_study_is_whole() -> None:
+    for table, rows in STUDY.items():
+        assert list(rows) == [row for row in PAPER[table] if row not in TO_COME[table]]
+
+
+def test_motivators_are_files_where_these_are_given() -> None:
+    words = ("--motivator-tiny", "a b.pth", "--motivator-small=c.pth")
+    tiny, small, *_ = runs_in(shown("table9", *words))
+    assert tiny.args.motivator == "deit_tiny_patch16_224=a b.pth"
+    assert small.args.motivator == "deit_small_patch16_224=c.pth"
+    assert "each row has its own" in refusal("table9", "--data-path", "/imagenet", "--motivator", "ema")
 
 
 @pytest.mark.parametrize("processes", ["1", "2", "8", "16"])
@@ -249,7 +345,8 @@ def test_the_total_batch_and_the_peak_rate_hold_on_any_number_of_processes(table
         assert (run.processes, total) == (int(processes), 256 if by_authors else 1024)
         rate = run.args.lr if run.args.unscale_lr else optim.scale_rate(run.args.lr, total)
         assert rate == pytest.approx(1e-3)
-        assert run.args.batch_size <= TABLE_1[re.sub("_[a-z]+$", "", run.name)].largest
+        (largest,) = (known.largest for known in TABLE_1.values() if known.model == run.args.model)
+        assert run.args.batch_size <= largest
 
 
 @pytest.mark.parametrize(
@@ -297,9 +394,11 @@ def test_the_commands_of_a_header_are_accepted(script: Path) -> None:
         program, path, *words = shlex.split(command)
         assert (program, path) == ("bash", f"scripts/tables/{script.name}")
         if words != ["--list"]:
-            done = start(script.stem, *words, "--nproc", "4")
+            done = start(script.stem, *words, *([] if "--small" in words else ["--nproc", "4"]))
             assert done.returncode == 0, done.stderr
-            assert runs_in(done.stdout)
+            assert "main.py" in done.stdout
+            if "--small" not in words:
+                assert runs_in(done.stdout)
 
 
 # ------------------------------------------------------------------------------------------- choosing and naming
@@ -417,14 +516,15 @@ def leave(folder: Path, *lines: str) -> None:
 @pytest.mark.parametrize("table", PAPER)
 def test_a_finished_row_is_left_out_and_one_that_is_not_goes_on(table: str, tmp_path: Path) -> None:
     first, second, *_ = runs_in(shown(table, "--output", str(tmp_path)))
-    leave(Path(first.folder), '{"epoch": 298, "test_acc1": 80.0}', '{"epoch": 299, "test_acc1": 80.5}')
-    leave(Path(second.folder), '{"epoch": 297, "test_acc1": 80.0}', '{"epoch": 298, "test_acc1": 80.5}')
+    last = first.args.epochs - 1
+    leave(Path(first.folder), f'{{"epoch": {last - 1}, "test_acc1": 80.0}}', f'{{"epoch": {last}, "test_acc1": 80.5}}')
+    leave(Path(second.folder), f'{{"epoch": {last - 1}, "test_acc1": 80.0}}')
     printed = shown(table, "--output", str(tmp_path))
     runs = runs_in(printed)
     assert first.name not in names(runs)
     assert names(runs)[0] == second.name
     assert runs[0].args.auto_resume
-    assert f"finished, epoch 299 is in {first.folder}/log.txt; skipped" in printed
+    assert f"finished, epoch {last} is in {first.folder}/log.txt; skipped" in printed
     assert f"going on with {second.folder}" in printed
 
 
@@ -467,7 +567,8 @@ def fake_torchrun(folder: Path, body: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("table", PAPER)
 def test_rows_run_one_after_the_other_and_once(table: str, tmp_path: Path) -> None:
-    environment = fake_torchrun(tmp_path, 'mkdir -p "$out"\necho \'{"epoch": 299}\' >"$out/log.txt"')
+    last = next(iter(all_runs(table).values())).args.epochs - 1
+    environment = fake_torchrun(tmp_path, f'mkdir -p "$out"\necho \'{{"epoch": {last}}}\' >"$out/log.txt"')
     words = ["--data-path", "/imagenet", "--nproc", "4", "--output", str(tmp_path / "my runs")]
     assert start(table, *words, **environment).returncode == 0
     assert (tmp_path / "calls").read_text().split() == list(all_runs(table))
@@ -491,7 +592,7 @@ def test_a_run_that_fails_stops_the_table_with_its_exit_code(table: str, tmp_pat
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_scripts_are_bash_without_mistakes_and_explain_themselves(script: Path) -> None:
-    for path in (script, FOLDER / "_table.sh"):
+    for path in (script, FOLDER / "_table.sh", FOLDER / "_small.sh"):
         subprocess.run(["bash", "-n", str(path)], check=True)
         for new in (";;&", "declare -A", "local -A", "mapfile", "readarray", ",,}", "^^}"):  # bash 3.2 of macOS
             assert new not in path.read_text()

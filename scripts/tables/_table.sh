@@ -9,11 +9,14 @@
 #   columns   the heading of each column of figures
 #   method    where rows are models: what they are trained with, the second half of a folder's name
 # declares its rows in the paper's order with `row` and `row_to_come`, defines `train_row` anew unless every run is a
-# model's script with flags, and ends with `run_table "$@"`.
+# model's script with flags, `adapt_row` if what a row adds depends on more than the row, and ends with
+# `run_table "$@"`.
 # shellcheck disable=SC2154  # these come from that script
 
 # shellcheck source=scripts/_imagenet.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../_imagenet.sh"
+# shellcheck source=scripts/tables/_small.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_small.sh"
 
 row_names=() row_labels=() row_figures=() row_flags=() row_there=()
 
@@ -44,10 +47,13 @@ train_by_script() {
   bash "$root/scripts/$model.sh" "$@"
 }
 
+# adapt_row NAME: may change `flags`, what the row adds to its recipe; `small` and `listing` (1 or 0) say what for.
+adapt_row() { :; }
+
 # run_table ARGUMENT...: what the user asked of the table.
 run_table() {
-  local data='' nproc='' output=$root/output asked='' only='' list=0 flag value used index model
-  local passed=() chosen=() chosen_models=()
+  local data='' nproc='' output=$root/output asked='' only='' seed=0 small=0 small_steps='' list=0 listing=0
+  local flag value used index model passed=() chosen=() chosen_models=()
   while (($#)); do
     name_flag "$1"
     case $flag in
@@ -55,13 +61,17 @@ run_table() {
         show_header
         exit 0
         ;;
-      --list)
-        list=1
+      --list | --list-tsv | --small)
+        case $flag in
+          --list) list=1 ;;
+          --list-tsv) listing=1 ;;
+          --small) small=1 ;;
+        esac
         shift
         continue
         ;;
       --mixer) die "--mixer: each row of $table has its own; choose rows with --row, see --list" ;;
-      --row | --model | --data-path | --nproc | --output | --output-dir) ;;
+      --row | --model | --data-path | --nproc | --output | --output-dir | --steps | --seed) ;;
       *)
         passed+=("$1")
         shift
@@ -79,35 +89,74 @@ run_table() {
       --data-path) data=$value ;;
       --nproc) nproc=$value ;;
       --output | --output-dir) output=${value%/} ;;
+      --steps)
+        is_count "$value" || die "--steps $value: must be a whole number above 0"
+        small_steps=$value
+        ;;
+      --seed)
+        seed=$value
+        passed+=(--seed "$seed")
+        ;;
     esac
   done
   if ((list)); then
     list_rows
     exit 0
   fi
+  if ((small)); then
+    [[ -z $nproc ]] || die "--nproc $nproc: --small runs in one process; leave it out"
+    [[ -z $only ]] || die "--model$only: --small trains $small_model in every row; leave it out"
+    ((${#models[@]})) || only_method
+    models=("$small_model")
+  else
+    [[ -z $small_steps ]] || die "--steps $small_steps: only a rehearsal is cut short; add --small"
+  fi
 
+  if ((listing)); then
+    nproc=${nproc:-4}
+    list_runs "$asked" "$only"
+    exit 0
+  fi
   choose_rows "$asked"
   choose_models "$only"
   need_data "$data"
   find_torchrun
-  [[ -n $nproc ]] || nproc=$(count_gpus)
+  ((small)) || [[ -n $nproc ]] || nproc=$(count_gpus)
+  for_each_run run_row
+}
+
+# for_each_run COMMAND: COMMAND INDEX MODEL NAME for each of the chosen rows on each of the chosen models; NAME is that
+# of the row in its run's folder.
+for_each_run() {
   for index in "${chosen[@]}"; do
     if ((${#models[@]} == 0)); then
-      run_row "$index" "${row_names[index]}" "${row_names[index]}_$method"
+      "$1" "$index" "${row_names[index]}" "$method"
       continue
     fi
     for model in "${chosen_models[@]}"; do
-      run_row "$index" "$model" "${model}_${row_names[index]}"
+      "$1" "$index" "$model" "${row_names[index]}"
     done
   done
 }
 
-# run_row INDEX MODEL FOLDER: one run, unless it is finished.
+# Where rows are models, a rehearsal has a single row: their method.
+only_method() {
+  row_names=("$method") row_labels=("${columns[0]}") row_figures=('') row_flags=("--mixer $method") row_there=(1)
+}
+
+# run_row INDEX MODEL NAME: one run, unless it is finished.
 run_row() {
-  local index=$1 model=$2 folder=$output/$table/$3 flags=() arguments=() command epochs status
+  local index=$1 model=$2 folder flags=() arguments=() command epochs suffix=''
   local what="$table, row $((index + 1)), ${row_names[index]}"
-  ((${#models[@]} == 0)) || what+=" on $model"
+  [[ $seed == 0 ]] || suffix=_seed$seed
   read -r -a flags <<<"${row_flags[index]}"
+  adapt_row "$3"
+  if ((small)); then
+    train_small "small, $what" "$output/small/$table/$3$suffix" ${flags[@]+"${flags[@]}"}
+    return
+  fi
+  ((${#models[@]} == 0)) || what+=" on $model"
+  folder=$output/$table/${model}_$3$suffix
   arguments=(--data-path "$data" --nproc "$nproc" --output "$folder"
     ${flags[@]+"${flags[@]}"} ${passed[@]+"${passed[@]}"})
   # What would be run, for its last --epochs; refuses here what cannot be run.
@@ -117,6 +166,13 @@ run_row() {
     train_row "$model" "${arguments[@]}"
   )
   read_epochs "$command"
+  train_once "$what" "$folder" "$epochs" train_row "$model" "${arguments[@]}"
+}
+
+# train_once WHAT FOLDER EPOCHS COMMAND...: COMMAND, unless FOLDER has the last epoch; where it fails, the table ends.
+train_once() {
+  local what=$1 folder=$2 epochs=$3 status
+  shift 3
   if is_finished "$folder" "$epochs"; then
     say "$what: finished, epoch $((epochs - 1)) is in $folder/log.txt; skipped"
     return
@@ -130,7 +186,7 @@ run_row() {
   set +e
   (
     set -e
-    train_row "$model" "${arguments[@]}"
+    "$@"
   )
   status=$?
   set -e
@@ -154,9 +210,13 @@ read_epochs() {
 }
 
 # is_finished FOLDER EPOCHS: whether log.txt there, a line of JSON per epoch, has the last one. A line that was cut
-# short does not count.
+# short does not count, nor an epoch that was: status.json says how many are done.
 is_finished() {
-  [[ -f $1/log.txt ]] && grep -Eq "\"epoch\": *$(($2 - 1)) *(,.*)?}\$" "$1/log.txt"
+  local done_there
+  [[ -f $1/log.txt ]] && grep -Eq "\"epoch\": *$(($2 - 1)) *(,.*)?}\$" "$1/log.txt" || return 1
+  [[ -f $1/status.json ]] || return 0
+  done_there=$(grep -Eo '"epoch": *[0-9]+' "$1/status.json" | grep -Eo '[0-9]+$') || return 0
+  ((done_there >= $2))
 }
 
 # Sets `chosen`: the places of the rows that the words name, by number or by name; without words, of all there are.
@@ -210,17 +270,77 @@ choose_models() {
 list_rows() {
   local index figure figures=() note
   printf '%s\n\n' "$title"
-  printf ' #  %-13s %-22s' row label
+  printf ' #  %-18s %-23s' row label
   printf '%8s' "${columns[@]}"
   printf '\n'
   for ((index = 0; index < ${#row_names[@]}; index++)); do
     read -r -a figures <<<"${row_figures[index]}"
     note=''
     ((row_there[index])) || note='   not available yet'
-    printf '%2d  %-13s %-22s' $((index + 1)) "${row_names[index]}" "${row_labels[index]}"
+    printf '%2d  %-18s %-23s' $((index + 1)) "${row_names[index]}" "${row_labels[index]}"
     for figure in "${figures[@]}"; do
       printf '%8s' "$figure"
     done
     printf '%s\n' "$note"
   done
+}
+
+# Prints a line for each run of the chosen rows, fields with tabs between them: table, row, label, model, the paper's
+# figure (if any), and the arguments of main.py (if the row is available) without the places of data and output.
+list_runs() {
+  local place
+  if [[ -n $1 ]]; then
+    choose_rows "$1"
+  else
+    for ((place = 0; place < ${#row_names[@]}; place++)); do
+      chosen+=("$place")
+    done
+  fi
+  choose_models "$2"
+  for_each_run list_run
+}
+
+list_run() {
+  local index=$1 model=$2 label=${row_labels[$1]} figures=() figure='' flags=() arguments=() command='' place
+  read -r -a figures <<<"${row_figures[index]}"
+  figure=${figures[0]-}
+  ((${#models[@]})) || label=${columns[0]}
+  for ((place = 0; place < ${#models[@]}; place++)); do
+    [[ ${models[place]} != "$model" ]] || figure=${figures[place]-}
+  done
+  if ((row_there[index])); then
+    read -r -a flags <<<"${row_flags[index]}"
+    adapt_row "$3"
+    if ((small)); then
+      small_arguments . ${flags[@]+"${flags[@]}"}
+      command="main.py ${arguments[*]}"
+    else
+      command=$(
+        set -e
+        export DRY_RUN=1
+        train_row "$model" --data-path . --nproc "$nproc" --output . ${flags[@]+"${flags[@]}"} \
+          ${passed[@]+"${passed[@]}"}
+      )
+    fi
+  fi
+  ((!small)) || figure=''
+  printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$table" "$3" "$label" "$model" "${figure#-}" "$(only_recipe "$command")"
+}
+
+# only_recipe COMMAND: what follows main.py in the text of a command, without the places of data and output.
+only_recipe() {
+  local words=() word kept=() skip=1
+  read -r -d '' -a words <<<"$1" || true
+  for word in ${words[@]+"${words[@]}"}; do
+    case $word in
+      */main.py | main.py)
+        kept=() skip=0
+        continue
+        ;;
+      --data-path | --output-dir | --data-set) skip=2 ;;
+    esac
+    ((skip)) || kept+=("$word")
+    ((skip == 0)) || skip=$((skip - 1))
+  done
+  printf '%s' "${kept[*]-}"
 }

@@ -15,6 +15,7 @@
 # --data-path, --nproc, NNODES=... and DRY_RUN=1   as in scripts/deit_small.sh
 # --output ROOT     runs are in ROOT/table1/<model>_transmix; default: output. Run again, the same command leaves out
 #                   rows that are finished and goes on with one that was interrupted.
+# --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
 # Whatever else is given goes to main.py behind the recipe and the row's flags, so that it wins over both.
 #
 # DeiT rows: the recipe of the authors' repository (Beckschen/TransMix: configs/deit_s_transmix.yaml,

@@ -17,6 +17,7 @@
 # --data-path, --nproc, NNODES=... and DRY_RUN=1   as in scripts/deit_small.sh
 # --output ROOT     runs are in ROOT/table2/<model>_<row>; default: output. Run again, the same command leaves out rows
 #                   that are finished and goes on with one that was interrupted.
+# --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
 # Whatever else is given goes to main.py behind the recipe and the row's flags, so that it wins over both.
 #
 # Where the paper's figures come from. All but SMMix's are those of the Open-Mixup benchmark (Westlake-AI/openmixup,
@@ -75,6 +76,15 @@ row resizemix 'ResizeMix' '78.6 81.4' --mixer resizemix --mix-protocol single --
   --resize-placement clipped
 row_to_come automix 'AutoMix' '80.8 81.8'
 row smmix 'SMMix' '81.1 81.8' --mixer smmix --variant paper --side-ratio 0.25 0.75
+
+# A rehearsal trains AttentiveMix's classifier itself. Its map has a cell for 32 x 32 pixels, so both networks are shown
+# the images at 128 pixels; the ViT cuts them into patches of 16, as many tokens as ever.
+adapt_row() {
+  [[ $small == 1 && $1 == attentivemix ]] || return 0
+  pretrain test_resnet --model test_resnet --input-size 128 --mixer none
+  flags=(--mixer attentivemix --mix-protocol single --mix-alpha 2 8 --attentive-teacher "$pretrained"
+    --input-size 128 --patch-size 16)
+}
 
 # The benchmark's recipe. Its warm-up begins at 1e-5 (Swin-T: 1e-6) times the peak rate.
 train_row() {

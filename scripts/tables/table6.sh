@@ -14,6 +14,7 @@
 # --data-path, --nproc, NNODES=... and DRY_RUN=1   as in scripts/deit_small.sh
 # --output ROOT     runs are in ROOT/table6/deit_small_<row>; default: output. Run again, the same command leaves out
 #                   rows that are finished and goes on with one that was interrupted.
+# --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
 # Whatever else is given goes to main.py behind the recipe and the row's flags, so that it wins over both.
 #
 # A row is scripts/deit_small.sh and its flags; smmix is the SMMix run of Table 1 once more: if you have that, --row

@@ -1,0 +1,232 @@
+"""The tables' scripts with `--small` and `--list-tsv`: each row's rehearsal, and the list that the report reads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from options import check_args, explicit_flags, get_args_parser
+from tests.image_folders import make_image_folder
+from tests.runs import run_main
+from tests.test_commands import ROOT
+from tests.test_tables import COLUMNS, PAPER, STUDY, TO_COME, all_runs, recipe_of, refusal, start
+
+tables = pytest.mark.parametrize("table", PAPER)
+PRETRAINED = ("cutmix_vit_mini", "cutmix_deit_tiny", "test_resnet")
+TINY = "--batch-size 8 --subset 40 --num-workers 0 --device cpu"  # a second's work
+# Rows whose flags are others in a rehearsal, or that have no model of their own to name them by.
+SMALL_ROWS = {"table1_transmix": ["transmix"]}
+SMALL_FLAGS: dict[str, dict[str, dict[str, Any]]] = {
+    "tablea5": {f"block{depth}": {"score_block": small} for depth, small in ((3, 2), (6, 3), (9, 5), (12, 6))},
+    "tablea4": {row: {"epochs": 200} for row in PAPER["tablea4"]},
+    "table9": {
+        "deit_tiny": {"motivator": "cutmix_vit_mini"},
+        "deit_small": {"motivator": "cutmix_deit_tiny"},
+        "ema": {"model_ema_decay": 0.99},
+    },
+}  # fmt: skip
+
+
+def rows_of(table: str) -> list[str]:
+    """Those that a rehearsal has."""
+    return SMALL_ROWS.get(table) or [row for row in PAPER[table] if row not in TO_COME[table]]
+
+
+@cache
+def listed(table: str, *words: str) -> list[list[str]]:
+    done = start(table, "--list-tsv", *words, DRY_RUN="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    return [line.split("\t") for line in done.stdout.splitlines()]
+
+
+def commands(printed: str) -> list[list[str]]:
+    """The words that main.py is given in each command of a dry run."""
+    found = [shlex.split(line) for line in printed.splitlines() if not line.startswith("== ")]
+    assert all(words[:2] == ["python3", str(ROOT / "main.py")] for words in found)
+    return [words[2:] for words in found]
+
+
+def rehearsals(table: str, output: Path, *words: str, data: str = "/cifar") -> dict[str, list[str]]:
+    """Each run's words by its folder below OUTPUT/small, in the order in which they run."""
+    done = start(table, "--small", "--data-path", data, "--output", str(output), *words)
+    assert done.returncode == 0, done.stderr
+    folders = {}
+    for given in commands(done.stdout):
+        folder = Path(parse(given).output_dir)
+        folders[folder.relative_to(output / "small").as_posix()] = given
+    return folders
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    args = get_args_parser().parse_args(words)
+    check_args(args)
+    return args
+
+
+# -------------------------------------------------------------------------------------------------- the list to read
+
+
+@tables
+def test_the_list_has_a_line_for_each_run(table: str) -> None:
+    lines = listed(table)
+    if COLUMNS[table]:
+        expected = [(row, model) for row in PAPER[table] for model in COLUMNS[table]]
+        figures = [figure for _, *row in PAPER[table].values() for figure in row]
+    else:
+        expected = [("transmix", model) for model in PAPER[table]]
+        figures = [figure for _, figure in PAPER[table].values()]
+    assert [(row, model) for _, row, _, model, _, _ in lines] == expected
+    assert {name for name, *_ in lines} == {table.split("_")[0]}
+    assert [figure for *_, figure, _ in lines] == ["" if figure == "-" else figure for figure in figures]
+    assert all(label for _, _, label, *_ in lines)
+
+
+@tables
+def test_the_lists_arguments_are_those_of_the_runs(table: str) -> None:
+    for _, row, _, model, _, words in listed(table):
+        if row in TO_COME[table]:
+            assert words == ""
+            continue
+        written = explicit_flags(get_args_parser(), words.split(" "))
+        run = all_runs(table)[f"{model}_{row}"]
+        known = {**recipe_of(run), **{name: run.written[name] for name in ("model", "batch_size", "accum_steps")}}
+        assert written == {name: value for name, value in known.items() if name != "data_set"}
+        parse([*words.split(" "), "--output-dir", "there"])
+
+
+@tables
+def test_the_list_of_rehearsals_is_what_they_run(table: str, tmp_path: Path) -> None:
+    lines = listed(table, "--small", "--output", str(tmp_path))
+    there = [line for line in lines if line[1] not in TO_COME[table]]
+    assert [row for _, row, *_ in there] == rows_of(table)
+    runs = rehearsals(table, tmp_path)
+    for _, row, _, model, figure, words in there:
+        assert (model, figure) == ("vit_mini_patch4_32", "")  # the paper has none of these
+        own = explicit_flags(get_args_parser(), runs[f"{table.split('_')[0]}/{row}"])
+        kept = {name: own[name] for name in own if name not in ("data_path", "data_set", "output_dir")}
+        assert explicit_flags(get_args_parser(), words.split(" ")) == kept
+    assert {line[5] for line in lines if line[1] in TO_COME[table]} <= {""}
+
+
+def test_a_list_of_some_rows() -> None:
+    assert [line[1] for line in listed("table7", "--row", "all,1")] == ["all", "none"]
+    assert [line[3] for line in listed("table1", "--row", "smmix", "--model", "pvt_tiny")] == ["pvt_tiny"]
+
+
+# ------------------------------------------------------------------------------------------------------- rehearsals
+
+
+@tables
+def test_a_rehearsal_is_short_of_data_and_in_one_process(table: str, tmp_path: Path) -> None:
+    runs = rehearsals(table, tmp_path)
+    own = {folder: words for folder, words in runs.items() if not folder.startswith("pretrained/")}
+    assert list(own) == [f"{table.split('_')[0]}/{row}" for row in rows_of(table)]
+    assert {folder.removeprefix("pretrained/") for folder in runs.keys() - own.keys()} <= set(PRETRAINED)
+    for folder, words in own.items():
+        args, row = parse(words), folder.split("/")[1]
+        assert (args.model, args.subset, args.epochs, args.batch_size) == ("vit_mini_patch4_32", 2000, 200, 128)
+        assert (args.seed, args.max_steps, args.auto_resume, args.data_set) == (0, None, True, "IMNET")
+        wanted = {**STUDY.get(table, {}).get(row, {}), **SMALL_FLAGS.get(table, {}).get(row, {})}
+        for name, value in wanted.items():
+            found = getattr(args, name)
+            assert (Path(found).parent.name if str(found).endswith(".pth") else found) == value
+
+
+def test_a_rehearsal_of_attentive_mix_has_a_classifier_of_its_own(tmp_path: Path) -> None:
+    runs = rehearsals("table2", tmp_path, "--row", "attentivemix")
+    assert list(runs) == ["pretrained/test_resnet", "table2/attentivemix"]
+    teacher, row = map(parse, runs.values())
+    assert row.attentive_teacher == f"{teacher.output_dir}/checkpoint.pth"
+    assert (teacher.model, teacher.mixer, teacher.input_size, row.input_size) == ("test_resnet", "none", [128], [128])
+    assert row.patch_size == 16  # 64 tokens, as everywhere else
+
+
+def test_a_seed_has_a_folder_of_its_own_and_shares_what_is_pretrained(tmp_path: Path) -> None:
+    runs = rehearsals("table9", tmp_path, "--row", "1,3", "--seed", "2")
+    assert list(runs) == ["pretrained/cutmix_vit_mini", "table9/deit_tiny_seed2", "table9/self_seed2"]
+    assert [parse(words).seed for words in runs.values()] == [0, 2, 2]
+    full = start("table7", "--data-path", "/imagenet", "--nproc", "4", "--row", "all", "--seed", "2")
+    assert f"{ROOT}/output/table7/deit_small_all_seed2 " in full.stdout
+
+
+def test_cifars_own_files_are_known_by_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "cifar/cifar-10-batches-py").mkdir(parents=True)
+    runs = rehearsals("table7", tmp_path, "--row", "none", data=str(tmp_path / "cifar"))
+    assert parse(runs["table7/none"]).data_set == "CIFAR10"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--small", "--nproc", "2"], "--nproc 2: --small runs in one process; leave it out"),
+        (["--small", "--model", "deit_small"], "--small trains vit_mini_patch4_32 in every row; leave it out"),
+        (["--steps", "2"], "--steps 2: only a rehearsal is cut short; add --small"),
+        (["--small", "--steps", "0"], "--steps 0: must be a whole number above 0"),
+        (["--small", "--row", "nosuch"], "table7 has no such row"),
+    ],
+)
+def test_what_a_rehearsal_cannot_do_is_refused(words: list[str], message: str) -> None:
+    assert message in refusal("table7", "--data-path", "/cifar", *words)
+    assert "--data-path DIR is missing" in refusal("table7", "--small")
+
+
+# ------------------------------------------------------------------------------------------------------- two steps
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten classes, as CIFAR-10 has."""
+    root = tmp_path_factory.mktemp("rehearsal")
+    return make_image_folder(root, [f"class{number}" for number in range(10)], per_class=4, size=(32, 32))
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("output")
+
+
+@pytest.mark.slow
+@tables
+def test_every_row_takes_two_steps(table: str, photos: Path, output: Path) -> None:
+    """As the scripts would run them, but in this process, which saves each run its start."""
+    torch.manual_seed(0)
+    runs = rehearsals(table, output, "--steps", "2", *TINY.split(), data=str(photos))
+    for folder, words in runs.items():
+        done = run_main(*[Path(word) for word in words])  # paths are kept whole
+        assert done.code == 0, f"{folder}: {done.err}"
+        (line,) = (output / "small" / folder / "log.txt").read_text().splitlines()
+        assert json.loads(line)["train_loss"] > 0
+        assert json.loads((output / "small" / folder / "status.json").read_text())["step"] == 2
+    again = start(table, "--small", "--steps", "2", "--data-path", str(photos), "--output", str(output), *TINY.split())
+    assert not commands(again.stdout)
+    assert again.stdout.count("finished, 2 steps are in") == len(runs)
+    assert len(rehearsals(table, output, "--epochs", "1", *TINY.split(), data=str(photos))) == len(runs)  # it was cut
+    more = rehearsals(table, output, "--steps", "3", *TINY.split(), data=str(photos))
+    assert set(more) == set(runs)
+
+
+@pytest.mark.slow
+def test_the_script_runs_its_rows_itself(photos: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment.pop("DRY_RUN", None)
+    words = ["--small", "--steps", "2", "--data-path", photos, "--output", tmp_path / "my runs", "--row", "1"]
+    done = subprocess.run(
+        ["bash", "scripts/tables/table9.sh", *map(str, words), *TINY.split()],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made = sorted(path.parent.name for path in (tmp_path / "my runs").rglob("status.json"))
+    assert made == ["cutmix_vit_mini", "deit_tiny"]
+    assert json.loads((tmp_path / "my runs/small/table9/deit_tiny/args.json").read_text())["motivator"].endswith(
+        "my runs/small/pretrained/cutmix_vit_mini/checkpoint.pth"
+    )
