@@ -90,6 +90,8 @@ class ImageSpec:
     def from_plain(cls, plain: dict[str, Any]) -> ImageSpec:
         """The inverse of `to_plain`."""
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
+        if "input_size" not in values:
+            raise InputError("the checkpoint's image_spec has no input_size: it is damaged, use another checkpoint")
         return cls(**values)
 
 

@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 from timm.data import create_transform
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 
 import decoding
 import operations
@@ -91,8 +91,10 @@ def plain_transform(inputs: Inputs) -> Any:
     return transform
 
 
-def plain_batches(inputs: Inputs, transform: Any = None, decode: Decode = decode_pillow) -> Callable[[], Any]:
-    """DeiT's own way."""
+def plain_batches(
+    inputs: Inputs, transform: Any = None, decode: Callable[[str], Any] = pil_loader
+) -> Callable[[], Any]:
+    """DeiT's own way, which decodes through torchvision."""
     transform = transform or plain_transform(inputs)
     places = inputs.places(views=1)
 

@@ -5,6 +5,7 @@ python -m benchmarks.profile_step --model deit_tiny_patch16_224 --batch-size 32
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,10 @@ def get_args_parser() -> Parser:
     return parser
 
 
+def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    return get_args_parser().parse_args(argv)
+
+
 def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` under a name that the profile shows."""
 
@@ -55,7 +60,7 @@ def name_parts(bench: Bench) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = get_args_parser().parse_args(argv)
+    args = read_args(argv)
     device = torch.device(utils.pick_device(args.device))
     torch.set_num_threads(args.threads)
     bench = Bench(args.model, device, args.batch_size, args.amp)

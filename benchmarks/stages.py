@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from torchvision.datasets.folder import pil_loader
+
 import decoding
 from benchmarks import pipeline
 from benchmarks.pipeline import BATCH, Inputs
@@ -46,7 +48,7 @@ def theirs(inputs: Inputs, watch: Stopwatch) -> Callable[[], Any]:
     """DeiT's pipeline, watched."""
     transform = pipeline.plain_transform(inputs)
     watch.watch_steps(transform)
-    return pipeline.plain_batches(inputs, transform, watch.timed("decode", decode_pillow))
+    return pipeline.plain_batches(inputs, transform, watch.timed("decode", pil_loader))
 
 
 def ours(inputs: Inputs, watch: Stopwatch, decode: decoding.Decode, resize: str) -> Callable[[], Any]:
