@@ -26,7 +26,8 @@ OF_A_ROW = {"finetune", "start_epoch", "max_steps", "attentive_teacher", "motiva
 # The data are compared by what they are, whatever they are called: see `_compare_data`.
 FREE = (FREE_ON_RESUME | {"seed", "data_set", "inat_category", "nb_classes"}) - OF_A_ROW
 NETWORKS = {"attentive_teacher", "motivator"}  # NAME, NAME=FILE or a file
-CUTS = {"epochs", "max_steps"}  # what makes a rehearsal a shorter one and nothing else
+CUTS = {"epochs", "max_steps"}  # what makes a rehearsal a shorter one
+WITH_CUTS = {*CUTS, "warmup_epochs"}  # and what may go with that
 
 
 class DataSet(NamedTuple):
@@ -65,7 +66,7 @@ def sort_runs(runs: Sequence[Run], rows: Sequence[Row]) -> Sorted:
         fitting = [row for found, row in compared if not found]
         for row in fitting:
             place(there[row], run, run.is_finished)
-        shorter = [row for found, row in compared if row.small and {one.name for one in found} <= CUTS]
+        shorter = [row for found, row in compared if row.small and _is_shorter({one.name for one in found})]
         for row in [] if fitting else shorter:
             results = cut.setdefault(_length(run, row), {})
             place(results.setdefault(row, Result(row)), run, run.is_finished or run.is_cut)
@@ -83,11 +84,18 @@ def _whole_tables(found: dict[Row, Result], rows: Sequence[Row]) -> list[Result]
     return [found.get(row, Result(row)) for row in rows if row.small and row.table in tables]
 
 
+def _is_shorter(differ: set[str]) -> bool:
+    """Whether a rehearsal that differs from its row in these flags is a shorter one and nothing else."""
+    return differ <= WITH_CUTS and bool(differ & CUTS)
+
+
 def _length(run: Run, row: Row) -> str:
     """How much shorter than its row a rehearsal is."""
-    planned = flags_of(row.words, _device_of(run))["epochs"]
+    wanted = flags_of(row.words, _device_of(run))
+    planned, warm_up = wanted["epochs"], run.args.get("warmup_epochs")
     steps = f", at most {run.args['max_steps']} steps" if run.args.get("max_steps") else ""
-    return f"{run.planned} of {planned} epochs{steps}" if run.planned != planned or not steps else steps[2:]
+    length = f"{run.planned} of {planned} epochs{steps}" if run.planned != planned or not steps else steps[2:]
+    return length + ("" if warm_up == wanted["warmup_epochs"] else f", {warm_up} of them to warm up")
 
 
 def place(result: Result, run: Run, is_finished: bool) -> None:

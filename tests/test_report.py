@@ -288,6 +288,17 @@ def test_rehearsals_of_each_length_stand_apart(tmp_path: Path) -> None:
     assert [run.name for run in found.cut["3 of 6 epochs"][1].unfinished] == ["open"]
 
 
+def test_a_shorter_warm_up_goes_with_a_shorter_rehearsal_only(tmp_path: Path) -> None:
+    wanted = row("all", small=True)
+    write_run(tmp_path / "two", wanted, curve(52, 2), epochs=2)
+    write_run(tmp_path / "cold", wanted, curve(53, 2), epochs=2, warmup_epochs=0)
+    write_run(tmp_path / "long", wanted, curve(56, 6), warmup_epochs=0)
+    found = sorted_runs(tmp_path)
+    names = {cut: [run.name for run in results[1].finished] for cut, results in found.cut.items()}
+    assert names == {"2 of 6 epochs": ["two"], "2 of 6 epochs, 0 of them to warm up": ["cold"]}
+    assert [other.run.name for other in found.others] == ["long"]
+
+
 @pytest.mark.parametrize("data", [("IMNET", *CIFAR10[1:]), CIFAR10])
 def test_a_rehearsal_takes_cifar_10_from_either_place(data: tuple[str, int, int, int], tmp_path: Path) -> None:
     assert what_differs(one_run(tmp_path / "run", row("all", True), data=data), row("all", True)) == []
