@@ -299,7 +299,10 @@ WRONG_FLAGS = {
     "--cutmix-minmax 0.2 0.8": ["--cutmix-minmax", "(for cutmix or transmix)"],
     "--mixer cutmix --variant released": ["--variant released", "--mixer cutmix", "smmix"],
     "--mixer none --region-head separate": ["--region-head", "--mixer none", "smmix"],
-    "--mixer mixup --consistency logits --region-size floor": ["--consistency logits (for smmix, or with --con-weight above 0), --region-size floor"],
+    "--mixer mixup --consistency logits --region-size floor": [
+        "--consistency logits (for smmix, or",
+        "--region-size floor",
+    ],
     "--eval": ["--eval needs --resume"],
     "--resume a --finetune b": ["--resume", "--finetune", "one of them"],
     "--auto-resume": ["--auto-resume needs --output-dir"],
