@@ -154,7 +154,9 @@ def test_regions_are_classified_by_their_mean_cell(case: str, separate: bool) ->
                 expected = slow_classifier(case, model.network, pooled)
             else:
                 expected = model.token_head(pooled)
-            torch.testing.assert_close(output.region_logits[b, region], expected, atol=1e-5, rtol=1e-5)
+            # weights drawn anew give logits in the thousands, of terms that cancel in some of them
+            close = 1e-5 * max(1.0, float(expected.detach().abs().max()))
+            torch.testing.assert_close(output.region_logits[b, region], expected, atol=close, rtol=0)
 
 
 def slow_classifier(case: str, network: Any, pooled: Tensor) -> Tensor:
