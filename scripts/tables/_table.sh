@@ -169,7 +169,8 @@ run_row() {
   train_once "$what" "$folder" "$epochs" train_row "$model" "${arguments[@]}"
 }
 
-# train_once WHAT FOLDER EPOCHS COMMAND...: COMMAND, unless FOLDER has the last epoch; where it fails, the table ends.
+# train_once WHAT FOLDER EPOCHS COMMAND...: COMMAND, unless FOLDER has the last epoch; where it fails, or is stopped, the
+# table ends.
 train_once() {
   local what=$1 folder=$2 epochs=$3 status
   shift 3
@@ -194,7 +195,14 @@ train_once() {
     printf 'error: %s: stopped with exit code %s, see above; the same command goes on from here\n' "$what" "$status" >&2
     exit "$status"
   fi
+  if [[ ${DRY_RUN:-0} != 1 ]] && was_stopped "$folder"; then
+    printf 'error: %s: stopped when asked to, before its end; the same command goes on from here\n' "$what" >&2
+    exit 1
+  fi
 }
+
+# was_stopped FOLDER: whether the run there was stopped by a signal. It has saved then, and its exit code may be 0.
+was_stopped() { [[ -f $1/status.json ]] && grep -Eq '"state": *"preempted"' "$1/status.json"; }
 
 # Sets `epochs`: the last --epochs in the text of a command.
 read_epochs() {
