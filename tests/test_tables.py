@@ -589,7 +589,9 @@ def test_a_run_that_fails_stops_the_table_with_its_exit_code(table: str, tmp_pat
 
 def test_a_run_that_is_stopped_politely_stops_the_table_too(tmp_path: Path) -> None:
     environment = fake_torchrun(tmp_path, 'mkdir -p "$out"\necho \'{"state": "preempted"}\' >"$out/status.json"')
-    done = start("table7", "--data-path", "/imagenet", "--nproc", "4", "--output", str(tmp_path / "runs"), **environment)
+    done = start(
+        "table7", "--data-path", "/imagenet", "--nproc", "4", "--output", str(tmp_path / "runs"), **environment
+    )
     assert done.returncode == 1
     assert (tmp_path / "calls").read_text().split() == list(all_runs("table7"))[:1]
     assert "stopped when asked to, before its end; the same command goes on from here" in done.stderr
