@@ -2,6 +2,7 @@
 
 Owns device moves, autocast, eval mode and finiteness. Knows no model family, no mixing method, no flags and writes no
 files. Nothing here reads a device value outside logging steps: values stay on the device until `Meters` reads them.
+Optimizers without a fused form are the exception: torch's scaler then reads once per step whether to skip it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+import optim
 import utils
 from health import Health, Seen
 from losses import Criterion, Terms
@@ -26,6 +28,7 @@ from models.interface import Depth, Glance, ImageModel, resample_score
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+LOADED = ("images", "labels", "indices", "boxes", "operations")  # what a loader gives: the first three, or all
 
 
 def make_autocast(device: torch.device, amp: str) -> Autocast:
@@ -207,22 +210,29 @@ def train_step(training: Training, micro_batches: list[tuple[Tensor, ...]], step
         meters: receives the loss terms as device tensors.
     """
     for micro, micro_batch in enumerate(micro_batches):
-        images, labels = receive(training, micro_batch, step, micro)
-        utils.seed_globals("forward", training.seed, step, micro, training.processes.rank)  # dropout, drop path
-        batch = training.mixer(images, labels, training.guide, training.random(step, micro))
-        with training.syncing(micro):
-            with training.autocast():
-                output = training.model(**batch.forward_inputs())
-            batch = batch.after_forward(output)
-            terms = training.criterion(output, batch)
-            seen = Seen(step, micro_batch[2], {name: term.detach() for name, term in terms.items()})
-            given = {"images": images, "labels": labels, "mixed_images": batch.images, "mixed_labels": batch.labels}
-            factor = training.health.watch(seen, given)
-            training.scaler.scale(terms["total"] * factor / training.accum_steps).backward()
-        meters.update(**_logged(terms, batch, labels))
+        meters.update(**_learn(training, micro_batch, step, micro))
     meters.update(grad_norm=update_weights(training))
     if training.after_update is not None:
         training.after_update(step)
+
+
+def _learn(training: Training, micro_batch: tuple[Tensor, ...], step: int, micro: int) -> dict[str, Tensor]:
+    """Adds the gradients of one micro-batch; returns what the log has of it. Nothing else of it stays in memory, but
+    what a report would need, until the next one comes."""
+    training.health.let_go()
+    images, labels = receive(training, micro_batch, step, micro)
+    utils.seed_globals("forward", training.seed, step, micro, training.processes.rank)  # dropout, drop path
+    batch = training.mixer(images, labels, training.guide, training.random(step, micro))
+    with training.syncing(micro):
+        with training.autocast():
+            output = training.model(**batch.forward_inputs())
+        batch = batch.after_forward(output)
+        terms = training.criterion(output, batch)
+        seen = Seen(step, micro_batch[2], {name: term.detach() for name, term in terms.items()})
+        mixed = {"mixed_images": batch.images, "mixed_labels": batch.labels}
+        factor = training.health.watch(seen, dict(zip(LOADED, micro_batch, strict=False)), mixed)
+        training.scaler.scale(terms["total"] * factor / training.accum_steps).backward()
+    return _logged(terms, batch, labels)
 
 
 def update_weights(training: Training) -> Tensor:
@@ -242,25 +252,8 @@ def update_weights(training: Training) -> Tensor:
     training.optimizer.zero_grad(set_to_none=True)
     good = training.health.count(norm)
     if training.ema is not None:
-        update_average(training.ema, training.module, good)
+        optim.update_average(training.ema, training.module, good)
     return norm
-
-
-@torch.no_grad()
-def update_average(average: Any, module: nn.Module, good: Tensor) -> None:
-    """timm's `ModelEmaV3.update`, but for a step that was left out: then the average stays as it is.
-
-    Args:
-        good: 1 or 0, on the device; it is not read.
-    """
-    pairs = list(zip(average.module.state_dict().values(), module.state_dict().values(), strict=True))
-    for held, current in pairs:
-        if not held.is_floating_point():
-            held.copy_(current)
-    held, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-    weight = ((1.0 - average.decay) * good).to(held[0].device)
-    current = [value.to(held[0].device, non_blocking=True) for value in current]
-    torch._foreach_lerp_(list(held), current, [weight] * len(held))
 
 
 def _logged(terms: Terms, batch: MixedBatch, labels: Tensor) -> dict[str, Tensor]:
@@ -288,7 +281,8 @@ def train_one_epoch(
         first_step: number of the first step, since the beginning of the run.
         meters: receives the loss terms; goes on where an interrupted epoch left it.
         on_log: called every `log_every` steps with the step, the means since the last call, and what is to be said of
-            updates that were left out.
+            updates that were left out; also, without means, where so many could have been left out in a row that
+            training ends.
         after_step: called after each step with the indices of its images (B * accum_steps,), on the host; true stops.
 
     Returns:
@@ -304,8 +298,9 @@ def train_one_epoch(
         if not micro_batches:
             break
         train_step(training, micro_batches, step, meters)
-        if (step + 1) % log_every == 0:
-            on_log(step, meters.recent(), training.health.check())
+        is_logged = (step + 1) % log_every == 0
+        if is_logged or (step + 1) % training.health.limit == 0:
+            on_log(step, meters.recent() if is_logged else {}, training.health.check())
         if after_step(torch.cat([batch[2] for batch in micro_batches])):
             return True
     return False

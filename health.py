@@ -21,7 +21,8 @@ class NonFiniteLoss(StopRun):
     """Too many updates in a row had to be left out.
 
     Attributes:
-        evidence: for each rank that met such a loss, what it was given in the last of these steps; None elsewhere.
+        evidence: for each rank that met such a loss in the last step, what its last such micro-batch was: as the loader
+            gave it, and mixed if it was the step's last; with a report on it. None elsewhere.
     """
 
     exit_code = 3
@@ -34,6 +35,14 @@ class Seen(NamedTuple):
     step: int
     indices: Tensor  # (B,)
     values: Terms
+
+
+class Given(NamedTuple):
+    """What one micro-batch was made of: as the loader gave it, on the host, and mixed, on the device."""
+
+    seen: Seen
+    loaded: dict[str, Tensor]
+    mixed: dict[str, Tensor]
 
 
 class Health:
@@ -51,15 +60,20 @@ class Health:
         self.processes, self.limit = processes, limit
         self.poison = torch.zeros((), device=processes.device)  # NaN while a loss of this step was not finite
         self.in_a_row = torch.zeros((), device=processes.device)
+        self.longest = torch.zeros((), device=processes.device)  # of all rows, also those that ended
         self.skipped = torch.zeros((), device=processes.device)  # since the run began
         self.told = 0.0  # of `skipped`, how many were reported
         self.unchecked: deque[Seen] = deque()  # micro-batches since the last check, or since the row began
-        self.given: dict[str, Any] = {}  # to the last micro-batch
+        self.given: list[Given] = []  # of the last step's micro-batches
 
-    def watch(self, seen: Seen, given: dict[str, Any]) -> Tensor:
-        """The factor, 1 or NaN, of this micro-batch's loss."""
+    def let_go(self) -> None:
+        """Frees the device of what is kept for a report, as the next micro-batch is about to need the room."""
+        self.given = [given._replace(mixed={}) for given in self.given]
+
+    def watch(self, seen: Seen, loaded: dict[str, Tensor], mixed: dict[str, Tensor]) -> Tensor:
+        """The factor, 1 or NaN, of this micro-batch's loss; the rest as in `Given`."""
         self.unchecked.append(seen)
-        self.given = given
+        self.given = [*(given for given in self.given if given.seen.step == seen.step), Given(seen, loaded, mixed)]
         self.poison = self.poison + 0.0 * seen.values["total"]
         return 1.0 + self.poison
 
@@ -68,6 +82,7 @@ class Health:
         good = norm.isfinite().float()
         self.unchecked[-1].values["grad_norm"] = norm.detach()
         self.in_a_row = (self.in_a_row + 1) * (1 - good)
+        self.longest = torch.maximum(self.longest, self.in_a_row)
         self.skipped = self.skipped + (1 - good)
         self.poison = torch.zeros_like(self.poison)
         return good
@@ -79,9 +94,9 @@ class Health:
             What to say of the steps that were left out since the last call, or None.
 
         Raises:
-            NonFiniteLoss: `limit` steps in a row were left out, up to now.
+            NonFiniteLoss: `limit` steps in a row were left out, up to now or before.
         """
-        skipped, in_a_row = torch.stack((self.skipped, self.in_a_row)).tolist()
+        skipped, longest, in_a_row = torch.stack((self.skipped, self.longest, self.in_a_row)).tolist()
         new, self.told = int(skipped - self.told), skipped
         if not new:
             self.unchecked.clear()
@@ -95,15 +110,21 @@ class Health:
         row_began = self.unchecked[-1].step - int(in_a_row) + 1
         while self.unchecked and self.unchecked[0].step < row_began:
             self.unchecked.popleft()
-        if in_a_row < self.limit:
+        if longest < self.limit:
             return "\n  ".join([f"left out {new} update{'s' if new > 1 else ''}, not finite:", *lines])
         failure = NonFiniteLoss(
-            f"{int(in_a_row)} steps in a row were not finite; nothing was updated in them.\n  "
+            f"{int(longest)} steps in a row were not finite; nothing was updated in them.\n  "
             + "\n  ".join(lines)
             + f"\n  {REMEDIES}"
         )
-        failure.evidence = {**self.given, "report": _describe(own[-1])} if own else None
+        failure.evidence = self._evidence(own)
         raise failure
+
+    def _evidence(self, bad: list[Seen]) -> dict[str, Any] | None:
+        for seen, loaded, mixed in reversed(self.given):
+            if any(seen is one for one in bad):
+                return {**loaded, **mixed, "report": _describe(seen)}
+        return None
 
 
 def _describe(seen: Seen) -> str:

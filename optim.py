@@ -1,4 +1,4 @@
-"""Optimizer and learning rate through timm's factories. Knows no flags and no training step."""
+"""Optimizer and learning rate through timm's factories, and the averaged weights. Knows no flags and no training step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from utils import InputError
 
@@ -44,6 +44,26 @@ def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         for parameter in group["params"] if group["momentum"] else []:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+@torch.no_grad()
+def update_average(average: Any, module: nn.Module, good: Tensor) -> None:
+    """timm's `ModelEmaV3.update`, but for a step that was left out: then the average stays as it is.
+
+    Args:
+        good: 1 or 0, on the device; it is not read.
+    """
+    pairs = list(zip(average.module.state_dict().values(), module.state_dict().values(), strict=True))
+    for held, current in pairs:
+        if not held.is_floating_point():
+            held.copy_(current)
+    held, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    weight = ((1.0 - average.decay) * good).to(held[0].device)
+    current = [value.to(held[0].device, non_blocking=True) for value in current]
+    # Not lerp: with a weight on the device that is a kernel for each tensor, these are a few for all.
+    change = torch._foreach_sub(current, held)
+    torch._foreach_mul_(change, weight)
+    torch._foreach_add_(held, change)
 
 
 class Schedule:

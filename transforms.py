@@ -257,7 +257,8 @@ def normalise(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
     On the CPU these are, bit for bit, the values of torchvision's `ToTensor` and `Normalize`.
     """
     mean, std = _mean_and_std(spec, images.device)
-    return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+    levels = torch.full((), 255.0, device=images.device)  # CUDA multiplies by the inverse of a number of the host
+    return images.to(torch.float32).div_(levels).sub_(mean).div_(std)
 
 
 def denormalise(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:

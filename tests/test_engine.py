@@ -187,6 +187,56 @@ def test_too_many_in_a_row_stop_the_run_with_the_evidence() -> None:
     assert failure.value.exit_code == 3
 
 
+def test_the_evidence_is_of_the_micro_batch_that_failed() -> None:
+    training = make_training(accum_steps=2)
+    training.health.limit = 2
+    training.mixer = cast(Any, training.mixer).first
+    planted_loss(training, "cls", {4, 6})  # the first micro-batches of steps 2 and 3
+    meters = Meters()
+    with pytest.raises(NonFiniteLoss) as failure:
+        engine.train_one_epoch(
+            training, [batch_of(number) for number in range(12)], first_step=0, meters=meters, log_every=100,
+            on_log=lambda step, means, trouble: None,
+        )  # fmt: skip
+    evidence = failure.value.evidence
+    assert evidence is not None
+    assert torch.equal(evidence["images"], batch_of(6)[0])
+    assert torch.equal(evidence["indices"], batch_of(6)[2])
+    assert str(batch_of(6)[2].tolist()) in evidence["report"]
+    assert "mixed_images" not in evidence  # another micro-batch has needed the device's memory since
+
+
+def test_what_was_mixed_leaves_the_device_before_the_next_batch() -> None:
+    training, held = make_training(), []
+    mixer = training.mixer
+
+    def look(images: Tensor, *rest: Any) -> Any:
+        held.append([given.mixed for given in training.health.given])
+        return mixer(images, *rest)
+
+    training.mixer = look
+    epoch_of(training, 3)
+    assert held == [[], [{}], [{}]]
+    assert "mixed_images" in training.health.given[-1].mixed
+
+
+def test_a_row_that_ended_before_anybody_looked_stops_the_run_too() -> None:
+    training = make_training()
+    training.health.limit = 3
+    planted_loss(training, "cls", {3, 4, 5})
+    training.mixer = cast(Any, training.mixer).first
+    with pytest.raises(NonFiniteLoss) as failure:
+        epoch_of(training, 20, log_every=7)
+    assert "3 steps in a row were not finite" in str(failure.value)
+    training = make_training()
+    training.health.limit = 3
+    kept = planted_loss(training, "cls", {2, 3, 4})
+    training.mixer = cast(Any, training.mixer).first
+    with pytest.raises(NonFiniteLoss, match="step 2, total nan"):
+        epoch_of(training, 20, log_every=1000)
+    assert len(kept) == 6  # looked at every third step, whatever the log does
+
+
 def test_the_mean_of_the_log_leaves_such_steps_out() -> None:
     training = make_training()
     planted_loss(training, "cls", {1})

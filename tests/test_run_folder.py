@@ -160,8 +160,9 @@ def test_the_evidence_of_values_that_are_not_finite_can_be_read(photos: Path, tm
         outcome = run_small(words, photos, "--output-dir", tmp_path)
     assert outcome.code == 3
     evidence = torch.load(tmp_path / "not_finite_rank0.pth", weights_only=True)
-    assert set(evidence) == {"images", "labels", "mixed_images", "mixed_labels", "report"}
-    assert evidence["images"].shape == (8, 3, 16, 16)
+    assert set(evidence) == {*engine.LOADED, "mixed_images", "mixed_labels", "report"}
+    assert evidence["images"].shape == evidence["mixed_images"].shape == (8, 3, 16, 16)
+    assert evidence["images"].dtype == torch.uint8  # as the loader gave them
     assert "step 2" in evidence["report"]
 
 
