@@ -18,6 +18,7 @@ from transforms import ImageSpec
 
 NAMES = {  # class of a step of a transform -> its stage
     "RandomResizedCropAndInterpolation": "crop and resize", "CropAndResize": "crop and resize",
+    "ResizeTo": "crop and resize", "RandomCrop": "crop and resize",
     "RandomHorizontalFlip": "flip", "RandAugment": "RandAugment", "MaybeToTensor": "to a tensor",
     "Normalize": "normalise", "RandomErasing": "erase", "function": "to a tensor",
 }  # fmt: skip

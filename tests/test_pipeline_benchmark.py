@@ -60,8 +60,9 @@ def test_an_empty_folder_is_said(tmp_path: Path) -> None:
     assert len(pipeline.find_files("")) == 24
 
 
-def test_stages_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    run.main(["--parts", "stages", "--quick", "--input-size", "64"])
+@pytest.mark.parametrize("size", [32, 64])  # padded and cropped, and zoomed
+def test_stages_add_up(size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    run.main(["--parts", "stages", "--quick", "--input-size", str(size)])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     shown = {row[0]: row for row in rows}
     assert {*stages.ORDER, "all"} <= shown.keys()
