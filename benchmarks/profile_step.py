@@ -1,18 +1,24 @@
-"""Where the time of one SMMix step goes, by torch.profiler: as parts of the step, and as operations.
+"""Where the time of one SMMix step goes: as parts of the step, and as operations by torch.profiler.
 
-python -m benchmarks.profile_step --model deit_tiny_patch16_224 --batch-size 32
+    python -m benchmarks.profile_step --model deit_tiny_patch16_224 --batch-size 32
+
+The parts are torch.profiler's on a CPU. On CUDA they are timed by events, in steps of their own without the profiler;
+see `benchmarks.recorders` for why. That path has not been run on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
 
 import utils
+from benchmarks.recorders import ByProfiler, Recorder, by_cuda_events
 from benchmarks.steps import Bench
 from benchmarks.timing import describe_machine
 from options import Parser
@@ -37,26 +43,46 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return get_args_parser().parse_args(argv)
 
 
-def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under a name that the profile shows."""
+def named(recorder: Recorder, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under a name that the recorder knows."""
 
     def shown(*given: Any, **more: Any) -> Any:
-        with record_function(name):
+        with recorder.during(name):
             return function(*given, **more)
 
     return shown
 
 
-def name_parts(bench: Bench) -> None:
-    """Lets the parts of a step appear in a profile; backward is what lies between the losses and the update."""
+@contextmanager
+def name_parts(bench: Bench, recorder: Recorder) -> Iterator[None]:
+    """Lets the recorder see the parts of a step, as long as the context lasts."""
     training = bench.training
-    bench.guide = named("motivating pass", bench.guide)
-    training.criterion = named("losses", training.criterion)
-    learn, look = (named(name, training.model.forward) for name in ("forward", "forward of the pass"))
-    training.model.forward = lambda *given, **more: (learn if training.model.training else look)(*given, **more)
-    torch.Tensor.backward = named("backward", torch.Tensor.backward)  # type: ignore[method-assign]
-    training.scaler.unscale_ = named("update", training.scaler.unscale_)  # type: ignore[method-assign]
-    training.scaler.step = named("update", training.scaler.step)  # type: ignore[method-assign]
+    model, scaler = training.model, training.scaler
+    name = partial(named, recorder)
+    learn, look = name("forward", model.forward), name("forward of the pass", model.forward)
+    with ExitStack() as changed:
+        for owner, attribute, part in (
+            (bench, "guide", name("motivating pass", bench.guide)),
+            (training, "criterion", name("losses", training.criterion)),
+            (model, "forward", lambda *given, **more: (learn if model.training else look)(*given, **more)),
+            (torch.Tensor, "backward", name("backward", torch.Tensor.backward)),
+            (scaler, "unscale_", name("update", scaler.unscale_)),
+            (scaler, "step", name("update", scaler.step)),
+        ):
+            changed.enter_context(patch.object(owner, attribute, part))
+        yield
+
+
+def time_parts(bench: Bench, steps: int, recorder: Recorder) -> dict[str, float]:
+    """Milliseconds per step of each of `PARTS` and of the whole `step`, over steps with SMMix."""
+    mix: Any = named(recorder, "mixing", bench.mixer("smmix").__call__)
+    with name_parts(bench, recorder), recorder:
+        for _ in range(steps):
+            with recorder.during("step"):
+                bench.take_step(mix)
+    total = recorder.total()
+    total["mixing without the pass"] = total["mixing"] - total["motivating pass"]
+    return {name: total[name] / steps for name in (*PARTS, "step")}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,27 +90,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(utils.pick_device(args.device))
     torch.set_num_threads(args.threads)
     bench = Bench(args.model, device, args.batch_size, args.amp)
-    name_parts(bench)
-    mixer = bench.mixer("smmix")
-    mix: Any = named("mixing", mixer.__call__)
-    bench.take_step(mix)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities) as found:
-        for _ in range(args.steps):
-            with record_function("step"):
-                bench.take_step(mix)
+    bench.take_step(bench.mixer("smmix"))
+    profiler = ByProfiler(device)
+    times = time_parts(bench, args.steps, profiler)
+    if device.type == "cuda":
+        times = time_parts(bench, args.steps, by_cuda_events(device))
     print(describe_machine(device, args.threads))
-    print("\n".join(part_lines(found.key_averages(), device.type == "cuda", args.steps)))
+    print("\n".join(part_lines(times)))
     by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(found.key_averages().table(sort_by=by, row_limit=args.rows, max_name_column_width=40))
+    print(profiler.found.key_averages().table(sort_by=by, row_limit=args.rows, max_name_column_width=40))
 
 
-def part_lines(averages: Any, on_device: bool, steps: int) -> list[str]:
-    """Milliseconds and share of the step, of each part."""
-    total = {row.key: (row.device_time_total if on_device else row.cpu_time_total) / 1000 / steps for row in averages}
-    total["mixing without the pass"] = total["mixing"] - total["motivating pass"]
+def part_lines(times: Mapping[str, float]) -> list[str]:
+    """A table: milliseconds, and share of the step, of each part."""
     lines = ["| part | ms | share of the step |", "| --- | --- | --- |"]
-    return lines + [f"| {name} | {total[name]:.1f} | {100 * total[name] / total['step']:.1f} % |" for name in PARTS]
+    return lines + [f"| {name} | {times[name]:.1f} | {100 * times[name] / times['step']:.1f} % |" for name in PARTS]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import profile_step, run, steps
+from benchmarks.recorders import ByMarks
 from benchmarks.timing import Case, Timing, measure, to_markdown
 from mixers.interface import Regions
 from smmix import paste_regions
@@ -79,15 +80,63 @@ def test_a_quick_run_writes_all_tables(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Half of the steps by Mixup, over CutMix with Mixup: cutmix 1.00, " in told
 
 
-def test_a_profile_names_the_parts_of_a_step(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.Tensor, "backward", torch.Tensor.backward)  # put back afterwards
+def test_a_profile_names_the_parts_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(lambda: profile_step.main([*TINY, "--steps", "1", "--rows", "3"])) == 0
     told = capsys.readouterr().out
     rows = dict(line.strip("| ").split(" | ")[:2] for line in told.splitlines() if line.startswith("| "))
     assert set(profile_step.PARTS) <= rows.keys()
     assert all(float(rows[part]) >= 0 for part in profile_step.PARTS)
+
+
+class Clock:
+    """Marks whose time is how many were recorded before; like those of a device, they are read after waiting only."""
+
+    def __init__(self) -> None:
+        self.ticks, self.waited = 0, -1
+
+    def wait(self) -> None:
+        self.waited = self.ticks
+
+
+class Tick:
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.time = clock, -1
+
+    def record(self) -> None:
+        assert self.time == -1, "recorded twice"
+        self.time = self.clock.ticks
+        self.clock.ticks += 1
+
+    def elapsed_time(self, end_event: Tick) -> float:
+        assert self.clock.waited > end_event.time > self.time >= 0
+        return float(end_event.time - self.time)
+
+
+def test_marks_time_what_lies_between_them() -> None:
+    clock = Clock()
+    recorder = ByMarks(lambda: Tick(clock), clock.wait)
+    with recorder, recorder.during("all"):
+        for _ in range(3):
+            with recorder.during("outer"), recorder.during("inner"):
+                pass
+        with pytest.raises(ZeroDivisionError), recorder.during("failed"):
+            raise ZeroDivisionError
+    assert recorder.total() == {"inner": 3, "outer": 9, "failed": 1, "all": 15}
+
+
+def test_parts_of_a_step_are_timed_by_marks() -> None:
+    clock, backward = Clock(), torch.Tensor.backward
+    bench = steps.Bench("vit_nano_patch4_32", CPU, 4, "none")
+    forward, guide = bench.model.forward, bench.guide
+    times = profile_step.time_parts(bench, 2, ByMarks(lambda: Tick(clock), clock.wait))
+    assert list(times) == [*profile_step.PARTS, "step"]
+    # what holds no other part is one tick; the update is two calls; mixing has a tick before the pass and one after it
+    assert times == {
+        "motivating pass": 1, "mixing without the pass": 2, "forward": 1, "losses": 1, "backward": 1, "update": 2,
+        "step": 2 * 7 + 1,
+    }  # fmt: skip
+    assert (torch.Tensor.backward, bench.guide) == (backward, guide)
+    assert (bench.model.forward, "forward" in vars(bench.model)) == (forward, False)
 
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--rounds", "--threads"])
