@@ -3,28 +3,33 @@
     python -m benchmarks.run --model deit_tiny_patch16_224 --batch-size 32 --output output/bench
     python -m benchmarks.run --model vit_nano_patch4_32 --quick
 
-Writes OUTPUT/bench.json and OUTPUT/bench.md with hardware and versions; without --output it prints the tables only.
+Writes OUTPUT/bench.json and OUTPUT/bench.md with hardware and versions, anew after each part: what was measured stays
+when a later part fails or is interrupted. Without --output it prints the tables only.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import utils
 from benchmarks import pipeline, stages, steps
-from benchmarks.timing import Timing, describe_machine, measure, to_markdown
-from checkpoints import write_atomically
-from logs import write_json
+from benchmarks.results import Found, Results
+from benchmarks.timing import Case, describe_machine, measure
 from options import Parser
 from utils import InputError, run_command
 
-PARTS = ("step", "guide", "update", "paste", "pipeline", "stages", "finish")
+OF_THE_MODEL: dict[str, Callable[[steps.Bench], list[Case]]] = {
+    "step": steps.step_cases, "guide": steps.guide_cases, "update": steps.update_cases, "paste": steps.paste_cases,
+}  # fmt: skip
+WITH_MEMORY = ("step", "guide")
+PARTS = (*OF_THE_MODEL, "pipeline", "stages", "finish")
 
 
 def get_args_parser() -> Parser:
@@ -59,65 +64,66 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def switched(timings: list[Timing]) -> dict[str, float]:
-    """What a run with Mixup at switch probability 0.5 costs, over CutMix with Mixup: the mean of two kinds of step.
+def check_places(args: argparse.Namespace) -> None:
+    """Whether the images are there and the results can be written, before hours are spent.
 
-    Where each batch is split between the two there is one kind.
+    Raises:
+        InputError: there is no image, or the folder for the results cannot be written.
     """
-    seconds = {timing.name.removeprefix("step with "): timing.seconds[0] for timing in timings}
-    base = seconds["cutmix"] + seconds["mixup"]
-    both = {name: value + seconds["mixup"] for name, value in seconds.items() if name not in ("mixup", "none")}
-    if steps.SPLIT in both:
-        both[steps.SPLIT] = 2 * seconds[steps.SPLIT]
-    return {name: value / base for name, value in both.items()}
+    if args.data_path:
+        pipeline.find_files(args.data_path)
+    if args.output:
+        try:
+            Path(args.output).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=args.output):
+                pass
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"--output {args.output}: cannot be written ({reason}); choose another folder") from error
+
+
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    """CPU time for one thread; several add up, and wait busily."""
+    return time.process_time if args.threads == 1 else time.perf_counter
+
+
+def time_model(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Found]]:
+    """The parts about training, one after the other; the model is built only if one of them is asked for."""
+    parts = [part for part in OF_THE_MODEL if part in args.parts]
+    if not parts:
+        return
+    bench = steps.Bench(args.model, device, args.batch_size, args.amp, args.compile, args.input_size)
+    for part in parts:
+        cases = OF_THE_MODEL[part](bench)
+        yield part, measure(cases, device, args.rounds, clock=clock_of(args), with_memory=part in WITH_MEMORY)
+
+
+def time_input(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Found]]:
+    """The parts about the input, one after the other; only `finish` uses the device."""
+    size = args.input_size or 224
+    if "finish" in args.parts:
+        finishing = pipeline.finish_cases(args.data_path, size, args.batch_size, device)
+        yield "finish", measure(finishing, device, args.rounds, clock=clock_of(args))
+    if "pipeline" in args.parts:
+        cases = pipeline.cases(args.data_path, size)
+        yield "pipeline", measure(cases, torch.device("cpu"), args.rounds, clock=time.process_time)
+    if "stages" in args.parts:
+        yield "stages", stages.measure(args.data_path, size, args.rounds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = read_args(argv)
+    check_places(args)
     device = torch.device(utils.pick_device(args.device))
+    args.amp = args.amp or ("fp16" if device.type == "cuda" else "none")
     torch.set_num_threads(args.threads)
-    amp = args.amp or ("fp16" if device.type == "cuda" else "none")
-    machine = describe_machine(device, args.threads)
-    clock = time.process_time if args.threads == 1 else time.perf_counter  # several threads add up, and wait busily
-    results: dict[str, list[Timing]] = {}
-    if set(args.parts) - {"pipeline", "stages", "finish"}:
-        bench = steps.Bench(args.model, device, args.batch_size, amp, args.compile, args.input_size)
-        makers: dict[str, Callable[[steps.Bench], Any]] = {
-            "step": steps.step_cases, "guide": steps.guide_cases, "update": steps.update_cases,
-            "paste": steps.paste_cases,
-        }  # fmt: skip
-        for part, cases in makers.items():
-            if part in args.parts:
-                in_memory = part in ("step", "guide")
-                results[part] = measure(cases(bench), device, args.rounds, clock=clock, with_memory=in_memory)
-    size = args.input_size or 224
-    if "finish" in args.parts:
-        finishing = pipeline.finish_cases(args.data_path, size, args.batch_size, device)
-        results["finish"] = measure(finishing, device, args.rounds, clock=clock)
-    if "pipeline" in args.parts:
-        cases_of_pipeline = pipeline.cases(args.data_path, size)
-        results["pipeline"] = measure(cases_of_pipeline, torch.device("cpu"), args.rounds, clock=time.process_time)
-    timed = "CUDA events" if device.type == "cuda" else "CPU time" if args.threads == 1 else "wall clock"
-    words = [
-        f"{machine['device']}, {args.threads} threads ({timed})", args.model, f"batch {args.batch_size}", amp,
-        *(["compiled"] if args.compile else []), f"{args.rounds} rounds", f"torch {machine['torch']}",
-        f"timm {machine['timm']}",
-    ]  # fmt: skip
-    lines = [", ".join(words)]
-    for part, timings in results.items():
-        lines += ["", f"## {part}", "", to_markdown(timings)]
-    if "stages" in args.parts:
-        lines += ["", "## stages of the input, CPU time per image", "", stages.table(args.data_path, size, args.rounds)]
-    if "step" in results:
-        shares = ", ".join(f"{name} {ratio:.2f}" for name, ratio in switched(results["step"]).items())
-        lines += ["", f"Half of the steps by Mixup, over CutMix with Mixup: {shares}"]
-    print("\n".join(lines))
-    if args.output:
-        folder = Path(args.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        plain = {part: [timing.to_plain() for timing in timings] for part, timings in results.items()}
-        write_json(folder / "bench.json", {"machine": machine, "flags": vars(args), "results": plain})
-        write_atomically(folder / "bench.md", lambda stream: stream.write(("\n".join(lines) + "\n").encode()))
+    results = Results(describe_machine(device, args.threads), vars(args))
+    print(results.head(), flush=True)
+    for part, found in itertools.chain(time_model(args, device), time_input(args, device)):
+        results.add(part, found)
+        print(results.section(part), flush=True)
+        if args.output:
+            results.save(Path(args.output))
 
 
 if __name__ == "__main__":

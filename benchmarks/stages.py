@@ -12,7 +12,7 @@ from torchvision.datasets.folder import pil_loader
 
 import decoding
 from benchmarks import pipeline
-from benchmarks.pipeline import BATCH, Inputs
+from benchmarks.pipeline import Inputs
 from decoding import decode_pillow, decode_simplejpeg
 from transforms import ImageSpec
 
@@ -22,7 +22,10 @@ NAMES = {  # class of a step of a transform -> its stage
     "RandomHorizontalFlip": "flip", "RandAugment": "RandAugment", "MaybeToTensor": "to a tensor",
     "Normalize": "normalise", "RandomErasing": "erase", "function": "to a tensor",
 }  # fmt: skip
-ORDER = ("decode", *dict.fromkeys(NAMES.values()), "the rest: batch, keys")
+REST, ALL = "the rest: batch, keys", "all"
+ORDER = ("decode", *dict.fromkeys(NAMES.values()), REST, ALL)
+
+Stages = dict[str, dict[str, float]]  # pipeline -> stage, of those it has in `ORDER` -> CPU seconds per image
 
 
 class Stopwatch:
@@ -59,34 +62,52 @@ def ours(inputs: Inputs, watch: Stopwatch, decode: decoding.Decode, resize: str)
     return pipeline.our_batches(inputs, samples)
 
 
-def table(data_path: str, size: int, rounds: int) -> str:
-    """Milliseconds per image of each stage, medians over rounds in which the pipelines take turns, as Markdown."""
-    inputs = Inputs(pipeline.find_files(data_path), ImageSpec((size, size)))
-    watches = {"DeiT's": Stopwatch()}
-    runs = {"DeiT's": theirs(inputs, watches["DeiT's"])}
+def pipelines(inputs: Inputs) -> dict[str, tuple[Stopwatch, Callable[[], Any]]]:
+    """What is compared: by name, a stopwatch and what makes a batch under it. DeiT's comes first."""
     kinds: list[tuple[str, decoding.Decode, str]] = [("pillow", decode_pillow, "pillow")]
     if decoding.simplejpeg is not None:
         kinds += [
             ("simplejpeg", decode_simplejpeg, "pillow"),
             ("simplejpeg, --resize torch", decode_simplejpeg, "torch"),
         ]
+    watch = Stopwatch()
+    made = {"DeiT's": (watch, theirs(inputs, watch))}
     for name, decode, resize in kinds:
-        watches[name] = Stopwatch()
-        runs[name] = ours(inputs, watches[name], decode, resize)
-    seen: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+        watch = Stopwatch()
+        made[name] = watch, ours(inputs, watch, decode, resize)
+    return made
+
+
+def time_batch(watch: Stopwatch, run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of each stage of one batch, of the rest and of all."""
+    watch.seconds.clear()
+    begun = time.process_time()
+    pipeline.in_a_worker(run)()
+    total = time.process_time() - begun
+    return {**watch.seconds, REST: total - sum(watch.seconds.values()), ALL: total}
+
+
+def measure(data_path: str, size: int, rounds: int) -> Stages:
+    """Medians over rounds in which the pipelines take turns, after one round to warm up; arguments as in
+    `pipeline.cases`."""
+    watched = pipelines(Inputs(pipeline.find_files(data_path), ImageSpec((size, size))))
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in watched}
     for _ in range(rounds + 1):
-        for name, run in runs.items():
-            watches[name].seconds.clear()
-            begun = time.process_time()
-            pipeline.in_a_worker(run)()
-            total = time.process_time() - begun
-            found = dict(watches[name].seconds)
-            seen[name].append({**found, ORDER[-1]: total - sum(found.values())})
-    head = ["stage", *(f"{name}, ms" for name in runs)]
+        for name, (watch, run) in watched.items():
+            seen[name].append(time_batch(watch, run))
+    return {
+        name: {
+            stage: statistics.median(batch[stage] for batch in batches[1:]) / pipeline.BATCH
+            for stage in ORDER if stage in batches[0]
+        }
+        for name, batches in seen.items()
+    }  # fmt: skip
+
+
+def to_markdown(found: Stages) -> str:
+    """A table: milliseconds per image of each stage, a column for each pipeline."""
+    head = ["stage", *(f"{name}, ms" for name in found)]
     rows = [head, ["---"] * len(head)]
     for stage in ORDER:
-        values = [statistics.median(1000 * one.get(stage, 0.0) / BATCH for one in each[1:]) for each in seen.values()]
-        rows.append([stage, *(f"{value:.2f}" if value else "" for value in values)])
-    totals = [statistics.median(1000 * sum(one.values()) / BATCH for one in each[1:]) for each in seen.values()]
-    rows.append(["all", *(f"{value:.2f}" for value in totals)])
+        rows.append([stage, *(f"{1000 * each[stage]:.2f}" if stage in each else "" for each in found.values())])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -53,7 +53,7 @@ def test_memory_is_the_most_that_one_call_holds_at_once() -> None:
 def test_half_of_the_steps_by_mixup() -> None:
     seconds = {"cutmix": 1.0, "mixup": 1.0, "smmix": 1.4, "none": 0.9, steps.SPLIT: 1.1}
     timings = [Timing(f"step with {name}", (value, value, value), (1, 1, 1)) for name, value in seconds.items()]
-    assert run.switched(timings) == pytest.approx({"cutmix": 1.0, "smmix": 1.2, steps.SPLIT: 1.1})
+    assert steps.switched(timings) == pytest.approx({"cutmix": 1.0, "smmix": 1.2, steps.SPLIT: 1.1})
 
 
 def test_the_textbook_way_pastes_the_same() -> None:
@@ -77,7 +77,48 @@ def test_a_quick_run_writes_all_tables(tmp_path: Path, capsys: pytest.CaptureFix
     cheaper = ["--guide-amp bf16", "--guide-size 16 16", "--con-weight 0", "--con-weight 0 --score-block 2"]
     more = ["--mix-protocol split", *cheaper]
     assert set(names) == {f"step with {name}" for name in [*steps.METHODS, *(f"smmix {flags}" for flags in more)]}
-    assert "Half of the steps by Mixup, over CutMix with Mixup: cutmix 1.00, " in told
+    half = written["half_mixup"]
+    assert half == steps.switched([Timing(**timing) for timing in written["results"]["step"]])
+    shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in half.items())
+    assert f"Half of the steps by Mixup, over CutMix with Mixup: {shown}\n" in told
+    assert "stages" not in written
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_error_in_a_later_part_loses_nothing(
+    error: type[BaseException], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run.pipeline, "cases", fail)
+    with pytest.raises(error):
+        run.main([*TINY, "--quick", "--parts", "pipeline", "paste", "--output", str(tmp_path)])
+    written, table = json.loads((tmp_path / "bench.json").read_text()), (tmp_path / "bench.md").read_text()
+    assert list(written["results"]) == ["paste"]
+    assert len(written["results"]["paste"]) == 5
+    assert "| paste_regions | " in table
+    assert capsys.readouterr().out == table
+
+
+def test_places_are_checked_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object) -> None:
+        raise AssertionError("too early")
+
+    monkeypatch.setattr(run.steps, "Bench", build)
+    nothing, file, before = tmp_path / "nothing", tmp_path / "file", tmp_path / "bench.json"
+    file.touch()
+    before.write_text("of an earlier run")
+    assert run_command(lambda: run.main([*TINY, "--data-path", str(nothing)])) == 2
+    assert f"--data-path {nothing}: no image in it" in capsys.readouterr().err
+    for folder in (file, file / "inside"):
+        assert run_command(lambda folder=folder: run.main([*TINY, "--output", str(folder)])) == 2  # type: ignore[misc]
+        assert f"--output {folder}: cannot be written" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="too early"):
+        run.main([*TINY, "--output", str(tmp_path)])
+    assert before.read_text() == "of an earlier run"
 
 
 def test_a_profile_names_the_parts_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:

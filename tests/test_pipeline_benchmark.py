@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torchvision.datasets.folder import pil_loader
 
 import decoding
 from batches import Batch
@@ -61,13 +64,38 @@ def test_an_empty_folder_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [32, 64])  # padded and cropped, and zoomed
-def test_stages_add_up(size: int, capsys: pytest.CaptureFixture[str]) -> None:
-    run.main(["--parts", "stages", "--quick", "--input-size", str(size)])
+def test_stages_are_written_and_shown(size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.main(["--parts", "stages", "--quick", "--input-size", str(size), "--output", str(tmp_path)])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    shown = {row[0]: row for row in rows}
-    assert {*stages.ORDER, "all"} <= shown.keys()
-    assert len(shown["stage"]) == (5 if decoding.simplejpeg else 3)
-    assert all(float(value) > 0 for value in shown["all"][1:])
+    shown = {row[0]: row[1:] for row in rows}
+    assert set(stages.ORDER) <= shown.keys()
+    found = json.loads((tmp_path / "bench.json").read_text())["stages"]
+    assert len(found) == (4 if decoding.simplejpeg else 2)
+    assert shown["stage"] == [f"{name}, ms" for name in found]
+    for stage in ("decode", "crop and resize", "RandAugment", stages.ALL):
+        assert shown[stage] == [f"{1000 * each[stage]:.2f}" for each in found.values()]
+        assert all(each[stage] > 0 for each in found.values())
+    assert [name for name, each in found.items() if "erase" in each] == ["DeiT's"]
+
+
+def test_stages_add_up() -> None:
+    for each in stages.measure("", 32, rounds=1).values():
+        assert sum(each.values()) == pytest.approx(2 * each[stages.ALL])
+
+
+def test_stages_are_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of a second each, by a clock that decoding alone moves on."""
+    now = [0.0]
+
+    def decode(path: str) -> Any:
+        now[0] += 1
+        return pil_loader(path)
+
+    monkeypatch.setattr(stages.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(stages, "pil_loader", decode)
+    assert {"decode": 1.0, "crop and resize": 0.0, stages.ALL: 1.0}.items() <= stages.measure("", 32, 2)[
+        "DeiT's"
+    ].items()
 
 
 def test_the_command_prints_its_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
