@@ -39,7 +39,7 @@ from models.build import (
     use_float32_attention,
     use_grad_checkpointing,
 )
-from models.frozen import build_feature_map, build_motivator, build_teacher
+from models.frozen import Look, build_feature_map, build_motivator, build_teacher, check_motivator_classes
 from models.interface import Depth, ImageModel
 from models.looking import check_look_size, check_score_block
 from utils import Processes
@@ -92,11 +92,17 @@ def make_model(
 
 
 def open_images(args: argparse.Namespace, train: bool) -> Any:
-    """One half of the data: to train on, with `--subset` a part of it, or to evaluate on, always all of it."""
+    """One half of the data: to train on, with `--subset` a part of it, or to evaluate on, always all of it.
+
+    Raises:
+        InputError: it cannot be opened, or `--motivator` predicts other classes than those to train on.
+    """
     images = datasets.open_images(
         args.data_set, args.data_path, train, inat_category=args.inat_category, num_classes=args.nb_classes,
         batch_size=args.batch_size, seed=args.seed, decode=pick_decoder(args.decoder if train else "pillow"),
     )  # fmt: skip
+    if train and args.motivator not in ("self", "ema") and uses_predictions(args):
+        check_motivator_classes(args.motivator, images.class_names)
     return images if args.subset is None or not train else take_subset(images, args.subset)
 
 
@@ -137,7 +143,11 @@ def make_finish(args: argparse.Namespace, spec: transforms.ImageSpec) -> Callabl
 
 
 def make_criterion(
-    args: argparse.Namespace, model: ImageModel, autocast: engine.Autocast, device: torch.device
+    args: argparse.Namespace,
+    model: ImageModel,
+    autocast: engine.Autocast,
+    device: torch.device,
+    spec: transforms.ImageSpec,
 ) -> Criterion:
     """The sum of Eq. 15, inside DeiT's distillation if that is asked for."""
     base = SMMixLoss(
@@ -146,7 +156,7 @@ def make_criterion(
     )  # fmt: skip
     if args.distillation_type == "none":
         return base
-    teacher = build_teacher(args.teacher_model, args.teacher_path, model.num_classes, model.input_size)
+    teacher = build_teacher(args.teacher_model, args.teacher_path, model.num_classes, model.input_size, spec)
     return DistillationLoss(
         base, engine.make_teacher(teacher.to(device), autocast), args.distillation_type, args.distillation_alpha,
         args.distillation_tau,
@@ -157,7 +167,7 @@ def make_mixer(args: argparse.Namespace, model: ImageModel, spec: transforms.Ima
     """What mixes the batches of a run."""
     teacher = None
     if args.mixer == "attentivemix":
-        network = build_feature_map(args.attentive_teacher, model.input_size).to(processes.device)
+        network = build_feature_map(args.attentive_teacher, model.input_size, spec).to(processes.device)
         teacher = engine.make_teacher(network, engine.make_autocast(processes.device, args.amp))
     around = Surroundings(model.num_classes, model.grid_size, partial(transforms.denormalise, spec=spec), teacher)
     return build_mixer(Settings.from_flags(vars(args)), around)
@@ -181,25 +191,43 @@ def schedule_settings(args: argparse.Namespace, processes: Processes) -> dict[st
     return settings
 
 
-def make_motivator(args: argparse.Namespace, model: ImageModel, average: Any, device: torch.device) -> ImageModel:
-    """Whose prediction and score of the clean images guide the training (Table 9).
+def uses_predictions(args: argparse.Namespace) -> bool:
+    """Whether the motivator's predictions are used, not its score alone."""
+    return weight_of_con(args.mixer, args.con_weight) > 0
+
+
+def make_motivator(
+    args: argparse.Namespace, model: ImageModel, average: Any, device: torch.device, spec: transforms.ImageSpec
+) -> tuple[ImageModel, Look]:
+    """Whose prediction and score of the clean images guide the training (Table 9), and how it looks at them.
 
     Args:
         average: of the weights, a `ModelEmaV3`, if there is one.
+        spec: of the clean images.
     """
-    if args.motivator == "self":
-        return model
-    if args.motivator == "ema":
-        return cast(ImageModel, average.module)
-    motivator = build_motivator(args.motivator, model.num_classes, model.input_size)
+    if args.motivator in ("self", "ema"):
+        own = model if args.motivator == "self" else cast(ImageModel, average.module)
+        return own, own.look
+    motivator, look = build_motivator(args.motivator, model.num_classes, spec, uses_predictions(args), device)
     if args.attn_fp32:
         use_float32_attention(motivator, args.motivator)
-    return motivator.to(device)
+    return motivator, look
 
 
-def make_guide(args: argparse.Namespace, model: ImageModel, device: torch.device, average: Any = None) -> Guide:
-    """The motivating pass, as exact or as cheap as the flags want it."""
-    motivator = make_motivator(args, model, average, device)
+def make_guide(
+    args: argparse.Namespace,
+    model: ImageModel,
+    device: torch.device,
+    average: Any = None,
+    spec: transforms.ImageSpec | None = None,
+) -> Guide:
+    """The motivating pass, as exact or as cheap as the flags want it.
+
+    Args:
+        average, spec: see `make_motivator`; without `spec` the images are normalised with ImageNet's mean and std.
+    """
+    spec = spec or transforms.ImageSpec(model.input_size)
+    motivator, look = make_motivator(args, model, average, device, spec)
     name = args.model if args.motivator in ("self", "ema") else args.motivator
     size = None if args.guide_size is None else utils.as_pair(args.guide_size)
     if size is not None:
@@ -207,9 +235,8 @@ def make_guide(args: argparse.Namespace, model: ImageModel, device: torch.device
     block: Depth = "rollout" if args.score == "rollout" else args.score_block
     check_score_block(motivator, name, block)
     autocast = engine.make_autocast(device, args.guide_amp or args.amp)
-    call = torch.compile(motivator.look) if args.compile else None
-    predict = weight_of_con(args.mixer, args.con_weight) > 0
-    return engine.make_guide(motivator, autocast, call, size, block, predict, model.grid_size)
+    call = torch.compile(look) if args.compile else look
+    return engine.make_guide(motivator, autocast, call, size, block, uses_predictions(args), model.grid_size)
 
 
 def make_training(
@@ -228,9 +255,9 @@ def make_training(
     training = engine.Training(
         module=model,
         model=cast(torch.nn.Module, torch.compile(wrapped)) if args.compile else wrapped,
-        criterion=make_criterion(args, model, autocast, device),
+        criterion=make_criterion(args, model, autocast, device, spec),
         mixer=mixer,
-        guide=make_guide(args, model, device, average),
+        guide=make_guide(args, model, device, average, spec),
         optimizer=optim.make_optimizer(model, {**optimizer_kwargs(args), "lr": peak_rate(args, processes)}),
         scaler=engine.make_scaler(device, args.amp),
         autocast=autocast,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,22 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
+import datasets
 from checkpoints import save_checkpoint
 from models import frozen
 from models.build import build_model, plain_weights
-from utils import InputError
+from tests.image_folders import make_image_folder
+from tests.runs import run_small
+from transforms import ImageSpec
+from utils import InputError, as_pair
 
 SIZE = (64, 96)
+OF_STUDENT = ImageSpec(SIZE)
+HALF = ImageSpec(SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # what timm says of test_resnet
+OTHER = ImageSpec((32, 32), mean=(0.2, 0.4, 0.1), std=(0.3, 0.2, 0.5))
+NOTHING: dict[str, dict[str, Any]] = {"model_config": {}, "data": {}}
 
 
 def write_weights(path: Path, name: str = "test_resnet", num_classes: int = 3) -> tuple[Path, Any]:
@@ -25,10 +35,19 @@ def write_weights(path: Path, name: str = "test_resnet", num_classes: int = 3) -
     return path, network.eval()
 
 
+def again(images: Tensor, shown: ImageSpec, own: ImageSpec) -> Tensor:
+    """Images (B, 3, height, width) that are normalised as `shown`, as `own` has them: by way of their pixels."""
+    result = torch.empty_like(images)
+    for channel in range(3):
+        pixels = images[:, channel] * shown.std[channel] + shown.mean[channel]
+        result[:, channel] = (pixels - own.mean[channel]) / own.std[channel]
+    return result
+
+
 @pytest.mark.parametrize("num_classes", [3, 1000])
 def test_a_name_with_a_file_gives_that_networks_features(tmp_path: Path, num_classes: int) -> None:
     path, network = write_weights(tmp_path / "weights.pth", num_classes=num_classes)
-    features = frozen.build_feature_map(f"test_resnet={path}", SIZE)
+    features = frozen.build_feature_map(f"test_resnet={path}", SIZE, HALF)
     images = torch.randn(2, 3, *SIZE)
     with torch.no_grad():
         torch.testing.assert_close(features(images), network.forward_features(images))
@@ -58,7 +77,7 @@ def test_a_name_alone_has_its_weights_fetched(tmp_path: Path, monkeypatch: pytes
     network: Any = timm.create_model("test_resnet").eval()
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(frozen.downloads, "from_hub", lambda *asked: tmp_path / "model.safetensors")
-    features: Any = frozen.build_feature_map("test_resnet", SIZE)
+    features: Any = frozen.build_feature_map("test_resnet", SIZE, HALF)
     images = torch.randn(2, 3, *SIZE)
     with torch.no_grad():
         torch.testing.assert_close(features(images), network.forward_features(images))
@@ -70,6 +89,8 @@ def test_a_name_alone_has_its_weights_fetched(tmp_path: Path, monkeypatch: pytes
     [
         ("resnet5O=weights.pth", "--attentive-teacher resnet5O: no such model; did you mean resnet50"),
         ("missing.pth", "--attentive-teacher missing.pth: no such model"),
+        ("test_resnet=", "--attentive-teacher test_resnet=: names no file behind the ="),
+        ("test_resnet.old=weights.pth", "Invalid pretrained tag (old) for test_resnet. It has test_resnet.r160_in1k"),
         ("test_resnet=missing.pth", "there is no file missing.pth"),
         ("test_convnext=weights.pth", "--attentive-teacher test_convnext=weights.pth"),
         ("vit_nano_patch4_32=nano.pth", "cannot take the student's images of 64 x 96 pixels"),
@@ -97,3 +118,113 @@ def test_weights_that_cannot_be_fetched_ask_for_a_file(monkeypatch: pytest.Monke
         frozen.build_feature_map("test_resnet", SIZE)
     with pytest.raises(InputError, match=r"could not get its weights \(timm knows none\)"):
         frozen.build_feature_map("cspresnet50d", SIZE)
+
+
+# ----------------------------------------------------------------------------------- the images as a network knows them
+
+
+def test_images_are_normalised_anew_by_way_of_their_pixels() -> None:
+    images = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    renormalise = frozen.renormaliser(OF_STUDENT, OTHER)
+    torch.testing.assert_close(renormalise(images), again(images, OF_STUDENT, OTHER))
+    assert renormalise(images).is_contiguous(memory_format=torch.channels_last)
+    back = frozen.renormaliser(OTHER, OF_STUDENT)(renormalise(images))
+    torch.testing.assert_close(back, images, rtol=1e-4, atol=1e-5)
+    for changed in (replace(OF_STUDENT, mean=OTHER.mean), replace(OF_STUDENT, std=OTHER.std)):
+        torch.testing.assert_close(frozen.renormaliser(OF_STUDENT, changed)(images), again(images, OF_STUDENT, changed))
+
+
+def test_what_it_takes_moves_with_it_and_is_no_weight() -> None:
+    renormalise = frozen.renormaliser(OF_STUDENT, OTHER)
+    assert not renormalise.state_dict()
+    assert [buffer.device.type for buffer in renormalise.to("meta").buffers()] == ["meta", "meta"]
+
+
+def test_images_that_are_known_are_left_as_they_are() -> None:
+    images = torch.randn(2, 3, 4, 5)
+    assert frozen.renormaliser(OF_STUDENT, ImageSpec((8, 8), crop_ratio=1.0))(images) is images
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"),
+    [
+        ("vit_base_patch16_224", HALF.mean),
+        ("vit_base_patch16_224.mae", OF_STUDENT.mean),  # another tag, other images
+        ("regnety_160", OF_STUDENT.mean),
+        ("vit_nano_patch4_32", OTHER.mean),  # ours, of which timm says nothing
+    ],
+)
+def test_a_name_says_what_its_weights_know(name: str, mean: tuple[float, ...]) -> None:
+    own = frozen._own_spec(NOTHING, name, nn.Identity(), OTHER, "--motivator")
+    assert own.mean == mean
+
+
+def test_a_name_that_timm_has_retired_says_it_too() -> None:
+    name = "vit_tiny_patch16_224_in21k"
+    network = timm.create_model(name, img_size=32, depth=1, num_classes=1)
+    assert frozen._own_spec(NOTHING, name, network, OTHER, "--motivator").std == HALF.std
+
+
+def test_a_checkpoint_says_itself_what_it_knows() -> None:
+    said: dict[str, dict[str, Any]] = {
+        "model_config": {"name": "test_resnet"},
+        "data": {"image_spec": OTHER.to_plain()},
+    }
+    assert frozen._own_spec(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator") == OTHER
+    said["data"] = {}
+    assert frozen._own_spec(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator") == OF_STUDENT
+    with pytest.raises(InputError, match="has format 2, this version reads format 1"):
+        frozen._said_in({"model_config": {"name": "test_resnet"}, "format": 2})
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_feature_map_is_that_of_the_images_as_the_network_knows_them(ours: bool, tmp_path: Path) -> None:
+    path, network = write_weights(tmp_path / "weights.pth")
+    choice, own, images = f"test_resnet={path}", HALF, torch.randn(2, 3, *SIZE)
+    if ours:
+        config = {"name": "test_resnet", "num_classes": 3, "input_size": list(SIZE)}
+        data = {"class_names": ["a", "b", "c"], "image_spec": OTHER.to_plain()}
+        save_checkpoint(path, {"model_config": config, "data": data, "model": network.state_dict()})
+        choice, own = str(path), OTHER
+    features = frozen.build_feature_map(choice, SIZE)  # the student's are ImageNet's where nothing else is said
+    with torch.no_grad():
+        expected, unchanged = network.forward_features(again(images, OF_STUDENT, own)), network.forward_features(images)
+        torch.testing.assert_close(features(images), expected, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(features(images), unchanged, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shown", [None, OTHER, HALF])
+def test_a_teacher_is_shown_the_images_as_it_knows_them(shown: ImageSpec | None, tmp_path: Path) -> None:
+    path, network = write_weights(tmp_path / "weights.pth")
+    teacher, images = frozen.build_teacher("test_resnet", str(path), 3, SIZE, shown), torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        expected, unchanged = network(again(images, shown or OF_STUDENT, HALF)), network(images)
+        torch.testing.assert_close(teacher(images), expected, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(expected, unchanged, rtol=1e-3, atol=1e-4) == (shown == HALF)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["motivator", "classifier", "teacher"])
+def test_a_run_hands_down_how_its_images_are_normalised(
+    role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = make_image_folder(tmp_path / "photos", ("ant", "bee", "cat"), per_class=8, size=(36, 36))
+    path, network = write_weights(tmp_path / "weights.pth")
+    words = {
+        "motivator": f"--motivator test_resnet={path}",
+        "classifier": f"--mixer attentivemix --attentive-teacher test_resnet={path}",
+        "teacher": "--model deit_runs_distilled_patch4_16 --distillation-type hard --teacher-model test_resnet "
+        f"--teacher-path {path}",
+    }[role]  # fmt: skip
+    monkeypatch.setattr(datasets, "image_spec_for", lambda name, size, crop: replace(OTHER, input_size=as_pair(size)))
+    training: Any = run_small("--input-size 32 --mix-protocol single --max-steps 1 --data-path", photos, words).training
+    images = torch.randn(2, 3, 32, 32)
+    seen = {
+        "motivator": lambda: training.guide(images).logits,
+        "classifier": lambda: training.mixer.first.teacher(images),
+        "teacher": lambda: training.criterion.teacher(images),
+    }[role]()
+    whole = network.forward_features if role == "classifier" else network
+    with torch.no_grad():
+        torch.testing.assert_close(seen, whole(again(images, OTHER, HALF)), rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(seen, whole(images), rtol=1e-2, atol=1e-2)
