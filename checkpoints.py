@@ -133,11 +133,16 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def remove_stale(folder: str | Path) -> list[Path]:
-    """Deletes the temporary files that killed runs left in `folder`; returns them. Nobody may be writing there now."""
-    stale = sorted(Path(folder).glob(f"*{TEMPORARY_SUFFIX}"))
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return stale
+    """Deletes the temporary files that killed runs left in `folder`; returns them. Nobody may be writing there now.
+
+    What cannot be deleted, such as a folder of such a name, does no harm and stays.
+    """
+    removed = []
+    for path in sorted(Path(folder).glob(f"*{TEMPORARY_SUFFIX}")):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -190,12 +195,15 @@ def pick_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Raises:
         InputError: neither is the case, and the message lists the keys that were found; or a tensor is sparse, complex,
-            quantized or without content.
+            quantized, without content or not finite.
     """
     for candidate in (*(checkpoint.get(key) for key in ("model", "state_dict", "model_state")), checkpoint):
         if isinstance(candidate, Mapping) and candidate and all(map(_is_named_tensor, candidate.items())):
             if odd := [name for name, weight in candidate.items() if not layout.is_ordinary(weight)]:
                 raise InputError(f"these weights are no ordinary tensors of numbers: {_first_of(odd)}")
+            floats = ((name, weight) for name, weight in candidate.items() if weight.is_floating_point())
+            if bad := [name for name, weight in floats if not weight.isfinite().all()]:
+                raise InputError(f"these weights are not finite, use another checkpoint: {_first_of(bad)}")
             return _strip_prefixes(dict(candidate))
     raise InputError(
         "no weights in this checkpoint: expected named tensors under model, state_dict or model_state, found the keys "

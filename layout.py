@@ -118,6 +118,7 @@ PARTS: dict[str, Check] = {
         "class_names", "image_spec",
         class_names=_list(_one_of(str)),
         num_images=_whole(0),
+        fingerprint=_one_of(str),
         image_spec=_parts(
             "input_size", input_size=_SIDES, mean=_list(_finite, 3), std=_list(_finite, 3), interpolation=_one_of(str),
             crop_ratio=_finite,

@@ -23,6 +23,7 @@ import loaders
 import optim
 import pictures
 import resume
+import saved_flags
 import summary
 import transforms
 import utils
@@ -45,7 +46,7 @@ from mixers.interface import NoMixing, StepRandom
 from mixers.switch import Switch
 from models.build import build_model, list_models, load_foreign, restore_model, use_float32_attention
 from options import check_args, explicit_flags, get_args_parser
-from run_folder import RunFolder
+from run_folder import RunFolder, leave_word
 from running import Rules, Run
 from utils import Processes
 from watch import Watch
@@ -58,7 +59,7 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.eval and args.resume:
         checkpoint = checkpoints.load_checkpoint(args.resume)
         if resume.is_ours(checkpoint):
-            saved = resume.flags_for_evaluation(checkpoint["args"], explicit_flags(parser, argv))
+            saved = saved_flags.flags_for_evaluation(checkpoint["args"], explicit_flags(parser, argv))
             args = argparse.Namespace(**{**vars(args), **saved})
             parser.check_kinds(args)
     check_args(args)
@@ -75,6 +76,7 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
         path, notes = processes.from_main(lambda: resume.find(args.output_dir, args.resume, args.auto_resume))
         for note in notes:
             log.say(f"warning: {note}")
+        run = None
         try:
             run = make_run(args, processes, log, folder, path)
             if folder is not None:
@@ -84,14 +86,28 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
                 if folder is not None:
                     folder.status(state, epoch=run.progress.epoch, step=run.progress.step)
         except BaseException as error:
-            if folder is not None:
-                code = error.exit_code if isinstance(error, utils.StopRun) else 1
-                text = (str(error) or type(error).__name__).splitlines()[0]
-                with suppress(utils.StopRun):  # of a full disk, say: the first cause has the word
-                    folder.status("failed", exit_code=code, error=text)
+            with suppress(utils.StopRun):  # of a full disk, say: the first cause has the word
+                tell_failure(args.output_dir, folder, processes.rank, error, run is not None)
             if isinstance(error, NonFiniteLoss):
                 keep_evidence(args.output_dir, processes.rank, error)
             raise
+
+
+def tell_failure(output_dir: str, folder: RunFolder | None, rank: int, error: BaseException, has_begun: bool) -> None:
+    """What ended the run goes into `status.json`, also where it happened on another rank, which leaves word of it.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    text = error.text if isinstance(error, utils.StopRun) else str(error)
+    cause = {
+        "exit_code": error.exit_code if isinstance(error, utils.StopRun) else 1,
+        "error": (text or type(error).__name__).splitlines()[0],
+    }
+    if folder is not None:
+        folder.fail(cause, has_begun, utils.is_lost_peer(error))
+    elif output_dir and not utils.is_lost_peer(error):
+        leave_word(Path(output_dir), rank, cause)
 
 
 def keep_evidence(output_dir: str, rank: int, failure: NonFiniteLoss) -> None:
@@ -121,10 +137,8 @@ def make_run(
     mixer = make_mixer(args, model, spec, processes)
     training = make_training(args, model, mixer, spec, processes)
     data = {"class_names": train_images.class_names, "image_spec": spec.to_plain()}
-    identity = resume.Identity(
-        vars(args), model_config(args, num_classes), {**data, "num_images": train_images.num_images},
-        utils.describe_versions(), shares,
-    )  # fmt: skip
+    data |= {"num_images": train_images.num_images, "fingerprint": processes.from_main(train_images.fingerprint)}
+    identity = resume.Identity(vars(args), model_config(args, num_classes), data, utils.describe_versions(), shares)
     steps = loaders.steps_per_epoch(train_loader)
     log.table(summary.describe_run(identity, training, steps, (train_images.num_images, val_images.num_images)))
     for warning in summary.warnings(identity.args, steps):
@@ -155,10 +169,11 @@ def make_run(
     corrupt = CorruptImages(train_images.num_images, train_images.name_of) if args.skip_corrupt else None
     if corrupt is not None:
         corrupt.load(progress.bad_images)
+    rules = Rules(args.epochs, args.log_every, args.save_steps, args.max_steps, args.eval_every)
     return Run(
-        Rules(args.epochs, args.log_every, args.save_steps, args.max_steps), training, mixer, train_loader, val_loader,
-        identity, progress, schedule, Watch(processes, args.save_minutes), log, bool(args.output_dir),
-        folder, show, corrupt, steps, total_batch(args, processes),
+        rules, training, mixer, train_loader, val_loader, identity, progress, schedule,
+        Watch(processes, args.save_minutes), log, bool(args.output_dir), folder, show, corrupt, steps,
+        total_batch(args, processes),
     )  # fmt: skip
 
 
@@ -225,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in list_models():
             print("{:<26} {:<56} {:<9} {}".format(*row), flush=True)
         return
-    processes = utils.init_processes(args.device)
+    processes = utils.init_processes(args.device, args.data_timeout)
     resolve_defaults(args, processes)
     with RunLog(args.output_dir or None, processes) as log:
         (evaluate if args.eval else train)(args, processes, log)

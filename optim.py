@@ -1,4 +1,4 @@
-"""Optimizer and learning rate through timm's factories, and the averaged weights. Knows no flags and no training step."""
+"""Optimizer and learning rate through timm's factories, and averaged weights. Knows no flags and no training step."""
 
 from __future__ import annotations
 

@@ -114,7 +114,8 @@ def _add_run(parser: Parser) -> None:
     group.add_argument("--compile", action="store_true", help="torch.compile the step and the motivating pass")
     group.add_argument("--eval", action="store_true", help="evaluate --resume and stop; needs no other flag")
     group.add_argument("--resume", default="", help="checkpoint to go on from (or to evaluate)")
-    group.add_argument("--auto-resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pth if it is there")
+    group.add_argument("--auto-resume", action="store_true", help="go on from OUTPUT_DIR's newest sound checkpoint if "
+                       "there is one; without, begin as the other flags say")  # fmt: skip
     group.add_argument("--finetune", default="", help="weights to start from; heads of other sizes start anew")
     group.add_argument("--save-steps", default=0, type=int, help="also save every N steps; 0: only after epochs")
     group.add_argument("--save-minutes", default=0, type=float, help="also save when M minutes have passed; 0: never")
@@ -124,6 +125,7 @@ def _add_run(parser: Parser) -> None:
     group.add_argument("--max-bad-steps", default=20, type=int,
                        help="steps in a row that may be left out because they were not finite")  # fmt: skip
     group.add_argument("--log-every", default=10, type=int, help="steps between lines of the log")
+    group.add_argument("--eval-every", default=1, type=int, help="evaluate after every N epochs, and after the last")
     add_switch(group, "channels-last", False, "keep images and convolutions channels-last: faster for ConvNets on CUDA")
     add_switch(group, "train-mode", True, "train in training mode; off fine-tunes without dropout and drop path")
 
@@ -223,8 +225,8 @@ def _add_distillation(parser: Parser) -> None:
 
 
 POSITIVE = (*mixing.POSITIVE, "max_bad_steps", "batch_size", "accum_steps", "epochs", "repeats", "recount",
-            "log_every", "subset", "max_steps", "lr", "opt_eps", "distillation_tau", "patch_size", "nb_classes",
-            "decay_epochs", "decay_rate")  # fmt: skip
+            "log_every", "eval_every", "subset", "max_steps", "lr", "opt_eps", "distillation_tau", "patch_size",
+            "nb_classes", "decay_epochs", "decay_rate")  # fmt: skip
 NOT_NEGATIVE = (*mixing.NOT_NEGATIVE, "save_steps", "save_minutes", "weight_decay", "momentum", "warmup_lr",
                 "min_lr", "warmup_epochs", "start_epoch", "num_workers", "data_timeout", "color_jitter", "lr_noise_pct",
                 "lr_noise_std")  # fmt: skip

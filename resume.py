@@ -18,6 +18,7 @@ from health import NonFiniteLoss
 from meters import Meters
 from models.build import own_keys, plain_weights
 from run_folder import RunFolder, candidates
+from saved_flags import accepts, check_settings, same_value, short
 from utils import InputError, Processes, StopRun
 
 
@@ -42,7 +43,7 @@ class Identity:
         args: the resolved flags.
         model_config: keywords of `models.build.build_model`.
         data: `class_names` and `image_spec` (see `transforms.ImageSpec`), all that evaluation needs to know, and the
-            number of training images.
+            training images' number and `images.Images.fingerprint`.
         versions: of the libraries, and the commit.
         asked: `batch_size` and `accum_steps` of the command line, from which `args` has what this world size makes of
             them.
@@ -53,20 +54,6 @@ class Identity:
     data: dict[str, Any]
     versions: dict[str, str]
     asked: dict[str, int] = field(default_factory=dict)
-
-
-# Evaluation may be asked for elsewhere, on other images or in another precision; the rest makes the model what it is.
-FREE_IN_EVALUATION = {
-    "eval", "resume", "output_dir", "device", "amp", "seed", "num_workers", "pin_mem", "batch_size",
-    "data_set", "data_path", "inat_category", "nb_classes", "eval_crop_ratio",
-}  # fmt: skip
-OF_ONE_CALL = {"eval", "resume", "output_dir", "device", "amp", "num_workers", "auto_resume", "finetune"}
-# What may differ when a run is gone on with: none of it changes what is learned. The total batch is looked at apart.
-FREE_ON_RESUME = (OF_ONE_CALL - {"amp"}) | {
-    "start_epoch", "log_every", "pin_mem", "save_steps", "save_minutes", "keep_checkpoints", "accept_changes",
-    "max_bad_steps", "skip_corrupt", "data_timeout", "decoder", "randaugment", "data_path", "batch_size", "accum_steps",
-    "compile", "list_models", "attentive_teacher", "teacher_path", "max_steps",
-}  # fmt: skip
 
 
 def is_ours(checkpoint: dict[str, Any]) -> bool:
@@ -85,37 +72,21 @@ def is_ours(checkpoint: dict[str, Any]) -> bool:
     return True
 
 
-def flags_for_evaluation(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a run with those of an evaluation's command line over them.
-
-    Raises:
-        InputError: one that was given contradicts what the checkpoint is.
-    """
-    for name, value in given.items():
-        if name not in FREE_IN_EVALUATION and not same_value(saved.get(name), value):
-            raise InputError(
-                f"--{name.replace('_', '-')} {value}: --eval takes this from the checkpoint, which has "
-                f"{saved.get(name)}; leave the flag out"
-            )
-    return {**{name: value for name, value in saved.items() if name not in OF_ONE_CALL}, **given}
-
-
 def find(output_dir: str, given: str, automatic: bool) -> tuple[str, list[str]]:
-    """The checkpoint to go on from: the one given, else with `automatic` the output folder's newest sound one, else "".
+    """The checkpoint to go on from: with `automatic` the output folder's newest sound one, else the one given, or "".
 
     Returns:
-        Its path, and what is to be said of newer ones that are damaged.
+        Its path, and what is to be said of others: newer ones that are damaged, one that was given.
 
     Raises:
         InputError: the output folder holds a run that would not be gone on with, or nothing but damaged checkpoints;
             none is ever overwritten.
     """
     there = candidates(Path(output_dir)) if output_dir else []
-    if not there:
+    is_own = bool(given) and Path(output_dir).resolve() in Path(given).resolve().parents
+    if not there or (is_own and not automatic):
         return given, []
-    if given and Path(output_dir).resolve() in Path(given).resolve().parents:
-        return given, []
-    if given or not automatic:
+    if not automatic:
         advice = "" if given else "add --auto-resume to go on with it, or "
         raise InputError(f"--output-dir {output_dir} already holds a run ({there[0]}): {advice}choose another folder")
     notes: list[str] = []
@@ -123,6 +94,8 @@ def find(output_dir: str, given: str, automatic: bool) -> tuple[str, list[str]]:
         try:
             checkpoint = load_checkpoint(path)
             _check_finite({name: checkpoint.get(name) or {} for name in ("model", "ema")})
+            if given and Path(given).resolve() != path.resolve():
+                notes.append(f"--auto-resume goes on with {path}; --resume {given} is for an empty --output-dir")
             return str(path), notes
         except StopRun as error:
             named = error.text if str(path) in error.text else f"{path}: {error.text}"
@@ -203,6 +176,10 @@ def read(path: str) -> dict[str, Any]:
         raise InputError(f"--resume {path}: was not written by this project's main.py; use --finetune")
     if not {"batch_size", "accum_steps", "amp", "opt"} <= checkpoint["args"].keys():
         raise InputError(f"--resume {path}: the checkpoint's args are damaged: use another checkpoint")
+    try:
+        _check_finite({name: checkpoint[name] or {} for name in ("model", "ema")})
+    except NonFiniteLoss as error:
+        raise InputError(f"--resume {path}: {error.text}; use another checkpoint") from error
     return checkpoint
 
 
@@ -229,7 +206,7 @@ def keep_total_batch(
     )
     if wanted_total == total:
         return {}
-    if _accepts(accepted, "batch_size"):
+    if accepts(accepted, "batch_size"):
         if (done := checkpoint.get("samples_in_epoch", 0)) % wanted_total:
             raise InputError(
                 f"{done} images of an epoch are done, no whole number of steps of {wanted_total}: go on with a total "
@@ -267,7 +244,7 @@ def load(
         raise InputError(f"{source}: holds no ema; to start a new run from its weights use --finetune")
     _check_same("model", checkpoint["model_config"], identity.model_config, source)
     _check_same("data", checkpoint["data"], identity.data, source)
-    _check_settings(checkpoint["args"], to_plain(identity.args), source, accepted)
+    check_settings(checkpoint["args"], to_plain(identity.args), source, accepted)
     load_optimizer(training.optimizer, checkpoint["optimizer"], source)  # before the weights: it takes a step
     load_strictly(training.module, own_keys(checkpoint["model"]), source=source)
     if training.ema is not None:
@@ -297,52 +274,13 @@ def _own_meters(states: list[dict[str, list[float]]], processes: Processes) -> M
     return Meters.from_state(total)
 
 
-def _accepts(accepted: Collection[str], name: str) -> bool:
-    return bool({word.lstrip("-").replace("-", "_") for word in accepted} & {name, "all"})
-
-
-def _check_settings(
-    saved: Mapping[str, Any], wanted: Mapping[str, Any], source: str, accepted: Collection[str]
-) -> None:
-    """Refuses settings that differ from those a run was begun with, unless they are accepted by name."""
-    changed = {
-        name: f"--{name.replace('_', '-')} {_short(saved[name])} -> {_short(value)}"
-        for name, value in wanted.items()
-        if name in saved
-        and name not in FREE_ON_RESUME
-        and not same_value(saved[name], value)
-        and not (name == "motivator" and {saved[name], value}.isdisjoint({"self", "ema"}))  # a network may move
-    }
-    if "opt" in changed:
-        raise InputError(f"{source}: {changed['opt']}: one optimizer cannot go on with another's state")
-    if refused := [name for name in changed if not _accepts(accepted, name)]:
-        flags = " ".join(name.replace("_", "-") for name in refused)
-        raise InputError(
-            f"{source}: the run was begun with other settings: {', '.join(changed[name] for name in refused)}; "
-            f"to go on with the new ones add --accept-changes {flags}, or choose another --output-dir"
-        )
-
-
 def _check_same(what: str, saved: dict[str, Any], wanted: dict[str, Any], source: str) -> None:
     """Refuses to go on with another model or other data; regularisation (`drop`, `drop_path`) may change."""
     for name, value in to_plain(wanted).items():
         old = saved.get(name)
-        if name not in saved and name == "num_images":  # checkpoints of older versions do not have it
+        if name not in saved and name in ("num_images", "fingerprint"):  # checkpoints of older versions have none
             continue
         if isinstance(value, dict) and isinstance(old, dict):
             _check_same(what, old, value, source)
         elif name not in ("drop", "drop_path") and not same_value(old, value):
-            raise InputError(f"{source}: its {what} has {name} {_short(old)}, this run has {_short(value)}")
-
-
-def same_value(one: Any, other: Any) -> bool:
-    """Equality that takes tuples for lists and one side for a square."""
-    as_list = [list(value) if isinstance(value, (list, tuple)) else value for value in (one, other)]
-    if all(isinstance(value, list) and len(value) in (1, 2) for value in as_list):
-        as_list = [value * 2 if len(value) == 1 else value for value in as_list]
-    return bool(as_list[0] == as_list[1])
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    text = str(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+            raise InputError(f"{source}: its {what} has {name} {short(old)}, this run has {short(value)}")

@@ -5,13 +5,14 @@ Rank 0 alone holds one. Writing and checking single files is in `checkpoints.py`
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 WAIT_FOR_LOCK = 30.0  # seconds: the ranks of a launcher that was killed need a step and a save to leave
+WAIT_FOR_WORD = 2.0  # seconds
 STEPS = "checkpoints"  # the folder of checkpoints by step
+WORDS = "failed_rank*.json"
 
 
 def step_file(folder: Path, step: int) -> Path:
@@ -37,6 +40,24 @@ def candidates(folder: Path) -> list[Path]:
     """The checkpoints that a run may go on from, the newest first; last `checkpoint.pth`, all that old runs have."""
     by_step = sorted(path for path in (folder / STEPS).glob("*.pth") if re.fullmatch(r"\d{10}\.pth", path.name))
     return [*reversed(by_step), *(path for path in [folder / "checkpoint.pth"] if path.exists())]
+
+
+def leave_word(folder: Path, rank: int, cause: dict[str, Any]) -> None:
+    """A rank without a `RunFolder` says why it ends, for the one that writes `status.json`.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    write_json(folder / WORDS.replace("*", str(rank)), {**cause, "error": f"rank {rank}: {cause['error']}"})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An object as it stands in a file; nothing of a file that is missing or damaged."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
 
 
 class RunFolder:
@@ -60,6 +81,8 @@ class RunFolder:
         self.lock = self._lock()
         remove_stale(self.path)
         remove_stale(self.path / STEPS)
+        for word in self.path.glob(WORDS):
+            word.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self.lock is not None:
@@ -74,7 +97,8 @@ class RunFolder:
     def _lock(self) -> Any:
         if fcntl is None:
             return None
-        lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115, held as long as the run
+        with _naming(self.path / ".lock") as path:
+            lock = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115, held as long as the run
         begun = time.monotonic()
         while True:
             try:
@@ -91,9 +115,9 @@ class RunFolder:
                 time.sleep(0.2)
             except OSError:  # a file system without locks: one writer cannot be promised there
                 return lock
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+        with suppress(OSError):  # a full disk: the lock holds without a name in it
+            lock.truncate(0)
+            os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return lock
 
     def go_on_from(self, path: Path, step: int, names: Sequence[str]) -> list[Path]:
@@ -104,27 +128,75 @@ class RunFolder:
 
         Returns:
             What the later ones are called now.
+
+        Raises:
+            InputError: something else is in the way of a name.
         """
         later = [file for file in candidates(self.path) if file.parent.name == STEPS and int(file.stem) > step]
         if path.resolve().parent == (self.path / STEPS).resolve():
             for name in names:
                 _stand_for(path, self.path / name)
-        return [file.replace(f"{file}.aside") for file in later]
+        return [_set_aside(file) for file in later]
 
     def status(self, state: str, **more: Any) -> None:
         """Writes `status.json`: `running`, `done`, `preempted` or `failed`, when, and how far."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write_json(self.path / "status.json", {"state": state, "time": now, "pid": os.getpid(), **more})
 
+    def fail(self, cause: dict[str, Any], has_begun: bool, is_consequence: bool) -> None:
+        """Writes that the run failed, and how far it had come.
+
+        Args:
+            cause: `exit_code` and `error`.
+            has_begun: training has; else a run that was done before stays so.
+            is_consequence: of another rank's end, whose word is taken in the place of `cause` if it left one.
+        """
+        before = self._last_status()
+        if before.get("state") == "done" and not has_begun:
+            return
+        kept = {name: before[name] for name in ("epoch", "step") if name in before}
+        self.status("failed", **kept, **((is_consequence and self._word_of_others()) or cause))
+
+    def _last_status(self) -> dict[str, Any]:
+        return _read_json(self.path / "status.json")
+
+    def _word_of_others(self) -> dict[str, Any]:
+        """What another rank left, see `leave_word`; it may be about to."""
+        begun = time.monotonic()
+        while not (words := sorted(self.path.glob(WORDS))) and time.monotonic() - begun < WAIT_FOR_WORD:
+            time.sleep(0.1)
+        return _read_json(words[0]) if words else {}
+
     def save(self, state: dict[str, Any], step: int, names: tuple[str, ...] = ()) -> None:
-        """Writes the checkpoint after `step` updates, lets `names` stand for it too, and forgets the oldest ones."""
+        """Writes the checkpoint after `step` updates, lets `names` stand for it too, and forgets the oldest ones.
+
+        Raises:
+            InputError: the disk is full, or something else is in the way of a name.
+        """
         path = step_file(self.path, step)
         save_checkpoint(path, state)
         for name in names:
             _stand_for(path, self.path / name)
-        for old in candidates(self.path)[self.keep :]:
+        files = [file for file in candidates(self.path) if not file.is_dir()]
+        for old in files[self.keep :]:
             if old.parent.name == STEPS and old != path:
-                old.unlink(missing_ok=True)
+                with _naming(old):
+                    old.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[Path]:
+    """Inside, what the system refuses becomes an InputError that names the file at `path`."""
+    try:
+        yield path
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path}: {reason}; move away what is there, or choose another --output-dir") from error
+
+
+def _set_aside(file: Path) -> Path:
+    with _naming(aside := Path(f"{file}.aside")):
+        return file.replace(aside)
 
 
 def _stand_for(path: Path, name: Path) -> None:
@@ -133,8 +205,12 @@ def _stand_for(path: Path, name: Path) -> None:
     with suppress(OSError):
         temporary.unlink(missing_ok=True)
     try:
-        os.link(path, temporary)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, name)
-    temporary.unlink(missing_ok=True)  # where both were the same file already, replacing does nothing
+        with _naming(name):
+            try:
+                os.link(path, temporary)
+            except OSError:  # a file system without links
+                shutil.copyfile(path, temporary)
+            os.replace(temporary, name)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # where both were the same file already, replacing does nothing

@@ -76,6 +76,7 @@ class Rules(NamedTuple):
     log_every: int
     save_steps: int
     max_steps: int | None = None
+    eval_every: int = 1  # epochs
 
 
 @dataclass
@@ -145,19 +146,28 @@ class Run:
         self.share_bad_images()
         images = (progress.step - done) * self.total_batch
         seconds = time.perf_counter() - began
-        watched = Watched(self.watch, self.val_loader, loaders.largest_share(self.val_loader))
         figures = self.read_meters(seconds)
         stats = {
             "epoch": progress.epoch,
             "lr": progress.first_rate,
             **{f"train_{name}": value for name, value in figures.items()},
             "train_images_per_second": images / seconds,
-            **engine.evaluate_all(self.training, watched),
+            **(self.evaluate() if self.is_evaluated else {}),
             "n_parameters": sum(p.numel() for p in self.training.module.parameters() if p.requires_grad),
             "skipped_steps": int(self.training.health.told),
             "peak_memory_mb": utils.peak_memory_mb(self.training.processes.device),
         }
         self.end_epoch(stats)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the epoch under way ends with an evaluation."""
+        done = self.progress.epoch + 1
+        return done % self.rules.eval_every == 0 or done == self.rules.epochs or self.at_last_step
+
+    def evaluate(self) -> dict[str, float]:
+        watched = Watched(self.watch, self.val_loader, loaders.largest_share(self.val_loader))
+        return engine.evaluate_all(self.training, watched)
 
     def read_meters(self, seconds: float) -> dict[str, float]:
         """The epoch's means over all ranks; says once per run if many of its `seconds` were spent waiting for data."""
@@ -209,10 +219,12 @@ class Run:
             self.save("checkpoint.pth")  # within the epoch, so that a longer run goes on there
             return
         self.schedule.after_epoch(progress.epoch)
-        is_best = stats["test_acc1"] >= progress.best_acc1
-        progress.best_acc1 = max(progress.best_acc1, stats["test_acc1"])
+        acc1 = stats.get("test_acc1", -1.0)  # below any, where it was not evaluated
+        is_best = acc1 >= progress.best_acc1
+        progress.best_acc1 = max(progress.best_acc1, acc1)
         self.log.epoch(stats)
-        self.log.say(f"epoch {progress.epoch}: top-1 {stats['test_acc1']:.2f} %, best {progress.best_acc1:.2f} %")
+        told = f"top-1 {acc1:.2f} %, best {progress.best_acc1:.2f} %" if "test_acc1" in stats else "not evaluated"
+        self.log.say(f"epoch {progress.epoch}: {told}")
         if self.folder is not None and (picture := self.show(progress.epoch)) is not None:
             pictures.save_png(picture, self.folder.path / "mixing.png")
             self.log.picture("mixing", picture, progress.epoch)

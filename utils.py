@@ -31,7 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import get_worker_info
 
 Made = TypeVar("Made")
-PEER_TIMEOUT = timedelta(minutes=10)  # of every message between ranks
+PEER_TIMEOUT = timedelta(minutes=10)  # the least of any message between ranks
 
 
 class StopRun(Exception):
@@ -60,11 +60,13 @@ class SampleError(InputError):
 
 @dataclass(frozen=True)
 class Processes:
-    """Where this process stands among its peers. `device` is the one it computes on."""
+    """Where this process stands among its peers. `device` is the one it computes on; for a peer's message it waits no
+    longer than `timeout`."""
 
     rank: int
     world_size: int
     device: torch.device
+    timeout: timedelta = PEER_TIMEOUT
 
     @property
     def is_main(self) -> bool:
@@ -119,10 +121,22 @@ def pick_device(name: str) -> str:
     return name
 
 
-def init_processes(device_name: str) -> Processes:
+def peer_timeout(data_timeout: float) -> timedelta:
+    """How long a rank waits for its peers: longer than a peer may wait for its data, whose message names the cause.
+
+    Args:
+        data_timeout: seconds, 0 for ever.
+    """
+    return max(PEER_TIMEOUT, timedelta(seconds=1.1 * data_timeout)) if data_timeout else timedelta(days=365)
+
+
+def init_processes(device_name: str, data_timeout: float = 600) -> Processes:
     """Joins the process group that torchrun described in the environment; one process needs none.
 
     Rank and world size come from `RANK`, `WORLD_SIZE` and `LOCAL_RANK` only. NCCL on CUDA, gloo elsewhere.
+
+    Args:
+        data_timeout: see `peer_timeout`.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -138,11 +152,17 @@ def init_processes(device_name: str) -> Processes:
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group(
             backend="nccl" if kind == "cuda" else "gloo",
-            timeout=PEER_TIMEOUT,
+            timeout=peer_timeout(data_timeout),
             device_id=device if kind == "cuda" else None,
             **_store_of_this_attempt(rank, world_size),
         )
-    return Processes(rank, world_size, device)
+    return Processes(rank, world_size, device, peer_timeout(data_timeout))
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a rank ends because another one did or is silent: gloo's "connection closed", NCCL's DistBackendError."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return not alone and isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def _store_of_this_attempt(rank: int, world_size: int) -> dict[str, Any]:
@@ -288,8 +308,8 @@ def run_command(command: Callable[[], None]) -> int:
         except StopRun as error:
             _report(error)
             return error.exit_code
-        except RuntimeError as error:  # gloo's "connection closed by peer", NCCL's DistBackendError
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        except RuntimeError as error:
+            if is_lost_peer(error):
                 time.sleep(5)  # the peer that left first has the word: the launcher ends this one meanwhile
             raise
 

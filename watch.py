@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-import utils
 from utils import Processes
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
@@ -54,7 +53,7 @@ class Watch:
         # Messages of their own group travel beside the gradients, on the host: no device is waited for.
         self.group: Any = None
         if processes.world_size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=utils.PEER_TIMEOUT)
+            self.group = dist.new_group(backend="gloo", timeout=processes.timeout)
 
     def __enter__(self) -> Watch:
         for number in SIGNALS:

@@ -264,7 +264,11 @@ def load_foreign(model: ImageModel, path: str, fresh_heads: bool = True) -> list
     old_grid = None
     if "model_config" in checkpoint:  # ours: the grid behind its position embedding is known, square or not
         old_grid = _draft(checkpoint["model_config"]).grid_size
-    weights, notes = adapt_weights(model, pick_weights(checkpoint), old_grid, fresh_heads)
+    try:
+        found = pick_weights(checkpoint)
+    except InputError as error:
+        raise InputError(f"{path}: {error.text}") from error
+    weights, notes = adapt_weights(model, found, old_grid, fresh_heads)
     load_strictly(model, weights, source=path)
     return notes
 

@@ -18,7 +18,7 @@ from mixers.options import METHODS
 from models.build import build_model
 from options import get_args_parser
 from reporting.interface import Other, Result, Row, Run, Sorted
-from resume import FREE_ON_RESUME, same_value
+from saved_flags import FREE_ON_RESUME, same_value
 from utils import InputError, Processes
 
 # Free when a run is gone on with, because the run has it behind it or it is a path; still a part of what a row is.
@@ -26,6 +26,8 @@ OF_A_ROW = {"finetune", "start_epoch", "max_steps", "attentive_teacher", "motiva
 # The data are compared by what they are, whatever they are called: see `_compare_data`.
 FREE = (FREE_ON_RESUME | {"seed", "data_set", "inat_category", "nb_classes"}) - OF_A_ROW
 NETWORKS = {"attentive_teacher", "motivator"}  # NAME, NAME=FILE or a file
+THE_ROW, NOW = "the row has", "asked now:"  # how the value that a run's is compared with is called
+PRETRAINED = "pretrained"  # the folder of networks that rows of rehearsals look through, see scripts/tables/_small.sh
 CUTS = {"epochs", "max_steps"}  # what makes a rehearsal a shorter one
 WITH_CUTS = {*CUTS, "warmup_epochs"}  # and what may go with that
 
@@ -52,6 +54,13 @@ class Difference(NamedTuple):
     text: str
 
 
+class ModelFacts(NamedTuple):
+    """What a model is where flags are left out: height and width, and the number of its blocks with a score."""
+
+    input_size: tuple[int, int]
+    score_blocks: int
+
+
 def sort_runs(runs: Sequence[Run], rows: Sequence[Row]) -> Sorted:
     """Puts every run under the rows whose recipe it has; a recipe may be that of several rows.
 
@@ -62,6 +71,9 @@ def sort_runs(runs: Sequence[Run], rows: Sequence[Row]) -> Sorted:
     cut = dict[str, dict[Row, Result]]()
     others = []
     for run in runs:
+        if PRETRAINED in PurePath(run.name).parent.parts:
+            others.append(Other(run, None, [f"no row: trained for rows to look through, in a folder {PRETRAINED}"]))
+            continue
         compared = [(differences(run, row), row) for row in rows if row.words]
         fitting = [row for found, row in compared if not found]
         for row in fitting:
@@ -109,14 +121,45 @@ def differences(run: Run, row: Row) -> list[Difference]:
     """What keeps a run from being one of this row; nothing if it is."""
     wanted = flags_of(row.words, _device_of(run))
     found = compare_flags(run.args, wanted)
+    if any(one.name == "score_block" for one in found) and _reads_last(run, wanted):
+        found = [one for one in found if one.name != "score_block"]
     found += _compare_data(run, CIFAR10 if row.small else IMAGENET, wanted.get("subset"))
-    total, own = wanted["batch_size"] * wanted["accum_steps"], total_batch(run)
+    return [*found, *_compare_total(run, wanted, 1, THE_ROW), *_compare_course(run)]
+
+
+def differences_now(run: Run, words: tuple[str, ...], processes: int) -> list[Difference]:
+    """What a run that came to its end does not share with a command of main.py for the same folder; nothing if it is
+    what the command would make. How many steps a run may take makes no difference where its epochs ended before.
+
+    Raises:
+        InputError: the words are not those of `main.py`.
+    """
+    wanted = flags_of(words, _device_of(run))
+    most, taken = wanted["max_steps"], run.status.get("step")
+    is_whole = run.is_finished and isinstance(taken, int) and (most is None or most >= taken)
+    found = [one for one in compare_flags(run.args, wanted, NOW) if one.name != "max_steps" or not is_whole]
+    for name in sorted(NETWORKS - {one.name for one in found}):
+        if _weights(run.args.get(name)) != _weights(wanted[name]):
+            found.append(Difference(name, f"{written(name, run.args.get(name))} ({NOW} {_shown(wanted[name])})"))
+    return [*found, *_compare_total(run, wanted, processes, NOW)]
+
+
+def _compare_total(run: Run, wanted: dict[str, Any], processes: int, whose: str) -> Iterable[Difference]:
+    total, own = wanted["batch_size"] * wanted["accum_steps"] * processes, total_batch(run)
     if own != total:
-        found.append(Difference("total batch", f"total batch {own or 'not recorded'} (the row has {total})"))
-    return [*found, *_compare_course(run)]
+        yield Difference("total batch", f"total batch {own or 'not recorded'} ({whose} {total})")
 
 
-def compare_flags(args: dict[str, Any], wanted: dict[str, Any]) -> list[Difference]:
+def _reads_last(run: Run, wanted: dict[str, Any]) -> bool:
+    """Whether run and row both read their own score in the last block, where one of them says so and one does not."""
+    model, patch_size = wanted["model"], wanted["patch_size"]
+    if [run.args["model"], run.args.get("patch_size"), run.args.get("motivator")] != [model, patch_size, "self"]:
+        return False
+    last = _facts_of(model, patch_size).score_blocks
+    return (run.args.get("score_block"), wanted["score_block"]) in ((None, last), (last, None))
+
+
+def compare_flags(args: dict[str, Any], wanted: dict[str, Any], whose: str = THE_ROW) -> list[Difference]:
     """Flags of the recipe whose values differ; one that an older version did not have counts as left out."""
     found, defaults = [], _defaults()
     for name in sorted((args.keys() | wanted.keys()) - FREE):
@@ -125,7 +168,7 @@ def compare_flags(args: dict[str, Any], wanted: dict[str, Any]) -> list[Differen
         if name in NETWORKS:
             own, other = network_of(own), network_of(other)
         if not is_known or not same_value(own, other):
-            found.append(Difference(name, f"{written(name, own)} (the row has {_shown(other)})"))
+            found.append(Difference(name, f"{written(name, own)} ({whose} {_shown(other)})"))
     return found
 
 
@@ -156,6 +199,11 @@ def network_of(value: Any) -> Any:
     return name.split(".")[0]
 
 
+def _weights(value: Any) -> str:
+    """The name of the file that a network's weights were said to be in, where it is said beside the network's name."""
+    return PurePath(str(value).partition("=")[2]).name
+
+
 @cache
 def flags_of(words: tuple[str, ...], device: str) -> dict[str, Any]:
     """The flags of a row as a run on such a device would save them.
@@ -169,16 +217,17 @@ def flags_of(words: tuple[str, ...], device: str) -> dict[str, Any]:
         raise InputError(f"a row of scripts/tables/ is not for this main.py: {' '.join(words)}") from error
     resolve_defaults(args, Processes(0, 1, torch.device(device)))
     if args.input_size is None:
-        args.input_size = _own_input_size(args.model, args.patch_size)
+        args.input_size = list(_facts_of(args.model, args.patch_size).input_size)
     return dict(vars(args))
 
 
 @cache
-def _own_input_size(model: str, patch_size: int | None) -> list[int]:
-    """Height and width that a model has where --input-size is left out."""
+def _facts_of(model: str, patch_size: int | None) -> ModelFacts:
+    """What flags leave to a model."""
     args = get_args_parser().parse_args(["--model", model])
     args.patch_size = patch_size
-    return list(build_model(**model_config(args, 10)).input_size)
+    built = build_model(**model_config(args, 10))
+    return ModelFacts(built.input_size, built.score_blocks)
 
 
 @cache

@@ -251,7 +251,10 @@ def test_p13_a_rank_without_its_peer_ends_soon(how: str, code: int, photos: Path
     begun = time.monotonic()
     assert ranks.wait(ENDS_WITHIN) == [1, code]
     assert time.monotonic() - begun < ENDS_WITHIN
-    assert read_status(tmp_path / "run")["state"] == "failed"
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert (status["error"] == "rank 1: a bug") == (how == "failing")  # not what rank 0 saw of it
+    assert status["step"] == 2
     assert ("ArithmeticError: a bug" in ranks.said(1)) == (how == "failing")
     assert "gloo" in ranks.said(0).lower()
     assert int(candidates(tmp_path / "run")[0].stem) == 2
@@ -273,7 +276,9 @@ def test_p13_p14_two_runs_at_once_and_the_first_cause_is_last_on_the_screen(phot
         assert good.wait_until_gone(5)
         assert failing.wait_until_gone(5)
     assert read_status(tmp_path / "g")["state"] == "done"
-    assert read_status(tmp_path / "b")["state"] == "failed"
+    status = read_status(tmp_path / "b")
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    assert str(broken) in status["error"]
     last = (tmp_path / "b.log").read_text().split("Root Cause")[-1]
     assert str(broken) in last, (tmp_path / "b.log").read_text()[-3000:]
 
@@ -329,7 +334,7 @@ def stuck(rank: int) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_p13_a_rank_whose_peer_is_stuck_ends_within_the_timeout(photos: Path, tmp_path: Path) -> None:
-    words = split("--batch-size 2 --data-path", photos, "--output-dir", tmp_path / "run")
+    words = split("--batch-size 2 --data-timeout 1 --data-path", photos, "--output-dir", tmp_path / "run")
     ranks = Ranks(2, tmp_path, SMALL, *words, meddle=stuck)
     begun = time.monotonic()
     ranks.processes[0].join(60)

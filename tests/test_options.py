@@ -33,6 +33,7 @@ SMMIX: dict[str, Any] = {
     "target_region": "min", "motivator": "self", "subset": None, "max_steps": None,
     "resize": "pillow", "randaugment": "cpu", "repeat_layout": "blocks",
     "skip_corrupt": False, "data_timeout": 600, "channels_last": False, "attn_fp32": False, "list_models": False,
+    "eval_every": 1,
 }  # fmt: skip
 # Decided by the machine, the data or the model, see `assembly.resolve_defaults`.
 OPEN = {"decoder", "device", "amp", "num_workers", "data_set", "data_path", "nb_classes", "input_size",

@@ -88,6 +88,22 @@ def test_a_kill_between_epochs_loses_nothing(photos: Path, tmp_path: Path) -> No
     assert (tmp_path / "train.log").read_text(encoding="utf-8").count("resumed from") == 2
 
 
+def test_an_evaluation_after_every_second_epoch_and_the_last(photos: Path, tmp_path: Path) -> None:
+    """Also where the run is gone on with in between; what is learned is the same."""
+    words = split(WORDS, "--epochs 5 --data-path", photos, "--output-dir")
+    whole = run_small(*words, tmp_path / "whole").training
+    with pytest.raises(Killed), killed_after(7):
+        run_small(*words, tmp_path / "parts", "--eval-every 2")
+    run = run_small(*words, tmp_path / "parts", "--eval-every 2 --auto-resume")
+    lines, every = read_log(tmp_path / "parts"), read_log(tmp_path / "whole")
+    assert ["test_acc1" in line for line in lines] == [False, True, False, True, True]
+    assert lines[4]["test_acc1"] == every[4]["test_acc1"]
+    assert "epoch 2: not evaluated" in run.out
+    assert differences(state_of(whole), state_of(run.training)) == []
+    best = torch.load(tmp_path / "parts/checkpoint.pth", weights_only=True)["best_acc1"]
+    assert best == max(line.get("test_acc1", 0) for line in lines)
+
+
 def test_leftovers_of_a_kill_are_cleared(photos: Path, finished: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     leftover = folder / "checkpoint.pth.123.unfinished.tmp"
@@ -104,6 +120,48 @@ def test_a_given_checkpoint_goes_on_in_another_folder(photos: Path, finished: Pa
     assert [line["epoch"] for line in read_log(tmp_path)] == [1]
     assert (finished / "checkpoint.pth").read_bytes() == before
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
+
+
+def test_a_command_with_a_given_checkpoint_can_be_repeated(photos: Path, finished: Path, tmp_path: Path) -> None:
+    """As a job that comes back does: the checkpoint begins the run, the folder's own goes on with it."""
+    words = split(WORDS, "--accept-changes all --auto-resume --data-path", photos, "--output-dir", tmp_path / "run")
+    words += split("--resume", finished / "checkpoint.pth")
+    with pytest.raises(Killed), killed_after(7):
+        run_small(*words)
+    again = run_small(*words)
+    assert again.code == 0, again.err
+    assert f"--resume {finished / 'checkpoint.pth'} is for an empty --output-dir" in again.out
+    assert "next is epoch 2" in again.out
+    assert [line["epoch"] for line in read_log(tmp_path / "run")] == [1, 2]
+    (tmp_path / "run/checkpoint.pth").rename(own := tmp_path / "run/kept.pth")
+    done = run_small(*words[:-1], own)  # one within the folder is no way back either
+    assert "nothing left to do" in done.out
+
+
+def test_weights_that_are_not_finite_are_refused_wherever_they_are_named(
+    photos: Path, finished: Path, tmp_path: Path
+) -> None:
+    checkpoint = torch.load(finished / "checkpoint.pth", weights_only=True)
+    next(iter(checkpoint["model"].values())).flatten()[0] = float("nan")
+    torch.save(checkpoint, tmp_path / "nan.pth")
+    for flag in ("--resume", "--finetune"):
+        run = run_small(MORE, "--data-path", photos, flag, tmp_path / "nan.pth", "--output-dir", tmp_path / "run")
+        assert run.code == 2
+        assert "nan.pth" in run.err
+        assert "not finite" in run.err
+
+
+def test_other_images_of_the_same_number_are_refused(photos: Path, finished: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(photos, tmp_path / "moved"))
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    words = split(MORE, "--auto-resume --output-dir", folder, "--data-path", moved)
+    first = sorted((moved / "train" / "ant").iterdir())[0]
+    first.rename(first.with_name("another" + first.suffix))
+    refused = run_small(*words)
+    assert refused.code == 2
+    assert "its data has fingerprint" in refused.err
+    (first.with_name("another" + first.suffix)).rename(first)
+    assert run_small(*words).code == 0  # the same images elsewhere
 
 
 def test_more_epochs_go_on_with_the_optimizer(photos: Path, finished: Path, tmp_path: Path) -> None:
