@@ -141,7 +141,7 @@ def make_run(
     identity = resume.Identity(vars(args), model_config(args, num_classes), data, utils.describe_versions(), shares)
     steps = loaders.steps_per_epoch(train_loader)
     log.table(summary.describe_run(identity, training, steps, (train_images.num_images, val_images.num_images)))
-    for warning in summary.warnings(identity.args, steps):
+    for warning in summary.warnings(identity.args, steps, training):
         log.say(f"warning: {warning}")
     progress = resume.Progress(args.start_epoch, args.start_epoch * steps)
     if checkpoint is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from mixers.interface import Guide, MixedBatch, Mixer, Regions, mix_labels, soft_labels
+from mixers.interface import Guide, MixedBatch, Mixer, Regions, mix_labels, send, soft_labels
 from mixers.masks import first_argmax
 
 
@@ -252,8 +252,7 @@ class SMMix(Mixer[Drawn]):
     def apply(self, images: Tensor, labels: Tensor, drawn: Drawn, guide: Guide) -> MixedBatch:
         size = drawn.size
         corners, score = (
-            None if value is None else value.to(images.device, non_blocking=True)
-            for value in (drawn.source_corners, drawn.score)
+            None if value is None else send(value, images.device) for value in (drawn.source_corners, drawn.score)
         )
         clean = guide(images) if self.con or self.scheme.needs_guide else None
         if clean is not None and score is None:

@@ -83,8 +83,11 @@ def _describe_study(flags: dict[str, Any]) -> str:
     return f", {', '.join(told)}" if told else ""
 
 
-def warnings(flags: dict[str, Any], steps: int) -> Iterator[str]:
+def warnings(flags: dict[str, Any], steps: int, training: Training) -> Iterator[str]:
     """What is allowed but seldom meant, with the flag to change."""
+    on_cuda, is_fused = training.processes.device.type == "cuda", training.optimizer.defaults.get("fused")
+    if on_cuda and not is_fused:
+        yield f"--opt {flags['opt']} has no fused form: each step waits for the GPU once, to see whether it is left out"
     memory, all_steps = 1 / max(1 - flags["model_ema_decay"], 1e-12), steps * flags["epochs"]
     if flags["model_ema"] and memory > all_steps / 4:
         yield (

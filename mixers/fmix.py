@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
+from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up, send
 from mixers.masks import paste, top_mask
 
 
@@ -50,7 +50,7 @@ class FMix(Mixer[Blobs]):
 
     def apply(self, images: Tensor, labels: Tensor, drawn: Blobs, guide: Guide) -> MixedBatch:
         height, width = images.shape[-2:]
-        field = shape_noise(drawn.noise.to(images.device, non_blocking=True), (height, width), self.decay)
+        field = shape_noise(send(drawn.noise, images.device), (height, width), self.decay)
         pixels, used = (torch.tensor(values).to(images.device, non_blocking=True) for values in drawn[1:])
         mask = top_mask(field.flatten(1), pixels).view(-1, 1, height, width)[used]
         return self.label(*paste(images, images.flip(0), mask), labels, mask)

@@ -114,6 +114,12 @@ def draw_beta(alpha: float, count: int, generator: torch.Generator, beta: float 
     return np.random.default_rng(seed).beta(alpha, alpha if beta is None else beta, size=count).tolist()
 
 
+def send(drawn: Tensor, device: torch.device) -> Tensor:
+    """A large draw on the device, without waiting: CUDA may wait for more than 64 KiB of memory that is not pinned."""
+    held = drawn.pin_memory() if device.type == "cuda" else drawn
+    return held.to(device, non_blocking=True)
+
+
 Draw = TypeVar("Draw")
 Value = TypeVar("Value")
 

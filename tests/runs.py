@@ -135,20 +135,22 @@ def without_clocks(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in CLOCKS} for line in read_log(folder)]
 
 
-def scalars_of_steps(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's scalars per step, but for clocks, as it would show them.
+def scalars_in(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's scalars of one of its runs, but for clocks, as it would show them.
 
     A file hides what those before it have from its step on. Read by hand, because TensorBoard orders the files of one
     second by name.
     """
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    files = [list(LegacyEventFileLoader(str(path)).Load()) for path in (folder / "steps").glob("events*")]
+    files = [list(LegacyEventFileLoader(str(path)).Load()) for path in folder.glob("events*")]
     shown: dict[str, list[tuple[int, float]]] = {}
     for event in (event for file in sorted(files, key=lambda file: file[0].wall_time) for event in file):
         if event.HasField("session_log"):
             shown = {tag: [one for one in values if one[0] < event.step] for tag, values in shown.items()}
-        for value in (value for value in event.summary.value if value.tag not in CLOCKS):
+        for value in (
+            value for value in event.summary.value if value.HasField("simple_value") and value.tag not in CLOCKS
+        ):
             shown.setdefault(value.tag, []).append((event.step, value.simple_value))
     return shown
 
@@ -181,7 +183,9 @@ def fingerprint(folder: Path, scalars: bool = True) -> dict[str, str]:
         state = torch.load(folder / name, weights_only=True)
         found.update({f"{name} {part}": digest(state[part]) for part in PARTS})
     found["log.txt"] = digest(without_clocks(folder))
-    return {**found, "scalars": digest(scalars_of_steps(folder))} if scalars else found
+    for name, place in {"steps": folder / "steps", "epochs": folder}.items() if scalars else ():
+        found[f"scalars of {name}"] = digest(scalars_in(place))
+    return found
 
 
 def changed(one: dict[str, str], other: dict[str, str]) -> list[str]:

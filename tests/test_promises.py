@@ -200,15 +200,16 @@ def put_weights_into_average(checkpoint: dict[str, Any]) -> None:
 
 
 MODEL, LOG = "checkpoint.pth model", "log.txt"
+STEPS, EPOCHS = "scalars of steps", "scalars of epochs"  # TensorBoard's
 LEFT_OUT: dict[str, tuple[Callable[[dict[str, Any]], None], list[str], list[str]]] = {
     # a piece -> how it is lost, what differs then, and what must not
-    "nothing": (put(), [], [MODEL, LOG, "scalars"]),
+    "nothing": (put(), [], [MODEL, LOG, STEPS, EPOCHS]),
     "the optimizer": (without_state, [MODEL, "checkpoint.pth optimizer", LOG], ["checkpoint.pth step"]),
     "the average": (put_weights_into_average, ["checkpoint.pth ema", LOG], [MODEL, "checkpoint.pth optimizer"]),
     "the place in the epoch": (put(samples_in_epoch=0), [MODEL, LOG, "checkpoint.pth step"], []),
     "the epoch": (put(epoch=-1), [MODEL, LOG], []),
-    "the number of steps": (put(step=0), [MODEL, LOG, "scalars"], []),
-    "the sums of the log": (put(meters=[]), [LOG], [MODEL, "checkpoint.pth ema"]),
+    "the number of steps": (put(step=0), [MODEL, LOG, STEPS, EPOCHS], []),
+    "the sums of the log": (put(meters=[]), [LOG, EPOCHS], [MODEL, "checkpoint.pth ema"]),
     "the first rate": (put(first_rate=None), [LOG], [MODEL, "checkpoint.pth ema"]),
     "the best": (put(best_acc1=101.0), ["checkpoint.pth best_acc1"], [MODEL, LOG]),
     "the count of updates left out": (put(skipped_steps=3.0), [LOG], [MODEL]),

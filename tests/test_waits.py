@@ -12,7 +12,7 @@ import torch
 import running
 from running import Waits
 from tests.image_folders import make_image_folder
-from tests.runs import read_log, run_small, scalars_of_steps, split
+from tests.runs import read_log, run_small, scalars_in, split
 
 
 class Slow:
@@ -55,7 +55,7 @@ def test_a_run_logs_its_waits_and_warns_once(tmp_path: Path, monkeypatch: pytest
         patched.setattr("tests.runs.CLOCKS", ())
         words = split("--epochs 2 --log-every 2 --data-path", root, "--output-dir", tmp_path / "run")
         run = run_small(*words)
-        steps = scalars_of_steps(tmp_path / "run")["data_wait"]
+        steps = scalars_in(tmp_path / "run" / "steps")["data_wait"]
     assert run.code == 0, run.err
     lines = read_log(tmp_path / "run")
     assert len(lines) == 2

@@ -1,0 +1,26 @@
+"""What a run warns of before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import optim
+import summary
+from options import get_args_parser
+from tests.test_engine import make_training
+
+
+@pytest.mark.parametrize(("opt", "device", "told"), [("lamb", "cuda", 1), ("lamb", "cpu", 0), ("adamw", "cuda", 0)])
+def test_an_optimizer_that_makes_the_host_wait_is_said(opt: str, device: str, told: int) -> None:
+    training = make_training(opt=opt)
+    training.processes = replace(training.processes, device=torch.device(device))
+    flags = vars(get_args_parser().parse_args(["--opt", opt, "--no-model-ema"]))
+    found = [line for line in summary.warnings(flags, 100, training) if "no fused form" in line]
+    assert len(found) == told
+    assert all(f"--opt {opt}" in line for line in found)
+    assert optim.make_optimizer(training.module, {"opt": opt, "lr": 1.0}).defaults.get("fused") == (
+        opt == "adamw" or None
+    )
