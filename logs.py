@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -80,7 +81,7 @@ class RunLog:
             with open(self._folder / name, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise InputError(f"cannot write {self._folder / name}: {error.strerror or error}") from error
+            raise _refused("write", self._folder / name, error) from error
 
     def say(self, text: str) -> None:
         """Prints `text` to stdout, above the bar if there is one, and to `train.log`."""
@@ -170,19 +171,35 @@ class RunLog:
     def drop_epochs_from(self, epoch: int, step: int | None = None) -> None:
         """Before epoch `epoch` is run again: takes it and later ones out of `log.txt`, and hides them in TensorBoard.
 
-        Lines that a kill cut short go too.
+        Lines that cannot be read, such as one that a kill cut short, go too, and it is said which.
 
         Args:
             step: the first training step that will be run again; None leaves the step scalars as they are.
+
+        Raises:
+            InputError: `log.txt` cannot be read or written.
         """
         if self._folder is None:
             return
-        path = self._folder / "log.txt"
-        if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, epoch)]
-            write_atomically(path, lambda stream: stream.write("".join(f"{line}\n" for line in kept).encode()))
+        if (path := self._folder / "log.txt").exists():
+            self._cut(path, epoch)
         self._close_writers()
         self._purge_steps = {"": epoch, "steps": step}
+
+    def _cut(self, path: Path, epoch: int) -> None:
+        """Leaves the lines of epochs before `epoch` in the file at `path`, as they are."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise _refused("read", path, error) from error
+        lines = [(line, _epoch_of(line)) for line in content.splitlines()]
+        kept = b"".join(line + b"\n" for line, own in lines if own is not None and own < epoch)
+        write_atomically(path, lambda stream: stream.write(kept))
+        damaged = [number for number, (line, own) in enumerate(lines, start=1) if own is None and line.strip()]
+        if damaged:
+            shown = ", ".join(f"line {number} ({lines[number - 1][0][:40]!r})" for number in damaged[:5])
+            rest = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+            self.say(f"warning: {path}: left out what cannot be read: {shown}{rest}")
 
     def _write_scalars(self, run: str, step: int, values: Mapping[str, Any]) -> None:
         if (writer := self._writer(run)) is None:
@@ -204,7 +221,10 @@ class RunLog:
                 return None
             # consumed, so that a writer reopened later does not hide what came in between
             purge_step = self._purge_steps.pop(run, None)
-            self._writers[run] = SummaryWriter(str(self._folder / run), purge_step=purge_step)
+            try:
+                self._writers[run] = SummaryWriter(str(self._folder / run), purge_step=purge_step)
+            except OSError as error:
+                raise _refused("write into", self._folder / run, error) from error
         return self._writers[run]
 
     # ---- end
@@ -241,8 +261,16 @@ def _open_bar(total: int | None, description: str) -> Any:
     return tqdm(total=total, desc=description, dynamic_ncols=True)
 
 
-def _is_before(line: str, epoch: int) -> bool:
+def _epoch_of(line: bytes) -> int | None:
+    """The epoch that a line of `log.txt` is of; None if it cannot be read."""
     try:
-        return int(json.loads(line)["epoch"]) < epoch
-    except (ValueError, KeyError, TypeError):
-        return False
+        epoch = json.loads(line.decode())["epoch"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return epoch if type(epoch) is int and epoch >= 0 else None
+
+
+def _refused(what: str, path: Path, error: OSError) -> InputError:
+    """The message of what the system does not let us do with a file."""
+    advice = "move it away" if os.path.exists(path) else "make room for it"
+    return InputError(f"cannot {what} {path}: {error.strerror or error}; {advice}, or choose another output folder")

@@ -55,7 +55,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """An object as it stands in a file; nothing of a file that is missing or damaged."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return read if isinstance(read, dict) else {}
 
@@ -82,7 +82,8 @@ class RunFolder:
         remove_stale(self.path)
         remove_stale(self.path / STEPS)
         for word in self.path.glob(WORDS):
-            word.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder of such a name says nothing
+                word.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self.lock is not None:
@@ -154,7 +155,7 @@ class RunFolder:
         before = self._last_status()
         if before.get("state") == "done" and not has_begun:
             return
-        kept = {name: before[name] for name in ("epoch", "step") if name in before}
+        kept = {name: before[name] for name in ("epoch", "step") if type(before.get(name)) is int}
         self.status("failed", **kept, **((is_consequence and self._word_of_others()) or cause))
 
     def _last_status(self) -> dict[str, Any]:
@@ -165,7 +166,9 @@ class RunFolder:
         begun = time.monotonic()
         while not (words := sorted(self.path.glob(WORDS))) and time.monotonic() - begun < WAIT_FOR_WORD:
             time.sleep(0.1)
-        return _read_json(words[0]) if words else {}
+        word = _read_json(words[0]) if words else {}
+        sound = type(word.get("exit_code")) is int and isinstance(word.get("error"), str)
+        return {name: word[name] for name in ("exit_code", "error")} if sound else {}
 
     def save(self, state: dict[str, Any], step: int, names: tuple[str, ...] = ()) -> None:
         """Writes the checkpoint after `step` updates, lets `names` stand for it too, and forgets the oldest ones.

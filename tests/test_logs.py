@@ -170,6 +170,67 @@ def test_log_txt_has_each_epoch_once(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log.txt", "train.log"]
 
 
+UNREADABLE = {
+    "random bytes": b"\xff\xfe\x00\x9c{",
+    "cut short": b'{"epoch": 1, "train_lo',
+    "no object": b"[1]",
+    "no epoch": b'{"train_loss": 1.0}',
+    "a text for an epoch": b'{"epoch": "1"}',
+    "a switch for an epoch": b'{"epoch": true}',
+    "an epoch below 0": b'{"epoch": -1}',
+    "no whole epoch": b'{"epoch": 1.0}',
+    "a huge number": b'{"epoch": ' + b"9" * 9000 + b"}",
+    "deep nesting": b'{"epoch": 1, "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "two in one line": b'{"epoch": 1} {"epoch": 2}',
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_damaged_line_of_the_log_costs_no_other(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [to_json({"epoch": epoch, "train_loss": 1 / 3}).encode() for epoch in range(6)]
+    lines[0] = b'{"epoch":0,  "train_loss": NaN, "note": "\xc3\xbc"}'  # readable, though not as we write it
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"\n".join([lines[0], UNREADABLE[name], *lines[2:], b""]))
+    with RunLog(tmp_path, MAIN, tensorboard=False) as log:
+        log.drop_epochs_from(5)
+    assert path.read_bytes().splitlines() == [lines[0], *lines[2:5]]
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said == f"warning: {path}: left out what cannot be read: line 2 ({UNREADABLE[name][:40]!r})"
+    assert said in (tmp_path / "train.log").read_text()
+
+
+def test_a_sound_log_is_cut_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.txt").write_bytes(b'{"epoch": 0}\r\n\n{"epoch": 1}\n{"epoch": 2}')
+    RunLog(tmp_path, MAIN, tensorboard=False).drop_epochs_from(2)
+    assert (tmp_path / "log.txt").read_bytes() == b'{"epoch": 0}\n{"epoch": 1}\n'
+    assert capsys.readouterr().out == ""
+
+
+def test_a_log_of_nothing_but_damage_is_told_of_shortly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.txt").write_bytes(b"\xff\n" * 1000)
+    RunLog(tmp_path, MAIN, tensorboard=False).drop_epochs_from(2)
+    assert (tmp_path / "log.txt").read_bytes() == b""
+    said = capsys.readouterr().out
+    assert said.endswith(r"line 4 (b'\xff'), line 5 (b'\xff') and 995 more" + "\n")
+
+
+def test_what_stands_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    for name in ("log.txt", "train.log"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=r"^cannot write \S*train\.log: Is a directory; move it away, or choose"):
+        RunLog(tmp_path, MAIN)
+    (tmp_path / "train.log").rmdir()
+    log = RunLog(tmp_path, MAIN, tensorboard=False)
+    with pytest.raises(InputError, match=r"^cannot read \S*log\.txt: Is a directory; move it away, or choose"):
+        log.drop_epochs_from(0)
+    with pytest.raises(InputError, match=r"^cannot write \S*log\.txt: Is a directory; move it away, or choose"):
+        log.epoch({"epoch": 0})
+    with pytest.raises(InputError, match=r"^cannot write .*: File name too long; make room for it, or choose"):
+        RunLog(tmp_path / ("x" * 300), MAIN)
+
+
 def test_drop_epochs_without_a_log(tmp_path: Path) -> None:
     RunLog(tmp_path, MAIN, tensorboard=False).drop_epochs_from(0)
     assert not (tmp_path / "log.txt").exists()
@@ -216,6 +277,13 @@ def test_resumed_run_hides_what_is_run_again(tmp_path: Path) -> None:
         log.scalars(20, {"lr": 3.0})
     assert [(e.step, e.value) for e in read_events(tmp_path).Scalars("a")] == [(0, 1), (1, 1), (2, 3)]
     assert [(e.step, e.value) for e in read_events(tmp_path / "steps").Scalars("lr")] == [(0, 1), (10, 1), (20, 3)]
+
+
+def test_a_file_in_the_place_of_tensorboards_folder_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "steps").touch()
+    with RunLog(tmp_path, MAIN) as log, pytest.raises(InputError, match=r"^cannot write into \S*steps: File exists; "):
+        log.scalars(0, {"lr": 1.0})
 
 
 def hide_package(monkeypatch: pytest.MonkeyPatch, package: str) -> None:

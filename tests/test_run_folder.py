@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ import run_folder
 from run_folder import RunFolder
 from tests.image_folders import make_image_folder, message_of
 from tests.launches import read_status
-from tests.runs import ROOT, changed, fingerprint, run_small, split, spoil_loss, watching_steps
+from tests.runs import ROOT, changed, fingerprint, read_log, run_small, split, spoil_loss, watching_steps
 from utils import InputError
 
 linux = pytest.mark.skipif(run_folder.fcntl is None, reason="locks are of Unix")
@@ -99,6 +100,41 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file").open()
 
 
+@linux
+def test_what_stands_in_the_place_of_the_lock_is_named(tmp_path: Path) -> None:
+    said = rf"^{tmp_path}/\.lock: %s; move away what is there, or choose another --output-dir$"
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(InputError, match=said % "Is a directory"):
+        RunFolder(tmp_path).open()
+    (tmp_path / ".lock").rmdir()
+    (tmp_path / ".lock").symlink_to(".lock")
+    with pytest.raises(InputError, match=said % "Too many levels of symbolic links"):
+        RunFolder(tmp_path).open()
+
+
+@linux
+def test_a_lock_holds_whatever_is_written_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "WAIT_FOR_LOCK", 0.0)
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    first.open()
+    (tmp_path / ".lock").write_bytes(b"\xff\x00")
+    with pytest.raises(InputError, match="is writing there"):
+        second.open()
+    first.close()
+    second.open()
+    assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    second.close()
+
+
+@linux
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+def test_a_full_disk_does_not_keep_a_folder_from_being_locked(tmp_path: Path) -> None:
+    (tmp_path / ".lock").symlink_to("/dev/full")
+    folder = RunFolder(tmp_path)
+    folder.open()
+    folder.close()
+
+
 # ---------------------------------------------------------------------------------------------------------- status
 
 
@@ -145,6 +181,42 @@ def test_the_status_says_how_a_run_ended(
         assert status["error"].splitlines() == [status["error"]]
         assert error in status["error"]
     assert (tmp_path / "not_finite_rank0.pth").exists() == (code == 3)
+
+
+NESTED = "[" * 450 + "]" * 450
+BEFORE = {
+    "random bytes": b"\xff\xfe\x00",
+    "too deep": b"[" * 100_000,
+    "no object": b"[1]",
+    "nests for numbers": f'{{"state": "running", "epoch": {NESTED}, "step": {NESTED}}}'.encode(),
+    "other things for numbers": b'{"state": [], "epoch": 1e999, "step": "7"}',
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_failure_is_written_over_a_damaged_status(name: str, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_bytes(BEFORE[name])
+    cause = {"exit_code": 2, "error": "refused"}
+    RunFolder(tmp_path).fail(cause, has_begun=False, is_consequence=False)
+    status = read_status(tmp_path)
+    assert {name: status[name] for name in status if name not in ("time", "pid")} == {"state": "failed", **cause}
+
+
+@pytest.mark.parametrize("word", ['{"exit_code": 3, "error": [1]}', '{"error": "x", "state": 1}', "[" * 100_000, None])
+def test_what_another_rank_left_is_taken_only_if_it_can_be_read(word: str | None, tmp_path: Path) -> None:
+    if word is None:
+        (tmp_path / "failed_rank1.json").mkdir()
+        RunFolder(tmp_path).open()
+    else:
+        (tmp_path / "failed_rank1.json").write_text(word)
+    cause = {"exit_code": 1, "error": "a peer is gone"}
+    RunFolder(tmp_path).fail(cause, has_begun=True, is_consequence=True)
+    assert cause.items() <= read_status(tmp_path).items()
+    (tmp_path / "failed_rank0.json").write_text('{"exit_code": 3, "error": "rank 0: x", "epoch": 5, "state": "done"}')
+    RunFolder(tmp_path).fail(cause, has_begun=True, is_consequence=True)
+    status = read_status(tmp_path)
+    assert (status["state"], status["exit_code"], status["error"]) == ("failed", 3, "rank 0: x")
+    assert "epoch" not in status
 
 
 def test_the_status_tells_how_far_a_run_is(photos: Path, tmp_path: Path) -> None:
@@ -198,6 +270,66 @@ def test_leftovers_are_cleared_in_both_folders(tmp_path: Path) -> None:
     folder.open()
     folder.close()
     assert not any(path.exists() for path in leftovers)
+
+
+def test_folders_that_are_called_like_leftovers_stay(tmp_path: Path) -> None:
+    kept = [tmp_path / "x.unfinished.tmp", tmp_path / "checkpoints" / "x.unfinished.tmp"]
+    for path in kept:
+        path.mkdir(parents=True)
+        (path / "file").touch()
+        path.with_name(f"y{path.name}").touch()
+    folder = RunFolder(tmp_path)
+    folder.open()
+    folder.close()
+    assert all((path / "file").exists() for path in kept)
+    assert [path for path in tmp_path.rglob("*.unfinished.tmp") if path.is_file()] == []
+
+
+def test_folders_that_are_called_like_checkpoints_count_for_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, keep=2)
+    folder.open()
+    for step in (2, 7):
+        run_folder.step_file(tmp_path, step).mkdir()
+    for step in (1, 3, 4, 5):
+        folder.save({"x": step}, step)
+    folder.close()
+    assert steps_in(tmp_path) == [2, 4, 5, 7]
+
+
+@pytest.mark.parametrize("name", ["best_checkpoint.pth", "checkpoints/0000000009.pth.aside"])
+def test_a_folder_in_the_place_of_a_checkpoints_name_is_named(name: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.open()
+    for step in (1, 9):
+        folder.save({"x": step}, step)
+    (tmp_path / name).mkdir()
+    said = rf"^{tmp_path / name}: .*; move away what is there, or choose another --output-dir$"
+    with pytest.raises(InputError, match=said):
+        folder.go_on_from(run_folder.step_file(tmp_path, 1), 1, ("best_checkpoint.pth",))
+    if name == "best_checkpoint.pth":
+        with pytest.raises(InputError, match=said):
+            folder.save({"x": 10}, 10, ("best_checkpoint.pth",))
+    folder.close()
+    assert list(tmp_path.rglob("*.tmp")) == []
+    assert {1, 9} <= {int(path.stem) for path in run_folder.candidates(tmp_path)}
+
+
+def test_a_run_goes_on_in_a_damaged_folder(photos: Path, tmp_path: Path) -> None:
+    """Whatever is in its files of text, and whatever else lies there."""
+    words = split("--epochs 3 --data-path", photos, "--output-dir", tmp_path)
+    assert run_small(*words, "--max-steps 6").code == 0
+    first, second = (tmp_path / "log.txt").read_bytes().splitlines()
+    damaged = bytes(range(128, 256)) + second[9:]
+    (tmp_path / "log.txt").write_bytes(b"\n".join([first, damaged, b"\xff" * 20]))
+    for name in ("args.json", "status.json", "environment.json", "train.log"):
+        (tmp_path / name).write_bytes(random.Random(name).randbytes(300))
+    (tmp_path / "x.unfinished.tmp").mkdir()
+    run = run_small(*words, "--auto-resume")
+    assert run.code == 0, run.err
+    assert f"warning: {tmp_path / 'log.txt'}: left out what cannot be read: line 2 (b'\\x80" in run.out
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 2]
+    assert (tmp_path / "log.txt").read_bytes().splitlines()[0] == first
+    assert read_status(tmp_path)["state"] == "done"
 
 
 def test_names_are_given_where_files_cannot_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
