@@ -7,7 +7,6 @@ anything is shown.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +18,8 @@ from reporting.interface import Run, Skipped, Start
 from utils import InputError
 
 LARGEST = 1 << 28  # bytes of one file of text
+MOST_EPOCHS = 100_000  # of a run; a larger number is damage, and what is missing before it could not be listed
+LARGEST_VALUE = 1e100  # of a number in log.txt: sums of larger ones are soon infinite
 TOLD = 20  # warnings of one run that are shown
 NOT_SEARCHED = {"checkpoints", "steps"}  # folders of a run in which no other run is
 WHOLE = ("epochs", "seed", "batch_size", "accum_steps")  # flags without which nothing can be said of a run
@@ -40,16 +41,14 @@ def find_runs(root: Path) -> tuple[list[Run], list[Skipped]]:
     Raises:
         InputError: `root` is no folder, or nothing in it looks like a run.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):  # unlike `Path.is_dir` for every name that there can be
         raise InputError(f"{root}: no such folder; give the folder that holds your runs, such as output")
     runs, skipped = list[Run](), list[Skipped]()
     for folder in _folders(root):
         name = folder.relative_to(root).as_posix()
-        there = [file for file in ("log.txt", "args.json") if (folder / file).is_file()]
-        if not there:
-            continue
         try:
-            runs.append(read_run(folder, name))
+            if any((folder / file).is_file() for file in ("log.txt", "args.json")):
+                runs.append(read_run(folder, name))
         except DamagedError as error:
             skipped.append(Skipped(name, str(error)))
         except OSError as error:
@@ -141,11 +140,11 @@ def _read_extra(path: Path) -> dict[str, Any]:
 
 def _read_log(path: Path) -> tuple[list[dict[str, Any]], bool]:
     """The lines of `log.txt`, and whether the last one was cut short."""
-    lines = [line for line in _read_text(path).splitlines() if line.strip()]
+    lines = [line for line in _read_text(path).split("\n") if line.strip()]
     epochs = list[dict[str, Any]]()
     for number, line in enumerate(lines, start=1):
         stats = _parse(line)
-        if not isinstance(stats, dict) or not _is_whole(stats.get("epoch")) or stats["epoch"] < 0:
+        if not isinstance(stats, dict) or not _is_whole(stats.get("epoch")) or not 0 <= stats["epoch"] < MOST_EPOCHS:
             if number == len(lines):
                 return epochs, True
             raise DamagedError(f"line {number} of log.txt is no JSON object with an epoch")
@@ -156,13 +155,10 @@ def _read_log(path: Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
+    """A number that a run may have written, or None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if abs(value) <= LARGEST_VALUE else None  # NaN is not
 
 
 def _read_train_log(path: Path) -> tuple[list[Start], list[str]]:

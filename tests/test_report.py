@@ -416,6 +416,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "model missing": (edit_args(model="gone"), "args.json has no model"),
     "log of something else": (break_file("log.txt", "hello\nworld\n"), "line 1 of log.txt"),
     "log with epochs twice": (break_file("log.txt", '{"epoch": 1}\n{"epoch": 1}\n'), "epoch 1 behind epoch 1"),
+    "log with an epoch beyond all": (break_file("log.txt", '{"epoch": 99999999}\n{"epoch": 1}\n'), "line 1 of log.txt"),
     "log with odd epochs": (break_file("log.txt", '{"epoch": -1}\n{"epoch": "x"}\n'), "line 1 of log.txt"),
 }
 
@@ -446,6 +447,7 @@ TOLERATED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "numbers": (break_file("log.txt", lines_of('"x"', "[1]")), "nothing recorded"),
     "infinite numbers": (break_file("log.txt", lines_of("NaN", "1e999")), "nothing recorded"),
+    "numbers too large to draw": (break_file("log.txt", lines_of("1.7e308", "-1.7e308")), "nothing recorded"),
     "huge numbers": (break_file("log.txt", lines_of("1" * 400, "true")), "nothing recorded"),
 }  # fmt: skip
 
@@ -457,6 +459,35 @@ def test_what_a_report_can_do_without_is_done_without(name: str, tmp_path: Path)
     page = Reader(report.make_report(str(tmp_path), rows())[0])
     assert told in page.text
     assert page.rows(FULL_TABLE)["all (SMMix)"]["ours"] == "81.00"
+
+
+def test_an_unlikely_sign_in_a_text_ends_no_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", row("all"), curve(81, 4))
+    log = (folder / "log.txt").read_text()
+    (folder / "log.txt").write_text(log.replace('"lr":', '"note": "\u2028\u0085", "lr":', 1))
+    (run,), skipped = folders.find_runs(tmp_path)
+    assert (len(run.epochs), run.top1, skipped) == (4, pytest.approx(81), [])
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "good", row("all"), curve(81, 4))
+    write_run(tmp_path / "shut", row("all"), curve(81, 4))
+    look = Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path.parent.name == "shut":
+            raise PermissionError(13, "Permission denied")
+        return look(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    runs, skipped = folders.find_runs(tmp_path)
+    assert [run.name for run in runs] == ["good"]
+    assert skipped == [("shut", "cannot be read: Permission denied")]
+
+
+def test_a_name_that_no_folder_can_have_is_refused() -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        folders.find_runs(Path("x" * 300) / "y")
 
 
 def test_a_large_picture_is_made_smaller(tmp_path: Path) -> None:
