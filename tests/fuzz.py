@@ -5,6 +5,8 @@
 
 A case is drawn from (seed, area, number) alone. Cases run in a child process, whose address space is limited and which
 is replaced when it takes too long or dies.
+
+Longer than the working limit: every area starts from the same world, and one command runs them all.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import os
 import random
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +27,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -39,21 +42,26 @@ import checkpoints
 import images
 import main as main_py
 import options
+import report as report_py
 import resume
+import run_with_submitit
 from checkpoints import load_checkpoint, pick_weights
-from evaluation import export, show_mixing
+from evaluation import check_data, export, show_mixing
+from logs import RunLog, write_json
 from mixers.build import Settings, Surroundings, build_mixer
 from mixers.options import METHODS
 from models import frozen
 from models.build import build_model, load_foreign, restore_model
-from tests import junk
+from reporting import tables
+from run_folder import RunFolder, step_file
+from tests import junk, recorded_runs
 from tests.image_folders import make_image_folder
 from tests.runs import run_small
 from transforms import Augment, ImageSpec, build_train_transform
-from utils import StopRun
+from utils import Processes, StopRun
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = {"checkpoint": 0.5, "image": 0.2, "flags": 0.2, "saved flags": 0.1}
+SHARES = {"checkpoint": 0.4, "image": 0.15, "flags": 0.15, "saved flags": 0.1, "run folder": 0.15, "tools": 0.05}
 SECONDS, GIBIBYTES = 10.0, 3.0  # for one case: time, and memory beyond what torch itself takes
 NETWORK = "deit_runs_distilled_patch4_16"  # from tests/runs.py: its checkpoint has 300 kB
 
@@ -110,6 +118,10 @@ class World:
         network = timm.create_model("test_resnet", num_classes=3)
         self.foreign = {"model": dict(network.state_dict()), "args": argparse.Namespace(lr=0.1), "epoch": 3}
         self.fresh = build_model(NETWORK, 3, input_size=(16, 16))
+        self.rows, curve = recorded_runs.rows(), recorded_runs.curve(80, 4)
+        self.recorded = recorded_runs.write_run(folder / "recorded", recorded_runs.row("all"), curve, averages=curve)
+        (self.recorded / "checkpoints").mkdir()
+        step_file(self.recorded, 3).write_bytes(self.content)
 
     # ---------------------------------------------------------------------------- checkpoints
 
@@ -192,6 +204,67 @@ class World:
         torch.save({**self.checkpoint, "args": saved}, folder / "case.pth")
         yield attempt("saved flags", lambda: _evaluate(load_checkpoint(folder / "case.pth"), words))
 
+    # ---------------------------------------------------------------------------- run folders, and their readers
+
+    def run_folders(self, rng: random.Random, folder: Path) -> Iterator[Outcome]:
+        root = folder / "runs"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(self.recorded, root / "run")
+        (folder / "case.txt").write_text("\n".join(junk.spoil(rng, root / "run")), encoding="utf-8")
+        words = [str(root), "--output", str(folder / "report")]
+        yield attempt("report.py", lambda: self.report(words))
+        yield attempt("as in --auto-resume", lambda: take_up(root / "run", rng.randint(0, 4)))
+        yield attempt("report.py, gone on", lambda: self.report(words))
+
+    def report(self, words: list[str]) -> None:
+        with patch.object(tables, "read_rows", lambda: self.rows):  # else scripts/tables/ are asked
+            report_py.main(words)
+
+    def tools(self, rng: random.Random, folder: Path) -> Iterator[Outcome]:
+        """Command lines up to where work would begin: no process is started, nothing is submitted."""
+        program = rng.choice((check_data, report_py, run_with_submitit))
+        words = junk.command_line(rng, program.get_args_parser())
+        if program is run_with_submitit:
+            words += junk.command_line(rng, options.get_args_parser()) if rng.random() < 0.5 else []
+        flags = {
+            check_data: ("--output", "--data-path"),
+            report_py: ("", "--output"),
+            run_with_submitit: ("--job-dir",),
+        }
+        words = [*junk.path_flags(rng, flags[program]), *words]
+        (folder / "case.txt").write_text("\n".join(words), encoding="utf-8", errors="replace")
+        with patch.object(subprocess, "Popen", side_effect=AssertionError("starts a process")):
+            yield attempt(program.__name__, lambda: self.use_words(program, words))
+
+    def use_words(self, program: Any, words: list[str]) -> None:
+        if program is run_with_submitit:
+            with patch.object(run_with_submitit, "make_executor", side_effect=AssertionError("submits")):
+                run_with_submitit.main(["--dry-run", *words])
+            return
+        args = program.read_args(words)
+        if program is report_py and not os.path.isdir(args.root):
+            self.report(words)
+
+
+def take_up(folder: Path, epoch: int) -> None:
+    """What `main.py --auto-resume` does to its folder around the steps of a run, which goes on in `epoch`."""
+    place, step = RunFolder(folder), 3
+    with RunLog(folder, Processes(0, 1, torch.device("cpu"))) as log, closing(place):
+        place.open()
+        found, notes = resume.find(str(folder), "", automatic=True)
+        log.say("\n".join([found, *notes]))
+        log.drop_epochs_from(epoch, step)
+        if found:
+            place.go_on_from(Path(found), step, ("checkpoint.pth", "best_checkpoint.pth"))
+        for name in ("args.json", "environment.json"):
+            write_json(folder / name, {"epochs": 4})
+        place.fail({"exit_code": 2, "error": "a refused start"}, has_begun=False, is_consequence=False)
+        place.status("running", epoch=epoch, step=step)
+        log.scalars(step, {"lr": 1.0})
+        place.save({"x": 1}, step + 1, ("checkpoint.pth", "best_checkpoint.pth"))
+        log.epoch({"epoch": epoch, "test_acc1": 1.0})
+        place.status("done", epoch=epoch + 1, step=step + 1)
+
 
 def _saved(state: Any) -> bytes:
     stream = io.BytesIO()
@@ -230,8 +303,8 @@ def run_case(world: World, area: str, seed: int, number: int, folder: Path) -> l
     """One case from its name alone; what it was made of is left in `folder`."""
     rng = random.Random(f"{seed} {area} {number}")
     torch.manual_seed(rng.getrandbits(32))
-    areas = {"checkpoint": world.checkpoints, "image": world.images, "flags": world.flags}
-    return list(areas.get(area, world.saved_flags)(rng, folder))
+    draw = {"checkpoint": "checkpoints", "image": "images", "run folder": "run_folders"}
+    return list(getattr(world, draw.get(area, area.replace(" ", "_")))(rng, folder))
 
 
 # ------------------------------------------------------------------------------------------------------------ all cases

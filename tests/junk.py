@@ -1,15 +1,22 @@
-"""What `tests/fuzz.py` makes its cases of: values, nests, bytes, images and command lines, drawn from a generator."""
+"""What `tests/fuzz.py` makes its cases of: values, nests, bytes, images, run folders and command lines.
+
+Longer than the working limit: all that is drawn from a case's generator is in one place.
+"""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import io
+import json
 import pickletools
 import random
+import re
+import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -230,6 +237,108 @@ def image(rng: random.Random) -> bytes:
     return content
 
 
+# ------------------------------------------------------------------------------------------------------- run folders
+
+DEEP = [opening * depth + closing * depth for depth in (200, 480, 900, 3000, 100_000) for opening, closing in
+        (("[", "]"), ('{"a":', "}"), ("[", ""))]  # fmt: skip
+EXTREMES = ("NaN", "-Infinity", "1e999", "1.7e308", "-1.7e308", "-1e-320", "-0", "1e40", "0.1e1", "9" * 9, "9" * 30,
+            "9" * 300, "9" * 4000, "9" * 9000)  # fmt: skip
+JSON = (*EXTREMES, "true", "null", '"', '"\\ud800"', '"\\u0000"', '"\u2028"', "[]", "{}", '{"epoch": 0}', "}", "x",
+        *DEEP)  # fmt: skip
+
+
+def json_text(rng: random.Random, data: dict[str, Any]) -> str:
+    """Nearly `data`, and nearly JSON, in one line."""
+    made = changed(rng, data) if rng.random() < 0.6 else data
+    text = json.dumps(made, skipkeys=True, default=lambda found: type(found).__name__)
+    places = [match.span(1) for match in re.finditer(r': ("[^"]*"|[^][,{}]+)', text)]
+    if places and rng.random() < 0.5:
+        start, end = rng.choice(places)
+        text = text[:start] + rng.choice(JSON) + text[end:]
+    return text
+
+
+def json_file(rng: random.Random, content: bytes) -> bytes:
+    text = json_text(rng, json.loads(content))
+    return text.encode(rng.choice(("utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16")))
+
+
+def log_file(rng: random.Random, content: bytes) -> bytes:
+    """Some numbers in it far from what they were, or a line or two changed, repeated, exchanged or run together."""
+    if rng.random() < 0.5:
+        return _reworded(rng, content, rng.choice((rb"(?<=: )[-+.\de]+", rb'(?<="epoch": )\d+')), EXTREMES)
+    sound = content.decode().splitlines()
+    lines = list(sound)
+    for _ in range(rng.randint(1, 2)):
+        at, other = (rng.randrange(len(lines)) for _ in range(2))
+        action = rng.randrange(6)
+        if action < 3:
+            lines[at] = json_text(rng, json.loads(rng.choice(sound)))
+        elif action == 3:
+            lines[at], lines[other] = lines[other], lines[at]
+        else:
+            lines.insert(at, lines[other] if action == 4 else rng.choice(("", *JSON)))
+    return rng.choice(("\n", "\n", "\n", "\n\n", "\r\n", " ")).join(lines).encode()
+
+
+def said_file(rng: random.Random, content: bytes) -> bytes:
+    """Other numbers and words in a few places of train.log."""
+    words = ("9" * 9000, "9" * 4200, "0", "\u0663", ",", "1,,2", "\n", "\udcff", "  ", "x" * 9000)
+    return _reworded(rng, content, rb"\d+|[a-z]{3,}", words)
+
+
+def _reworded(rng: random.Random, content: bytes, pattern: bytes, words: tuple[str, ...]) -> bytes:
+    """Other words in one to five of the places where the pattern is found."""
+    places = [match.span() for match in re.finditer(pattern, content)]
+    for start, end in sorted(rng.sample(places, min(len(places), rng.randint(1, 5))), reverse=True):
+        content = content[:start] + rng.choice(words).encode("utf-8", "surrogateescape") + content[end:]
+    return content
+
+
+WRITERS = {"args.json": json_file, "status.json": json_file, "environment.json": json_file, "log.txt": log_file,
+           "train.log": said_file, "mixing.png": damaged}  # fmt: skip
+IN_STEPS = ("0000000001.pth", "0000000003.pth", "9999999999.pth", "9999999999.pth.aside", "x.unfinished.tmp",
+            "\u0663.pth")  # fmt: skip
+OBSTACLES = (*WRITERS, ".lock", "checkpoint.pth", "best_checkpoint.pth", "checkpoints", "x.unfinished.tmp", "steps",
+             "failed_rank1.json", *(f"checkpoints/{name}" for name in IN_STEPS))  # fmt: skip
+
+
+def spoil(rng: random.Random, folder: Path) -> list[str]:
+    """Damages one to three things in a run folder, or puts something else in their place; returns their names."""
+    names = [rng.choice(tuple(WRITERS) * 3 + OBSTACLES) for _ in range(rng.randint(1, 3))]
+    for name in dict.fromkeys(names):
+        path = folder / name
+        if name in WRITERS and path.is_file() and rng.random() < 0.8:
+            content = path.read_bytes()
+            content = WRITERS[name](rng, content) if rng.random() < 0.7 else content
+            path.write_bytes(damaged(rng, content) if rng.random() < 0.4 else content)
+        elif path.parent.is_dir():
+            _put_aside(path)
+            _put_obstacle(rng, path)
+    return names
+
+
+def _put_aside(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _put_obstacle(rng: random.Random, path: Path) -> None:
+    """A folder, a folder with something in it, a link to itself or to nowhere, some bytes, or nothing."""
+    kind = rng.randrange(6)
+    if kind < 2:
+        path.mkdir()
+    if kind == 1:
+        (path / "file").touch()
+    elif kind == 2:
+        path.symlink_to(path.name)
+    elif kind == 3:
+        path.symlink_to("nowhere/at/all")
+    elif kind == 4:
+        path.write_bytes(rng.randbytes(rng.choice((0, 1, 40))))
+
+
 # ------------------------------------------------------------------------------------------------------ command lines
 
 WORDS = ("0", "1", "-1", "2", "0.5", "1.5", "nan", "inf", "-inf", "1e400", "1e-320", "1000000000000", "9" * 40, "x", "",
@@ -260,4 +369,17 @@ def command_line(rng: random.Random, parser: argparse.ArgumentParser) -> list[st
         words.insert(
             rng.randrange(len(words) + 1), rng.choice((*WORDS, "--no-such", "--lr=", "--=", "---", "--eval=1"))
         )
+    return words
+
+
+PATHS = ("x", "no/such", ".", "~", "~nobody/x", "%j", "a/%j/b%j", "/dev/null", "/dev/null/x", "x" * 300,
+         "x" * 300 + "/y", "ü/٣", "a\nb", "\udcff", "-", "x/" * 3000)  # fmt: skip
+
+
+def path_flags(rng: random.Random, flags: tuple[str, ...]) -> list[str]:
+    """Some of these flags with names of files or folders; a flag of no letters stands for an argument without one."""
+    words: list[str] = []
+    for flag in flags:
+        if rng.random() < 0.8:
+            words += [*([flag] if flag else []), rng.choice(PATHS)]
     return words
