@@ -167,9 +167,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             file = downloads.from_url(str(path))
         except (OSError, RuntimeError, ValueError, HTTPException) as error:
             raise InputError(f"cannot download {path}: {error}") from error
-    if file.is_dir():
+    if os.path.isdir(file):  # unlike pathlib's, no error for a name that is too long
         raise InputError(f"{file} is a folder; name a file inside it, such as {file / 'checkpoint.pth'}")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"there is no file {file}")
     try:
         loaded = safe_load.read(file)

@@ -5,6 +5,7 @@ Plain data only; writing and checked reading are in `checkpoints.py`. Decides no
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,7 +110,7 @@ def check_agreement(path: str, processes: Processes) -> None:
     Raises:
         InputError: the file is not there for all, as on machines that do not share the output folder.
     """
-    there = processes.gather(not path or Path(path).exists())
+    there = processes.gather(not path or os.path.exists(path))
     without = [rank for rank, seen in enumerate(there) if not seen]
     if without and any(there):  # a name that is wrong for all is refused by who reads it
         raise InputError(

@@ -144,7 +144,7 @@ class Trainer:
 
 def _status(folder: str) -> str:
     path = Path(folder) / "status.json"
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -10,6 +10,7 @@ Nothing is changed or moved. A JPEG has no checksum: damage that leaves it decod
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +78,7 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     args = get_args_parser().parse_args(argv)
     check_values(vars(args), positive=("nb_classes",), not_negative=("num_workers", "data_timeout"))
-    if args.output and not Path(args.output).parent.is_dir():
+    if args.output and not os.path.isdir(Path(args.output).parent):
         raise InputError(f"--output {args.output}: there is no folder {Path(args.output).parent}")
     args.data_set = args.data_set or ("IMNET" if args.data_path else "DIGITS")
     args.num_workers = cores_per_process() if args.num_workers is None else args.num_workers

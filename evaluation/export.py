@@ -15,6 +15,7 @@ import argparse
 import importlib
 import inspect
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -66,7 +67,7 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError(f"--output {args.output}: name a {' or '.join(PACKAGES)} file")
     if missing := [name for name in PACKAGES[suffix] if not is_installed(name)]:
         raise InputError(f"--output {args.output}: {suffix} needs more packages: pip install {' '.join(missing)}")
-    if not folder.is_dir() or args.output.is_dir():
+    if not os.path.isdir(folder) or os.path.isdir(args.output):
         raise InputError(f"--output {args.output}: there is no folder {folder}, or this is a folder itself")
     return args
 

@@ -7,9 +7,9 @@ given with them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -215,7 +215,7 @@ def _name_and_file(choice: str, flag: str) -> tuple[str, str]:
     name, equals, path = choice.partition("=")
     if equals and not path:
         raise InputError(f"{flag}: names no file behind the =")
-    return ("", choice) if not equals and Path(choice).is_file() else (name, path)
+    return ("", choice) if not equals and os.path.isfile(choice) else (name, path)
 
 
 def _said_in(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
