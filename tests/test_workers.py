@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,16 @@ class Numbers(Dataset[int]):
         return index
 
 
+class Heavy(Dataset[bytes]):
+    """So much per sample that the pipe of a worker is full of it, and the worker waits to be read from."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> bytes:
+        return bytes(2**23)
+
+
 class Endless(IterableDataset[int]):
     def __iter__(self) -> Iterator[int]:
         yield 0
@@ -64,7 +75,7 @@ def leave() -> None:
     os._exit(5)
 
 
-def make_loader(dataset: Dataset[int], **more) -> Loader:
+def make_loader(dataset: Dataset[Any], **more) -> Loader:
     settings = {"batch_size": 2, "num_workers": 2, "timeout": 1, "persistent_workers": True, **more}
     return Loader(dataset, name_of="picture {}".format, **settings)
 
@@ -170,6 +181,20 @@ def test_a_loader_may_be_closed_at_any_time_and_used_again(workers: int) -> None
         assert torch.cat(list(loader)).tolist() == list(range(12))
     assert len(loader) == 6
     loader.close()
+
+
+@linux
+@pytest.mark.parametrize("persistent", [True, False])
+def test_p13_a_full_queue_ends_with_its_loader(persistent: bool) -> None:
+    loader = make_loader(Heavy(), timeout=60, persistent_workers=persistent)
+    batches = iter(loader)
+    assert len(next(batches)) == 2
+    time.sleep(0.5)  # nobody reads, and each worker has batches more to give than its pipe holds
+    workers = [worker.pid for worker in loader.batches._workers]
+    begun = time.monotonic()
+    loader.close()
+    assert time.monotonic() - begun < 3 + 2  # stated, and a slow machine
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 def test_signals_wait_in_processes_that_start() -> None:
