@@ -6,6 +6,7 @@ run folders, nor how anything is shown.
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 from reporting.interface import Row
 from utils import InputError
 
+LAUNCH = ("NNODES", "NODE_RANK", "MASTER_")  # what several machines of a run are told: a list is of one
 FOLDER = Path(__file__).resolve().parent.parent / "scripts" / "tables"
 
 
@@ -48,8 +50,9 @@ def _order(name: str) -> tuple[bool, int, str]:
 def _ask(script_and_words: tuple[Path, list[str]]) -> str:
     path, words = script_and_words
     command = ["bash", str(path), *words]
+    here = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCH)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, env=here)
     except FileNotFoundError as error:
         raise InputError("bash is not there: the paper's rows are listed by the scripts in scripts/tables/") from error
     except subprocess.TimeoutExpired as error:

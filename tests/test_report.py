@@ -544,8 +544,17 @@ def test_the_same_runs_give_the_same_bytes(root: Path, tmp_path: Path, monkeypat
     assert (tmp_path / "two/somewhere/new/report.html").read_bytes() == written[0][0]
 
 
-def test_the_rows_are_those_of_the_scripts() -> None:
-    found = tables.read_rows()
+@pytest.fixture(scope="module")
+def all_rows() -> list[Row]:
+    """Those of the scripts, asked where several machines share a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("NNODES", "2"), ("NODE_RANK", "x"), ("MASTER_PORT", "x")):
+            patch.setenv(name, value)
+        return tables.read_rows()
+
+
+def test_the_rows_are_those_of_the_scripts(all_rows: list[Row]) -> None:
+    found = all_rows
     scripts = {path.name for path in (ROOT / "scripts/tables").glob("table*.sh")}
     assert {one.script for one in found if not one.small} == {one.script for one in found if one.small} == scripts
     assert all(one.title.startswith("Table ") for one in found)
