@@ -259,7 +259,7 @@ def other_section(others: Sequence[Other], words: Words) -> Section | None:
         values = ["–" if value is None else number(value) for value in (run.top1, run.ema)]
         cells = [Cell(text) for text in (progress(run), *values, row, "; ".join(texts) or "–")]
         rows.append([Cell("", ((words.numbers[run.name], run.name),)), *cells])
-    lead = ["Their recipe, data or total batch is no row's. They count in no table."]
+    lead = ["Their recipe, data or total batch is no row's, or rows look through them. They count in no table."]
     return Section("Other runs", "others", lead, [Table("Runs that fit no row", header, rows, [], (2, 3))])
 
 

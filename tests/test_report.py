@@ -24,6 +24,7 @@ from tests.recorded_runs import (
     CIFAR10,
     FULL,
     IMAGENET,
+    SMALL,
     SMALL_LINES,
     curve,
     example,
@@ -304,6 +305,35 @@ def test_a_shorter_warm_up_goes_with_a_shorter_rehearsal_only(tmp_path: Path) ->
     names = {cut: [run.name for run in results[1].finished] for cut, results in found.cut.items()}
     assert names == {"2 of 6 epochs": ["two"], "2 of 6 epochs, 0 of them to warm up": ["cold"]}
     assert [other.run.name for other in found.others] == ["long"]
+
+
+def test_a_network_that_rows_look_through_is_no_run_of_a_row(tmp_path: Path) -> None:
+    write_run(tmp_path / "small/table7/none", row("none", small=True), curve(50, 6))
+    write_run(tmp_path / "small/pretrained/cutmix_vit_mini", row("none", small=True), curve(60, 6))
+    write_run(tmp_path / "pretrained", row("all", small=True), curve(70, 6))  # only what lies below
+    found = sorted_runs(tmp_path)
+    assert [[run.name for run in result.finished] for result in found.small] == [["small/table7/none"], ["pretrained"]]
+    page = Reader(report.make_report(str(tmp_path), rows())[0])
+    assert page.rows(SMALL_TABLE)["none (CutMix)"]["ours, CIFAR-10"] == "50.00"
+    assert "was run 2 times" not in page.text
+    other = page.rows("Runs that fit no row")["small/pretrained/cutmix_vit_mini"]
+    assert other["nearest row"] == "–"
+    assert other["what differs from it"] == "no row: trained for rows to look through, in a folder pretrained"
+
+
+def test_the_last_block_is_the_same_whether_it_is_said_or_not(tmp_path: Path) -> None:
+    (last, third) = tables.parse_rows(
+        [f"tablea5\tblock{n}\td\tvit_mini_patch4_32\t\t{SMALL} --mixer smmix --score-block {n}" for n in (6, 3)],
+        True, "Table A5", "tablea5.sh",
+    )  # fmt: skip
+    plain = one_run(tmp_path / "plain", row("all", small=True))
+    said = one_run(tmp_path / "said", last)
+    assert [what_differs(plain, last), what_differs(said, row("all", small=True))] == [[], []]
+    assert [what_differs(plain, third), what_differs(said, third)] == [["score_block"], ["score_block"]]
+    another = one_run(tmp_path / "another", last, motivator="deit_tiny_patch16_224")  # its blocks are others
+    assert what_differs(another, row("all", small=True)) == ["motivator", "score_block"]
+    odd = one_run(tmp_path / "odd", last, score_block=[6])
+    assert what_differs(odd, row("all", small=True)) == ["score_block"]
 
 
 @pytest.mark.parametrize("data", [("IMNET", *CIFAR10[1:]), CIFAR10])
