@@ -110,10 +110,15 @@ def _alike(rng: random.Random, old: Any) -> Any:
     return old
 
 
+def _numbers(old: torch.Tensor) -> Any:
+    """A tensor's content as lists; one that was made without any has none."""
+    return [] if old.is_meta or old.layout is not torch.strided else old.tolist()
+
+
 def _near(rng: random.Random, old: Any) -> Any:
     """Something like `old`, but of another type."""
     if isinstance(old, torch.Tensor):
-        return rng.choice((lambda: old.to(rng.choice(DTYPES)), lambda: old.tolist(), lambda: tensor(rng)))()
+        return rng.choice((lambda: old.to(rng.choice(DTYPES)), lambda: _numbers(old), lambda: tensor(rng)))()
     if isinstance(old, (bool, int, float)):
         return rng.choice((float(old), str(old), [old], int(old) if abs(old) < 1e300 else None, torch.tensor(old)))
     if isinstance(old, str):
