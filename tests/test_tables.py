@@ -6,23 +6,34 @@ Commands are taken from what the scripts print with DRY_RUN=1 and parsed by main
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from torch.distributed.run import parse_args as parse_torchrun
 
 import optim
+from assembly import resolve_defaults
+from mixers.options import METHODS, OWN, of_method
 from options import explicit_flags, get_args_parser
+from scripts.tables import _finished
 from tests.test_commands import RECIPE, ROOT, TABLE_1, check_command, commands_of_header, run_of
+from utils import Processes
 
 FOLDER = ROOT / "scripts/tables"
 SCRIPTS = sorted(path for path in FOLDER.glob("*.sh") if not path.name.startswith("_"))
+SHARED = sorted(FOLDER.glob("_*.sh"))
+# What is shared code is tested on these: a recipe of its own and two columns, a model's script, rows that are models.
+DIFFERENT = ["table2", "table7", "table1_transmix"]
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as where the environment is activated
 
 # Rows in the paper's order: label and top-1, one per column.
 PAPER: dict[str, dict[str, tuple[str, ...]]] = {
@@ -102,7 +113,7 @@ TABLE_2_RECIPE: dict[str, Any] = {
     "sched": "cosine", "min_lr": 1e-5, "sched_on_updates": True, "drop": 0.0, "model_ema": False,
     "aa": "rand-m9-mstd0.5-inc1", "train_interpolation": "bicubic", "repeated_aug": False, "reprob": 0.25,
     "remode": "pixel", "recount": 1, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0,
-    "mixup_switch_prob": 0.5, "mixup_mode": "batch",
+    "mixup_switch_prob": 0.5, "mixup_mode": "batch", "variant": "paper", "side_ratio": [0.25, 0.75],
 }  # fmt: skip
 TABLE_2_MODELS: dict[str, dict[str, Any]] = {
     "deit_small": {"drop_path": 0.0, "warmup_epochs": 5, "warmup_lr": 1e-8},
@@ -120,7 +131,7 @@ TABLE_2_ROWS: dict[str, dict[str, Any]] = {
     "resizemix": {
         "mixer": "resizemix", "mix_protocol": "single", "resize_scope": [0.1, 0.8], "resize_placement": "clipped",
     },
-    "smmix": {"mixer": "smmix", "variant": "paper", "side_ratio": [0.25, 0.75]},
+    "smmix": {"mixer": "smmix"},
 }  # fmt: skip
 # The recipe of TransMix's authors (Beckschen/TransMix, configs/ and the defaults of train.py).
 TRANSMIX_RECIPE: dict[str, Any] = {
@@ -199,8 +210,14 @@ def start(table: str, *words: str, cwd: Path | str = ROOT, **environment: str) -
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("NNODES", "NODE_", "MASTER_"))}
     return subprocess.run(
         ["bash", str(FOLDER / f"{table}.sh"), *words],
-        cwd=cwd, env={**clean, "DRY_RUN": "1", **environment}, capture_output=True, text=True,
+        cwd=cwd, env={**clean, "PATH": PATH, "DRY_RUN": "1", **environment}, capture_output=True, text=True,
     )  # fmt: skip
+
+
+def ask(code: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """The shared part of the scripts by itself: `code`, with the words as its arguments."""
+    command = ["bash", "-c", f'set -euo pipefail; source "{FOLDER}/_table.sh"; {code}', "bash", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def shown(table: str, *words: str, processes: str = "4", cwd: Path | str = ROOT, **environment: str) -> str:
@@ -225,9 +242,15 @@ def runs_in(printed: str) -> list[Run]:
 
 
 @cache
+def whole_table(table: str) -> str:
+    """What a dry run without a choice prints."""
+    return shown(table)
+
+
+@cache
 def all_runs(table: str) -> dict[str, Run]:
     """Every run of a table by its folder's name."""
-    return {run.name: run for run in runs_in(shown(table))}
+    return {run.name: run for run in runs_in(whole_table(table))}
 
 
 def refusal(table: str, *words: str, **environment: str) -> str:
@@ -337,7 +360,7 @@ def test_motivators_are_files_where_these_are_given() -> None:
 
 
 @pytest.mark.parametrize("processes", ["1", "2", "8", "16"])
-@pytest.mark.parametrize("table", PAPER)
+@pytest.mark.parametrize("table", DIFFERENT)
 def test_the_total_batch_and_the_peak_rate_hold_on_any_number_of_processes(table: str, processes: str) -> None:
     for run in runs_in(shown(table, processes=processes)):
         by_authors = table == "table1_transmix" and run.name.startswith("deit_")
@@ -357,12 +380,12 @@ def test_the_total_batch_and_the_peak_rate_hold_on_any_number_of_processes(table
         (["--nproc", "4", "--batch-size", "x"], "--batch-size x: must be"),
     ],
 )
-@pytest.mark.parametrize("table", PAPER)
+@pytest.mark.parametrize("table", DIFFERENT)
 def test_what_the_model_scripts_refuse_is_refused_here_too(table: str, words: list[str], message: str) -> None:
     assert message in refusal(table, "--data-path", "/imagenet", *words)
 
 
-@pytest.mark.parametrize("table", PAPER)
+@pytest.mark.parametrize("table", DIFFERENT)
 def test_several_machines_share_a_row(table: str) -> None:
     cluster = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
     printed = shown(table, "--row", "1", processes="8", **cluster)
@@ -372,17 +395,103 @@ def test_several_machines_share_a_row(table: str) -> None:
 
 
 def test_ones_own_arguments_come_last_and_win() -> None:
-    runs = runs_in(shown("table2", "--mix-protocol", "switch", "--seed", "1", "--batch_size=128"))
+    words = ("--mix-protocol", "switch", "--seed", "1", "--batch_size=128", "--output", "elsewhere")
+    runs = runs_in(shown("table2", *words))
     assert len(runs) == 2 * len(TABLE_2_ROWS)
     assert {(run.args.mix_protocol, run.args.seed, run.args.batch_size) for run in runs} == {("switch", 1, 128)}
-    (run,) = runs_in(shown("table6", "--row", "transmix", "--relabel-ratio", "0", "--weight_decay=0.1"))
+    words = ("--row", "transmix", "--relabel-ratio", "0", "--weight_decay=0.1", "--output", "elsewhere")
+    (run,) = runs_in(shown("table6", *words))
     assert (run.args.relabel_ratio, run.args.weight_decay, run.args.relabel) == (0.0, 0.1, "transmix")
 
 
-@pytest.mark.parametrize("words", [["--mixer", "cutmix"], ["--mixer=cutmix"]])
-@pytest.mark.parametrize("table", PAPER)
-def test_a_rows_mixer_is_not_changed_under_its_name(table: str, words: list[str]) -> None:
-    assert "choose rows with --row" in refusal(table, "--data-path", "/imagenet", *words)
+def test_what_is_of_the_recipe_and_not_of_the_row_is_open() -> None:
+    assert {run.args.epochs for run in runs_in(shown("tablea4", "--epochs", "7"))} == {7}
+    (run,) = runs_in(shown("table1_transmix", "--row", "deit_base", "--weight-decay", "0.1", "--warmup-epochs=1"))
+    assert (run.args.weight_decay, run.args.warmup_epochs) == (0.1, 1)
+
+
+@pytest.mark.parametrize(
+    ("table", "flag", "words"),
+    [
+        ("table1", "--mixer", ["--mixer", "cutmix"]),
+        ("table1_transmix", "--mixer", ["--mixer=cutmix"]),
+        ("table2", "--fmix-decay", ["--fmix-decay", "2"]),
+        ("table2", "--input-size", ["--small", "--input-size", "64"]),  # of a rehearsal alone
+        ("table6", "--relabel", ["--relabel", "none"]),
+        ("table7", "--con-weight", ["--con-weight", "0.5"]),
+        ("table7", "--fine-weight", ["--lr", "1", "--fine_weight=0", "--output", "elsewhere"]),
+        ("table8", "--side-ratio", ["--side-ratio", "0.1", "0.2"]),
+        ("table9", "--no-model-ema", ["--no-model-ema"]),
+        ("table9", "--model-ema-decay", ["--small", "--model-ema-decay", "0.9"]),
+        ("tablea4", "--target-region", ["--target-region", "max"]),
+        ("tablea5", "--score-block", ["--row", "none", "--score-block", "3"]),
+    ],
+)
+def test_a_row_is_not_made_another_under_its_name(table: str, flag: str, words: list[str]) -> None:
+    wanted = f"{flag}: the rows of {table.split('_')[0]} set it themselves; choose rows with --row"
+    assert wanted in refusal(table, "--data-path", "/imagenet", *words)
+    assert wanted in refusal(table, "--list-tsv", *words)
+
+
+@pytest.mark.parametrize(("table", "flag"), [("table2", "--mix-alpha"), ("table6", "--relabel-ratio")])
+def test_another_value_of_some_flags_needs_a_folder_of_its_own(table: str, flag: str) -> None:
+    message = refusal(table, "--data-path", "/imagenet", flag, "0.3")
+    assert f"{flag}: the rows of {table} set it themselves; for another value give another --output too" in message
+
+
+def test_which_mixer_has_a_use_for_a_flag_is_what_main_says() -> None:
+    flags = ["--" + name.replace("_", "-") for name in OWN]
+    code = """pretraining=0 has_fine=1 has_score=1
+    for mixer in $1; do for has_con in 0 1; do for flag in $2; do
+      ! has_no_use "$flag" || echo "$mixer $has_con $flag"
+    done; done; done"""
+    said = ask(code, " ".join(METHODS), " ".join([*flags, "--side-ratio", "--lr", "--mixup"])).stdout.splitlines()
+    expected = ["smmix 0 --con-temperature"]  # main.py refuses it beside --con-weight 0 by a rule of its own
+    for mixer in METHODS:
+        for has_con in (0, 1):
+            given = {**dict.fromkeys(OWN, "given"), "con_weight": float(has_con)}
+            kept = of_method(given, mixer)
+            expected += [f"{mixer} {has_con} --{name.replace('_', '-')}" for name in OWN if kept[name] != given[name]]
+            expected += [f"{mixer} {has_con} --side-ratio"] if mixer != "smmix" else []
+    assert sorted(said) == sorted(expected)
+
+
+OF_SMMIX = ["--variant", "released", "--region_head=separate", "--side-ratio", "0.3", "0.6", "--fine-temperature", "2"]
+OF_CON = ["--consistency", "logits", "--con-temperature", "2", "--guide-size", "112", "112"]
+
+
+def test_a_flag_goes_to_the_rows_that_have_a_use_for_it() -> None:
+    printed = shown("table7", *OF_SMMIX, "--lr", "1", *OF_CON)
+    runs = runs_in(printed)
+    assert {run.args.lr for run in runs} == {1.0}
+    kept = {
+        run.name.removeprefix("deit_small_"): (
+            run.args.variant, run.args.region_head, run.args.side_ratio, run.args.fine_temperature,
+            run.args.consistency, run.args.con_temperature, run.args.guide_size,
+        )
+        for run in runs
+    }  # fmt: skip
+    smmix = ("released", "separate", [0.3, 0.6])
+    assert kept == {
+        "none": ("paper", None, [0.25, 0.75], 1.0, None, 1.0, None),
+        "mixing": (*smmix, 1.0, "logits", 1.0, [112, 112]),
+        "consistency": ("paper", None, [0.25, 0.75], 1.0, "logits", 2.0, [112, 112]),
+        "mixing_fine": (*smmix, 2.0, "logits", 1.0, [112, 112]),
+        "mixing_consistency": (*smmix, 1.0, "logits", 2.0, [112, 112]),
+        "all": (*smmix, 2.0, "logits", 2.0, [112, 112]),
+    }
+    assert (
+        f"== table7, row 3, consistency on deit_small: without {' '.join(OF_SMMIX)}, which it has no use for" in printed
+    )
+    assert "row 6, all on deit_small: without" not in printed
+
+
+@pytest.mark.parametrize("table", ["table1_transmix", "table2", "tablea4"])
+def test_main_takes_every_row_whatever_is_given_for_some(table: str) -> None:
+    score = ["--score", "random"] if table == "tablea4" else []
+    own = ["--cutmix-minmax", "0.2", "0.8", "--con-weight", "0.5", "--attentive-cells", "6"]
+    runs = runs_in(shown(table, *OF_SMMIX, *OF_CON, *score, *own[: None if table == "table1_transmix" else 5]))
+    assert len(runs) == len(all_runs(table))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -408,10 +517,10 @@ def test_the_commands_of_a_header_are_accepted(script: Path) -> None:
 def test_without_a_choice_every_row_there_is_runs_into_a_folder_of_its_own(table: str) -> None:
     rows = [row for row in PAPER[table] if row not in TO_COME[table]]
     expected = [f"{model}_{row}" for row in rows for model in COLUMNS[table]] or [f"{row}_transmix" for row in rows]
-    printed = shown(table)
-    assert names(runs_in(printed)) == expected
+    printed, runs = whole_table(table), all_runs(table)
+    assert list(runs) == expected
     folder = ROOT / "output" / table.split("_")[0]
-    assert all(Path(run.folder).parent == folder for run in runs_in(printed))
+    assert all(Path(run.folder).parent == folder for run in runs.values())
     for row in TO_COME[table]:
         assert re.search(rf"^== {table}, row \d, {row}: not available yet; left out$", printed, flags=re.M)
 
@@ -477,17 +586,17 @@ def test_a_choice_that_makes_no_sense_is_refused(table: str, words: list[str], m
     assert message in refusal(table, "--data-path", "/imagenet", "--nproc", "4", *words)
 
 
-@pytest.mark.parametrize("table", PAPER)
+@pytest.mark.parametrize("table", DIFFERENT)
 def test_a_table_without_data_says_so(table: str) -> None:
     assert "--data-path DIR is missing" in refusal(table, "--nproc", "4")
 
 
-@pytest.mark.parametrize("table", PAPER)
+@pytest.mark.parametrize("table", DIFFERENT)
 def test_every_path_holds_in_another_working_directory(table: str, tmp_path: Path) -> None:
     elsewhere = tmp_path / "another place"
     elsewhere.mkdir()
     assert start(table, "--list", cwd=elsewhere).stdout == start(table, "--list").stdout
-    assert shown(table, cwd=elsewhere) == shown(table)  # by default the project's output folder
+    assert shown(table, cwd=elsewhere) == whole_table(table)  # by default the project's output folder
     relative = shown(table, "--output", "my runs/", cwd=elsewhere)
     assert {Path(run.folder).parts[:-1] for run in runs_in(relative)} == {("my runs", table.split("_")[0])}
     assert "//" not in relative
@@ -499,7 +608,7 @@ def test_the_processes_default_to_the_gpus_here_counted_once(tmp_path: Path) -> 
     python = tmp_path / "python3"
     python.write_text(f'#!/bin/sh\necho asked >>"{tmp_path}/calls"\necho 2\n')
     python.chmod(0o755)
-    done = start("table6", "--data-path", "/imagenet", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = start("table6", "--data-path", "/imagenet", PATH=f"{tmp_path}:{PATH}")
     assert {run.processes for run in runs_in(done.stdout)} == {2}
     assert (tmp_path / "calls").read_text().split() == ["asked"]
 
@@ -507,25 +616,95 @@ def test_the_processes_default_to_the_gpus_here_counted_once(tmp_path: Path) -> 
 # -------------------------------------------------------------------------------------------------- running again
 
 
-def leave(folder: Path, *lines: str) -> None:
-    """What a run leaves behind."""
+def leave(run: Run, folder: Path, *lines: str, **changed: Any) -> None:
+    """What a run leaves behind: the lines of its log, and its recipe but for what is changed."""
+    args = argparse.Namespace(**vars(run.args))
+    resolve_defaults(args, Processes(0, 1, torch.device("cpu")))
+    total = args.batch_size * args.accum_steps * run.processes
+    told = {"data": "IMNET somewhere", "total batch": f"all of it = {total}", "device": "cpu, 4 loader processes"}
     folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps({**vars(args), **changed}))
+    (folder / "train.log").write_text("".join(f"2026-01-01 10:00:00 {name:<18}  {told[name]}\n" for name in told))
     (folder / "log.txt").write_text("".join(f"{line}\n" for line in lines))
 
 
-@pytest.mark.parametrize("table", PAPER)
-def test_a_finished_row_is_left_out_and_one_that_is_not_goes_on(table: str, tmp_path: Path) -> None:
-    first, second, *_ = runs_in(shown(table, "--output", str(tmp_path)))
-    last = first.args.epochs - 1
-    leave(Path(first.folder), f'{{"epoch": {last - 1}, "test_acc1": 80.0}}', f'{{"epoch": {last}, "test_acc1": 80.5}}')
-    leave(Path(second.folder), f'{{"epoch": {last - 1}, "test_acc1": 80.0}}')
-    printed = shown(table, "--output", str(tmp_path))
+def fake_python(folder: Path, notes: Path) -> Path:
+    """The folder, with a python3 in it that finds nothing wrong and notes its words, a zero byte behind each."""
+    folder.mkdir(exist_ok=True)
+    (folder / "python3").write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >>"{notes}"\n')
+    (folder / "python3").chmod(0o755)
+    return folder
+
+
+def test_a_finished_row_is_left_out_and_one_that_is_not_goes_on(tmp_path: Path) -> None:
+    words = ["--output", str(tmp_path / "my runs"), "--epochs", "10"]
+    first, second, *_ = runs_in(shown("table7", *words))
+    leave(first, Path(first.folder), '{"epoch": 8, "test_acc1": 80.0}', '{"epoch": 9, "test_acc1": 80.5}')
+    leave(second, Path(second.folder), '{"epoch": 8, "test_acc1": 80.0}')
+    path = f"{fake_python(tmp_path / 'bin', tmp_path / 'compared')}:{PATH}"
+    printed = shown("table7", *words, PATH=path)
     runs = runs_in(printed)
     assert first.name not in names(runs)
     assert names(runs)[0] == second.name
     assert runs[0].args.auto_resume
-    assert f"finished, epoch {last} is in {first.folder}/log.txt; skipped" in printed
+    assert f"finished, epoch 9 is in {first.folder}/log.txt; skipped" in printed
     assert f"going on with {second.folder}" in printed
+
+
+def test_a_finished_row_of_another_recipe_stops_the_table_before_it_begins(tmp_path: Path) -> None:
+    words = ["--output", str(tmp_path)]
+    *_, last = runs_in(shown("table7", *words))
+    leave(last, Path(last.folder), '{"epoch": 299, "test_acc1": 80.5}')
+    message = refusal("table7", "--data-path", "/imagenet", "--nproc", "8", *words, "--lr", "9", "--accum-steps", "2")
+    differs = "--lr 0.0005 (asked now: 9.0)"
+    where = f"table7, row 6, all on deit_small: {last.folder} is finished with another recipe"
+    assert message == f"error: {where}: {differs}; choose another --output\n"
+
+
+@pytest.mark.parametrize(
+    ("changed", "processes", "expected"),
+    [
+        ({"num_workers": 31, "data_path": "x", "output_dir": "x", "device": "cpu", "seed": 3, "compile": True}, 4, ""),
+        ({"batch_size": 128, "accum_steps": 2}, 4, ""),
+        ({}, 2, "total batch 1024 (asked now: 512)"),
+        ({"epochs": 301}, 4, "--epochs 301 (asked now: 300)"),
+        ({"variant": "released"}, 4, "--variant released (asked now: paper)"),
+        ({"max_steps": 5}, 4, "--max-steps 5 (asked now: none)"),
+        (
+            {"cool": 1, "mixup": 0.1},
+            4,
+            "--cool 1 (asked now: nothing, it is unknown here), --mixup 0.1 (asked now: 0.8)",
+        ),
+    ],
+)
+def test_what_differs_from_now_is_named(changed: dict[str, Any], processes: int, expected: str, tmp_path: Path) -> None:
+    run = all_runs("table7")["deit_small_all"]
+    leave(run, tmp_path / "run", '{"epoch": 299, "test_acc1": 80.0}', **changed)
+    launch = ["torchrun", f"--nproc_per_node={processes}", "a place/main.py"]
+    (line,) = (line for line in whole_table("table7").splitlines() if "/deit_small_all " in line)
+    words = shlex.split(line)
+    command = [*launch, *words[words.index(str(ROOT / "main.py")) + 1 :]]
+    (found,) = _finished.read_words(["row", str(tmp_path / "run"), str(len(command)), *command])
+    assert _finished.what_differs(found) == expected
+
+
+def test_other_weights_are_another_recipe(tmp_path: Path) -> None:
+    own, other = (runs_in(shown("table9", "--row", "1", "--motivator-tiny", f"{name}.pth"))[0] for name in "ab")
+    leave(own, tmp_path / "run", '{"epoch": 299}')
+    words = ["--motivator", other.args.motivator]
+    (line,) = (line for line in whole_table("table9").splitlines() if "/deit_tiny_deit_tiny " in line)
+    command = [*shlex.split(line), *words]
+    told = _finished.what_differs(_finished.Finished("row", tmp_path / "run", command))
+    weights = "deit_tiny_patch16_224"
+    assert told == f"--motivator {weights}=a.pth (asked now: {weights}=b.pth)"
+    command[-1] = f"{weights}=elsewhere/a.pth"
+    assert _finished.what_differs(_finished.Finished("row", tmp_path / "run", command)) == ""
+
+
+def test_a_finished_folder_that_tells_no_recipe_is_not_skipped(tmp_path: Path) -> None:
+    found = _finished.Finished("row", tmp_path, ["main.py"])
+    (tmp_path / "log.txt").write_text('{"epoch": 9}')
+    assert _finished.what_differs(found).startswith("its recipe cannot be read: has log.txt but no args.json")
 
 
 @pytest.mark.parametrize(
@@ -543,42 +722,56 @@ def test_a_finished_row_is_left_out_and_one_that_is_not_goes_on(table: str, tmp_
         (['{"epoch": 299}'], False),
     ],
 )
-@pytest.mark.parametrize("words", [["--epochs", "10"], ["--epochs=10"], ["--epochs", "300", "--epochs", "10"]])
-@pytest.mark.parametrize("table", ["table2", "table6"])  # a recipe of its own, and a model's script
-def test_the_last_epoch_follows_the_commands_epochs(
-    table: str, words: list[str], lines: list[str], finished: bool, tmp_path: Path
-) -> None:
-    leave(tmp_path / table / "deit_small_smmix", *lines)
-    choice = ["--row", "smmix", "--model", "deit_small", "--output", str(tmp_path)]
-    assert len(runs_in(shown(table, *choice, *words))) == (0 if finished else 1)
+def test_a_run_has_its_last_epoch_or_not(lines: list[str], finished: bool, tmp_path: Path) -> None:
+    assert ask('is_finished "$1" 10', tmp_path).returncode == 1
+    (tmp_path / "log.txt").write_text("".join(f"{line}\n" for line in lines))
+    assert ask('is_finished "$1" 10', tmp_path).returncode == (0 if finished else 1)
+    for done in (9, 10):  # an epoch cut short has a line, too
+        (tmp_path / "status.json").write_text(json.dumps({"state": "done", "epoch": done, "step": 40}))
+        assert ask('is_finished "$1" 10', tmp_path).returncode == (0 if finished and done == 10 else 1)
+
+
+@pytest.mark.parametrize(
+    "words", [["--epochs", "10"], ["--epochs=10"], ["--epochs", "300", "--x", "a b", "--epochs", "10"]]
+)
+def test_the_last_epoch_follows_the_commands_epochs(words: list[str]) -> None:
+    assert ask('read_epochs "$@"; echo "$epochs"', "main.py", *words, "--lr", "1").stdout == "10\n"
 
 
 def fake_torchrun(folder: Path, body: str) -> dict[str, str]:
     """An environment whose torchrun notes its last run's folder in `out` and then does what `body` says."""
     program = folder / "bin/torchrun"
-    program.parent.mkdir()
+    program.parent.mkdir(exist_ok=True)
     program.write_text(
         "#!/usr/bin/env bash\nfor word in \"$@\"; do\n  [[ ${before-} != --output-dir ]] || out=$word\n"
         f'  before=$word\ndone\necho "${{out##*/}}" >>"{folder}/calls"\n{body}\n'
     )  # fmt: skip
     program.chmod(0o755)
-    return {"PATH": f"{program.parent}:{os.environ['PATH']}", "DRY_RUN": "0"}
+    return {"PATH": f"{program.parent}:{PATH}", "DRY_RUN": "0"}
 
 
-@pytest.mark.parametrize("table", PAPER)
+@pytest.mark.parametrize("table", DIFFERENT)
 def test_rows_run_one_after_the_other_and_once(table: str, tmp_path: Path) -> None:
-    last = next(iter(all_runs(table).values())).args.epochs - 1
-    environment = fake_torchrun(tmp_path, f'mkdir -p "$out"\necho \'{{"epoch": {last}}}\' >"$out/log.txt"')
-    words = ["--data-path", "/imagenet", "--nproc", "4", "--output", str(tmp_path / "my runs")]
+    for name, run in all_runs(table).items():
+        leave(run, tmp_path / "made" / name, f'{{"epoch": {run.args.epochs - 1}}}')
+    environment = fake_torchrun(tmp_path, f'mkdir -p "$out"\ncp "{tmp_path}/made/${{out##*/}}"/* "$out"')
+    fake_python(tmp_path / "bin", tmp_path / "compared")
+    words = ["--data-path", "/image net", "--nproc", "4", "--output", str(tmp_path / "my runs")]
     assert start(table, *words, **environment).returncode == 0
     assert (tmp_path / "calls").read_text().split() == list(all_runs(table))
+    assert not (tmp_path / "compared").exists()
     again = start(table, *words, **environment)
     assert again.returncode == 0
     assert again.stdout.count("; skipped") == len(all_runs(table))
     assert (tmp_path / "calls").read_text().split() == list(all_runs(table))
+    script, *told = (tmp_path / "compared").read_text().split("\0")[:-1]
+    compared = list(_finished.read_words(told))  # all of them by one start
+    assert script == str(FOLDER / "_finished.py")
+    assert [run.folder.name for run in compared] == list(all_runs(table))
+    assert {_finished.what_differs(run) for run in compared} == {""}
 
 
-@pytest.mark.parametrize("table", PAPER)
+@pytest.mark.parametrize("table", DIFFERENT)
 def test_a_run_that_fails_stops_the_table_with_its_exit_code(table: str, tmp_path: Path) -> None:
     environment = fake_torchrun(tmp_path, "exit 3")
     done = start(table, "--data-path", "/imagenet", "--nproc", "4", "--output", str(tmp_path / "runs"), **environment)
@@ -601,14 +794,16 @@ def test_a_run_that_is_stopped_politely_stops_the_table_too(tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", [*SCRIPTS, *SHARED], ids=lambda path: path.stem)
 def test_scripts_are_bash_without_mistakes_and_explain_themselves(script: Path) -> None:
-    for path in (script, FOLDER / "_table.sh", FOLDER / "_small.sh"):
-        subprocess.run(["bash", "-n", str(path)], check=True)
-        for new in (";;&", "declare -A", "local -A", "mapfile", "readarray", ",,}", "^^}"):  # bash 3.2 of macOS
-            assert new not in path.read_text()
-        assert max(map(len, path.read_text().splitlines())) <= 120
-    asked = start(script.stem, "--help", DRY_RUN="0")
-    assert asked.returncode == 0
-    assert f"bash scripts/tables/{script.name} --list" in asked.stdout
-    assert "set -euo" not in asked.stdout
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    for new in (";;&", "declare -A", "local -A", "mapfile", "readarray", ",,}", "^^}"):  # bash 3.2 of macOS
+        assert new not in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert len(text.splitlines()) <= 350
+    if script in SCRIPTS:
+        asked = start(script.stem, "--help", DRY_RUN="0")
+        assert asked.returncode == 0
+        assert f"bash scripts/tables/{script.name} --list" in asked.stdout
+        assert "set -euo" not in asked.stdout

@@ -4,7 +4,7 @@
 #
 # The setting is short of data on purpose, because only there mixing helps a model this small: 2,000 images, 200 epochs.
 # Its figures say nothing about ImageNet and are no reproduction of the paper's.
-# shellcheck disable=SC2154  # data, output, table, small_steps, passed and flags come from _table.sh
+# shellcheck disable=SC2154  # data, output, table, small_steps, passed, checking and listing come from _table.sh
 
 small_model=vit_mini_patch4_32 # 96 wide, 6 deep, 32 pixels in patches of 4
 small_recipe=(
@@ -15,27 +15,33 @@ small_recipe=(
   --smoothing 0.1 --mixup 0.8 --cutmix 1.0 --mixup-prob 1.0 --mixup-switch-prob 0.5 --mixup-mode batch
 )
 
-# Sets `arguments`: those of main.py for a rehearsal in FOLDER, with the flags that follow.
+# small_arguments WHAT FOLDER FLAG...: sets `arguments`, main.py's for a rehearsal in FOLDER; WHAT is for messages.
 small_arguments() {
-  local folder=$1 kind=IMNET
-  shift
+  local what=$1 folder=$2 kind=IMNET extra=()
+  shift 2
   [[ ! -d $data/cifar-10-batches-py ]] || kind=CIFAR10
+  choose_extra "$what" "$@"
   arguments=("${small_recipe[@]}" "$@" --data-set "$kind" --data-path "$data" --output-dir "$folder")
   [[ -z $small_steps ]] || arguments+=(--max-steps "$small_steps")
-  arguments+=(${passed[@]+"${passed[@]}"})
+  arguments+=(${extra[@]+"${extra[@]}"})
 }
 
-# train_small WHAT FOLDER FLAG...: one rehearsal, unless it is finished; WHAT is for messages.
+# train_small WHAT FOLDER FLAG...: one rehearsal, unless it is finished. With `checking` it is only noted, if it is.
 train_small() {
-  local what=$1 folder=$2 arguments=() epochs
-  shift 2
-  small_arguments "$folder" "$@"
-  read_epochs "${arguments[*]}"
-  if [[ -n $small_steps ]] && has_steps "$folder" "$small_steps"; then
+  local what=$1 folder=$2 arguments=() epochs command
+  small_arguments "$@"
+  read_epochs "${arguments[@]}"
+  command=(python3 "$root/main.py" "${arguments[@]}")
+  if ((checking)); then
+    ! is_finished "$folder" "$epochs" && ! has_steps "$folder" "$small_steps" ||
+      note_finished "$what" "$folder" "${command[@]}"
+    return 0
+  fi
+  if has_steps "$folder" "$small_steps"; then
     say "$what: finished, $small_steps steps are in $folder; skipped"
     return
   fi
-  train_once "$what" "$folder" "$epochs" run python3 "$root/main.py" "${arguments[@]}"
+  train_once "$what" "$folder" "$epochs" run "${command[@]}"
 }
 
 # pretrain NAME FLAG...: a network that a row of a rehearsal looks through, trained small itself, once for all tables
@@ -44,18 +50,11 @@ pretrain() {
   local folder=$output/small/pretrained/$1 name=$1
   shift
   pretrained=$folder/checkpoint.pth
-  ((listing)) || passed_with_seed_0 train_small "small, pre-training of $name" "$folder" "$@"
+  ((listing)) || train_for_all "small, pre-training of $name" "$folder" "$@"
 }
 
-passed_with_seed_0() {
-  local passed=(${passed[@]+"${passed[@]}"} --seed 0)
-  "$@"
-}
-
-# has_steps FOLDER N: whether a rehearsal there came to its end after N steps or more.
-has_steps() {
-  local step
-  [[ -f $1/status.json ]] && grep -Eq '"state": *"done"' "$1/status.json" || return 1
-  step=$(grep -Eo '"step": *[0-9]+' "$1/status.json" | grep -Eo '[0-9]+$') || return 1
-  ((step >= $2))
+# A pre-training has the seed 0, and none of the flags that are for rows.
+train_for_all() {
+  local passed=(${passed[@]+"${passed[@]}"} --seed 0) pretraining=1
+  train_small "$@"
 }

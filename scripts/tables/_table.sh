@@ -8,6 +8,7 @@
 #   models    its columns, as names of the model scripts in scripts/; empty where each row is such a model itself
 #   columns   the heading of each column of figures
 #   method    where rows are models: what they are trained with, the second half of a folder's name
+#   open_flags   those flags of its rows that may be given other values, with another --output
 # declares its rows in the paper's order with `row` and `row_to_come`, defines `train_row` anew unless every run is a
 # model's script with flags, `adapt_row` if what a row adds depends on more than the row, and ends with
 # `run_table "$@"`.
@@ -15,10 +16,16 @@
 
 # shellcheck source=scripts/_imagenet.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../_imagenet.sh"
+# shellcheck source=scripts/tables/_given.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_given.sh"
+# shellcheck source=scripts/tables/_finished.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_finished.sh"
+# shellcheck source=scripts/tables/_list.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_list.sh"
 # shellcheck source=scripts/tables/_small.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_small.sh"
 
-row_names=() row_labels=() row_figures=() row_flags=() row_there=()
+row_names=() row_labels=() row_figures=() row_flags=() row_there=() open_flags=()
 
 # row NAME LABEL FIGURES FLAG...: a row that can be run; FIGURES are the paper's, one per column, with spaces between
 # them, and FLAG... are what the row adds to its recipe (words without spaces).
@@ -47,58 +54,14 @@ train_by_script() {
   bash "$root/scripts/$model.sh" "$@"
 }
 
-# adapt_row NAME: may change `flags`, what the row adds to its recipe; `small` and `listing` (1 or 0) say what for.
+# adapt_row NAME: may change `flags`, what the row adds to its recipe; `small` (1 or 0) says what for.
 adapt_row() { :; }
 
 # run_table ARGUMENT...: what the user asked of the table.
 run_table() {
-  local data='' nproc='' output=$root/output asked='' only='' seed=0 small=0 small_steps='' list=0 listing=0
-  local flag value used index model passed=() chosen=() chosen_models=()
-  while (($#)); do
-    name_flag "$1"
-    case $flag in
-      -h | --help)
-        show_header
-        exit 0
-        ;;
-      --list | --list-tsv | --small)
-        case $flag in
-          --list) list=1 ;;
-          --list-tsv) listing=1 ;;
-          --small) small=1 ;;
-        esac
-        shift
-        continue
-        ;;
-      --mixer) die "--mixer: each row of $table has its own; choose rows with --row, see --list" ;;
-      --row | --model | --data-path | --nproc | --output | --output-dir | --steps | --seed) ;;
-      *)
-        passed+=("$1")
-        shift
-        continue
-        ;;
-    esac
-    take_value "$@"
-    shift "$used"
-    case $flag in
-      --row)
-        [[ $value == *[!,\ ]* ]] || die "--row needs numbers or names, with commas between them"
-        asked+=" ${value//,/ }"
-        ;;
-      --model) only+=" ${value//,/ }" ;;
-      --data-path) data=$value ;;
-      --nproc) nproc=$value ;;
-      --output | --output-dir) output=${value%/} ;;
-      --steps)
-        is_count "$value" || die "--steps $value: must be a whole number above 0"
-        small_steps=$value
-        ;;
-      --seed)
-        seed=$value
-        passed+=(--seed "$seed")
-        ;;
-    esac
-  done
+  local data='' nproc='' output=$root/output asked='' only='' seed=0 small=0 small_steps='' list=0
+  local listing=0 checking=0 pretraining=0 elsewhere=0 passed=() chosen=() chosen_models=() finished=()
+  read_arguments "$@"
   if ((list)); then
     list_rows
     exit 0
@@ -111,6 +74,7 @@ run_table() {
   else
     [[ -z $small_steps ]] || die "--steps $small_steps: only a rehearsal is cut short; add --small"
   fi
+  refuse_row_flags
 
   if ((listing)); then
     nproc=${nproc:-4}
@@ -122,12 +86,64 @@ run_table() {
   need_data "$data"
   find_torchrun
   ((small)) || [[ -n $nproc ]] || nproc=$(count_gpus)
+  checking=1
   for_each_run run_row
+  compare_finished
+  checking=0
+  for_each_run run_row
+}
+
+# Reads a table's own arguments into the variables of run_table; the rest are `passed` on to main.py.
+read_arguments() {
+  local flag value used
+  while (($#)); do
+    name_flag "$1"
+    case $flag in
+      -h | --help)
+        show_header
+        exit 0
+        ;;
+      --list) list=1 ;;
+      --list-tsv) listing=1 ;;
+      --small) small=1 ;;
+      --row | --model | --data-path | --nproc | --output | --output-dir | --steps | --seed)
+        take_value "$@"
+        shift "$used"
+        read_argument
+        continue
+        ;;
+      *) passed+=("$1") ;;
+    esac
+    shift
+  done
+}
+
+# Reads the argument `flag` with its `value`.
+read_argument() {
+  case $flag in
+    --row)
+      [[ $value == *[!,\ ]* ]] || die "--row needs numbers or names, with commas between them"
+      asked+=" ${value//,/ }"
+      ;;
+    --model) only+=" ${value//,/ }" ;;
+    --data-path) data=$value ;;
+    --nproc) nproc=$value ;;
+    --output | --output-dir) output=${value%/} elsewhere=1 ;;
+    --steps)
+      is_count "$value" || die "--steps $value: must be a whole number above 0"
+      small_steps=$value
+      ;;
+    --seed)
+      seed=$value
+      passed+=(--seed "$seed")
+      ;;
+  esac
 }
 
 # for_each_run COMMAND: COMMAND INDEX MODEL NAME for each of the chosen rows on each of the chosen models; NAME is that
 # of the row in its run's folder.
 for_each_run() {
+  local index model
   for index in "${chosen[@]}"; do
     if ((${#models[@]} == 0)); then
       "$1" "$index" "${row_names[index]}" "$method"
@@ -144,9 +160,10 @@ only_method() {
   row_names=("$method") row_labels=("${columns[0]}") row_figures=('') row_flags=("--mixer $method") row_there=(1)
 }
 
-# run_row INDEX MODEL NAME: one run, unless it is finished.
+# run_row INDEX MODEL NAME: one run, unless it is finished. With `checking` nothing is run or said: a finished one is
+# noted for compare_finished, with the command that would make it now.
 run_row() {
-  local index=$1 model=$2 folder flags=() arguments=() command epochs suffix=''
+  local index=$1 model=$2 folder flags=() extra=() arguments=() command words=() epochs suffix=''
   local what="$table, row $((index + 1)), ${row_names[index]}"
   [[ $seed == 0 ]] || suffix=_seed$seed
   read -r -a flags <<<"${row_flags[index]}"
@@ -157,20 +174,28 @@ run_row() {
   fi
   ((${#models[@]} == 0)) || what+=" on $model"
   folder=$output/$table/${model}_$3$suffix
+  ((!checking)) || [[ -f $folder/log.txt ]] || return 0
+  choose_extra "$what" ${flags[@]+"${flags[@]}"}
   arguments=(--data-path "$data" --nproc "$nproc" --output "$folder"
-    ${flags[@]+"${flags[@]}"} ${passed[@]+"${passed[@]}"})
-  # What would be run, for its last --epochs; refuses here what cannot be run.
+    ${flags[@]+"${flags[@]}"} ${extra[@]+"${extra[@]}"})
+  # What would be run; refuses here what cannot be run.
   command=$(
     set -e
     export DRY_RUN=1
     train_row "$model" "${arguments[@]}"
   )
-  read_epochs "$command"
+  command=${command##*$'\n'}
+  eval "words=($command)" # the last line: `run` has quoted each word
+  read_epochs "${words[@]}"
+  if ((checking)); then
+    ! is_finished "$folder" "$epochs" || note_finished "$what" "$folder" "${words[@]}"
+    return 0
+  fi
   train_once "$what" "$folder" "$epochs" train_row "$model" "${arguments[@]}"
 }
 
-# train_once WHAT FOLDER EPOCHS COMMAND...: COMMAND, unless FOLDER has the last epoch; where it fails, or is stopped, the
-# table ends.
+# train_once WHAT FOLDER EPOCHS COMMAND...: COMMAND, unless FOLDER has the last epoch; where it fails, or is stopped,
+# the table ends.
 train_once() {
   local what=$1 folder=$2 epochs=$3 status
   shift 3
@@ -201,30 +226,12 @@ train_once() {
   fi
 }
 
-# was_stopped FOLDER: whether the run there was stopped by a signal. It has saved then, and its exit code may be 0.
-was_stopped() { [[ -f $1/status.json ]] && grep -Eq '"state": *"preempted"' "$1/status.json"; }
-
-# Sets `epochs`: the last --epochs in the text of a command.
+# Sets `epochs`: the last --epochs among the words.
 read_epochs() {
-  local words=() word before=''
-  epochs=''
-  read -r -d '' -a words <<<"$1" || true
-  for word in "${words[@]}"; do
-    [[ $before != --epochs ]] || epochs=$word
-    [[ $word != --epochs=* ]] || epochs=${word#*=}
-    before=$word
-  done
+  local last
+  read_last --epochs "$@"
+  epochs=$last
   is_count "$epochs" || die "--epochs $epochs: must be a whole number above 0"
-}
-
-# is_finished FOLDER EPOCHS: whether log.txt there, a line of JSON per epoch, has the last one. A line that was cut
-# short does not count, nor an epoch that was: status.json says how many are done.
-is_finished() {
-  local done_there
-  [[ -f $1/log.txt ]] && grep -Eq "\"epoch\": *$(($2 - 1)) *(,.*)?}\$" "$1/log.txt" || return 1
-  [[ -f $1/status.json ]] || return 0
-  done_there=$(grep -Eo '"epoch": *[0-9]+' "$1/status.json" | grep -Eo '[0-9]+$') || return 0
-  ((done_there >= $2))
 }
 
 # Sets `chosen`: the places of the rows that the words name, by number or by name; without words, of all there are.
@@ -272,83 +279,4 @@ choose_models() {
     [[ " ${models[*]} " == *" $word "* ]] || die "--model $word: $table has no such column; its columns: ${models[*]}"
     [[ " ${chosen_models[*]-} " == *" $word "* ]] || chosen_models+=("$word")
   done
-}
-
-# Prints the rows with their numbers and the paper's figures.
-list_rows() {
-  local index figure figures=() note
-  printf '%s\n\n' "$title"
-  printf ' #  %-18s %-23s' row label
-  printf '%8s' "${columns[@]}"
-  printf '\n'
-  for ((index = 0; index < ${#row_names[@]}; index++)); do
-    read -r -a figures <<<"${row_figures[index]}"
-    note=''
-    ((row_there[index])) || note='   not available yet'
-    printf '%2d  %-18s %-23s' $((index + 1)) "${row_names[index]}" "${row_labels[index]}"
-    for figure in "${figures[@]}"; do
-      printf '%8s' "$figure"
-    done
-    printf '%s\n' "$note"
-  done
-}
-
-# Prints a line for each run of the chosen rows, fields with tabs between them: table, row, label, model, the paper's
-# figure (if any), and the arguments of main.py (if the row is available) without the places of data and output.
-list_runs() {
-  local place
-  if [[ -n $1 ]]; then
-    choose_rows "$1"
-  else
-    for ((place = 0; place < ${#row_names[@]}; place++)); do
-      chosen+=("$place")
-    done
-  fi
-  choose_models "$2"
-  for_each_run list_run
-}
-
-list_run() {
-  local index=$1 model=$2 label=${row_labels[$1]} figures=() figure='' flags=() arguments=() command='' place
-  read -r -a figures <<<"${row_figures[index]}"
-  figure=${figures[0]-}
-  ((${#models[@]})) || label=${columns[0]}
-  for ((place = 0; place < ${#models[@]}; place++)); do
-    [[ ${models[place]} != "$model" ]] || figure=${figures[place]-}
-  done
-  if ((row_there[index])); then
-    read -r -a flags <<<"${row_flags[index]}"
-    adapt_row "$3"
-    if ((small)); then
-      small_arguments . ${flags[@]+"${flags[@]}"}
-      command="main.py ${arguments[*]}"
-    else
-      command=$(
-        set -e
-        export DRY_RUN=1
-        train_row "$model" --data-path . --nproc "$nproc" --output . ${flags[@]+"${flags[@]}"} \
-          ${passed[@]+"${passed[@]}"}
-      )
-    fi
-  fi
-  ((!small)) || figure=''
-  printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$table" "$3" "$label" "$model" "${figure#-}" "$(only_recipe "$command")"
-}
-
-# only_recipe COMMAND: what follows main.py in the text of a command, without the places of data and output.
-only_recipe() {
-  local words=() word kept=() skip=1
-  read -r -d '' -a words <<<"$1" || true
-  for word in ${words[@]+"${words[@]}"}; do
-    case $word in
-      */main.py | main.py)
-        kept=() skip=0
-        continue
-        ;;
-      --data-path | --output-dir | --data-set) skip=2 ;;
-    esac
-    ((skip)) || kept+=("$word")
-    ((skip == 0)) || skip=$((skip - 1))
-  done
-  printf '%s' "${kept[*]-}"
 }

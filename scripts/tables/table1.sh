@@ -18,7 +18,7 @@
 #                   output. Run again, the same command leaves out rows that are finished and goes on with one that was
 #                   interrupted.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe and the row's flags, so that it wins over both.
+# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused.
 #
 # A run is scripts/<model>.sh with --mixer, and its recipe is said there; both rows have the same.
 # The paper quotes CutMix's figures from the models' own papers, so part of its gains may be the recipe's.

@@ -16,7 +16,7 @@
 # --output ROOT     runs are in ROOT/table1/<model>_transmix; default: output. Run again, the same command leaves out
 #                   rows that are finished and goes on with one that was interrupted.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe and the row's flags, so that it wins over both.
+# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused.
 #
 # DeiT rows: the recipe of the authors' repository (Beckschen/TransMix: configs/deit_s_transmix.yaml,
 # configs/deit_b_transmix.yaml, train.py), which is not DeiT's:
@@ -52,9 +52,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/_table.sh"
   method=transmix
 }
 
-row deit_tiny 'DeiT-T' '72.6' --mixer transmix --weight-decay 0.03 --warmup-epochs 20
-row deit_small 'DeiT-S' '80.7' --mixer transmix --weight-decay 0.03 --warmup-epochs 20
-row deit_base 'DeiT-B' '82.4' --mixer transmix --weight-decay 0.05 --warmup-epochs 5
+row deit_tiny 'DeiT-T' '72.6' --mixer transmix
+row deit_small 'DeiT-S' '80.7' --mixer transmix
+row deit_base 'DeiT-B' '82.4' --mixer transmix
 row cait_xxs36 'CaiT-XXS-36' '79.8' --mixer transmix
 row pvt_tiny 'PVT-T' '75.5' --mixer transmix
 row pvt_small 'PVT-S' '80.5' --mixer transmix
@@ -64,19 +64,19 @@ row pvt_large 'PVT-L' '82.4' --mixer transmix
 # The authors' recipe for DeiT, the model's own script for the rest. 256 images per step: no more than 64 of DeiT-B at a
 # time, as in its own script.
 train_row() {
-  local model=$1 largest=256
+  local model=$1 largest=256 decay=0.03 warmup=20
   if [[ $model != deit_* ]]; then
     train_by_script "$@"
     return
   fi
   shift
-  [[ $model != deit_base ]] || largest=64
+  [[ $model != deit_base ]] || largest=64 decay=0.05 warmup=5
   # shellcheck disable=SC2034  # read by train_on_imagenet
   recipe=(
     --data-set IMNET --model "${model}_patch16_224" --input-size 224 --eval-crop-ratio 0.875
     --epochs 300 --seed 0 --amp fp16 --auto-resume
-    --opt adamw --opt-eps 1e-8
-    --lr 1e-3 --unscale-lr --sched cosine --warmup-lr 1e-6 --min-lr 1e-5
+    --opt adamw --opt-eps 1e-8 --weight-decay "$decay"
+    --lr 1e-3 --unscale-lr --sched cosine --warmup-epochs "$warmup" --warmup-lr 1e-6 --min-lr 1e-5
     --drop 0 --drop-path 0.1 --model-ema --model-ema-decay 0.99996
     --aa rand-m9-mstd0.5-inc1 --train-interpolation random
     --no-repeated-aug --reprob 0

@@ -18,7 +18,8 @@
 # --output ROOT     runs are in ROOT/table2/<model>_<row>; default: output. Run again, the same command leaves out rows
 #                   that are finished and goes on with one that was interrupted.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe and the row's flags, so that it wins over both.
+# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused,
+# but for --mix-protocol, --mix-alpha, --resize-placement and --attentive-teacher with another --output.
 #
 # Where the paper's figures come from. All but SMMix's are those of the Open-Mixup benchmark (Westlake-AI/openmixup,
 # docs/en/mixup_benchmarks/Mixup_imagenet.md, "DeiT Training Settings with ViTs"), so every row runs its recipe: total
@@ -63,6 +64,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_table.sh"
   title="Table 2 of the paper: top-1 on ImageNet-1k in %, the paper's figures (not run by us)"
   models=(deit_small swin_tiny)
   columns=(DeiT-S Swin-T)
+  open_flags=(--mix-protocol --mix-alpha --resize-placement --attentive-teacher)
 }
 
 row vanilla 'Vanilla' '75.7 80.2' --mixer none
@@ -75,7 +77,7 @@ row fmix 'F-Mix' '77.4 79.6' --mixer fmix --mix-protocol single --mix-alpha 0.2 
 row resizemix 'ResizeMix' '78.6 81.4' --mixer resizemix --mix-protocol single --resize-scope 0.1 0.8 \
   --resize-placement clipped
 row_to_come automix 'AutoMix' '80.8 81.8'
-row smmix 'SMMix' '81.1 81.8' --mixer smmix --variant paper --side-ratio 0.25 0.75
+row smmix 'SMMix' '81.1 81.8' --mixer smmix
 
 # A rehearsal trains AttentiveMix's classifier itself. Its map has a cell for 32 x 32 pixels, so both networks are shown
 # the images at 128 pixels; the ViT cuts them into patches of 16, as many tokens as ever.
@@ -111,6 +113,7 @@ train_row() {
     --aa rand-m9-mstd0.5-inc1 --train-interpolation bicubic
     --no-repeated-aug --reprob 0.25 --remode pixel --recount 1
     --smoothing 0.1 --mixup 0.8 --cutmix 1.0 --mixup-prob 1.0 --mixup-switch-prob 0.5 --mixup-mode batch
+    --variant paper --side-ratio 0.25 0.75
   )
   train_on_imagenet "$model" 1024 "$largest" "$@"
 }

@@ -15,7 +15,8 @@
 # --output ROOT     runs are in ROOT/table6/deit_small_<row>; default: output. Run again, the same command leaves out
 #                   rows that are finished and goes on with one that was interrupted.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe and the row's flags, so that it wins over both.
+# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused,
+# but for --relabel-ratio with --row transmix and another --output.
 #
 # A row is scripts/deit_small.sh and its flags; smmix is the SMMix run of Table 1 once more: if you have that, --row
 # transmix is all that is missing. The paper gives no formula for the other two rows and the released code has neither,
@@ -35,6 +36,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_table.sh"
   title="Table 6 of the paper, labels of SMMix set anew: top-1 on ImageNet-1k in %, the paper's figures (not run by us)"
   models=(deit_small)
   columns=(DeiT-S)
+  open_flags=(--relabel-ratio)
 }
 
 row transmix 'SMMix + TransMix labels' '81.1' --mixer smmix --relabel transmix --relabel-ratio 0.5

@@ -16,7 +16,7 @@
 #                   output. Run again, the same command leaves out rows that are finished and goes on with one that was
 #                   interrupted.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe and the row's flags, so that it wins over both.
+# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused.
 #
 # A row is scripts/deit_small.sh and its flags. mixing: the max-min attention region mixing of Sec. 4.1, without it
 # plain CutMix; fine: L_fine, which needs that mixing; consistency: L_con, on CutMix too, where lam is the box's share.

@@ -17,7 +17,7 @@
 #                   output. Run again, the same command leaves out rows that are finished and goes on with one that was
 #                   interrupted.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe and the row's flags, so that it wins over both.
+# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused.
 #
 # A row is scripts/deit_tiny.sh and its flags. The paper does not say which weights its pre-trained networks have; by
 # default they are DeiT's own, which timm names and downloads.

@@ -16,7 +16,7 @@
 #                   output. Run again, the same command leaves out rows that are finished and goes on with one that was
 #                   interrupted.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe and the row's flags, so that it wins over both.
+# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused.
 #
 # A row is scripts/deit_small.sh with 100 epochs and its flags: where the region is taken in the source, and where it
 # goes in the target; corr is the place it was taken from. All rows have both loss terms, L_fine and L_con. The paper
@@ -35,16 +35,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/_table.sh"
   columns=(DeiT-S)
 }
 
-row random_corr 'Random -> Corr' '74.2' --mixer smmix --epochs 100 --source-region random --target-region corr
-row random_max 'Random -> Max Attn' '73.8' --mixer smmix --epochs 100 --source-region random --target-region max
-row random_min 'Random -> Min Attn' '74.5' --mixer smmix --epochs 100 --source-region random --target-region min
-row max_corr 'Max Attn -> Corr' '74.4' --mixer smmix --epochs 100 --source-region max --target-region corr
-row max_max 'Max Attn -> Max Attn' '74.3' --mixer smmix --epochs 100 --source-region max --target-region max
-row max_min 'Max Attn -> Min Attn' '74.7' --mixer smmix --epochs 100 --source-region max --target-region min
+row random_corr 'Random -> Corr' '74.2' --mixer smmix --source-region random --target-region corr
+row random_max 'Random -> Max Attn' '73.8' --mixer smmix --source-region random --target-region max
+row random_min 'Random -> Min Attn' '74.5' --mixer smmix --source-region random --target-region min
+row max_corr 'Max Attn -> Corr' '74.4' --mixer smmix --source-region max --target-region corr
+row max_max 'Max Attn -> Max Attn' '74.3' --mixer smmix --source-region max --target-region max
+row max_min 'Max Attn -> Min Attn' '74.7' --mixer smmix --source-region max --target-region min
 
-# A rehearsal has the epochs of all rehearsals.
-adapt_row() {
-  ((!small)) || flags=("${flags[@]:0:2}" "${flags[@]:4}")
+# 100 epochs; a rehearsal has those of all rehearsals.
+train_row() {
+  local model=$1
+  shift
+  train_by_script "$model" --epochs 100 "$@"
 }
 
 run_table "$@"

@@ -16,7 +16,7 @@
 #                   output. Run again, the same command leaves out rows that are finished and goes on with one that was
 #                   interrupted.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe and the row's flags, so that it wins over both.
+# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused.
 #
 # A row is scripts/deit_small.sh and its flags. none: a random score for each token; block<d>: the score of block d of
 # the 12; rollout: the mean of all blocks' scores. L_con is on, so the motivating pass runs to its end in every row;
