@@ -607,6 +607,28 @@ def test_the_rows_are_those_of_the_scripts(all_rows: list[Row]) -> None:
     assert figures["table1", "transmix", "deit_tiny"] == 72.6
 
 
+def test_the_page_of_tables_has_the_rows_that_are_one_recipe(all_rows: list[Row]) -> None:
+    there = [one for one in all_rows if one.words]
+    made = {one: Run(one.name, dict(matching.flags_of(one.words, "cpu")), [], {}, {}, [], [], None) for one in there}
+    groups = set()
+    for own, run in made.items():
+        alike = [one for one in there if (one.small, one.model) == (own.small, own.model)]
+        free = {"data", "total batch"}  # which only the log tells
+        same = [one for one in alike if set(what_differs(run, one)) <= free and total_of(one) == total_of(own)]
+        if len(same) > 1:
+            kind = "rehearsals" if own.small else {"deit_small": "DeiT-S", "deit_tiny": "DeiT-T"}[own.model]
+            groups.add((kind, *(f"{one.table} {one.name}" for one in same)))
+    lines = [line.split("|") for line in (ROOT / "docs/tables.md").read_text().splitlines()]
+    told = [(kind.strip(), *re.findall(r"`(table\w+ \w+)`", names)) for _, kind, names, _ in
+            (line for line in lines if len(line) == 4)]  # fmt: skip
+    assert sorted(one for one in told if len(one) > 1) == sorted(groups)
+
+
+def total_of(one: Row) -> int:
+    flags = matching.flags_of(one.words, "cpu")
+    return int(flags["batch_size"] * flags["accum_steps"])
+
+
 @pytest.mark.parametrize("line", ["table7\tall", SMALL_LINES[0].replace("\t\t", "\tmuch\t"), ""])
 def test_a_list_that_is_not_understood_is_refused(line: str) -> None:
     with pytest.raises(InputError, match="not understood"):
