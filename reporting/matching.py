@@ -248,7 +248,7 @@ def changed_flags(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", text)]
+    return [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]{0,29}", text)]  # more is no count
 
 
 def _device_of(run: Run) -> str:

@@ -12,10 +12,11 @@ die() {
   exit 2
 }
 
-# Shows a command as it could be typed, then runs it; with DRY_RUN=1 only shows it.
+# Shows a command as it could be typed, then runs it; with DRY_RUN=1 only shows it. WORDS_TO names a file for its words.
 run() {
   printf '%q ' "$@"
   printf '\n'
+  [[ -z ${WORDS_TO:-} ]] || printf '%s\0' "$@" >"$WORDS_TO"
   [[ ${DRY_RUN:-0} == 1 ]] || "$@"
 }
 

@@ -163,7 +163,7 @@ only_method() {
 # run_row INDEX MODEL NAME: one run, unless it is finished. With `checking` nothing is run or said: a finished one is
 # noted for compare_finished, with the command that would make it now.
 run_row() {
-  local index=$1 model=$2 folder flags=() extra=() arguments=() command words=() epochs suffix=''
+  local index=$1 model=$2 folder flags=() extra=() arguments=() words=() epochs suffix=''
   local what="$table, row $((index + 1)), ${row_names[index]}"
   [[ $seed == 0 ]] || suffix=_seed$seed
   read -r -a flags <<<"${row_flags[index]}"
@@ -179,19 +179,29 @@ run_row() {
   arguments=(--data-path "$data" --nproc "$nproc" --output "$folder"
     ${flags[@]+"${flags[@]}"} ${extra[@]+"${extra[@]}"})
   # What would be run; refuses here what cannot be run.
-  command=$(
-    set -e
-    export DRY_RUN=1
-    train_row "$model" "${arguments[@]}"
-  )
-  command=${command##*$'\n'}
-  eval "words=($command)" # the last line: `run` has quoted each word
+  words_of_run train_row "$model" "${arguments[@]}"
   read_epochs "${words[@]}"
   if ((checking)); then
     ! is_finished "$folder" "$epochs" || note_finished "$what" "$folder" "${words[@]}"
     return 0
   fi
   train_once "$what" "$folder" "$epochs" train_row "$model" "${arguments[@]}"
+}
+
+# words_of_run COMMAND...: sets `words`, those of the last command that COMMAND would `run`.
+words_of_run() {
+  local told word
+  told=$(mktemp)
+  (
+    set -e
+    export DRY_RUN=1 WORDS_TO=$told
+    "$@"
+  ) >/dev/null
+  words=()
+  while IFS= read -r -d '' word; do
+    words+=("$word")
+  done <"$told"
+  rm -f "$told"
 }
 
 # train_once WHAT FOLDER EPOCHS COMMAND...: COMMAND, unless FOLDER has the last epoch; where it fails, or is stopped,
