@@ -10,7 +10,7 @@ small_model=vit_mini_patch4_32 # 96 wide, 6 deep, 32 pixels in patches of 4
 small_recipe=(
   --model "$small_model" --subset 2000 --epochs 200 --batch-size 128 --seed 0 --auto-resume
   --opt adamw --weight-decay 0.05 --lr 1e-3 --unscale-lr --sched cosine --warmup-epochs 5 --warmup-lr 1e-6 --min-lr 1e-5
-  --drop-path 0.1 --no-model-ema --eval-crop-ratio 1.0
+  --drop-path 0.1 --no-model-ema --eval-crop-ratio 1.0 --eval-every 10
   --aa rand-m9-mstd0.5-inc1 --train-interpolation bicubic --no-repeated-aug --reprob 0.25
   --smoothing 0.1 --mixup 0.8 --cutmix 1.0 --mixup-prob 1.0 --mixup-switch-prob 0.5 --mixup-mode batch
 )
