@@ -17,7 +17,7 @@ from timm.data.auto_augment import posterize as timm_posterize
 from torchvision import transforms as tv
 
 import transforms
-from cropping import RESIZERS
+from cropping import RESIZERS, CropAndResize
 from tests.image_folders import picture
 from transforms import Augment, ImageSpec, build_eval_transform, build_train_transform, denormalise, normalise
 from utils import InputError, keyed_globals
@@ -71,6 +71,15 @@ def test_torch_resizes_nearly_as_pillow_does(interpolation: str) -> None:
         assert torch.equal(results[1], results[2])
         differences.append(float((results[0] - results[1]).abs().mean()))
     assert 0 < sum(differences) / len(differences) < 0.1
+
+
+def test_what_torch_resizes_lies_row_by_row() -> None:
+    """Else every later step would have to sort the colours of each pixel together."""
+    crop = CropAndResize("torch", size=(96, 64), interpolation="bicubic")
+    for pixels in (picture(1, (150, 120)), np.array(picture(1, (150, 120)))):
+        resized = crop.resized(pixels)
+        assert isinstance(resized, np.ndarray)
+        assert (resized.shape, resized.flags.c_contiguous) == ((96, 64, 3), True)
 
 
 def test_torch_refuses_interpolations_that_it_lacks() -> None:
