@@ -61,8 +61,8 @@ class CropAndResize(RandomResizedCropAndInterpolation):
         if self.resizer == "pillow":
             return functional.resize(as_image(crop), list(self.size), mode)
         crop = crop if isinstance(crop, np.ndarray) else np.array(crop)
-        # With its batch from the beginning, torch sees that channels come last, and gives them so. Else Pillow would have
-        # to sort the colours of each pixel together, which takes as long as the resize.
+        # With its batch from the beginning, torch sees that channels come last, and gives them so. Else Pillow would
+        # have to sort the colours of each pixel together, which takes as long as the resize.
         rows = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # (1, 3, height, width), never copied
         resized = torch.nn.functional.interpolate(rows, self.size, mode=mode.value, antialias=True)[0]
         return resized.permute(1, 2, 0).numpy()  # (H, W, 3)
