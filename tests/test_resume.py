@@ -318,11 +318,10 @@ def test_a_checkpoint_of_each_format_is_evaluated_and_gone_on_from(tmp_path: Pat
     kept = Path(__file__).parent / "data" / f"own_format_{checkpoints.FORMAT}.pth"
     evaluated = run_main("--eval --device cpu --num-workers 0 --resume", kept)
     assert evaluated.code == 0, evaluated.err
-    assert "(model): top-1 10.000 %" in evaluated.out
-    words = (
-        "--model deit_runs_distilled_patch4_16 --data-set DIGITS --subset 200 --batch-size 50 --lr 2e-3 --unscale-lr"
-    )
-    more = "--model-ema-decay 0.5 --epochs 2"
+    (top1,) = re.findall(r"\(model\): top-1 ([\d.]+) %", evaluated.out)
+    assert float(top1) == pytest.approx(10, abs=1)  # of 360 digits; a processor's rounding may move one or two
+    words = "--model deit_runs_distilled_patch4_16 --data-set DIGITS --subset 200 --batch-size 50 --lr 2e-3"
+    more = "--unscale-lr --model-ema-decay 0.5 --epochs 2"
     run = run_small(words, more, "--resume", kept, "--output-dir", tmp_path)
     assert run.code == 0, run.err
     assert "next is epoch 1 after 100 images" in run.out
