@@ -16,6 +16,7 @@ import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,21 @@ def _numbers(old: torch.Tensor) -> Any:
     return [] if old.is_meta or old.layout is not torch.strided else old.tolist()
 
 
+def _other_numbers(old: float) -> list[Any]:
+    """A number as other types, as far as they hold it."""
+    made: list[Any] = [str(old), [old], None]
+    for kind in (float, int, torch.tensor):
+        with suppress(OverflowError, ValueError, RuntimeError):
+            made.append(kind(old))
+    return made
+
+
 def _near(rng: random.Random, old: Any) -> Any:
     """Something like `old`, but of another type."""
     if isinstance(old, torch.Tensor):
         return rng.choice((lambda: old.to(rng.choice(DTYPES)), lambda: _numbers(old), lambda: tensor(rng)))()
     if isinstance(old, (bool, int, float)):
-        return rng.choice((float(old), str(old), [old], int(old) if abs(old) < 1e300 else None, torch.tensor(old)))
+        return rng.choice(_other_numbers(old))
     if isinstance(old, str):
         return rng.choice(([old], old.encode(), None, len(old)))
     if isinstance(old, (list, tuple)):
