@@ -74,6 +74,8 @@ def _suits(action: argparse.Action, value: Any) -> bool:
         return action.default is None
     if action.nargs == 0:
         return type(value) is bool
+    if action.nargs is None and isinstance(action.default, list):  # of a flag that may be given several times
+        return isinstance(value, list) and all(map(fits, value))
     if action.nargs is None:
         return fits(value) or (type(value) is type(action.default) and value == action.default)
     several = isinstance(value, (list, tuple)) and all(map(fits, value))

@@ -177,7 +177,9 @@ def read_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]
     Raises:
         InputError: names the flag and the fix.
     """
-    launch, arguments = get_args_parser().parse_known_args(argv)
+    own = get_args_parser()
+    launch, arguments = own.parse_known_args(argv)
+    own.check_kinds(launch)
     parser = options.get_args_parser()
     given = options.explicit_flags(parser, arguments)
     if "output_dir" in given:

@@ -286,6 +286,8 @@ def resize_positions(
         old_grid: the grid they belong to. If absent: this one if the count fits, else a square.
         how: of timm's `resample_abs_pos_embed`, for another rule.
     """
+    if positions.ndim != 3:  # of a damaged file: loading refuses its shape
+        return positions
     count = positions.shape[1] - num_prefix_tokens
     if old_grid is None:
         side = math.isqrt(max(count, 0))

@@ -78,6 +78,7 @@ def test_no_flag_of_ours_is_one_of_main() -> None:
         ("--local --nodes 2", "--nodes 2: --local runs on this machine alone"),
         ("--output_dir y", "--output-dir: the job's folder is the output folder; use --job-dir alone"),
         ("--epochs 0", "--epochs 0: must be above 0"),
+        ("--nodes=--", "--nodes []: no value that this flag can have"),
     ],
 )
 def test_wrong_values_are_refused_before_anything_is_submitted(words: str, message: str) -> None:
