@@ -152,14 +152,11 @@ class RunFolder:
             has_begun: training has; else a run that was done before stays so.
             is_consequence: of another rank's end, whose word is taken in the place of `cause` if it left one.
         """
-        before = self._last_status()
+        before = _read_json(self.path / "status.json")
         if before.get("state") == "done" and not has_begun:
             return
         kept = {name: before[name] for name in ("epoch", "step") if type(before.get(name)) is int}
         self.status("failed", **kept, **((is_consequence and self._word_of_others()) or cause))
-
-    def _last_status(self) -> dict[str, Any]:
-        return _read_json(self.path / "status.json")
 
     def _word_of_others(self) -> dict[str, Any]:
         """What another rank left, see `leave_word`; it may be about to."""
