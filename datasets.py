@@ -19,11 +19,12 @@ from torch.utils.data import IterableDataset
 from torchvision import datasets as torchvision_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from decoding import Decode, decode_pillow
-from images import (
+from pipeline.hugging_face import import_hugging_face
+from pipeline.images import (
+    Decode,
     Images,
     StreamedImages,
-    import_hugging_face,
+    decode_pillow,
     name_files,
     name_timm,
     read_dataset,
@@ -31,7 +32,7 @@ from images import (
     read_pixels,
     read_timm,
 )
-from transforms import Augment, ImageSpec
+from pipeline.spec import Augment, ImageSpec
 from utils import InputError, as_pair
 
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}

@@ -8,53 +8,25 @@ Optimizers without a fused form are the exception: torch's scaler then reads onc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-import optim
 import utils
-from health import Health, Seen
 from losses import Criterion, Terms
-from meters import Meters
 from mixers.interface import Guide, MixedBatch, StepRandom
 from models.interface import Depth, Glance, ImageModel, resample_score
+from training import optim
+from training.meters import Meters
+from training.nonfinite import Health, Seen
+from training.precision import Autocast, eval_mode
 
-Autocast = Callable[[], AbstractContextManager[Any]]
-AMP_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LOADED = ("images", "labels", "indices", "boxes", "operations")  # what a loader gives: the first three, or all
-
-
-def make_autocast(device: torch.device, amp: str) -> Autocast:
-    """A factory of autocast contexts for `--amp`: `fp16`, `bf16` or `none`."""
-    return partial(torch.autocast, device.type, dtype=AMP_DTYPES.get(amp), enabled=amp != "none")
-
-
-def make_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
-    """fp16 needs its loss scaled. Elsewhere the scale stays one and only the scaler's other duty is left: skipping, on
-    the device and without a read, an update whose gradient is not finite."""
-    if amp == "fp16":
-        return torch.amp.GradScaler(device.type)
-    never = 2**31 - 1
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=never, enabled=device.type != "mps")
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module's own training flag is what it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def make_guide(
@@ -289,7 +261,7 @@ def train_one_epoch(
         Whether it was told to stop.
 
     Raises:
-        NonFiniteLoss: see `health.Health.check`.
+        NonFiniteLoss: see `training.nonfinite.Health.check`.
     """
     training.model.train(training.train_mode)
     batches = iter(loader)

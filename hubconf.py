@@ -75,10 +75,10 @@ def _own_modules() -> _Iterator[None]:
 
 
 with _own_modules():
-    from checkpoints import load_checkpoint as _load_checkpoint
     from models.build import ALIASES as _ALIASES
     from models.build import build_model as _build_model
-    from models.build import restore_model as _restore_model
+    from models.weights import restore_model as _restore_model
+    from storage.checkpoints import load_checkpoint as _load_checkpoint
     from utils import InputError as _InputError
 
 

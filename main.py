@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=4 main.py --model deit_small_patch16_224 --data-path /imagenet --output_dir output
 
-Flags become objects here and in `assembly.py`; the parsed namespace never leaves these two. No tensor arithmetic here.
+Flags become objects here and in `config/build.py`; the parsed namespace never leaves these two. No tensor arithmetic here.
 """
 
 from __future__ import annotations
@@ -16,18 +16,10 @@ from typing import Any
 
 import torch
 
-import checkpoints
 import datasets
 import engine
-import loaders
-import optim
-import pictures
-import resume
-import saved_flags
-import summary
-import transforms
 import utils
-from assembly import (
+from config.build import (
     make_eval_loader,
     make_mixer,
     make_model,
@@ -39,17 +31,26 @@ from assembly import (
     schedule_settings,
     total_batch,
 )
-from corrupt import CorruptImages
-from health import NonFiniteLoss
-from logs import RunLog, write_json
+from config.flags import check_args, explicit_flags, get_args_parser
 from mixers.interface import NoMixing, StepRandom
 from mixers.switch import Switch
-from models.build import build_model, list_models, load_foreign, restore_model, use_float32_attention
-from options import check_args, explicit_flags, get_args_parser
-from run_folder import RunFolder, leave_word
-from running import Rules, Run
+from models.build import build_model, list_models, use_float32_attention
+from models.weights import load_foreign, restore_model
+from pipeline import loaders
+from pipeline.bad_images import CorruptImages
+from pipeline.samples import EvalSamples
+from pipeline.spec import ImageSpec
+from run import pictures, saved_flags, summary
+from run import state as run_state
+from run.agreement import Watch
+from run.folder import RunFolder, leave_word
+from run.log import RunLog
+from run.loop import Rules, Run
+from storage import checkpoints
+from storage.files import write_json
+from training import optim, precision
+from training.nonfinite import NonFiniteLoss
 from utils import Processes
-from watch import Watch
 
 
 def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,7 +59,7 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.eval and args.resume:
         checkpoint = checkpoints.load_checkpoint(args.resume)
-        if resume.is_ours(checkpoint):
+        if run_state.is_ours(checkpoint):
             saved = saved_flags.flags_for_evaluation(checkpoint["args"], explicit_flags(parser, argv))
             args = argparse.Namespace(**{**vars(args), **saved})
             parser.check_kinds(args)
@@ -73,7 +74,7 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
         processes.from_main(lambda: None if folder is None else folder.open())
         if folder is not None:
             ending.callback(folder.close)
-        path, notes = processes.from_main(lambda: resume.find(args.output_dir, args.resume, args.auto_resume))
+        path, notes = processes.from_main(lambda: run_state.find(args.output_dir, args.resume, args.auto_resume))
         for note in notes:
             log.say(f"warning: {note}")
         run = None
@@ -120,11 +121,11 @@ def make_run(
     args: argparse.Namespace, processes: Processes, log: RunLog, folder: RunFolder | None, resume_from: str
 ) -> Run:
     """Everything a run needs, put back to where `resume_from` left it."""
-    resume.check_agreement(resume_from, processes)
-    checkpoint, accepted = resume.read(resume_from) if resume_from else None, args.accept_changes or ()
+    run_state.check_agreement(resume_from, processes)
+    checkpoint, accepted = run_state.read(resume_from) if resume_from else None, args.accept_changes or ()
     shares = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
     if checkpoint is not None:
-        for name, value in resume.keep_total_batch(checkpoint, shares, processes.world_size, accepted).items():
+        for name, value in run_state.keep_total_batch(checkpoint, shares, processes.world_size, accepted).items():
             log.say(f"{processes.world_size} processes instead of {checkpoint['world_size']}: --{name} is now {value}")
             setattr(args, name, value)
     train_images, val_images = open_images(args, train=True), open_images(args, train=False)
@@ -138,14 +139,14 @@ def make_run(
     training = make_training(args, model, mixer, spec, processes)
     data = {"class_names": train_images.class_names, "image_spec": spec.to_plain()}
     data |= {"num_images": train_images.num_images, "fingerprint": processes.from_main(train_images.fingerprint)}
-    identity = resume.Identity(vars(args), model_config(args, num_classes), data, utils.describe_versions(), shares)
+    identity = run_state.Identity(vars(args), model_config(args, num_classes), data, utils.describe_versions(), shares)
     steps = loaders.steps_per_epoch(train_loader)
     log.table(summary.describe_run(identity, training, steps, (train_images.num_images, val_images.num_images)))
     for warning in summary.warnings(identity.args, steps, training):
         log.say(f"warning: {warning}")
-    progress = resume.Progress(args.start_epoch, args.start_epoch * steps)
+    progress = run_state.Progress(args.start_epoch, args.start_epoch * steps)
     if checkpoint is not None:
-        progress = resume.load(checkpoint, f"--resume {resume_from}", training, identity, accepted)
+        progress = run_state.load(checkpoint, f"--resume {resume_from}", training, identity, accepted)
         for line in summary.describe_going_on(resume_from, checkpoint, progress, identity):
             log.say(line)
     done = end_reached(args, progress)
@@ -177,7 +178,7 @@ def make_run(
     )  # fmt: skip
 
 
-def end_reached(args: argparse.Namespace, progress: resume.Progress) -> str:
+def end_reached(args: argparse.Namespace, progress: run_state.Progress) -> str:
     """Which end a run has come to, if any."""
     if progress.epoch >= args.epochs:
         return f"all {args.epochs} epochs"
@@ -185,11 +186,11 @@ def end_reached(args: argparse.Namespace, progress: resume.Progress) -> str:
 
 
 def make_painter(
-    training: engine.Training, mixer: Switch, samples: Any, spec: transforms.ImageSpec, class_names: list[str],
+    training: engine.Training, mixer: Switch, samples: Any, spec: ImageSpec, class_names: list[str],
     processes: Processes,
 ) -> Callable[[int], torch.Tensor | None]:  # fmt: skip
     """A function from an epoch to the picture of what the mixer makes of the same four validation images."""
-    if isinstance(mixer.first, NoMixing) or not isinstance(samples, loaders.EvalSamples):
+    if isinstance(mixer.first, NoMixing) or not isinstance(samples, EvalSamples):
         return lambda epoch: None
     images, labels = engine.to_device(processes.device, *pictures.spread_samples(samples, 8))
 
@@ -210,18 +211,21 @@ def evaluate(args: argparse.Namespace, processes: Processes, log: RunLog) -> Non
     Another project's weights (DeiT's, timm's) say nothing of their model and input: `--model` and the like do.
     """
     checkpoint, images = checkpoints.load_checkpoint(args.resume), open_images(args, train=False)
-    if resume.is_ours(checkpoint):
-        spec = transforms.ImageSpec.from_plain(checkpoint["data"]["image_spec"])
+    if run_state.is_ours(checkpoint):
+        spec = ImageSpec.from_plain(checkpoint["data"]["image_spec"])
         spec = replace(spec, crop_ratio=args.eval_crop_ratio or spec.crop_ratio)
         datasets.check_same_classes(checkpoint["data"]["class_names"], images.class_names)
         names = [name for name in ("model", "ema") if checkpoint[name] is not None]
         models = {name: restore_model(checkpoint, name == "ema") for name in names}
     else:
         model = build_model(**model_config(args, len(images.class_names)))
-        load_foreign(model, args.resume, fresh_heads=False)
+        load_foreign(model, checkpoint, args.resume, fresh_heads=False)
         spec = datasets.image_spec_for(args.data_set, model.input_size, args.eval_crop_ratio)
         models = {"model": model}
-    loader, autocast = make_eval_loader(args, images, spec, processes), engine.make_autocast(processes.device, args.amp)
+    loader, autocast = (
+        make_eval_loader(args, images, spec, processes),
+        precision.make_autocast(processes.device, args.amp),
+    )
     for name, model in models.items():
         if args.attn_fp32:
             use_float32_attention(model, args.model)

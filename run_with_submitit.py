@@ -26,9 +26,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import options
 import utils
-from mixers.options import check_values
+from config import flags
+from config.mixing_flags import check_values
 
 PORTS = 15000, 10000  # the first, and how many: below those that Linux gives out by itself
 GRACE = 600.0  # seconds in which Slurm may end or requeue a job that was asked to stop
@@ -150,8 +150,8 @@ def _status(folder: str) -> str:
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def get_args_parser() -> options.Parser:
-    parser = options.Parser("submission of main.py; all other flags are main.py's", allow_abbrev=False)
+def get_args_parser() -> flags.Parser:
+    parser = flags.Parser("submission of main.py; all other flags are main.py's", allow_abbrev=False)
     parser.add_argument("--job-dir", "--job_dir", required=True, help="output folder; %%j: the job's number")
     parser.add_argument("--nodes", default=1, type=int)
     parser.add_argument("--ngpus", default=8, type=int, help="GPUs, and processes, on each node")
@@ -180,11 +180,11 @@ def read_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]
     own = get_args_parser()
     launch, arguments = own.parse_known_args(argv)
     own.check_kinds(launch)
-    parser = options.get_args_parser()
-    given = options.explicit_flags(parser, arguments)
+    parser = flags.get_args_parser()
+    given = flags.explicit_flags(parser, arguments)
     if "output_dir" in given:
         raise utils.InputError("--output-dir: the job's folder is the output folder; use --job-dir alone")
-    options.check_args(parser.parse_args([*arguments, "--output-dir", launch.job_dir]))
+    flags.check_args(parser.parse_args([*arguments, "--output-dir", launch.job_dir]))
     check_values(vars(launch), ("nodes", "ngpus", "timeout", "cpus_per_task", "mem_gb", "signal_delay"), (), (), ())
     for pair in launch.sbatch:
         if not re.fullmatch(r"[\w-]+=.+", pair):

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import get_worker_info
 
@@ -326,3 +327,19 @@ def _report(error: StopRun) -> None:
         print(f"error: {error.text}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)  # the launcher ends all ranks with the first that leaves: rank 0 has the word
+
+
+def first_of(texts: list[str], separator: str = ", ", limit: int = 8) -> str:
+    rest = len(texts) - limit
+    return separator.join(texts[:limit]) + (f"{separator}and {rest} more" if rest > 0 else "")
+
+
+# The numbers that a tensor of weights may be made of.
+NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+           torch.int8, torch.uint8, torch.bool}  # fmt: skip
+
+
+def is_ordinary(value: Any) -> bool:
+    """Whether it is a tensor that can be copied into a module: with content, in rows, of real numbers."""
+    ordinary = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    return ordinary and value.dtype in NUMBERS

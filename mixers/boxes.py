@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from pipeline.boxes import Box
+
 Number = TypeVar("Number", int, Tensor)
-
-
-class Box(NamedTuple):
-    """Rows top..bottom-1 and columns left..right-1, in pixels."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    def share(self, image_size: tuple[int, int]) -> float:
-        """The box's share of the image's area."""
-        return (self.bottom - self.top) * (self.right - self.left) / (image_size[0] * image_size[1])
 
 
 def sides_of(image_size: tuple[int, int], share: float) -> tuple[int, int]:
@@ -67,16 +56,3 @@ def boxes_around(centres: Tensor, sides: Tensor, image_size: tuple[int, int]) ->
     start, end = around(centres, sides)
     size = torch.tensor(image_size).to(centres.device, non_blocking=True)
     return torch.stack((start.clamp(min=0), torch.minimum(end, size)), dim=2).flatten(1)
-
-
-def edges_of(boxes: list[Box], device: torch.device) -> Tensor:
-    """(B, 4) int64 on a device, moved without waiting."""
-    return torch.tensor(boxes).to(device, non_blocking=True)
-
-
-def box_mask(edges: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """(B, 1, height, width) bool, true inside each image's box; edges (B, 4) in the order of `Box`."""
-    rows, columns = (torch.arange(length, device=edges.device) for length in image_size)
-    top, bottom, left, right = edges[:, :, None].unbind(1)  # each (B, 1)
-    inside_rows, inside_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
-    return (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixers.boxes import Box, box_mask, draw_box, draw_box_between, edges_of, sides_of
+from mixers.boxes import draw_box, draw_box_between, sides_of
 from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
 from mixers.masks import paste
+from pipeline.boxes import Box, box_mask, edges_of
 
 
 class CutMix(Mixer[list[Box]]):

@@ -9,7 +9,7 @@ Adding a method, in ten lines:
 
 1.  `mixers/<method>.py`: a subclass of `Mixer` with `draw` (all that is random) and `apply` (all that is not).
 2.  A method that pastes by a mask ends with `self.label(*paste(images, sources, mask), labels, mask)`.
-3.  Its own flags go into `mixers/options.py` and `Settings`, its name and maker into `MIXERS`, of `mixers/build.py`.
+3.  Its own flags go into `config/mixing_flags.py` and `Settings`, its name and maker into `MIXERS`, of `config/build_mixer.py`.
 4.  `tests/test_mixers.py`: a row in `MAKERS` puts it under the contract; a slow loop from its formula is its oracle.
 5.  A second, frozen network, or the gradient at the pixels: the maker hands over a function of images.
 6.  A second network that learns: its loss goes into `MixedBatch.terms`, its parameters into the optimizer's groups; the

@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mixers.boxes import Box, box_mask, draw_box, draw_box_inside, edges_of
+from mixers.boxes import draw_box, draw_box_inside
 from mixers.interface import Guide, MixedBatch, Mixer, pair_up
 from mixers.masks import paste
+from pipeline.boxes import Box, box_mask, edges_of
 
 
 class ResizeMix(Mixer[list[Box]]):

@@ -13,10 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mixers.boxes import box_mask, boxes_around, sides_of
+from mixers.boxes import boxes_around, sides_of
 from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
 from mixers.masks import first_argmax, paste
 from mixers.saliency import fine_grained_saliency
+from pipeline.boxes import box_mask
 
 
 class SaliencyMix(Mixer[list[tuple[int, int]]]):

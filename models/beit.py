@@ -25,8 +25,8 @@ from models.blocks import (
     resize_positions,
     softmax_map,
 )
-from models.partial import attend_from_first
-from models.precision import like_its_layer
+from models.float32_attention import like_its_layer
+from models.prefix_tokens import attend_from_first
 
 TABLE = "relative_position_bias_table"
 INDEX = "relative_position_index"  # timm computes it; official files have it

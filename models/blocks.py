@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
+from models.float32_attention import like_its_layer
 from models.interface import AttentionOf, Depth, Glance, ImageModel, class_attention_score, image_attention_score
-from models.partial import finish_block
-from models.precision import like_its_layer
+from models.prefix_tokens import finish_block
 
 
 def run_block(stage: Any, block: Any, *given: Any, **named: Any) -> Tensor:

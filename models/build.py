@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import timm
@@ -20,23 +20,22 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.twins import Twins
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
-from checkpoints import check_fit, load_checkpoint, load_strictly, pick_weights
 from models.beit import BEiT
 from models.cait import CaiT
 from models.convnet import ConvNet
 from models.deit import PlainViT, init_like_deit
 from models.eva import EVA
+from models.float32_attention import attention_in_float32
 from models.interface import ImageModel
 from models.maxvit import MaxViT
-from models.precision import attention_in_float32
 from models.pvt import PVT, PyramidVisionTransformer
 from models.pvt_v2 import PVTv2
 from models.swin import Swin
 from models.swin_v2 import SwinV2
 from models.twins import TwinsModel
-from utils import InputError, as_pair
+from utils import InputError
 
 # The released research code's names for the same networks.
 ALIASES = {f"vit_deit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")}
@@ -230,109 +229,3 @@ def use_float32_attention(model: ImageModel, name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ weights
-
-
-def _build_again(config: Any) -> ImageModel:
-    try:
-        return build_model(**{**config, "input_size": as_pair(config["input_size"])})
-    except (TypeError, KeyError) as error:
-        raise InputError(f"the checkpoint's model_config is damaged: {error}") from error
-
-
-def _draft(config: Any) -> ImageModel:
-    """The same without memory, which refuses at once what a network of the wrong size would take long to refuse."""
-    try:
-        with torch.device("meta"):
-            return _build_again(config)
-    except (NotImplementedError, RuntimeError):  # some of older timm's cannot be built without numbers
-        return _build_again(config)
-
-
-def load_foreign(model: ImageModel, path: str, fresh_heads: bool = True) -> list[str]:
-    """Starts from the weights of a file: this project's, DeiT's, timm's, or the released code's.
-
-    Args:
-        fresh_heads: a head that does not fit starts anew; otherwise it is refused.
-
-    Returns:
-        A note for each thing that had to be changed, see `adapt_weights`.
-
-    Raises:
-        InputError: the file cannot be read, or belongs to another architecture.
-    """
-    checkpoint = load_checkpoint(path)
-    old_grid = None
-    if "model_config" in checkpoint:  # ours: the grid behind its position embedding is known, square or not
-        old_grid = _draft(checkpoint["model_config"]).grid_size
-    try:
-        found = pick_weights(checkpoint)
-    except InputError as error:
-        raise InputError(f"{path}: {error.text}") from error
-    weights, notes = adapt_weights(model, found, old_grid, fresh_heads)
-    load_strictly(model, weights, source=path)
-    return notes
-
-
-def restore_model(checkpoint: Mapping[str, Any], ema: bool = False) -> ImageModel:
-    """The model of one of our own checkpoints, with its weights: `model_config` says what to build.
-
-    Args:
-        checkpoint: what `checkpoints.load_checkpoint` returned.
-        ema: take the averaged weights.
-
-    Raises:
-        InputError: not a checkpoint of this project, or no averaged weights in it.
-    """
-    key = "ema" if ema else "model"
-    if "model_config" not in checkpoint or checkpoint.get(key) is None:
-        missing = "model_config" if "model_config" not in checkpoint else key
-        raise InputError(f"the checkpoint holds no {missing}: it was not written by this project's main.py")
-    weights = own_keys(checkpoint[key])
-    check_fit(_draft(checkpoint["model_config"]), weights, source="the checkpoint")
-    model = _build_again(checkpoint["model_config"])
-    load_strictly(model, weights, source="the checkpoint")
-    return model
-
-
-def plain_weights(model: ImageModel) -> dict[str, Tensor]:
-    """The state dict under the network's own (timm's) keys, plus `token_head.*` where there is a second head."""
-    weights = dict(model.network.state_dict())
-    if model.token_head is not None:
-        weights.update({f"token_head.{key}": value for key, value in model.token_head.state_dict().items()})
-    return weights
-
-
-def own_keys(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `plain_weights`: keys as `ImageModel.load_state_dict` expects them."""
-    return {key if key.startswith("token_head.") else f"network.{key}": value for key, value in weights.items()}
-
-
-def adapt_weights(
-    model: ImageModel,
-    weights: Mapping[str, Tensor],
-    old_grid: tuple[int, int] | None = None,
-    fresh_heads: bool = True,
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Makes plain weights of the same architecture fit another input size, patch size or class count.
-
-    Args:
-        weights: keys as `plain_weights` gives them (timm's, DeiT's and the released code's files have the same).
-        old_grid: the grid the weights were trained on; a square one is assumed if absent.
-        fresh_heads: let heads that do not fit start anew.
-
-    Returns:
-        The weights under `ImageModel`'s own keys, complete, and a note for each thing that was changed. Heads that do
-        not fit keep their fresh initialisation, which the notes say.
-    """
-    own = plain_weights(model)
-    adapted, notes = model.resize_weights(weights, old_grid)
-    for head in ("head", "head.fc", "fc", "head_dist", "token_head") if fresh_heads else ():
-        for key in (f"{head}.weight", f"{head}.bias"):
-            if key in adapted and key not in own:
-                del adapted[key]
-                notes.append(f"{key} dropped: this model has no {head}")
-            elif key in own and (key not in adapted or adapted[key].shape != own[key].shape):
-                was = f"has shape {tuple(adapted[key].shape)}" if key in adapted else "is missing"
-                notes.append(f"{key} {was} in the file: starts anew with shape {tuple(own[key].shape)}")
-                adapted[key] = own[key]
-    return own_keys(adapted), notes

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from models.blocks import resize_positions, run_block, softmax_map, split_heads
+from models.float32_attention import like_its_layer
 from models.interface import AttentionOf, Depth, Glance, ImageModel, class_attention_score, image_attention_score
-from models.precision import like_its_layer
 
 
 class CaiT(ImageModel):

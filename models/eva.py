@@ -26,8 +26,8 @@ from models.blocks import (
     softmax_map,
     split_heads,
 )
-from models.partial import attend_from_first
-from models.precision import like_its_layer
+from models.float32_attention import like_its_layer
+from models.prefix_tokens import attend_from_first
 
 
 class EVA(PlainTransformer):

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from models.blocks import run_block
+from models.float32_attention import like_its_layer
 from models.interface import AttentionOf, ImageModel
-from models.precision import like_its_layer
 
 
 class MaxViT(ImageModel):

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from models.blocks import resize_positions, run_block, softmax_map, split_heads
+from models.float32_attention import like_its_layer
 from models.interface import AttentionOf, Depth, Glance, ImageModel, class_attention_score, image_attention_score
-from models.partial import finish_block
-from models.precision import like_its_layer
+from models.prefix_tokens import finish_block
 
 Grid = tuple[int, int]
 STRIDES = (4, 2, 2, 2)  # of the patch embeddings

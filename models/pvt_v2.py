@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, linear
 
 from models.blocks import run_block
+from models.float32_attention import like_its_layer
 from models.interface import AttentionOf, ImageModel
-from models.precision import like_its_layer
 
 
 class PVTv2(ImageModel):

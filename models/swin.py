@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from models.blocks import WindowedTransformer, windowed_score
-from models.precision import like_its_layer
+from models.float32_attention import like_its_layer
 
 TABLE = "relative_position_bias_table"
 BUFFERS = ("relative_position_index", "attn_mask")  # in official files; timm computes them and does not save them

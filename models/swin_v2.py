@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear, normalize
 
 from models.blocks import WindowedTransformer, windowed_score
-from models.precision import like_its_layer
+from models.float32_attention import like_its_layer
 
 
 class SwinV2(WindowedTransformer):

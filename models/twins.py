@@ -15,8 +15,8 @@ from timm.models.twins import GlobalSubSampleAttn, Twins
 from torch import Tensor
 from torch.nn.functional import linear
 
+from models.float32_attention import like_its_layer
 from models.interface import AttentionOf, ImageModel, image_attention_score
-from models.precision import like_its_layer
 
 
 class TwinsModel(ImageModel):

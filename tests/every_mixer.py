@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main
-from mixers.options import METHODS
+from config.mixing_flags import METHODS
 from tests.runs import SMALL, split
 from utils import run_command
 

@@ -38,26 +38,29 @@ from unittest.mock import patch
 import timm
 import torch
 
-import checkpoints
-import images
 import main as main_py
-import options
-import report as report_py
-import resume
 import run_with_submitit
-from checkpoints import load_checkpoint, pick_weights
-from evaluation import check_data, export, show_mixing
-from logs import RunLog, write_json
-from mixers.build import Settings, Surroundings, build_mixer
-from mixers.options import METHODS
-from models import frozen
-from models.build import build_model, load_foreign, restore_model
-from reporting import tables
-from run_folder import RunFolder, step_file
+from config import flags as config_flags
+from config import second_networks
+from config.build_mixer import Settings, Surroundings, build_mixer
+from config.mixing_flags import METHODS
+from models.build import build_model
+from models.weights import load_foreign, pick_weights, restore_model
+from pipeline import images as pipeline_images
+from pipeline.spec import Augment, ImageSpec
+from pipeline.transforms import build_train_transform
+from run import state as run_state
+from run.folder import RunFolder, step_file
+from run.log import RunLog
+from storage import checkpoints as storage_checkpoints
+from storage.checkpoints import load_checkpoint
+from storage.files import write_json
 from tests import junk, recorded_runs
 from tests.image_folders import make_image_folder
 from tests.runs import run_small
-from transforms import Augment, ImageSpec, build_train_transform
+from tools import check_data, export, show_mixing
+from tools.report import __main__ as report_py
+from tools.report import tables
 from utils import Processes, StopRun
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,10 +110,10 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         photos = make_image_folder(folder / "photos", ("ant", "bee", "cat"), per_class=4, size=(20, 20))
-        with patch.object(resume, "save", wraps=resume.save) as saved:
+        with patch.object(run_state, "save", wraps=run_state.save) as saved:
             run = run_small(f"--model {NETWORK} --data-path", photos, "--output-dir", folder / "run")
         self.training = run.training
-        (self.identity,) = (one for one in saved.call_args.args if isinstance(one, resume.Identity))
+        (self.identity,) = (one for one in saved.call_args.args if isinstance(one, run_state.Identity))
         self.content = (folder / "run" / "checkpoint.pth").read_bytes()
         self.checkpoint = load_checkpoint(folder / "run" / "checkpoint.pth")
         self.before = [self.training.module.state_dict(), self.training.optimizer.state_dict()]
@@ -145,21 +148,23 @@ class World:
         yield attempt("pick_weights", lambda: pick_weights(checkpoint))
         yield attempt("as in --eval", lambda: _evaluate(checkpoint, []))
         yield attempt("restore_model", lambda: restore_model(checkpoint, ema=rng.random() < 0.5))
-        yield attempt("load_foreign", lambda: load_foreign(self.fresh, str(path), fresh_heads=rng.random() < 0.5))
+        yield attempt(
+            "load_foreign", lambda: load_foreign(self.fresh, checkpoint, str(path), fresh_heads=rng.random() < 0.5)
+        )
         yield attempt("export", lambda: export.to_safetensors(export.read_plain(str(path), rng.random() < 0.5)))
         yield attempt("show_mixing", lambda: show_mixing.restore(str(path), rng.random() < 0.5))
         yield attempt("as in --resume", lambda: self.go_on(str(path)))
         if "args" in checkpoint and "format" not in checkpoint:  # the other network's
-            yield attempt("teacher", lambda: frozen.build_teacher("test_resnet", str(path), 3, (32, 32)))
-            yield attempt("feature map", lambda: frozen.build_feature_map(f"test_resnet={path}", (32, 32)))
+            yield attempt("teacher", lambda: second_networks.build_teacher("test_resnet", str(path), 3, (32, 32)))
+            yield attempt("feature map", lambda: second_networks.build_feature_map(f"test_resnet={path}", (32, 32)))
 
     def go_on(self, path: str) -> None:
         """What `main.py --resume` does before its first step, and that step's update."""
         training = replace(self.training, scaler=copy.deepcopy(self.training.scaler), health=cast(Any, None))
         try:
-            checkpoint = resume.read(path)
-            resume.keep_total_batch(checkpoint, {"batch_size": 8, "accum_steps": 1}, 1, ())
-            progress = resume.load(checkpoint, path, training, self.identity)
+            checkpoint = run_state.read(path)
+            run_state.keep_total_batch(checkpoint, {"batch_size": 8, "accum_steps": 1}, 1, ())
+            progress = run_state.load(checkpoint, path, training, self.identity)
             progress.meters.copy().reduce(training.processes).read()
             for parameter in training.module.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -177,8 +182,8 @@ class World:
         path.write_bytes(junk.image(rng))
         samples, kinds = [(str(path), 0)], set()
         for name in ("pillow", "auto"):
-            read = partial(images.read_files, samples, decode=images.pick_decoder(name))
-            found = images.Images(1, read, ["a"], name_of=partial(images.name_files, samples))
+            read = partial(pipeline_images.read_files, samples, decode=pipeline_images.pick_decoder(name))
+            found = pipeline_images.Images(1, read, ["a"], name_of=partial(pipeline_images.name_files, samples))
             outcome = attempt(f"decoder {name}", partial(found.__getitem__, 0))
             kinds.add(outcome.kind)
             yield outcome
@@ -187,7 +192,7 @@ class World:
 
     def flags(self, rng: random.Random, folder: Path) -> Iterator[Outcome]:
         program = rng.choice((None, None, export, show_mixing))
-        parser = options.get_args_parser() if program is None else program.get_args_parser()
+        parser = config_flags.get_args_parser() if program is None else program.get_args_parser()
         words = junk.command_line(rng, parser)
         (folder / "case.txt").write_text("\n".join(words), encoding="utf-8", errors="replace")
         if program is not None:
@@ -196,7 +201,7 @@ class World:
             yield attempt("main.py", lambda: use_flags(_checked(parser.parse_args(words))))
 
     def saved_flags(self, rng: random.Random, folder: Path) -> Iterator[Outcome]:
-        parser = options.get_args_parser()
+        parser = config_flags.get_args_parser()
         saved = junk.changed(rng, self.checkpoint["args"])
         words = junk.command_line(rng, parser) if rng.random() < 0.3 else []
         (folder / "case.txt").write_text(f"{saved!r}\n{words!r}", encoding="utf-8", errors="replace")
@@ -225,7 +230,7 @@ class World:
         program = rng.choice((check_data, report_py, run_with_submitit))
         words = junk.command_line(rng, program.get_args_parser())
         if program is run_with_submitit:
-            words += junk.command_line(rng, options.get_args_parser()) if rng.random() < 0.5 else []
+            words += junk.command_line(rng, config_flags.get_args_parser()) if rng.random() < 0.5 else []
         flags = {
             check_data: ("--output", "--data-path"),
             report_py: ("", "--output"),
@@ -251,7 +256,7 @@ def take_up(folder: Path, epoch: int) -> None:
     place, step = RunFolder(folder), 3
     with RunLog(folder, Processes(0, 1, torch.device("cpu"))) as log, closing(place):
         place.open()
-        found, notes = resume.find(str(folder), "", automatic=True)
+        found, notes = run_state.find(str(folder), "", automatic=True)
         log.say("\n".join([found, *notes]))
         log.drop_epochs_from(epoch, step)
         if found:
@@ -273,15 +278,15 @@ def _saved(state: Any) -> bytes:
 
 
 def _checked(args: argparse.Namespace) -> argparse.Namespace:
-    options.check_args(args)
+    config_flags.check_args(args)
     return args
 
 
 def _evaluate(checkpoint: dict[str, Any], words: list[str]) -> None:
     """What `main.py --eval` reads of a checkpoint before it builds the model."""
-    with patch.object(checkpoints, "load_checkpoint", lambda path: checkpoint):
+    with patch.object(storage_checkpoints, "load_checkpoint", lambda path: checkpoint):
         use_flags(main_py.read_args([*words, "--eval", "--resume", "x"]))
-    if resume.is_ours(checkpoint):
+    if run_state.is_ours(checkpoint):
         ImageSpec.from_plain(checkpoint["data"]["image_spec"])
 
 

@@ -18,10 +18,12 @@ import torch
 from PIL import Image
 
 from datasets import open_images
-from loaders import build_eval_loader, build_train_loader, closing, eval_samples, set_epoch, train_samples
+from pipeline.loaders import build_eval_loader, build_train_loader, closing, set_epoch
+from pipeline.samples import eval_samples, train_samples
+from pipeline.spec import ImageSpec
+from pipeline.transforms import build_eval_transform
+from pipeline.workers import Loader
 from tests.image_folders import make_image_folder, make_webdataset
-from transforms import ImageSpec, build_eval_transform
-from workers import Loader
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 noted: set[str] = set()

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixers.build import Settings, Surroundings, build_mixer
+from config.build_mixer import Settings, Surroundings, build_mixer
+from config.flags import get_args_parser
 from mixers.switch import Switch
-from options import get_args_parser
-from transforms import ImageSpec, denormalise
+from pipeline.spec import ImageSpec
+from pipeline.transforms import denormalise
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from reporting.interface import Row
-from reporting.matching import flags_of
-from reporting.tables import parse_rows
+from tools.report.matching import flags_of
+from tools.report.records import Row
+from tools.report.tables import parse_rows
 from utils import as_pair
 
 FULL = "--model deit_tiny_patch16_224 --input-size 224 --epochs 4 --amp fp16 --batch-size 256 --accum-steps 4 --seed 0"

@@ -16,9 +16,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.build import FAMILIES, build_model, plain_weights, use_float32_attention, use_grad_checkpointing
+from models.build import FAMILIES, build_model, use_float32_attention, use_grad_checkpointing
+from models.float32_attention import InFloat32, attention_in_float32
 from models.interface import AttentionOf, ImageModel, ModelOutput
-from models.precision import InFloat32, attention_in_float32
+from models.weights import plain_weights
 from tests.conftest import randomise
 from tests.runs import read_log, run_small
 from tests.test_families import TINY, gradient_of, loss_of, make_model, one_pass

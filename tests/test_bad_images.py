@@ -13,11 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-import loaders
-from corrupt import CorruptImages, most_corrupt
 from datasets import open_images
-from images import Images, UnreadableSampleError, read_files
-from loaders import TrainSamples, build_eval_loader, build_train_loader, closing, eval_samples, set_epoch, train_samples
+from pipeline import loaders
+from pipeline.bad_images import CorruptImages, most_corrupt
+from pipeline.images import Images, UnreadableSampleError, read_files
+from pipeline.loaders import build_eval_loader, build_train_loader, closing, set_epoch
+from pipeline.samples import SUBSTITUTES, TrainSamples, eval_samples, train_samples
+from pipeline.spec import Augment, ImageSpec
+from pipeline.transforms import build_eval_transform, build_train_transform
 from tests.image_folders import (
     DAMAGE,
     damage,
@@ -29,7 +32,6 @@ from tests.image_folders import (
     picture,
 )
 from tests.runs import differences, run_small, weights_of
-from transforms import Augment, ImageSpec, build_eval_transform, build_train_transform
 from utils import InputError, SampleError
 
 SPEC = ImageSpec((32, 32))
@@ -57,7 +59,7 @@ def test_a_damaged_image_is_named_with_its_reason_and_what_to_do(how: str, tmp_p
         assert "cannot be read as an image" in message
         assert DAMAGE[how][1] in message
         assert "replace the file or remove it" in message
-        assert "python -m evaluation.check_data" in message
+        assert "python -m tools.check_data" in message
         assert "--skip-corrupt" in message
         assert "\n" not in message
 
@@ -206,7 +208,7 @@ def test_a_set_of_damaged_images_alone_ends_after_some_tries(tmp_path: Path) -> 
     samples = TrainSamples(opened(root), EVAL, 0, skip_corrupt=True)
     message = message_of(SampleError, samples.__getitem__, (0, 0, 0))
     assert message.startswith(str(root / "train" / "ant" / "0.jpg"))
-    assert f"nor can any of {loaders.SUBSTITUTES} images drawn in its place" in message
+    assert f"nor can any of {SUBSTITUTES} images drawn in its place" in message
 
 
 def test_streams_are_refused(tmp_path: Path) -> None:

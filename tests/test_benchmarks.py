@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import profile_step, run, steps
-from benchmarks.recorders import ByMarks
-from benchmarks.timing import Case, Timing, measure, to_markdown
 from mixers.interface import Regions
 from smmix import paste_regions
+from tools.bench import profile_step, run, steps
+from tools.bench.recorders import ByMarks
+from tools.bench.timing import Case, Timing, measure, to_markdown
 from utils import run_command
 
 CPU = torch.device("cpu")

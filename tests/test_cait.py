@@ -14,10 +14,11 @@ from timm.models.cait import Cait, ClassAttn, LayerScaleBlock
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from engine import make_autocast, make_guide
+from engine import make_guide
 from models.cait import CaiT, talking_heads_map
 from models.interface import AttentionOf
 from tests.conftest import randomise
+from training.precision import make_autocast
 
 AUTOCASTS = {name: make_autocast(torch.device("cpu"), name) for name in ("none", "bf16")}
 

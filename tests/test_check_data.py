@@ -1,4 +1,4 @@
-"""`evaluation.check_data` finds every damaged file of both halves, and refuses what `main.py` would."""
+"""`tools.check_data` finds every damaged file of both halves, and refuses what `main.py` would."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from evaluation import check_data
 from tests.image_folders import (
     DAMAGE,
     damage,
@@ -20,6 +19,7 @@ from tests.image_folders import (
 )
 from tests.runs import split
 from tests.test_commands import flags_of, names_read
+from tools import check_data
 from utils import InputError, run_command
 
 

@@ -32,18 +32,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import checkpoints
-import optim
-from checkpoints import (
-    load_checkpoint,
-    load_optimizer,
-    load_strictly,
-    pick_weights,
-    remove_stale,
-    save_checkpoint,
-    to_plain,
-)
+from models.weights import load_strictly, pick_weights
+from storage import checkpoints, files
+from storage.checkpoints import load_checkpoint, save_checkpoint
+from storage.files import remove_stale, to_plain
 from tests.malicious import Malicious
+from training import optim
+from training.optim import load_optimizer
 from utils import InputError
 
 
@@ -174,7 +169,7 @@ def test_failed_write_keeps_the_previous_file(
 def test_real_full_device_is_recognised() -> None:
     with pytest.raises((OSError, RuntimeError)) as caught, open("/dev/full", "wb") as stream:
         torch.save({"w": torch.zeros(300_000)}, stream)
-    assert "disk full" in str(checkpoints._system_reason(caught.value, Path("folder/file")))
+    assert "disk full" in str(files._system_reason(caught.value, Path("folder/file")))
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:
@@ -189,7 +184,7 @@ def test_what_is_not_plain_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_remove_stale_takes_only_our_temporary_files(tmp_path: Path) -> None:
-    for name in ("checkpoint.pth", "notes.tmp", f"checkpoint.pth.17{checkpoints.TEMPORARY_SUFFIX}"):
+    for name in ("checkpoint.pth", "notes.tmp", f"checkpoint.pth.17{files.TEMPORARY_SUFFIX}"):
         (tmp_path / name).touch()
     assert len(remove_stale(tmp_path)) == 1
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.pth", "notes.tmp"]

@@ -25,11 +25,11 @@ import timm.optim
 import timm.scheduler.scheduler_factory
 from torch.distributed.run import parse_args as parse_torchrun
 
-import optim
-import report
-from evaluation import show_mixing
-from mixers.build import Settings
-from options import GONE, Parser, check_args, explicit_flags, get_args_parser
+from config.build_mixer import Settings
+from config.flags import GONE, Parser, check_args, explicit_flags, get_args_parser
+from tools import show_mixing
+from tools.report import __main__ as report_command
+from training import optim
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,7 +167,7 @@ def check_python(words: list[str]) -> list[argparse.Namespace]:
         module.read_args(words[2:])
         return []
     if words[0] == "report.py":
-        report.read_args(words[1:])
+        report_command.read_args(words[1:])
         return []
     assert Path(words[0]).name == "main.py", f"no rule for python {words[0]}"
     args = get_args_parser().parse_args(words[1:])
@@ -182,7 +182,7 @@ def test_every_command_shown_is_accepted(where: str, command: str) -> None:
 
 def test_commands_are_found_in_all_the_places_that_have_them() -> None:
     places = {where for where, _ in all_commands()}
-    assert {"README.md", "CONTRIBUTING.md", "main.py", "evaluation/show_mixing.py", "scripts/deit_tiny.sh"} <= places
+    assert {"README.md", "CONTRIBUTING.md", "main.py", "tools/show_mixing.py", "scripts/deit_tiny.sh"} <= places
     assert any("--finetune" in command and "--input-size 384" in command for _, command in all_commands())
 
 
@@ -193,7 +193,7 @@ def test_commands_are_found_in_all_the_places_that_have_them() -> None:
         "python main.py --batch 64",
         "torchrun --nproc_per_node=2 main.py --local-rank 0",
         "torchrun --nproc=2x --nosuch main.py",
-        "python -m evaluation.show_mixing --nosuch",
+        "python -m tools.show_mixing --nosuch",
         "bash scripts/deit_tiny.sh --data-path /imagenet --nproc 4 --nosuch",
         "python main.py --eval",
         "python other.py",
@@ -238,7 +238,7 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 
 def unread(parser: argparse.ArgumentParser) -> set[str]:
     """Flags of main.py that nothing reads: neither the files that see the namespace, nor what these hand it to."""
-    main = (ROOT / "main.py").read_text() + (ROOT / "assembly.py").read_text().replace(
+    main = (ROOT / "main.py").read_text() + (ROOT / "config/build.py").read_text().replace(
         "from __future__ import annotations", ""
     )
     read = names_read(main, "args") | {field.name for field in fields(Settings)}

@@ -10,13 +10,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from engine import make_autocast, make_guide
+from engine import make_guide
 from losses import soft_cross_entropy
-from models.build import plain_weights
 from models.convnet import ConvNet, energy_score
 from models.interface import ModelOutput
+from models.weights import plain_weights
 from smmix import pick_regions, region_scores
 from tests.conftest import randomise
+from training.precision import make_autocast
 
 BF16 = make_autocast(torch.device("cpu"), "bf16")
 NO_AMP = make_autocast(torch.device("cpu"), "none")

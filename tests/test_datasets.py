@@ -13,7 +13,8 @@ from PIL import Image
 
 import datasets
 from datasets import augment_for, check_same_classes, image_spec_for, open_images
-from images import Images
+from pipeline.images import Images
+from pipeline.spec import Augment, ImageSpec
 from tests.image_folders import (
     INAT_ORDER,
     INAT_RECORDS,
@@ -26,7 +27,6 @@ from tests.image_folders import (
     message_of,
     picture,
 )
-from transforms import Augment, ImageSpec
 from utils import InputError, SampleError
 
 

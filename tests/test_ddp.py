@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import engine
-import optim
 import utils
-from health import NonFiniteLoss
 from losses import SMMixLoss
-from meters import Meters
 from models.build import build_model
 from models.interface import ImageModel
 from smmix import VARIANTS, Drawn
 from tests.mixing import make_switch
+from training import optim, precision
+from training.meters import Meters
+from training.nonfinite import NonFiniteLoss
 
 CLASSES, SIDE, BATCH, STEPS = 5, (16, 24), 4, 6
 
@@ -38,12 +38,12 @@ def make_training(processes: utils.Processes, variant: str, accum_steps: int = 1
     wrapped: torch.nn.Module = model
     if processes.world_size > 1:
         wrapped = DistributedDataParallel(model)
-    autocast = engine.make_autocast(processes.device, "none")
+    autocast = precision.make_autocast(processes.device, "none")
     mixer = make_switch(CLASSES, model.grid_size, variant=variant)
     return engine.Training(
         module=model, model=wrapped, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
         optimizer=optim.make_optimizer(model, {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05}),
-        scaler=engine.make_scaler(processes.device, "none"), autocast=autocast, processes=processes,
+        scaler=precision.make_scaler(processes.device, "none"), autocast=autocast, processes=processes,
         ema=ModelEmaV3(model, decay=0.9), accum_steps=accum_steps,
     )  # fmt: skip
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-import decoding
 from datasets import open_images
-from decoding import decode_pillow, decode_simplejpeg
-from images import Images, UnreadableSampleError, pick_decoder
-from loaders import TrainSamples
+from pipeline import images as pipeline_images
+from pipeline.images import Images, UnreadableSampleError, decode_pillow, decode_simplejpeg, pick_decoder
+from pipeline.samples import TrainSamples
+from pipeline.spec import Augment, ImageSpec
+from pipeline.transforms import build_train_transform
 from tests.image_folders import DAMAGE, damage, make_image_folder, make_tar_pair, message_of, picture
-from transforms import Augment, ImageSpec, build_train_transform
 from utils import InputError
 
-needs_it = pytest.mark.skipif(decoding.simplejpeg is None, reason="simplejpeg is not installed")
+needs_it = pytest.mark.skipif(pipeline_images.simplejpeg is None, reason="simplejpeg is not installed")
 
 
 def jpeg(number: int = 0, mode: str = "RGB", size: tuple[int, int] = (90, 61), **settings: Any) -> bytes:
@@ -79,7 +79,7 @@ def test_damaged_files_are_refused_or_read_as_pillow_does() -> None:
         for _ in range(chance.choice((0, 1, 1, 2, 5))):
             reach = len(content) if number % 2 else min(len(content), 700)  # half of them in the header
             content[chance.randrange(reach)] ^= 1 << chance.randrange(8)
-        pixels = decoding._decode_strictly(bytes(content))
+        pixels = pipeline_images._decode_strictly(bytes(content))
         taken, left = taken + (pixels is not None), left + (pixels is None)
         if pixels is not None:
             assert np.array_equal(pixels, np.array(decode_pillow(io.BytesIO(content))))
@@ -125,10 +125,10 @@ def test_a_missing_file_is_the_systems_error(tmp_path: Path) -> None:
 
 
 def test_the_decoder_is_picked_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "simplejpeg", None)
+    monkeypatch.setattr(pipeline_images, "simplejpeg", None)
     assert pick_decoder("pillow") is pick_decoder("auto") is decode_pillow
     with pytest.raises(InputError, match=r"--decoder simplejpeg.*requirements-fast\.txt"):
         pick_decoder("simplejpeg")
-    monkeypatch.setattr(decoding, "simplejpeg", builtins)
+    monkeypatch.setattr(pipeline_images, "simplejpeg", builtins)
     assert pick_decoder("simplejpeg") is pick_decoder("auto") is decode_simplejpeg
     assert pick_decoder("pillow") is decode_pillow

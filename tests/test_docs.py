@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser as get_torchrun_parser
 
-from benchmarks import profile_step, run
-from evaluation import check_data, export, show_mixing
+from config.flags import GONE, get_args_parser
 from models.interface import ImageModel
-from options import GONE, get_args_parser
 from tests import chaos, fuzz
+from tools import check_data, export, show_mixing
+from tools.bench import profile_step, run
 from utils import keyed_generator
 
 ROOT = Path(__file__).resolve().parent.parent

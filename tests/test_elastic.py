@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import checkpoints
 import engine
-import logs
-import resume
 import utils
-from run_folder import candidates
+from run import log
+from run import state as run_state
+from run.folder import candidates
+from storage import files
 from tests.image_folders import damage, make_image_folder
 from tests.launches import Launch, Ranks, read_status, run_ranks
 from tests.runs import (
@@ -224,7 +224,7 @@ def test_p12_twenty_in_a_row_stop_all_ranks(photos: Path, tmp_path: Path) -> Non
     assert len(states) == 26
     assert len(set(states[5:])) == 1
     newest = candidates(tmp_path / "run")[0]  # written while it lasted, and good all the same
-    assert (int(newest.stem), resume.find(str(tmp_path / "run"), "", True)) == (25, (str(newest), []))
+    assert (int(newest.stem), run_state.find(str(tmp_path / "run"), "", True)) == (25, (str(newest), []))
 
 
 # --------------------------------------------------------------------------------------------------- one that is gone
@@ -347,7 +347,7 @@ def test_p13_a_rank_whose_peer_is_stuck_ends_within_the_timeout(photos: Path, tm
 @contextmanager
 def full_disk(rank: int) -> Iterator[None]:
     """Rank 0 finds the disk full from its second checkpoint on."""
-    real, calls = checkpoints.write_atomically, []
+    real, calls = files.write_atomically, []
 
     def write(path: Path, *rest: Any) -> None:
         calls.append(path)
@@ -355,7 +355,7 @@ def full_disk(rank: int) -> Iterator[None]:
             raise InputError(f"cannot write {path}: disk full (or over quota)")
         real(path, *rest)
 
-    with patch.object(checkpoints, "write_atomically", write), patch.object(logs, "write_atomically", write):
+    with patch.object(files, "write_atomically", write), patch.object(log, "write_atomically", write):
         yield
 
 
@@ -366,5 +366,5 @@ def test_p4_p13_a_full_disk_ends_all_ranks_and_costs_nothing(photos: Path, tmp_p
     assert ranks.wait(60) == [2, 1]
     assert "error: cannot write" in ranks.said(0)
     assert "0000000004.pth: disk full" in ranks.said(0)
-    assert resume.find(str(tmp_path / "run"), "", True) == (str(candidates(tmp_path / "run")[0]), [])
+    assert run_state.find(str(tmp_path / "run"), "", True) == (str(candidates(tmp_path / "run")[0]), [])
     assert int(candidates(tmp_path / "run")[0].stem) == 2

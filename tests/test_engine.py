@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
-import optim
 import utils
-from health import NonFiniteLoss
+from config.mixing_flags import METHODS
 from losses import SMMixLoss
-from meters import Meters
-from mixers.options import METHODS
 from mixers.switch import Choice, Switch
 from models.build import build_model
 from models.interface import ImageModel
 from samplers import EvalShard
 from smmix import Drawn, SMMix
 from tests.mixing import fake_teacher, make_switch
+from training import optim, precision
+from training.meters import Meters
+from training.nonfinite import NonFiniteLoss
 
 CLASSES = 5
 CPU = utils.Processes(0, 1, torch.device("cpu"))
@@ -32,11 +32,11 @@ CPU = utils.Processes(0, 1, torch.device("cpu"))
 def make_training(amp: str = "none", opt: str = "adamw", **settings: Any) -> engine.Training:
     utils.seed_globals("init", 0)
     model = build_model("vit_nano_patch4_32", CLASSES, input_size=(16, 16), embed_dim=16, depth=2, num_heads=2)
-    autocast = engine.make_autocast(CPU.device, amp)
+    autocast = precision.make_autocast(CPU.device, amp)
     mixer = make_switch(CLASSES, model.grid_size)
     return engine.Training(
         module=model, model=model, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
-        optimizer=optim.make_optimizer(model, {"opt": opt, "lr": 1e-3}), scaler=engine.make_scaler(CPU.device, amp),
+        optimizer=optim.make_optimizer(model, {"opt": opt, "lr": 1e-3}), scaler=precision.make_scaler(CPU.device, amp),
         autocast=autocast, processes=CPU, fixed_scale=amp != "fp16", **settings,
     )  # fmt: skip
 
@@ -327,7 +327,7 @@ def test_evaluation_counts_each_image_once(world_size: int) -> None:
     for rank in range(world_size):
         shard = list(EvalShard(17, rank, world_size))
         loader = [(images[shard[i : i + 4]], labels[shard[i : i + 4]]) for i in range(0, len(shard), 4)]
-        figures.append(engine.evaluate(model, loader, CPU, engine.make_autocast(CPU.device, "none")))
+        figures.append(engine.evaluate(model, loader, CPU, precision.make_autocast(CPU.device, "none")))
     assert sum(part["images"] for part in figures) == 17
     hits = sum(part["acc1"] * part["images"] / 100 for part in figures)
     logits = images[:, 0, 0, :CLASSES]
@@ -344,5 +344,5 @@ def test_evaluation_leaves_modes_as_they_are() -> None:
     next(model.network.children()).eval()
     modes = [module.training for module in model.modules()]
     loader = [(torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.long))]
-    engine.evaluate(model, loader, CPU, engine.make_autocast(CPU.device, "none"))
+    engine.evaluate(model, loader, CPU, precision.make_autocast(CPU.device, "none"))
     assert [module.training for module in model.modules()] == modes

@@ -11,9 +11,10 @@ import torch
 from timm.data.random_erasing import RandomErasing
 
 import engine
-import erasing
-from erasing import Box, Erasing, as_tensor, erase
-from transforms import ERASE_MODES, ImageSpec, normalise
+from pipeline import erasing
+from pipeline.erasing import Box, Erasing, as_tensor, erase
+from pipeline.spec import ERASE_MODES, ImageSpec
+from pipeline.transforms import normalise
 from utils import Processes, key_seed, seed_globals
 
 CPU = Processes(0, 1, torch.device("cpu"))

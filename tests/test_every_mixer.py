@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from mixers.options import METHODS
+from config.mixing_flags import METHODS
 from tests.image_folders import make_image_folder
 from tests.runs import finish, read_log, run_small, split, watching_steps
 

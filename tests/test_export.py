@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 import hubconf
-from checkpoints import load_checkpoint, save_checkpoint
-from evaluation import export
-from models.build import build_model, plain_weights, restore_model
+from models.build import build_model
+from models.weights import plain_weights, restore_model
+from pipeline.spec import ImageSpec
+from storage.checkpoints import load_checkpoint, save_checkpoint
 from tests.conftest import randomise
-from transforms import ImageSpec
+from tools import export
 from utils import run_command
 
 ROOT = Path(__file__).resolve().parent.parent

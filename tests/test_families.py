@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import engine
-import optim
 import utils
-from checkpoints import load_strictly
 from losses import SMMixLoss
-from meters import Meters
 from mixers.switch import Choice, Switch
-from models.build import FAMILIES, adapt_weights, build_model, plain_weights, use_grad_checkpointing
+from models.build import FAMILIES, build_model, use_grad_checkpointing
 from models.interface import AttentionOf, ImageModel, ModelOutput
 from models.pvt import PVT
+from models.weights import adapt_weights, load_strictly, plain_weights
 from smmix import VARIANTS
 from tests.conftest import randomise
 from tests.mixing import make_switch
+from training import optim, precision
+from training.meters import Meters
 
 CPU = utils.Processes(0, 1, torch.device("cpu"))
 CLASSES, SIDE = 5, 64
@@ -70,12 +70,12 @@ def make_model(family: str, num_classes: int = CLASSES, separate: bool = False, 
 
 def make_training(family: str, variant: str) -> engine.Training:
     model = make_model(family, separate=VARIANTS[variant].region_head == "separate")
-    autocast = engine.make_autocast(CPU.device, "none")
+    autocast = precision.make_autocast(CPU.device, "none")
     mixer = make_switch(CLASSES, model.grid_size, variant=variant)
     return engine.Training(
         module=model, model=model, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
         optimizer=optim.make_optimizer(model, {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05}),
-        scaler=engine.make_scaler(CPU.device, "none"), autocast=autocast, processes=CPU,
+        scaler=precision.make_scaler(CPU.device, "none"), autocast=autocast, processes=CPU,
     )  # fmt: skip
 
 
@@ -265,7 +265,7 @@ def test_the_score_is_asked_for_without_changing_the_prediction(family: str, nee
 @pytest.mark.parametrize("family", TINY)
 def test_a_training_pass_learns_the_same_with_the_score(family: str, need_attention: AttentionOf, amp: str) -> None:
     """Also under autocast, where older torch keeps what is cast without gradient for the score, see `features`."""
-    autocast = engine.make_autocast(CPU.device, amp)
+    autocast = precision.make_autocast(CPU.device, amp)
     outputs, gradients = [], []
     for asked in (None, need_attention):
         model = make_dropping(family)

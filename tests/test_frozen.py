@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import datasets
-from checkpoints import save_checkpoint
-from models import frozen
-from models.build import build_model, plain_weights
+from config import second_networks
+from models.build import build_model
+from models.weights import plain_weights
+from pipeline.spec import ImageSpec
+from storage.checkpoints import save_checkpoint
 from tests.image_folders import make_image_folder
 from tests.runs import run_small
-from transforms import ImageSpec
 from utils import InputError, as_pair
 
 SIZE = (64, 96)
@@ -47,7 +48,7 @@ def again(images: Tensor, shown: ImageSpec, own: ImageSpec) -> Tensor:
 @pytest.mark.parametrize("num_classes", [3, 1000])
 def test_a_name_with_a_file_gives_that_networks_features(tmp_path: Path, num_classes: int) -> None:
     path, network = write_weights(tmp_path / "weights.pth", num_classes=num_classes)
-    features = frozen.build_feature_map(f"test_resnet={path}", SIZE, HALF)
+    features = second_networks.build_feature_map(f"test_resnet={path}", SIZE, HALF)
     images = torch.randn(2, 3, *SIZE)
     with torch.no_grad():
         torch.testing.assert_close(features(images), network.forward_features(images))
@@ -58,7 +59,7 @@ def test_a_checkpoint_of_main_brings_its_own_network(tmp_path: Path) -> None:
     config = {"name": "test_resnet", "num_classes": 2, "input_size": list(SIZE)}
     model = build_model("test_resnet", 2, input_size=SIZE)
     save_checkpoint(tmp_path / "run.pth", {"model_config": config, "model": plain_weights(model)})
-    features = frozen.build_feature_map(str(tmp_path / "run.pth"), SIZE)
+    features = second_networks.build_feature_map(str(tmp_path / "run.pth"), SIZE)
     images = torch.randn(2, 3, *SIZE)
     with torch.no_grad():
         torch.testing.assert_close(features(images), model.eval().network.forward_features(images))  # type: ignore[operator]
@@ -66,7 +67,7 @@ def test_a_checkpoint_of_main_brings_its_own_network(tmp_path: Path) -> None:
 
 def test_channels_that_come_last_are_moved(tmp_path: Path) -> None:
     name = "swin_tiny_patch4_window7_224"
-    features = frozen.FeatureMap(timm.create_model(name, img_size=64, embed_dim=8, depths=(1, 1, 1, 1)).eval())
+    features = second_networks.FeatureMap(timm.create_model(name, img_size=64, embed_dim=8, depths=(1, 1, 1, 1)).eval())
     images = torch.randn(1, 3, 64, 64)
     expected = features.network.forward_features(images)  # type: ignore[operator]
     assert features(images).shape == (1, 64, 2, 2)
@@ -76,8 +77,8 @@ def test_channels_that_come_last_are_moved(tmp_path: Path) -> None:
 def test_a_name_alone_has_its_weights_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network: Any = timm.create_model("test_resnet").eval()
     save_file(network.state_dict(), tmp_path / "model.safetensors")
-    monkeypatch.setattr(frozen.downloads, "from_hub", lambda *asked: tmp_path / "model.safetensors")
-    features: Any = frozen.build_feature_map("test_resnet", SIZE, HALF)
+    monkeypatch.setattr(second_networks.downloads, "from_hub", lambda *asked: tmp_path / "model.safetensors")
+    features: Any = second_networks.build_feature_map("test_resnet", SIZE, HALF)
     images = torch.randn(2, 3, *SIZE)
     with torch.no_grad():
         torch.testing.assert_close(features(images), network.forward_features(images))
@@ -105,7 +106,7 @@ def test_what_cannot_be_looked_through_is_refused(
     write_weights(Path("vit.pth"), "test_vit")
     write_weights(Path("nano.pth"), "vit_nano_patch4_32")
     with pytest.raises(InputError) as refusal:
-        frozen.build_feature_map(choice, SIZE)
+        second_networks.build_feature_map(choice, SIZE)
     assert message in str(refusal.value)
 
 
@@ -113,11 +114,11 @@ def test_weights_that_cannot_be_fetched_ask_for_a_file(monkeypatch: pytest.Monke
     def offline(*asked: Any) -> Any:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(frozen.downloads, "from_hub", offline)
+    monkeypatch.setattr(second_networks.downloads, "from_hub", offline)
     with pytest.raises(InputError, match=r"could not get its weights \(no route to host\); give a file: test_resnet="):
-        frozen.build_feature_map("test_resnet", SIZE)
+        second_networks.build_feature_map("test_resnet", SIZE)
     with pytest.raises(InputError, match=r"could not get its weights \(timm knows none\)"):
-        frozen.build_feature_map("cspresnet50d", SIZE)
+        second_networks.build_feature_map("cspresnet50d", SIZE)
 
 
 # ----------------------------------------------------------------------------------- the images as a network knows them
@@ -125,24 +126,26 @@ def test_weights_that_cannot_be_fetched_ask_for_a_file(monkeypatch: pytest.Monke
 
 def test_images_are_normalised_anew_by_way_of_their_pixels() -> None:
     images = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    renormalise = frozen.renormaliser(OF_STUDENT, OTHER)
+    renormalise = second_networks.renormaliser(OF_STUDENT, OTHER)
     torch.testing.assert_close(renormalise(images), again(images, OF_STUDENT, OTHER))
     assert renormalise(images).is_contiguous(memory_format=torch.channels_last)
-    back = frozen.renormaliser(OTHER, OF_STUDENT)(renormalise(images))
+    back = second_networks.renormaliser(OTHER, OF_STUDENT)(renormalise(images))
     torch.testing.assert_close(back, images, rtol=1e-4, atol=1e-5)
     for changed in (replace(OF_STUDENT, mean=OTHER.mean), replace(OF_STUDENT, std=OTHER.std)):
-        torch.testing.assert_close(frozen.renormaliser(OF_STUDENT, changed)(images), again(images, OF_STUDENT, changed))
+        torch.testing.assert_close(
+            second_networks.renormaliser(OF_STUDENT, changed)(images), again(images, OF_STUDENT, changed)
+        )
 
 
 def test_what_it_takes_moves_with_it_and_is_no_weight() -> None:
-    renormalise = frozen.renormaliser(OF_STUDENT, OTHER)
+    renormalise = second_networks.renormaliser(OF_STUDENT, OTHER)
     assert not renormalise.state_dict()
     assert [buffer.device.type for buffer in renormalise.to("meta").buffers()] == ["meta", "meta"]
 
 
 def test_images_that_are_known_are_left_as_they_are() -> None:
     images = torch.randn(2, 3, 4, 5)
-    assert frozen.renormaliser(OF_STUDENT, ImageSpec((8, 8), crop_ratio=1.0))(images) is images
+    assert second_networks.renormaliser(OF_STUDENT, ImageSpec((8, 8), crop_ratio=1.0))(images) is images
 
 
 @pytest.mark.parametrize(
@@ -155,14 +158,14 @@ def test_images_that_are_known_are_left_as_they_are() -> None:
     ],
 )
 def test_a_name_says_what_its_weights_know(name: str, mean: tuple[float, ...]) -> None:
-    own = frozen._own_spec(NOTHING, name, nn.Identity(), OTHER, "--motivator")
+    own = second_networks._own_spec(NOTHING, name, nn.Identity(), OTHER, "--motivator")
     assert own.mean == mean
 
 
 def test_a_name_that_timm_has_retired_says_it_too() -> None:
     name = "vit_tiny_patch16_224_in21k"
     network = timm.create_model(name, img_size=32, depth=1, num_classes=1)
-    assert frozen._own_spec(NOTHING, name, network, OTHER, "--motivator").std == HALF.std
+    assert second_networks._own_spec(NOTHING, name, network, OTHER, "--motivator").std == HALF.std
 
 
 def test_a_checkpoint_says_itself_what_it_knows() -> None:
@@ -170,11 +173,11 @@ def test_a_checkpoint_says_itself_what_it_knows() -> None:
         "model_config": {"name": "test_resnet"},
         "data": {"image_spec": OTHER.to_plain()},
     }
-    assert frozen._own_spec(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator") == OTHER
+    assert second_networks._own_spec(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator") == OTHER
     said["data"] = {}
-    assert frozen._own_spec(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator") == OF_STUDENT
+    assert second_networks._own_spec(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator") == OF_STUDENT
     with pytest.raises(InputError, match="has format 2, this version reads format 1"):
-        frozen._said_in({"model_config": {"name": "test_resnet"}, "format": 2})
+        second_networks._said_in({"model_config": {"name": "test_resnet"}, "format": 2})
 
 
 @pytest.mark.parametrize("ours", [True, False])
@@ -186,7 +189,9 @@ def test_a_feature_map_is_that_of_the_images_as_the_network_knows_them(ours: boo
         data = {"class_names": ["a", "b", "c"], "image_spec": OTHER.to_plain()}
         save_checkpoint(path, {"model_config": config, "data": data, "model": network.state_dict()})
         choice, own = str(path), OTHER
-    features = frozen.build_feature_map(choice, SIZE)  # the student's are ImageNet's where nothing else is said
+    features = second_networks.build_feature_map(
+        choice, SIZE
+    )  # the student's are ImageNet's where nothing else is said
     with torch.no_grad():
         expected, unchanged = network.forward_features(again(images, OF_STUDENT, own)), network.forward_features(images)
         torch.testing.assert_close(features(images), expected, rtol=1e-3, atol=1e-4)
@@ -196,7 +201,7 @@ def test_a_feature_map_is_that_of_the_images_as_the_network_knows_them(ours: boo
 @pytest.mark.parametrize("shown", [None, OTHER, HALF])
 def test_a_teacher_is_shown_the_images_as_it_knows_them(shown: ImageSpec | None, tmp_path: Path) -> None:
     path, network = write_weights(tmp_path / "weights.pth")
-    teacher, images = frozen.build_teacher("test_resnet", str(path), 3, SIZE, shown), torch.randn(2, 3, *SIZE)
+    teacher, images = second_networks.build_teacher("test_resnet", str(path), 3, SIZE, shown), torch.randn(2, 3, *SIZE)
     with torch.no_grad():
         expected, unchanged = network(again(images, shown or OF_STUDENT, HALF)), network(images)
         torch.testing.assert_close(teacher(images), expected, rtol=1e-3, atol=1e-4)

@@ -15,11 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import logs
 import main
-import resume
-from checkpoints import load_checkpoint
-from options import Parser, check_args, get_args_parser
+from config.flags import Parser, check_args, get_args_parser
+from run import log, state
+from storage.checkpoints import load_checkpoint
 from tests import fuzz, junk
 from utils import InputError
 
@@ -50,11 +49,11 @@ def test_cases_end_well_or_with_a_message(area: str, world: fuzz.World) -> None:
 
 # In each area something of the project that its cases lead to, and a name that a counterexample has for it.
 PLANTED: dict[str, tuple[Any, str]] = {
-    "checkpoint": (resume, "keep_total_batch"),
+    "checkpoint": (state, "keep_total_batch"),
     "image": (Image, "open"),
     "flags": (fuzz, "build_train_transform"),
     "saved flags": (main, "check_args"),
-    "run folder": (logs, "_epoch_of"),
+    "run folder": (log, "_epoch_of"),
     "tools": (Parser, "error"),
 }
 

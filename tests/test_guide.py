@@ -15,19 +15,20 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.nn.parallel import DistributedDataParallel
 
-import assembly
 import engine
 import utils
-from checkpoints import load_strictly
-from models.build import adapt_weights, build_model, plain_weights, use_float32_attention
+from config import build_guide
+from config.build_guide import check_look_size
+from config.flags import check_args, get_args_parser
+from models.build import build_model, use_float32_attention
 from models.deit import PlainViT
 from models.interface import Glance, ImageModel, resize_score
-from models.looking import check_look_size
-from options import check_args, get_args_parser
+from models.weights import adapt_weights, load_strictly, plain_weights
 from tests.conftest import randomise
 from tests.image_folders import make_image_folder
 from tests.runs import run_small
 from tests.test_families import CPU, TINY, batch_of, check_score, gradient_of, loss_of, make_model, one_pass
+from training import precision
 from utils import InputError
 
 SMALL_VIT = {"embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -62,7 +63,7 @@ SHORT = {
 }  # fmt: skip
 CONVOLUTIONAL = ("ConvNeXt", "ResNet")
 cases = pytest.mark.parametrize("case", CASES)
-AUTOCASTS = {name: engine.make_autocast(CPU.device, name) for name in ("none", "bf16", "fp16")}
+AUTOCASTS = {name: precision.make_autocast(CPU.device, name) for name in ("none", "bf16", "fp16")}
 
 
 def make(case: str, **more: Any) -> ImageModel:
@@ -345,7 +346,7 @@ def test_a_transformer_of_another_make_does_not_look_smaller() -> None:
 def guide_of(model: ImageModel, *words: str) -> Any:
     args = get_args_parser().parse_args(["--device", "cpu", "--amp", "none", *words])
     check_args(args)
-    return assembly.make_guide(args, model, CPU.device)
+    return build_guide.make_guide(args, model, CPU.device)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 
 import datasets
-import images
-import loaders
 import utils
+from pipeline import images, loaders
+from pipeline.samples import eval_samples, train_samples
+from pipeline.spec import Augment, ImageSpec
+from pipeline.transforms import build_eval_transform, build_train_transform
 from tests.image_folders import make_image_folder, make_parquet
-from transforms import Augment, ImageSpec, build_eval_transform, build_train_transform
 
 SPEC = ImageSpec((32, 32))
 CLASSES = ["wasp", "ant"]  # as the card orders them; a folder's are in the order of names
@@ -38,11 +39,11 @@ def batches(name: str, path: str = "", train: bool = True, workers: int = 0) -> 
     assert isinstance(opened, images.StreamedImages if "/hfids/" in name else images.Images)
     loader: Any
     if train:
-        samples = loaders.train_samples(opened, build_train_transform(SPEC, Augment()), seed=0)
+        samples = train_samples(opened, build_train_transform(SPEC, Augment()), seed=0)
         loader = loaders.build_train_loader(samples, batch_size=3, num_workers=workers)
         loaders.set_epoch(loader, 1)
     else:
-        shown = loaders.eval_samples(opened, build_eval_transform(SPEC))
+        shown = eval_samples(opened, build_eval_transform(SPEC))
         loader = loaders.build_eval_loader(shown, batch_size=3, num_workers=workers)
     return [[batch[1].tolist(), sha256(batch[0].numpy().tobytes()).hexdigest()] for batch in loader]
 

@@ -23,26 +23,26 @@ FORBIDDEN = {
     "mixers/": {"models.build", "models.deit", "models.blocks", "random"},
     "models/": {"mixers", "losses", "smmix", "engine"},
     "samplers.py": {"torchvision", "PIL", "transforms"},
-    "options.py": {"torch", "timm", "models", "mixers.build", "mixers.interface", "smmix"},
-    "mixers/options.py": {"torch", "timm", "models", "mixers", "smmix"},
+    "config/flags.py": {"torch", "timm", "models", "mixers.build", "mixers.interface", "smmix"},
+    "config/mixing_flags.py": {"torch", "timm", "models", "mixers", "smmix"},
     "mixers/masks.py": {"mixers", "models"},
     "mixers/saliency.py": {"mixers", "models"},
-    "checkpoints.py": {"timm", "models", "engine"},
-    "images.py": {"transforms", "datasets", "mixers", "models"},
-    "optim.py": {"argparse", "engine", "options"},
-    "logs.py": {"losses", "models", "mixers"},
+    "storage/checkpoints.py": {"timm", "models", "engine"},
+    "pipeline/images.py": {"transforms", "datasets", "mixers", "models"},
+    "training/optim.py": {"argparse", "engine", "options"},
+    "run/log.py": {"losses", "models", "mixers"},
     "datasets.py": {"loaders", "mixers", "models", "torch.distributed"},
-    "loaders.py": {"datasets", "mixers", "models", "torch.distributed"},
-    "resume.py": {"argparse", "options"},
+    "pipeline/loaders.py": {"datasets", "mixers", "models", "torch.distributed"},
+    "run/state.py": {"argparse", "options"},
     "report.py": {"main", "running", "engine", "torch"},
     "reporting/": {"main", "running", "engine", "checkpoints", "losses", "smmix"},
-    "randaugment.py": {"transforms", "numpy", "torch.nn"},
-    "operations.py": {"transforms", "random", "numpy", "PIL", "timm"},
+    "pipeline/randaugment.py": {"transforms", "numpy", "torch.nn"},
+    "pipeline/randaugment_pixels.py": {"transforms", "random", "numpy", "PIL", "timm"},
     "smmix.py": {"losses", "models", "engine", "random", "numpy"},
     "losses.py": {"smmix", "random", "numpy"},
     "engine.py": {"smmix", "argparse", "pathlib", "timm", "models.build", "models.deit"},
     "main.py": {"torch.nn.functional"},
-    "assembly.py": {"torch.nn.functional", "smmix"},
+    "config/build.py": {"torch.nn.functional", "smmix"},
 }
 
 
@@ -104,7 +104,7 @@ def test_the_reader_understands_the_table() -> None:
     levels = table()
     assert levels["utils.py"] == level("models/interface.py") == 0
     assert levels["smmix.py"] == level("models/deit.py") == level("mixers/cutmix.py") == 2
-    assert level("evaluation/show_mixing.py") == levels["main.py"] > levels["engine.py"] > 2
+    assert level("tools/show_mixing.py") == levels["main.py"] > levels["engine.py"] > 2
     assert level("no_such_room.py") is None
     assert {"smmix.py", "engine.py", "main.py", "models/deit.py"} <= set(FILES)
     assert "mixers/interface.py" in {name for _, name in imported_files("smmix.py")}
@@ -158,7 +158,7 @@ def test_the_rules_are_about_files_that_exist() -> None:
 def test_only_the_builder_and_the_commands_import_smmix() -> None:
     """The step and the mixers do not know which method they run."""
     users = {path for path in FILES if "smmix.py" in {name for _, name in imported_files(path)}}
-    assert {path for path in users if not path.startswith("evaluation/")} == {"mixers/build.py"}
+    assert {path for path in users if not path.startswith("evaluation/")} == {"config/build_mixer.py"}
 
 
 @files

@@ -13,19 +13,12 @@ import torch
 from PIL import Image
 
 from datasets import open_images
-from erasing import Box, Erasing
-from images import Images, StreamedImages
-from loaders import (
-    EvalSamples,
-    TrainSamples,
-    build_eval_loader,
-    build_train_loader,
-    closing,
-    eval_samples,
-    set_epoch,
-    steps_per_epoch,
-    train_samples,
-)
+from pipeline.erasing import Box, Erasing
+from pipeline.images import Images, StreamedImages
+from pipeline.loaders import build_eval_loader, build_train_loader, closing, set_epoch, steps_per_epoch
+from pipeline.samples import EvalSamples, TrainSamples, eval_samples, train_samples
+from pipeline.spec import Augment, ImageSpec
+from pipeline.transforms import build_eval_transform, build_train_transform
 from samplers import EpochBatches
 from tests.image_folders import (
     make_cifar,
@@ -35,7 +28,6 @@ from tests.image_folders import (
     make_webdataset,
     message_of,
 )
-from transforms import Augment, ImageSpec, build_eval_transform, build_train_transform
 from utils import InputError
 
 SPEC = ImageSpec((32, 32))

@@ -16,9 +16,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-import meters as meters_module
-from logs import RunLog, to_json, write_json
-from meters import Meters
+from run.log import RunLog
+from storage.files import to_json, write_json
+from training import meters as meters_module
+from training.meters import Meters
 from utils import InputError, Processes
 
 CPU = torch.device("cpu")

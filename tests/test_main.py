@@ -21,8 +21,7 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch import Tensor
 
 import engine
-import optim
-from options import get_args_parser
+from config.flags import get_args_parser
 from tests.image_folders import make_image_folder
 from tests.runs import (
     SMALL,
@@ -39,6 +38,7 @@ from tests.runs import (
     watching_steps,
     weights_of,
 )
+from training import optim
 
 SWITCHES = {"smmix": "--mixup-switch-prob 1", "mixup": "--mixup-switch-prob 0", "plain": "--mixup-prob 0"}
 

@@ -14,7 +14,6 @@ from torch.nn.functional import interpolate
 import engine
 from losses import SMMixLoss
 from mixers.attentivemix import AttentiveMix
-from mixers.boxes import Box
 from mixers.cutmix import CutMix
 from mixers.fmix import Blobs, FMix, shape_noise
 from mixers.interface import MixedBatch, StepRandom
@@ -24,9 +23,11 @@ from mixers.saliency import fine_grained_saliency
 from mixers.saliencymix import SaliencyMix
 from mixers.transmix import TransMix, attention_share, relabel
 from models.interface import ImageModel, ModelOutput
+from pipeline.boxes import Box
 from smmix import SMMix
 from tests.conftest import FakeGuide
 from tests.mixing import fake_teacher, to_bytes
+from training import precision
 from utils import InputError, keyed_generator
 
 K, SIZE = 5, (12, 20)
@@ -275,7 +276,7 @@ def test_attentivemix_refuses_more_cells_than_there_are() -> None:
 def test_the_classifier_is_looked_through_without_a_trace() -> None:
     """In evaluation mode, whatever the run does: statistics, modes and gradients stay as they are."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.BatchNorm2d(4), nn.Dropout(0.9)).train()
-    teacher = engine.make_teacher(network, engine.make_autocast(torch.device("cpu"), "none"))
+    teacher = engine.make_teacher(network, precision.make_autocast(torch.device("cpu"), "none"))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     images, labels = batch_of(2)
     one, other = (AttentiveMix(K, teacher, cells=2)(images, labels, no_guide, random_of(0)) for _ in range(2))
@@ -428,6 +429,6 @@ def test_transmix_trains_a_real_model_without_gradient_through_its_labels(make_m
     assert not settled.labels.requires_grad
     SMMixLoss()(output, settled)["total"].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    looked = engine.settle_labels(model, batch, engine.make_autocast(torch.device("cpu"), "none"))
+    looked = engine.settle_labels(model, batch, precision.make_autocast(torch.device("cpu"), "none"))
     assert looked.lam is not None
     assert model.training

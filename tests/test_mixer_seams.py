@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import engine
-import optim
 import utils
 from losses import SMMixLoss, Terms
-from meters import Meters
 from mixers.cutmix import CutMix
 from mixers.interface import Guide, MixedBatch, Mixer, soft_labels
 from mixers.masks import paste
 from models.build import build_model
 from models.interface import ModelOutput
+from training import optim, precision
+from training.meters import Meters
 from utils import InputError
 
 CPU = utils.Processes(0, 1, torch.device("cpu"))
@@ -32,14 +32,14 @@ K = 5
 def make_training(mixer: Any, extra: nn.Module | None = None, **settings: Any) -> engine.Training:
     utils.seed_globals("init", 0)
     model = build_model("vit_nano_patch4_32", K, input_size=(16, 16), embed_dim=16, depth=2, num_heads=2)
-    autocast = engine.make_autocast(CPU.device, "none")
+    autocast = precision.make_autocast(CPU.device, "none")
     optimizer = optim.make_optimizer(model, {"opt": "adamw", "lr": 1e-2})
     if extra is not None:
         optimizer.add_param_group({"params": list(extra.parameters())})
     defaults = {"criterion": SMMixLoss(), "mixer": mixer if isinstance(mixer, Mixer) else mixer(model)}
     return engine.Training(
         module=model, model=model.train(), guide=engine.make_guide(model, autocast), optimizer=optimizer,
-        scaler=engine.make_scaler(CPU.device, "none"), autocast=autocast, processes=CPU, **{**defaults, **settings},
+        scaler=precision.make_scaler(CPU.device, "none"), autocast=autocast, processes=CPU, **{**defaults, **settings},
     )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def test_gradients_at_the_pixels_come_through_a_function() -> None:
 
     def maker(model: Any) -> Mixer[None]:
         def gradient(images: Tensor, labels: Tensor) -> Tensor:
-            with engine.eval_mode(model):
+            with precision.eval_mode(model):
                 inputs = images.detach().requires_grad_()
                 loss = nn.functional.cross_entropy(model(inputs).logits, labels)
                 (result,) = torch.autograd.grad(loss, inputs)

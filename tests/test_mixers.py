@@ -18,21 +18,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from config.build_mixer import MIXERS
+from config.mixing_flags import METHODS
 from losses import SMMixLoss
 from mixers.attentivemix import AttentiveMix
-from mixers.boxes import Box, draw_box, draw_box_between, sides_of
-from mixers.build import MIXERS
+from mixers.boxes import draw_box, draw_box_between, sides_of
 from mixers.consistent import Consistent
 from mixers.cutmix import CutMix
 from mixers.fmix import FMix
 from mixers.interface import MixedBatch, Mixer, NoMixing, Regions, StepRandom, mix_labels, soft_labels
 from mixers.mixup import Mixup
-from mixers.options import METHODS
 from mixers.resizemix import ResizeMix
 from mixers.saliencymix import SaliencyMix
 from mixers.switch import Choice, Switch
 from mixers.transmix import TransMix
 from models.interface import ModelOutput
+from pipeline.boxes import Box
 from smmix import VARIANTS, Scheme, SMMix, mix_predictions
 from tests.conftest import FakeGuide
 from tests.mixing import fake_teacher, make_switch, to_bytes

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluation.model_table import count_multiply_adds, render, table_1
 from models.build import FAMILIES, build_model
+from tools.model_table import count_multiply_adds, render, table_1
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,7 +45,7 @@ def test_a_count_by_hand() -> None:
 
 def test_the_page_is_what_the_code_gives() -> None:
     assert [row.model for row in table_1()] == list(ORIGINAL)
-    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == render(), "python -m evaluation.model_table"
+    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == render(), "python -m tools.model_table"
 
 
 def test_every_family_says_what_its_score_means() -> None:

@@ -13,19 +13,10 @@ from timm.models.vision_transformer import Attention, ResPostBlock
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from checkpoints import load_strictly
-from engine import eval_mode, make_autocast, make_guide, make_teacher
+from engine import make_guide, make_teacher
 from losses import soft_cross_entropy
 from models.blocks import attention_map
-from models.build import (
-    ALIASES,
-    adapt_weights,
-    build_model,
-    own_keys,
-    plain_weights,
-    restore_model,
-    use_distillation,
-)
+from models.build import ALIASES, build_model, use_distillation
 from models.interface import (
     Glance,
     ImageModel,
@@ -33,7 +24,9 @@ from models.interface import (
     image_attention_score,
     pool_regions,
 )
+from models.weights import adapt_weights, load_strictly, own_keys, plain_weights, restore_model
 from tests.conftest import TINY, MakeModel
+from training.precision import eval_mode, make_autocast
 from utils import InputError
 
 BF16 = make_autocast(torch.device("cpu"), "bf16")

@@ -11,19 +11,19 @@ import timm
 import torch
 from torch import Tensor
 
-import assembly
 import utils
-from checkpoints import save_checkpoint
-from models import frozen
-from models.build import build_model, plain_weights
-from models.frozen import build_motivator, check_motivator_classes
+from config import build_guide, second_networks
+from config.flags import check_args, get_args_parser
+from config.second_networks import build_motivator, check_motivator_classes
+from models.build import build_model
 from models.interface import ImageModel, resample_score
-from options import check_args, get_args_parser
+from models.weights import plain_weights
+from pipeline.spec import ImageSpec
+from storage.checkpoints import save_checkpoint
 from tests.conftest import randomise
 from tests.image_folders import make_image_folder
 from tests.runs import run_small, watching_steps, weights_of
 from tests.test_families import CPU
-from transforms import ImageSpec
 from utils import InputError
 
 NANO = {"name": "vit_nano_patch4_32", "num_classes": 3, "input_size": (32, 32)}
@@ -74,7 +74,7 @@ def normalised(pixels: Tensor, spec: ImageSpec) -> Tensor:
 def guide_of(student: ImageModel, motivator: str, *words: str, spec: ImageSpec | None = None) -> Any:
     args = get_args_parser().parse_args([*PLAIN.split(), "--motivator", motivator, *words])
     check_args(args)
-    return assembly.make_guide(args, student, CPU.device, spec=spec)
+    return build_guide.make_guide(args, student, CPU.device, spec=spec)
 
 
 # ----------------------------------------------------------------------------------------------- what it looks through
@@ -133,7 +133,7 @@ def test_one_trained_at_another_size_is_fitted_to_the_students_images(tmp_path: 
 
 def test_it_never_learns_and_one_of_the_hub_is_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = timm.create_model("vit_nano_patch4_32", num_classes=3)
-    monkeypatch.setattr(frozen, "_download", lambda name, flag: theirs)
+    monkeypatch.setattr(second_networks, "_download", lambda name, flag: theirs)
     motivator, _ = build_motivator("vit_nano_patch4_32", 3, OF_STUDENT)
     assert not any(parameter.requires_grad for parameter in motivator.parameters())
     for name, value in theirs.state_dict().items():
@@ -156,7 +156,7 @@ def test_it_sees_the_images_as_it_knows_them(
         choice, own = str(saved(motivator, path, "abc", OTHER, name="test_resnet")), OTHER
     elif how == "a name and a file":
         choice = f"test_resnet={saved(motivator, path)}"
-    monkeypatch.setattr(frozen, "_download", lambda name, flag: motivator.network)
+    monkeypatch.setattr(second_networks, "_download", lambda name, flag: motivator.network)
     pixels = images_of().sigmoid()
     shown = normalised(pixels, student)
     seen = guide_of(network(), choice, spec=student)(shown)
@@ -227,7 +227,7 @@ def test_where_its_score_alone_is_used_it_may_have_any_classes(
     config: dict[str, Any] = {"num_classes": 5} if how == "a checkpoint of ours" else {}
     saved(motivator, path, "abcde" if config else "", **config)
     choice = str(path) if config else "vit_nano_patch4_32" + f"={path}" * (how == "a name and a file")
-    monkeypatch.setattr(frozen, "_download", lambda name, flag: motivator.network)
+    monkeypatch.setattr(second_networks, "_download", lambda name, flag: motivator.network)
     seen = guide_of(network(), choice, "--con-weight", "0")(images)
     with torch.no_grad():
         torch.testing.assert_close(seen.image_attention, motivator.look(images).image_attention)

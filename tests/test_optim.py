@@ -9,10 +9,10 @@ import torch
 from timm.optim import optimizer_kwargs
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
-import assembly
-import optim
 import utils
-from options import get_args_parser
+from config import build
+from config.flags import get_args_parser
+from training import optim
 
 EPOCHS, STEPS, WARMUP = 6, 4, 2
 PEAK, LOW, END = 1e-3, 1e-6, 1e-5
@@ -53,11 +53,11 @@ def test_the_whole_schedule_scales_when_asked() -> None:
     processes = utils.Processes(0, 8, torch.device("cpu"))
     line = "--batch-size 128 --warmup-lr 5e-7 --min-lr 5e-6 --scale-schedule"
     args = get_args_parser().parse_args(line.split())
-    settings = assembly.schedule_settings(args, processes)
+    settings = build.schedule_settings(args, processes)
     assert (settings["warmup_lr"], settings["min_lr"]) == pytest.approx((1e-6, 1e-5))
-    assert assembly.peak_rate(args, processes) == pytest.approx(1e-3)
+    assert build.peak_rate(args, processes) == pytest.approx(1e-3)
     args.scale_schedule = False
-    assert assembly.schedule_settings(args, processes)["min_lr"] == pytest.approx(5e-6)
+    assert build.schedule_settings(args, processes)["min_lr"] == pytest.approx(5e-6)
 
 
 def test_swins_tables_and_one_dimensional_parameters_are_not_decayed() -> None:

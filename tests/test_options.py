@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from options import GONE, check_args, explicit_flags, get_args_parser
+from config.flags import GONE, check_args, explicit_flags, get_args_parser
 
 # Touvron et al., arXiv 2012.12877, Table 9, and the defaults of the code published with it.
 DEIT = {
@@ -35,7 +35,7 @@ SMMIX: dict[str, Any] = {
     "skip_corrupt": False, "data_timeout": 600, "channels_last": False, "attn_fp32": False, "list_models": False,
     "eval_every": 1,
 }  # fmt: skip
-# Decided by the machine, the data or the model, see `assembly.resolve_defaults`.
+# Decided by the machine, the data or the model, see `config.build.resolve_defaults`.
 OPEN = {"decoder", "device", "amp", "num_workers", "data_set", "data_path", "nb_classes", "input_size",
         "eval_crop_ratio", "patch_size", "log_every", "lr_noise", "lr_noise_pct", "lr_noise_std"}  # fmt: skip
 

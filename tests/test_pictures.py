@@ -11,14 +11,14 @@ from PIL import Image, ImageFont
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-import pictures
 from mixers.cutmix import CutMix
 from mixers.interface import Guide, MixedBatch, NoMixing, Regions, StepRandom
 from mixers.mixup import Mixup
 from models.interface import ModelOutput
-from pictures import HALO, SOURCE_COLOR, TARGET_COLOR, Layout, Page, Pair
+from pipeline.spec import ImageSpec
+from run import pictures
+from run.pictures import HALO, SOURCE_COLOR, TARGET_COLOR, Layout, Page, Pair
 from smmix import Drawn, SMMix
-from transforms import ImageSpec
 from utils import InputError, keyed_generator
 
 NAMES = ["ant", "bee", "cat", "dog"]

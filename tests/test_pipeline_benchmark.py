@@ -10,10 +10,10 @@ import pytest
 import torch
 from torchvision.datasets.folder import pil_loader
 
-import decoding
-from batches import Batch
-from benchmarks import pipeline, run, stages
+from pipeline import images
+from pipeline.samples import Batch
 from tests.image_folders import make_image_folder, message_of
+from tools.bench import pipeline, run, stages
 from utils import InputError
 
 
@@ -28,7 +28,7 @@ def test_every_case_gives_a_batch_and_all_draw_alike(tmp_path: Path) -> None:
     floats = [made.pop(name) for name in list(made) if name.startswith(("DeiT", "the device"))]
     assert all(batch.shape == (6, 3, 64, 64) and batch.dtype == torch.float32 for batch in floats)
     assert len(floats) == 4
-    assert len(made) == (9 if decoding.simplejpeg else 3)
+    assert len(made) == (9 if images.simplejpeg else 3)
     exact = [batch for name, batch in made.items() if "torch" not in name and "views" not in name]
     for batch in made.values():
         assert isinstance(batch, Batch)
@@ -70,7 +70,7 @@ def test_stages_are_written_and_shown(size: int, tmp_path: Path, capsys: pytest.
     shown = {row[0]: row[1:] for row in rows}
     assert set(stages.ORDER) <= shown.keys()
     found = json.loads((tmp_path / "bench.json").read_text())["stages"]
-    assert len(found) == (4 if decoding.simplejpeg else 2)
+    assert len(found) == (4 if images.simplejpeg else 2)
     assert shown["stage"] == [f"{name}, ms" for name in found]
     for stage in ("decode", "crop and resize", "RandAugment", stages.ALL):
         assert shown[stage] == [f"{1000 * each[stage]:.2f}" for each in found.values()]

@@ -20,10 +20,10 @@ import timm
 import torch
 
 import engine
-import resume
-import run_folder
-from logs import RunLog
-from mixers.options import METHODS
+from config.mixing_flags import METHODS
+from run import folder as run_folder
+from run import state as run_state
+from run.log import RunLog
 from tests.image_folders import damage, make_image_folder
 from tests.launches import read_status
 from tests.runs import Killed, Outcome, changed, digest, fingerprint, killed_after, read_log, run_small, watching_steps
@@ -126,7 +126,7 @@ def stopped_in_evaluation() -> Iterator[None]:
 ENDINGS: dict[str, list[Disturbance]] = {
     "in the middle of an epoch": [lambda: killed_after(9)],
     "before anything is saved": [lambda: killed_after(2)],
-    "right after a save": [lambda: killed_at(resume, "save", 2, before=False)],
+    "right after a save": [lambda: killed_at(run_state, "save", 2, before=False)],
     "twice in one epoch": [lambda: killed_after(5), lambda: killed_after(5)],
     "in two epochs": [lambda: killed_after(4), lambda: killed_after(7), lambda: killed_after(10)],
     "in the evaluation": [lambda: killed_at(engine, "evaluate", 1)],
@@ -222,7 +222,7 @@ def test_controls_a_piece_that_is_lost_is_noticed(
 ) -> None:
     lose, differs, stays = LEFT_OUT[piece]
     folder = Path(shutil.copytree(interrupted, tmp_path / "run"))
-    path = resume.find(str(folder), "", True)[0]
+    path = run_state.find(str(folder), "", True)[0]
     checkpoint = torch.load(path, weights_only=True)
     assert (checkpoint["step"], checkpoint["epoch"], checkpoint["samples_in_epoch"]) == (8, 0, 8)
     lose(checkpoint)
@@ -277,7 +277,7 @@ def test_p5_p12_a_checkpoint_that_is_spoiled_is_passed_over(
     assert changed(whole, fingerprint(folder)) == []
     assert newest.with_name(f"{newest.name}.aside").read_bytes() == content
     for path in run_folder.candidates(folder):
-        assert resume.read(str(path))["step"] == (12 if path.name == "checkpoint.pth" else int(path.stem))
+        assert run_state.read(str(path))["step"] == (12 if path.name == "checkpoint.pth" else int(path.stem))
 
 
 def test_p5_nothing_but_damage_is_said_and_left(photos: Path, interrupted: Path, tmp_path: Path) -> None:

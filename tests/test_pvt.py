@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, layer_norm, linear
 
-from checkpoints import load_checkpoint, load_strictly, pick_weights
-from engine import make_autocast, make_guide
+from engine import make_guide
 from losses import SMMixLoss, soft_cross_entropy
 from mixers.interface import MixedBatch
 from models import pvt
-from models.build import adapt_weights, build_model, plain_weights
+from models.build import build_model
 from models.interface import ModelOutput
 from models.pvt import PVT, PyramidVisionTransformer
+from models.weights import adapt_weights, load_strictly, pick_weights, plain_weights
 from smmix import VARIANTS, Drawn, SMMix
+from storage.checkpoints import load_checkpoint
 from tests.conftest import randomise
+from training.precision import make_autocast
 from utils import InputError
 
 DATA = Path(__file__).parent / "data"

@@ -20,19 +20,19 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import assembly
-import operations
-import randaugment
-from batches import Batch
+from config import build
+from config.flags import get_args_parser
 from datasets import open_images
-from erasing import Erasing
-from images import StreamedImages
-from loaders import TrainSamples, build_train_loader, train_samples
-from options import get_args_parser
-from randaugment import COLUMNS, NOTHING, Drawing, Encoder, Kind, Row, as_tensor, count_kinds
+from pipeline import randaugment, randaugment_pixels
+from pipeline.erasing import Erasing
+from pipeline.images import StreamedImages
+from pipeline.loaders import build_train_loader
+from pipeline.randaugment import COLUMNS, NOTHING, Drawing, Encoder, Kind, Row, as_tensor, count_kinds
+from pipeline.samples import Batch, TrainSamples, train_samples
+from pipeline.spec import Augment, ImageSpec
+from pipeline.transforms import Undone, build_train_transform, fill_color, posterize
 from tests.image_folders import make_image_folder, make_webdataset, message_of, picture
 from tests.runs import Killed, differences, killed_after, run_small, split, state_of
-from transforms import Augment, ImageSpec, Undone, build_train_transform, fill_color, posterize
 from utils import InputError, Processes, keyed_globals
 
 FILL = (124, 116, 104)
@@ -81,7 +81,7 @@ def largest_difference(
 ) -> int:
     size = images.shape[1:3]
     rows = [Encoder(name)(Drawing(size), *own, resample=resample, fillcolor=FILL).rows for own in levels]
-    ours = operations.apply(as_batch(images), as_tensor(rows), FILL).permute(0, 2, 3, 1).numpy()
+    ours = randaugment_pixels.apply(as_batch(images), as_tensor(rows), FILL).permute(0, 2, 3, 1).numpy()
     theirs = [by_pillow(name, image, own, resample) for image, own in zip(images, levels, strict=True)]
     return int(np.abs(ours.astype(int) - np.stack(theirs)).max())
 
@@ -125,7 +125,7 @@ def test_tables_of_unusual_histograms(name: str) -> None:
 def test_no_bit_is_black_and_eight_bits_are_all() -> None:
     images = pictures("noise", 3, (8, 8))
     rows = [Encoder("Posterize")(Drawing((8, 8)), bits, resample=None).rows for bits in (0, -3, 8)]
-    done = operations.apply(as_batch(images), as_tensor(rows), FILL)
+    done = randaugment_pixels.apply(as_batch(images), as_tensor(rows), FILL)
     assert not done[:2].any()
     assert torch.equal(done[2], as_batch(images)[2])
 
@@ -137,9 +137,9 @@ def test_images_too_small_to_smooth_stay() -> None:
 
 def test_the_comparison_finds_a_fault() -> None:
     images, levels = pictures("soft", 4, (32, 32)), [(7.0,)] * 4
-    with patch.object(operations, "GRAY", (19595, 38469, 7472)):
+    with patch.object(randaugment_pixels, "GRAY", (19595, 38469, 7472)):
         assert largest_difference("Color", pictures("noise", 4, (90, 90)), [(0.1,)] * 4) == 1
-    with patch.object(operations, "_cubic", lambda a, b, c, d, share: b + (c - b) * share):
+    with patch.object(randaugment_pixels, "_cubic", lambda a, b, c, d, share: b + (c - b) * share):
         assert largest_difference("Rotate", images, levels) > 1
     with patch.object(randaugment, "_rotation", lambda degrees, x, y: (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)):
         assert largest_difference("Rotate", images, levels) > 1
@@ -265,8 +265,10 @@ def test_rows_of_a_layer_are_sorted_by_kind_and_none_is_lost() -> None:
 def test_a_batch_is_its_images_one_by_one(layout: torch.memory_format) -> None:
     images = as_batch(pictures("soft", 33, (20, 24))).contiguous(memory_format=layout)
     drawn, before = some_rows(33), images.clone()
-    done = operations.apply(images, as_tensor(drawn), FILL)
-    alone = [operations.apply(image[None], as_tensor([own]), FILL) for image, own in zip(images, drawn, strict=True)]
+    done = randaugment_pixels.apply(images, as_tensor(drawn), FILL)
+    alone = [
+        randaugment_pixels.apply(image[None], as_tensor([own]), FILL) for image, own in zip(images, drawn, strict=True)
+    ]
     assert torch.equal(done, torch.cat(alone))
     assert torch.equal(images, before)  # the loader's own pixels stay
     assert done.is_contiguous(memory_format=layout)
@@ -290,7 +292,7 @@ def test_the_number_of_tensor_operations_does_not_depend_on_the_batch() -> None:
     for count in (11, 44, 110):
         images, drawn = torch.zeros(count, 3, 8, 8, dtype=torch.uint8), as_tensor(some_rows(count, seed=count))
         with Counting() as counting:
-            operations.apply(images, drawn, FILL)
+            randaugment_pixels.apply(images, drawn, FILL)
         counted.append(counting.names)
     assert counted[0] == counted[1] == counted[2]
     assert counted[0]["aten.index_copy_.default"] == 2 * 5  # per layer: flips, tables, two kinds of warp, blends
@@ -302,10 +304,10 @@ def test_no_value_is_asked_of_the_device() -> None:
     images = torch.empty(33, 3, 16, 16, dtype=torch.uint8, device="meta")
     with pytest.raises(RuntimeError):
         images.nonzero()
-    done = operations.apply(images, as_tensor(some_rows(33)), FILL)
+    done = randaugment_pixels.apply(images, as_tensor(some_rows(33)), FILL)
     assert (done.shape, done.dtype, done.device.type) == (images.shape, torch.uint8, "meta")
     with pytest.raises(AssertionError, match="wait for the device"):
-        operations.apply(images, as_tensor(some_rows(33)).to("meta"), FILL)
+        randaugment_pixels.apply(images, as_tensor(some_rows(33)).to("meta"), FILL)
 
 
 # ------------------------------------------------------------------------------------------------ whole transforms
@@ -339,7 +341,7 @@ def test_the_device_gives_the_same_pixels(side: int, settings: dict[str, Any], c
         assert (made.pixels.shape, made.pixels.dtype) == ((3, side, side), torch.uint8)
         pixels.append(made.pixels)
         rows.append(made.operations)
-    done = operations.apply(torch.stack(pixels), as_tensor(rows), fill_color(spec))
+    done = randaugment_pixels.apply(torch.stack(pixels), as_tensor(rows), fill_color(spec))
     assert torch.equal(done, torch.stack(expected))
     assert not torch.equal(torch.stack(pixels), done)
 
@@ -353,7 +355,7 @@ def samples_of(root: Path, where: str, erase: Erasing | None = None) -> TrainSam
 
 def done_like(exact: Batch, undone: Batch) -> bool:
     same = all(torch.equal(one, other) for one, other in zip(exact[1:4], undone[1:4], strict=True))
-    return same and torch.equal(operations.apply(undone.images, undone.operations, FILL), exact.images)
+    return same and torch.equal(randaugment_pixels.apply(undone.images, undone.operations, FILL), exact.images)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -408,7 +410,7 @@ def test_other_policies_are_refused(policy: str) -> None:
 def test_a_device_without_float64_is_refused() -> None:
     args = get_args_parser().parse_args(["--randaugment", "device"])
     processes = Processes(0, 1, torch.device("mps"))
-    said = message_of(InputError, assembly.make_train_loader, args, None, ImageSpec((48, 48)), processes)
+    said = message_of(InputError, build.make_train_loader, args, None, ImageSpec((48, 48)), processes)
     assert "mps has no float64" in said
 
 

@@ -11,15 +11,15 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 import engine
-import optim
 import utils
 from losses import SMMixLoss
-from meters import Meters
 from mixers.interface import StepRandom, draw_beta
 from models.build import build_model
 from models.interface import ImageModel
 from smmix import VARIANTS
 from tests.mixing import make_switch
+from training import optim, precision
+from training.meters import Meters
 
 CLASSES, SIDE, PATCH, BATCH, STEPS = 5, (24, 32), 8, 4, 10
 GRID = (SIDE[0] // PATCH, SIDE[1] // PATCH)
@@ -185,12 +185,12 @@ def slow_run(
 def test_ten_steps_equal_the_slow_reference(variant: str) -> None:
     separate = VARIANTS[variant].region_head == "separate"
     model, plain = tiny(separate), tiny(separate)
-    autocast = engine.make_autocast(CPU.device, "none")
+    autocast = precision.make_autocast(CPU.device, "none")
     mixer = make_switch(CLASSES, model.grid_size, smoothing=SMOOTHING, variant=variant)
     training = engine.Training(
         module=model, model=model, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
         optimizer=optim.make_optimizer(model, {"opt": "adamw", "lr": RATE, "weight_decay": DECAY, "eps": EPS}),
-        scaler=engine.make_scaler(CPU.device, "none"), autocast=autocast, processes=CPU,
+        scaler=precision.make_scaler(CPU.device, "none"), autocast=autocast, processes=CPU,
         ema=ModelEmaV3(model, decay=EMA_DECAY),
     )  # fmt: skip
     model.train()

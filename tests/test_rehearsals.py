@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from options import check_args, explicit_flags, get_args_parser
+from config.flags import check_args, explicit_flags, get_args_parser
 from scripts.tables import _finished
 from tests.image_folders import make_image_folder
 from tests.runs import run_main

@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints import load_checkpoint, load_strictly, pick_weights
-from engine import make_autocast, make_guide
+from engine import make_guide
 from losses import SMMixLoss
 from mixers.interface import MixedBatch, mix_labels, soft_labels
-from models.build import adapt_weights, build_model
+from models.build import build_model
 from models.interface import ImageModel, ModelOutput
+from models.weights import adapt_weights, load_strictly, pick_weights
 from smmix import VARIANTS, Drawn, SMMix, mix_logits, mix_probs, paste_regions, region_mask
+from storage.checkpoints import load_checkpoint
+from training.precision import make_autocast
 
 DATA = Path(__file__).parent / "data"
 NO_AMP = make_autocast(torch.device("cpu"), "none")

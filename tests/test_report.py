@@ -16,10 +16,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import report
-from reporting import charts, details, folders, matching, tables
-from reporting.content import described, signed
-from reporting.interface import Chart, Row, Run, Series, Sorted, spread_of
 from tests.recorded_runs import (
     CIFAR10,
     FULL,
@@ -34,6 +30,10 @@ from tests.recorded_runs import (
     write_run,
 )
 from tests.runs import ROOT, run_small
+from tools.report import __main__ as report_command
+from tools.report import charts, details, folders, matching, tables
+from tools.report.records import Chart, Row, Run, Series, Sorted, spread_of
+from tools.report.results import described, signed
 from utils import InputError, run_command
 
 
@@ -85,7 +85,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def html(root: Path) -> str:
-    return report.make_report(str(root), rows())[0]
+    return report_command.make_report(str(root), rows())[0]
 
 
 def sorted_runs(root: Path) -> Sorted:
@@ -119,7 +119,7 @@ def test_means_spreads_and_differences_are_those_worked_out_by_hand(html: str) -
 
 
 def test_the_markdown_has_the_same_tables(root: Path, html: str) -> None:
-    markdown = report.make_report(str(root), rows())[1].replace("\\", "")
+    markdown = report_command.make_report(str(root), rows())[1].replace("\\", "")
     for caption, lines in Reader(html).tables.items():
         if "Flags" in caption:
             continue
@@ -140,7 +140,7 @@ def test_a_spread_is_over_seeds_and_one_seed_has_none() -> None:
 def test_a_seed_run_twice_counts_once(tmp_path: Path) -> None:
     for name, seed, last in (("a", 0, 79.0), ("b", 0, 81.0), ("c", 1, 82.0)):
         write_run(tmp_path / name, row("all"), curve(last, 4), seed=seed)
-    page = report.make_report(str(tmp_path), rows())[0]
+    page = report_command.make_report(str(tmp_path), rows())[0]
     found = Reader(page).rows(FULL_TABLE)["all (SMMix)"]
     assert (found["ours"], found["seeds"]) == ("81.00 ± 1.41", "2")
     assert "deit_tiny_all: seed 0 was run 2 times; their mean counts as one seed." in page
@@ -148,7 +148,7 @@ def test_a_seed_run_twice_counts_once(tmp_path: Path) -> None:
 
 def test_the_last_epoch_counts_and_not_the_best(tmp_path: Path) -> None:
     write_run(tmp_path / "run", row("all"), [50.0, 90.0, 85.0, 80.0])
-    page = report.make_report(str(tmp_path), rows())[0]
+    page = report_command.make_report(str(tmp_path), rows())[0]
     assert Reader(page).rows(FULL_TABLE)["all (SMMix)"]["ours"] == "80.00"
     assert "90.00 % in epoch 2; chosen on the validation set, in no table" in page
 
@@ -190,7 +190,7 @@ def test_a_run_of_anything_else_is_no_run_of_the_row(name: str, tmp_path: Path) 
     assert other.nearest is not None
     assert (other.nearest.name, other.nearest.small) == ("all", False)
     assert len(other.differences) == len(expected)
-    page = Reader(report.make_report(str(tmp_path), rows())[0])
+    page = Reader(report_command.make_report(str(tmp_path), rows())[0])
     assert page.rows(f"{FULL_TABLE}: none of its 5 rows was run")["all (SMMix)"]["ours"] == "not run"
 
 
@@ -236,7 +236,7 @@ def test_what_only_the_log_tells_counts_too(tmp_path: Path) -> None:
 def test_what_is_not_finished_is_in_no_mean(accuracies: list[float | None], state: str, tmp_path: Path) -> None:
     write_run(tmp_path / "good", row("all"), curve(81, 4))
     write_run(tmp_path / "open", row("all"), accuracies, state=state, seed=1)
-    found = Reader(report.make_report(str(tmp_path), rows())[0]).rows(FULL_TABLE)["all (SMMix)"]
+    found = Reader(report_command.make_report(str(tmp_path), rows())[0]).rows(FULL_TABLE)["all (SMMix)"]
     assert (found["ours"], found["seeds"]) == ("81.00", "1")
     assert re.fullmatch(r"seed 0, seed 1, (unfinished: epoch \d of 4|finished, but .* missing)", found["runs"])
 
@@ -313,7 +313,7 @@ def test_a_network_that_rows_look_through_is_no_run_of_a_row(tmp_path: Path) -> 
     write_run(tmp_path / "pretrained", row("all", small=True), curve(70, 6))  # only what lies below
     found = sorted_runs(tmp_path)
     assert [[run.name for run in result.finished] for result in found.small] == [["small/table7/none"], ["pretrained"]]
-    page = Reader(report.make_report(str(tmp_path), rows())[0])
+    page = Reader(report_command.make_report(str(tmp_path), rows())[0])
     assert page.rows(SMALL_TABLE)["none (CutMix)"]["ours, CIFAR-10"] == "50.00"
     assert "was run 2 times" not in page.text
     other = page.rows("Runs that fit no row")["small/pretrained/cutmix_vit_mini"]
@@ -351,7 +351,7 @@ def test_one_recipe_may_be_that_of_several_rows(tmp_path: Path) -> None:
         [f"table8\tdefault\tU\tdeit_tiny\t81.1\t{FULL} --mixer smmix"], False, "Table 8", "table8.sh"
     )
     write_run(tmp_path / "run", row("all"), curve(80, 4))
-    page = report.make_report(str(tmp_path), [*rows(), *same])[0]
+    page = report_command.make_report(str(tmp_path), [*rows(), *same])[0]
     assert "Table 7 deit_tiny_all, Table 8 deit_tiny_default" in page
     assert Reader(page).rows("Table 8")["U"]["ours"] == Reader(page).rows(FULL_TABLE)["all (SMMix)"]["ours"] == "80.00"
 
@@ -407,7 +407,7 @@ def test_whatever_folders_say_is_shown_and_not_obeyed(tmp_path: Path) -> None:
     (tmp_path / "<table>").mkdir()
     (tmp_path / "<table>/log.txt").touch()
     nasty = Row(NASTY, NASTY, NASTY, NASTY, 1.0, (), False, NASTY, NASTY)
-    html, markdown = report.make_report(str(tmp_path), [*rows(), nasty])
+    html, markdown = report_command.make_report(str(tmp_path), [*rows(), nasty])
     page = Reader(html)
     assert page.tags <= TAGS
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
@@ -463,7 +463,7 @@ def test_a_damaged_folder_is_named_and_the_rest_stands(name: str, tmp_path: Path
     write_run(tmp_path / "good", row("all"), curve(81, 4))
     spoil, reason = DAMAGED[name]
     spoil(write_run(tmp_path / "bad", row("all"), curve(20, 4), seed=1))
-    page = Reader(report.make_report(str(tmp_path), rows())[0])
+    page = Reader(report_command.make_report(str(tmp_path), rows())[0])
     assert reason in page.rows("Folders left out")["bad"]["why"]
     assert page.rows(FULL_TABLE)["all (SMMix)"]["ours"] == "81.00"
 
@@ -493,7 +493,7 @@ TOLERATED: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_what_a_report_can_do_without_is_done_without(name: str, tmp_path: Path) -> None:
     spoil, told = TOLERATED[name]
     spoil(write_run(tmp_path / "run", row("all"), curve(81, 4)))
-    page = Reader(report.make_report(str(tmp_path), rows())[0])
+    page = Reader(report_command.make_report(str(tmp_path), rows())[0])
     assert told in page.text
     assert page.rows(FULL_TABLE)["all (SMMix)"]["ours"] == "81.00"
 
@@ -554,7 +554,7 @@ def test_without_runs_it_says_what_it_looked_for(tmp_path: Path, capsys: pytest.
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match=r"holds no run; looked .* for log.txt and args.json"):
         folders.find_runs(tmp_path)
-    assert run_command(lambda: report.main([str(tmp_path / "nosuch")])) == 2
+    assert run_command(lambda: report_command.main([str(tmp_path / "nosuch")])) == 2
     assert "nosuch: no such folder" in capsys.readouterr().err
     assert not list(tmp_path.glob("report*"))
 
@@ -572,12 +572,12 @@ def test_the_same_runs_give_the_same_bytes(root: Path, tmp_path: Path, monkeypat
                 if path.is_file():
                     shutil.copyfile(path, target)
         monkeypatch.chdir(tmp_path / folder)
-        report.main(["runs", "--output", "somewhere/new"])
+        report_command.main(["runs", "--output", "somewhere/new"])
         written.append(
             [(tmp_path / folder / "somewhere/new" / name).read_bytes() for name in ("report.html", "report.md")]
         )
     assert written[0] == written[1]
-    report.main(["runs", "--output", "somewhere/new"])
+    report_command.main(["runs", "--output", "somewhere/new"])
     assert (tmp_path / "two/somewhere/new/report.html").read_bytes() == written[0][0]
 
 
@@ -639,7 +639,7 @@ def test_a_row_that_is_not_for_this_main_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "run", row("all"), curve(80, 4))
     (wrong,) = tables.parse_rows(["table7\tx\tx\tdeit_tiny\t80.0\t--nosuch 3"], False, "Table 7", "table7.sh")
     with pytest.raises(InputError, match=r"not for this main\.py: --nosuch 3"):
-        report.make_report(str(tmp_path), [wrong])
+        report_command.make_report(str(tmp_path), [wrong])
 
 
 def test_a_real_run_is_read_as_it_was(tmp_path: Path) -> None:
@@ -656,7 +656,7 @@ def test_a_real_run_is_read_as_it_was(tmp_path: Path) -> None:
     assert set(run.start.head) == set(folders.HEAD.pattern.split("(", 1)[1].split(")")[0].split("|"))
     assert run.start.trained
     assert any("--model-ema-decay" in line for line in run.warnings)
-    page = Reader(report.make_report(str(tmp_path), [same])[0])
+    page = Reader(report_command.make_report(str(tmp_path), [same])[0])
     logged = json.loads((tmp_path / "<b>runs/one/log.txt").read_text().splitlines()[-1])
     other = page.rows("Runs that fit no row")["<b>runs/one"]
     assert other["top-1"] == f"{logged['test_acc1']:.2f}"

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-import report
 from tests.recorded_runs import curve, example, row, rows, write_run
+from tools.report import __main__ as report_command
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = example(tmp_path_factory.mktemp("runs"))
     write_run(root / "<script>alert(1)<", row("all"), curve(80, 4), mixup=0.3, told=["warning: <b>bold</b>"])
     file = root / "report.html"
-    file.write_text(report.make_report(str(root), rows())[0], encoding="utf-8")
+    file.write_text(report_command.make_report(str(root), rows())[0], encoding="utf-8")
     return file
 
 

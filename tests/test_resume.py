@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoints
-import resume
 import utils
+from run import state as run_state
+from storage import checkpoints
 from tests.image_folders import make_image_folder
 from tests.runs import (
     Killed,
@@ -303,11 +303,11 @@ def test_ranks_that_see_different_folders_are_refused(tmp_path: Path, monkeypatc
     path = tmp_path / "a.pth"
     path.touch()
     processes = utils.Processes(0, 1, torch.device("cpu"))
-    resume.check_agreement(str(path), processes)
-    resume.check_agreement("", processes)
+    run_state.check_agreement(str(path), processes)
+    run_state.check_agreement("", processes)
     monkeypatch.setattr(utils.Processes, "gather", lambda self, value: [value, not value, value, not value])
     with pytest.raises(InputError, match=r"a\.pth: ranks \[1, 3\] do not see this checkpoint; .* share"):
-        resume.check_agreement(str(path), processes)
+        run_state.check_agreement(str(path), processes)
 
 
 # ------------------------------------------------------------------------------------------------ of earlier versions

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 import engine
-import run_folder
-from run_folder import RunFolder
+from run import folder as run_folder
+from run.folder import RunFolder
 from tests.image_folders import make_image_folder, message_of
 from tests.launches import read_status
 from tests.runs import ROOT, changed, fingerprint, read_log, run_small, split, spoil_loss, watching_steps

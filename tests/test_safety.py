@@ -28,13 +28,13 @@ from huggingface_hub.utils import EntryNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 
-import downloads
 import hubconf
-import layout
 import utils
-from checkpoints import load_checkpoint, load_strictly, pick_weights, save_checkpoint
-from models import frozen
-from models.build import build_model, plain_weights, restore_model
+from config import second_networks
+from models.build import build_model
+from models.weights import load_strictly, pick_weights, plain_weights, restore_model
+from storage import checkpoint_schema, downloads
+from storage.checkpoints import load_checkpoint, save_checkpoint
 from tests import malicious
 from tests.image_folders import make_image_folder
 from tests.runs import SMALL, run_small, split
@@ -95,12 +95,12 @@ PLACES = {
     "main --attentive-teacher NAME=": f"{TRAIN} {MIX} --attentive-teacher test_resnet={{file}}",
     "main --motivator": f"{TRAIN} --motivator {{file}}",
     "main --motivator NAME=": f"{TRAIN} --motivator vit_nano_patch4_32={{file}}",
-    "evaluation.export --resume": "--resume {file} --output {folder}/model.safetensors",
-    "evaluation.export --resume with --ema": "--resume {file} --output {folder}/model.onnx --ema",
-    "evaluation.show_mixing --resume": "--data-set DIGITS --device cpu --output {folder}/mixed.png --resume {file}",
-    "evaluation.show_mixing --weights": f"{SHOW} --weights {{file}}",
-    "evaluation.show_mixing --attentive-teacher": f"{SHOW} --mixer attentivemix --attentive-teacher {{file}}",
-    "evaluation.show_mixing --attentive-teacher NAME=": f"{SHOW} --mixer all --attentive-teacher test_resnet={{file}}",
+    "tools.export --resume": "--resume {file} --output {folder}/model.safetensors",
+    "tools.export --resume with --ema": "--resume {file} --output {folder}/model.onnx --ema",
+    "tools.show_mixing --resume": "--data-set DIGITS --device cpu --output {folder}/mixed.png --resume {file}",
+    "tools.show_mixing --weights": f"{SHOW} --weights {{file}}",
+    "tools.show_mixing --attentive-teacher": f"{SHOW} --mixer attentivemix --attentive-teacher {{file}}",
+    "tools.show_mixing --attentive-teacher NAME=": f"{SHOW} --mixer all --attentive-teacher test_resnet={{file}}",
 }
 
 # Flags of free text from which no program reads a file of weights.
@@ -123,14 +123,14 @@ def test_every_flag_that_takes_a_file_is_given_malicious_ones() -> None:
 
 
 def test_a_new_flag_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from evaluation import export
+    from tools import export
 
     parser = export.get_args_parser()
     parser.add_argument("--statistics", type=Path)
     monkeypatch.setattr(export, "get_args_parser", lambda: parser)
-    assert text_flags("evaluation.export") - set(PLACES) == {
-        "evaluation.export --output",
-        "evaluation.export --statistics",
+    assert text_flags("tools.export") - set(PLACES) == {
+        "tools.export --output",
+        "tools.export --statistics",
     }
 
 
@@ -245,12 +245,12 @@ def checkpoint(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def test_every_part_of_a_checkpoint_has_a_layout(checkpoint: dict[str, Any]) -> None:
-    assert checkpoint.keys() == layout.PARTS.keys()
-    assert layout.wrong_parts(checkpoint) == []
+    assert checkpoint.keys() == checkpoint_schema.PARTS.keys()
+    assert checkpoint_schema.wrong_parts(checkpoint) == []
 
 
 @pytest.mark.parametrize("wrong", ["x", {"x": "y"}, [["x"]], torch.zeros(2, 2)], ids=["text", "dict", "list", "tensor"])
-@pytest.mark.parametrize("part", layout.PARTS)
+@pytest.mark.parametrize("part", checkpoint_schema.PARTS)
 def test_an_altered_part_is_named(part: str, wrong: Any, checkpoint: dict[str, Any], tmp_path: Path) -> None:
     if (part, type(wrong)) in [("args", dict), ("versions", dict)]:  # that might be one
         wrong = {"x": torch.zeros(2)}
@@ -360,7 +360,7 @@ def test_p6_every_file_of_a_run_is_plain_data(photos: Path, tmp_path: Path) -> N
     names = {path.name for path in pickles_in(tmp_path)}
     assert {"checkpoint.pth", "best_checkpoint.pth"} <= names
     words = split("--resume", tmp_path / "run" / "checkpoint.pth", "--output", tmp_path / "model.safetensors")
-    assert outcome("evaluation.export", words) == 0
+    assert outcome("tools.export", words) == 0
     assert (tmp_path / "model.safetensors").is_file()
     assert {path.name for path in pickles_in(tmp_path)} == names
     for path in pickles_in(tmp_path):
@@ -423,7 +423,7 @@ def sources() -> Iterator[Path]:
 
 def test_no_source_file_runs_what_it_reads() -> None:
     files = list(sources())
-    assert {"main.py", "safe_load.py", "hubconf.py"} <= {path.name for path in files}
+    assert {"main.py", "storage/safe_load.py", "hubconf.py"} <= {path.name for path in files}
     assert {str(path): unsafe_calls(path.read_text(encoding="utf-8")) for path in files} == {
         str(path): [] for path in files
     }
@@ -566,7 +566,7 @@ def test_pickles_of_the_hub_come_second(
 
 def show_by_name(tmp_path: Path) -> int:
     words = f"--model vit_nano_patch4_32 --data-set DIGITS --device cpu --mixer attentivemix --output {tmp_path}/m.png"
-    return outcome("evaluation.show_mixing", split(words, "--attentive-teacher test_resnet"))
+    return outcome("tools.show_mixing", split(words, "--attentive-teacher test_resnet"))
 
 
 @pytest.mark.parametrize("kind", malicious.KINDS)
@@ -589,7 +589,7 @@ def test_weights_come_from_the_hub_verified(
     save_file(network.state_dict(), tmp_path / "plain")
     file = hub_file(tmp_path, (tmp_path / "plain").read_bytes())
     asked = give(monkeypatch, file)
-    features = frozen.build_feature_map("test_resnet", (32, 32))
+    features = second_networks.build_feature_map("test_resnet", (32, 32))
     assert asked == [("timm/test_resnet.r160_in1k", "model.safetensors", None)]
     torch.testing.assert_close(dict(features.network.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
     content = bytearray(file.read_bytes())
@@ -614,11 +614,11 @@ def test_weights_that_have_a_url_alone_need_its_hash(
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, dst, **_: Path(dst).write_bytes(content))
     if hashed:
-        built: Any = frozen.build_feature_map("test_resnet", (32, 32)).network
+        built: Any = second_networks.build_feature_map("test_resnet", (32, 32)).network
         torch.testing.assert_close(dict(built.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
     else:
         with pytest.raises(InputError, match=r"name ends in their hash.*give a file: test_resnet=CHECKPOINT"):
-            frozen.build_feature_map("test_resnet", (32, 32))
+            second_networks.build_feature_map("test_resnet", (32, 32))
 
 
 # ------------------------------------------------------------------------------------------- one machine's processes

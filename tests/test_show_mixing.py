@@ -1,4 +1,4 @@
-"""`python -m evaluation.show_mixing` from flags to a picture, and its messages."""
+"""`python -m tools.show_mixing` from flags to a picture, and its messages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 from PIL import Image
 
 import datasets
-import transforms
-from checkpoints import save_checkpoint
-from evaluation import show_mixing
-from mixers.build import Settings
-from models.build import build_model, plain_weights
+from config.build_mixer import Settings
+from models.build import build_model
+from models.weights import plain_weights
+from pipeline import transforms
+from pipeline.spec import ImageSpec
 from smmix import VARIANTS
+from storage.checkpoints import save_checkpoint
 from tests.image_folders import make_image_folder
+from tools import show_mixing
 from utils import run_command
 
 NANO = ["--model", "vit_nano_patch4_32", "--device", "cpu"]
@@ -37,7 +39,7 @@ def write_checkpoint(path: Path, **changes: Any) -> Path:
     """A checkpoint as main.py writes it, as far as this tool reads it: 24 x 40 pixels, 2 classes."""
     config = {"name": "vit_nano_patch4_32", "num_classes": 2, "input_size": [24, 40]}
     model = build_model("vit_nano_patch4_32", 2, input_size=(24, 40))
-    spec = transforms.ImageSpec((24, 40), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_ratio=1.0)
+    spec = ImageSpec((24, 40), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_ratio=1.0)
     weights = plain_weights(model)
     ema = {name: value * 2 for name, value in weights.items()}
     data = {"class_names": ["ant", "bee"], "image_spec": spec.to_plain()}
@@ -135,9 +137,9 @@ def test_patch_size_sets_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_checkpoint_brings_model_and_image_size(
     tmp_path: Path, ema: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    specs: list[transforms.ImageSpec] = []
+    specs: list[ImageSpec] = []
 
-    def build(spec: transforms.ImageSpec) -> transforms.Transform:
+    def build(spec: ImageSpec) -> transforms.Transform:
         specs.append(spec)
         return transforms.build_eval_transform(spec)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import main
+from config.build_mixer import MIXERS
 from losses import SMMixLoss
-from mixers.build import MIXERS
 from mixers.interface import MixedBatch, StepRandom
 from mixers.mixup import Mixup
 from mixers.split import Split

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from config.build_mixer import MIXERS
+from config.flags import check_args, get_args_parser
+from config.mixing_flags import BY_MASK
 from losses import SMMixLoss
-from mixers.build import MIXERS
 from mixers.interface import MixedBatch, StepRandom
-from mixers.options import BY_MASK
 from models.interface import Glance, ModelOutput, resample_score, resize_score
-from options import check_args, get_args_parser
 from smmix import Drawn, Scheme, SMMix, mix_logits, mix_probs
 from tests.conftest import FakeGuide
 from tests.mixing import fake_teacher, make_switch

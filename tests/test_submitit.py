@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-import options
 import run_with_submitit
+from config import flags
 from run_with_submitit import Relay, Trainer, get_args_parser, read_args
 from utils import InputError, run_command
 
@@ -44,7 +44,7 @@ def test_what_is_submitted_is_shown_without_submitit(
     assert "comment" not in shown
     command = shown.splitlines()[-1].split()
     assert command[:2] == ["python", "main.py"]
-    args = options.get_args_parser().parse_args(command[2:])
+    args = flags.get_args_parser().parse_args(command[2:])
     assert (args.model, args.lr, args.num_workers) == ("deit_tiny_patch16_224", 1e-3, 10)
     assert (args.output_dir, args.auto_resume) == (f"{Path.cwd()}/jobs/%j", True)
 
@@ -63,7 +63,7 @@ def test_cores_gpus_and_other_options_follow_the_flags() -> None:
 def test_no_flag_of_ours_is_one_of_main() -> None:
     ours, theirs = (
         {flag for action in parser._actions for flag in action.option_strings}
-        for parser in (get_args_parser(), options.get_args_parser())
+        for parser in (get_args_parser(), flags.get_args_parser())
     )
     assert ours & theirs == {"-h", "--help"}
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from checkpoints import load_checkpoint
+from storage.checkpoints import load_checkpoint
 from tests.runs import ROOT, SMALL, finish, read_log, split
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="this system has no SIGUSR2")

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import optim
-import summary
-from options import get_args_parser
+from config.flags import get_args_parser
+from run import summary
 from tests.test_engine import make_training
+from training import optim
 
 
 @pytest.mark.parametrize(("opt", "device", "told"), [("lamb", "cuda", 1), ("lamb", "cpu", 0), ("adamw", "cuda", 0)])

@@ -14,10 +14,11 @@ import torch
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from torch import Tensor
 
-from engine import make_autocast, make_guide
+from engine import make_guide
 from models.interface import AttentionOf
 from models.swin import TABLE, Swin, resize_table, window_attention_map, window_of
 from tests.conftest import randomise
+from training.precision import make_autocast
 
 AUTOCASTS = {name: make_autocast(torch.device("cpu"), name) for name in ("none", "bf16")}
 

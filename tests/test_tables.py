@@ -20,12 +20,12 @@ import pytest
 import torch
 from torch.distributed.run import parse_args as parse_torchrun
 
-import optim
-from assembly import resolve_defaults
-from mixers.options import METHODS, OWN, of_method
-from options import explicit_flags, get_args_parser
+from config.build import resolve_defaults
+from config.flags import explicit_flags, get_args_parser
+from config.mixing_flags import METHODS, OWN, of_method
 from scripts.tables import _finished
 from tests.test_commands import RECIPE, ROOT, TABLE_1, check_command, commands_of_header, run_of
+from training import optim
 from utils import Processes
 
 FOLDER = ROOT / "scripts/tables"

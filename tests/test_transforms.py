@@ -16,10 +16,10 @@ from timm.data.auto_augment import AugmentOp, rand_augment_transform
 from timm.data.auto_augment import posterize as timm_posterize
 from torchvision import transforms as tv
 
-import transforms
-from cropping import RESIZERS, CropAndResize
+from pipeline import transforms
+from pipeline.spec import RESIZERS, Augment, ImageSpec
+from pipeline.transforms import CropAndResize, build_eval_transform, build_train_transform, denormalise, normalise
 from tests.image_folders import picture
-from transforms import Augment, ImageSpec, build_eval_transform, build_train_transform, denormalise, normalise
 from utils import InputError, keyed_globals
 
 DEIT = "rand-m9-mstd0.5-inc1"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import running
-from running import Waits
+from run import loop
+from run.loop import Waits
 from tests.image_folders import make_image_folder
 from tests.runs import read_log, run_small, scalars_in, split
 
@@ -50,7 +50,7 @@ def test_only_a_large_share_of_a_long_time_is_worth_a_word() -> None:
 
 def test_a_run_logs_its_waits_and_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_image_folder(tmp_path / "images", per_class=16)
-    monkeypatch.setattr(running, "LONG_WAIT", (0.0, 0.0))
+    monkeypatch.setattr(loop, "LONG_WAIT", (0.0, 0.0))
     with monkeypatch.context() as patched:
         patched.setattr("tests.runs.CLOCKS", ())
         words = split("--epochs 2 --log-every 2 --data-path", root, "--output-dir", tmp_path / "run")

@@ -18,13 +18,13 @@ import torch
 
 import engine
 import utils
-import watch
-from resume import candidates
+from run import agreement
+from run.agreement import Agreement, Stopped, Watch, Watched
+from run.state import candidates
 from tests.image_folders import make_image_folder
 from tests.launches import Launch, Ranks, read_status, run_ranks, wait_until
 from tests.runs import SMALL, changed, fingerprint, split, watching_steps
 from utils import Processes
-from watch import Agreement, Stopped, Watch, Watched
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 GONE_WITHIN = 10.0  # seconds from a signal until no process is left, as promised
@@ -32,7 +32,7 @@ GONE_WITHIN = 10.0  # seconds from a signal until no process is left, as promise
 # ---------------------------------------------------------------------------------------------------- one process
 
 
-@pytest.mark.parametrize("number", watch.SIGNALS)
+@pytest.mark.parametrize("number", agreement.SIGNALS)
 def test_a_signal_asks_for_a_stop_and_its_handler_goes_with_the_watch(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with Watch(ALONE) as watching:
@@ -51,7 +51,7 @@ def test_p8_a_second_signal_later_acts_at_once(monkeypatch: pytest.MonkeyPatch) 
             for _ in range(3):  # a launcher and a batch system may each send it
                 signal.raise_signal(signal.SIGTERM)
             assert ended == []
-            monkeypatch.setattr(watch, "IMPATIENT_AFTER", -1.0)
+            monkeypatch.setattr(agreement, "IMPATIENT_AFTER", -1.0)
             signal.raise_signal(signal.SIGTERM)
             assert ended == [signal.SIGTERM]
             assert watching.stop_is_asked_for()
@@ -62,9 +62,9 @@ def test_p8_a_second_signal_later_acts_at_once(monkeypatch: pytest.MonkeyPatch) 
 def test_a_launcher_that_is_gone_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Watch(ALONE).stop_is_asked_for()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setattr(watch, "LAUNCHER", os.getppid())
+    monkeypatch.setattr(agreement, "LAUNCHER", os.getppid())
     assert not Watch(ALONE).stop_is_asked_for()
-    monkeypatch.setattr(watch, "LAUNCHER", os.getppid() + 1)
+    monkeypatch.setattr(agreement, "LAUNCHER", os.getppid() + 1)
     watching = Watch(ALONE)
     assert watching.agree() == Agreement(stop=True)
     assert watching.reason == "the launcher is gone"
@@ -189,7 +189,7 @@ def stuck_after(step: int, rank: int) -> Iterator[None]:
 def test_p8_asked_twice_a_stuck_run_ends_at_once(words: list[str], tmp_path: Path) -> None:
     ranks = Ranks(2, tmp_path, SMALL, *words, tmp_path / "run", meddle=partial(stuck_after, 3))
     assert wait_until(lambda: read_status(tmp_path / "run").get("step") == 3, 60)
-    for pause in (watch.IMPATIENT_AFTER + 0.5, 0):
+    for pause in (agreement.IMPATIENT_AFTER + 0.5, 0):
         for rank in range(2):
             ranks.kill(rank, signal.SIGTERM)
         time.sleep(pause)

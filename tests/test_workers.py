@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from loaders import closing
+from pipeline.loaders import closing
+from pipeline.workers import SIGNALS, Loader, StuckLoader, _held_back
 from tests.image_folders import message_of
 from tests.loader_process import NAMES
 from tests.runs import ROOT
 from utils import run_command
-from workers import SIGNALS, Loader, StuckLoader, _held_back
 
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 

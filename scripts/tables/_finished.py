@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from reporting.folders import DamagedError, read_run
-from reporting.matching import differences_now
+from tools.report.folders import DamagedError, read_run
+from tools.report.matching import differences_now
 from utils import InputError, run_command
 
 

@@ -74,7 +74,7 @@ read_uses() {
   ((!pretraining)) || mixer=''
 }
 
-# has_no_use FLAG: whether a row has none for a flag of main.py, as mixers/options.py says of its mixer.
+# has_no_use FLAG: whether a row has none for a flag of main.py, as config/mixing_flags.py says of its mixer.
 has_no_use() {
   local users='' pasting='smmix cutmix resizemix fmix attentivemix saliencymix transmix'
   case $1 in

@@ -1,1 +1,0 @@
-"""Timings, side by side in one process. `python -m benchmarks.run` runs them all."""

@@ -1,0 +1,144 @@
+"""How an evaluation image becomes a tensor (`ImageSpec`), and what training does to an image (`Augment`). Values only."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from pipeline import randaugment as rand
+from utils import InputError
+
+RESIZERS = ("pillow", "torch")
+TORCH_INTERPOLATIONS = ("random", "bilinear", "bicubic")  # interpolations that torch has with antialiasing
+SMALL_SIDE = 32  # up to here a random zoom would leave too few pixels, so images are padded and cropped
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+ERASE_MODES = ("const", "rand", "pixel")
+AUGMENTERS = ("cpu", "device")
+_NUMBER = r"\d+(?:\.\d+)?"
+_AUGMENT_NAMES = (  # timm ignores or asserts on what it does not know, so the names are checked here
+    rf"rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]|t(weights|3aw?)))*"
+    rf"|augmix(-(m\d+|w\d+|d\d+|a{_NUMBER}|b[01]|mstd{_NUMBER}))*"
+    rf"|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
+)
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How an evaluation image becomes a tensor; a checkpoint carries it so that a model meets what it was trained for.
+
+    Attributes:
+        input_size: (H, W) in pixels.
+        mean, std: per channel, of pixels in 0..1.
+        interpolation: one of `INTERPOLATIONS`.
+        crop_ratio: share of the resized image's side that the centre crop keeps, in (0, 1].
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    input_size: tuple[int, int]
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    interpolation: str = "bicubic"
+    crop_ratio: float = 0.875
+
+    def __post_init__(self) -> None:
+        if min(self.input_size) < 1:
+            raise InputError(f"--input-size {self.input_size}: an image needs at least one pixel a side")
+        if self.interpolation not in INTERPOLATIONS:
+            raise InputError(f"interpolation {self.interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
+        if not 0 < self.crop_ratio <= 1:
+            raise InputError(f"--eval-crop-ratio {self.crop_ratio}: must be above 0 and at most 1")
+
+    @property
+    def is_small(self) -> bool:
+        return min(self.input_size) <= SMALL_SIDE
+
+    def to_plain(self) -> dict[str, Any]:
+        """Lists, numbers and strings only, for a checkpoint or JSON."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> ImageSpec:
+        """The inverse of `to_plain`."""
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
+        if "input_size" not in values:
+            raise InputError("the checkpoint's image_spec has no input_size: it is damaged, use another checkpoint")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What training does to an image, in DeiT's words.
+
+    Attributes:
+        aa: timm's name of an automatic augmentation; None, '' or 'none' is none.
+        color_jitter: strength of brightness, contrast and saturation jitter; timm applies it only without `aa`
+            (and with `3a`).
+        reprob: probability that a rectangle is erased; `remode` fills it, `recount` is the largest number of them.
+        interpolation: one of `INTERPOLATIONS`, or 'random' for bilinear or bicubic per image.
+        hflip: probability of mirroring left and right.
+        resize: what resizes the random crop, one of `pipeline.spec.RESIZERS`.
+        randaugment: where flip and `aa` are done: `cpu`, per image, or `device`, in the batch (RandAugment only).
+
+    Raises:
+        InputError: a value is unknown or out of its range, or not offered together with another.
+    """
+
+    aa: str | None = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.3
+    reprob: float = 0.25
+    remode: str = "pixel"
+    recount: int = 1
+    interpolation: str = "bicubic"
+    hflip: float = 0.5
+    resize: str = "pillow"
+    randaugment: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.auto and not re.fullmatch(_AUGMENT_NAMES, self.auto):
+            raise InputError(
+                f"--aa {self.aa}: unknown; use none, rand-m9-mstd0.5-inc1 (or other numbers), augmix-m3-w3, "
+                "original, originalr, v0, v0r or 3a"
+            )
+        if self.interpolation not in (*INTERPOLATIONS, "random"):
+            raise InputError(f"--train-interpolation {self.interpolation}: use random, {', '.join(INTERPOLATIONS)}")
+        if self.resize not in RESIZERS:
+            raise InputError(f"--resize {self.resize}: use {' or '.join(RESIZERS)}")
+        if self.resize == "torch" and self.interpolation not in TORCH_INTERPOLATIONS:
+            raise InputError(
+                f"--resize torch: has no --train-interpolation {self.interpolation}; use --resize pillow, or one of "
+                f"{', '.join(TORCH_INTERPOLATIONS)}"
+            )
+        if self.remode not in ERASE_MODES:
+            raise InputError(f"--remode {self.remode}: use {', '.join(ERASE_MODES)}")
+        if self.recount < 1:
+            raise InputError(f"--recount {self.recount}: must be at least 1; --reprob 0 switches erasing off")
+        for flag, value in (("--reprob", self.reprob), ("horizontal flip", self.hflip)):
+            if not 0 <= value <= 1:
+                raise InputError(f"{flag} {value}: a probability lies between 0 and 1")
+        if self.randaugment not in AUGMENTERS:
+            raise InputError(f"--randaugment {self.randaugment}: use {' or '.join(AUGMENTERS)}")
+        if self.randaugment == "device":
+            self._check_device()
+
+    def _check_device(self) -> None:
+        without = [name for name in rand.NOT_ENCODED if name in (self.auto or "")]
+        if not (self.auto or "").startswith("rand") or without:
+            raise InputError(
+                f"--randaugment device: does timm's rand-... policies without {' or '.join(rand.NOT_ENCODED)}, "
+                f"not --aa {self.aa}; use --randaugment cpu, or another --aa"
+            )
+        if self.interpolation not in rand.INTERPOLATIONS:
+            raise InputError(
+                f"--randaugment device: has no --train-interpolation {self.interpolation}; use --randaugment cpu, or "
+                f"one of {', '.join(rand.INTERPOLATIONS)}"
+            )
+
+    @property
+    def auto(self) -> str | None:
+        """`aa`, or None for any spelling of none."""
+        return None if self.aa in (None, "", "none") else self.aa

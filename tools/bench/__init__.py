@@ -1,0 +1,1 @@
+"""Timings, side by side in one process. `python -m tools.bench.run` runs them all."""

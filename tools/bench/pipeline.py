@@ -1,0 +1,182 @@
+"""The input pipeline on one core: from JPEG files to a training batch, beside DeiT's plain one.
+
+The reference is what DeiT's loader worker does with timm's transform: Pillow's decoder, RandomResizedCrop, flip,
+RandAugment, float, normalised, erased, stacked. Ours are `pipeline.samples.TrainSamples` as a worker runs them; what they leave
+to the device is a case of its own, on this core, or on another device in `finish_cases`. A measurement is one batch of
+`BATCH` images, with the same files and draws in all cases of one view.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from timm.data import create_transform
+from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
+
+import utils
+from pipeline import images as pipeline_images
+from pipeline import randaugment_pixels
+from pipeline.erasing import Erasing, erase
+from pipeline.images import Decode, Images, decode_pillow, decode_simplejpeg, read_files
+from pipeline.samples import Batch, TrainSamples
+from pipeline.spec import AUGMENTERS, Augment, ImageSpec
+from pipeline.transforms import build_train_transform, fill_color, guard_posterize, normalise
+from samplers import Place
+from tests.image_folders import make_image_folder
+from tools.bench.timing import Case
+from utils import InputError, keyed_globals
+
+FILES, MADE_UP_SIZE = 150, (500, 375)  # so many of a folder; pictures where there is none
+BATCH, REPEATS = 48, 3
+
+
+class Inputs(NamedTuple):
+    """Files, and what they are made into."""
+
+    files: list[str]
+    spec: ImageSpec
+    augment: Augment = Augment()
+
+    def samples(self, decode: Decode = decode_pillow, resize: str = "pillow", randaugment: str = "cpu") -> TrainSamples:
+        read = partial(read_files, [(path, 0) for path in self.files], decode=decode)
+        transform = build_train_transform(self.spec, replace(self.augment, resize=resize, randaugment=randaugment))
+        erasing = Erasing(self.augment.reprob, self.augment.recount)
+        return TrainSamples(Images(len(self.files), read, ["any"]), transform, 0, erase=erasing)
+
+    def places(self, views: int) -> Iterator[list[Place]]:
+        """Batches without end: each of `BATCH` entries, with `views` of an image in a row."""
+        numbers = itertools.count()
+        while True:
+            entries = itertools.islice(numbers, BATCH)
+            yield [(0, position // views % len(self.files), position) for position in entries]
+
+
+def find_files(data_path: str) -> list[str]:
+    """At most `FILES` images anywhere under a folder; without one, pictures made up for the occasion.
+
+    Raises:
+        InputError: no image is there.
+    """
+    if not data_path:
+        made = tempfile.TemporaryDirectory()
+        atexit.register(made.cleanup)
+        folder = Path(made.name) / "images"
+        data_path = str(make_image_folder(folder, per_class=12, splits=("train",), size=MADE_UP_SIZE))
+    names = (path for path in sorted(Path(data_path).rglob("*")) if path.suffix.lower() in IMG_EXTENSIONS)
+    files = [str(path) for path in itertools.islice(names, FILES)]
+    if not files:
+        raise InputError(f"--data-path {data_path}: no image in it")
+    return files
+
+
+def plain_transform(inputs: Inputs) -> Any:
+    """timm's own transform, as DeiT uses it, with the guard that it needs (see `pipeline.transforms.posterize`)."""
+    augment = inputs.augment
+    transform = create_transform(
+        inputs.spec.input_size, is_training=True, color_jitter=augment.color_jitter, auto_augment=augment.auto,
+        interpolation=augment.interpolation, re_prob=augment.reprob, re_mode=augment.remode, re_count=augment.recount,
+    )  # fmt: skip
+    for step in transform.transforms:
+        guard_posterize(step)
+    return transform
+
+
+def plain_batches(
+    inputs: Inputs, transform: Any = None, decode: Callable[[str], Any] = pil_loader
+) -> Callable[[], Any]:
+    """DeiT's own way, which decodes through torchvision."""
+    transform = transform or plain_transform(inputs)
+    places = inputs.places(views=1)
+
+    def load() -> torch.Tensor:
+        made = []
+        for place in next(places):
+            image = decode(inputs.files[place[1]])
+            with keyed_globals("sample", 0, *place):
+                made.append(transform(image))
+        return torch.stack(made)  # (B, 3, H, W) float32
+
+    return load
+
+
+def our_batches(inputs: Inputs, samples: TrainSamples, views: int = 1) -> Callable[[], Batch]:
+    """A worker's part: pixels, boxes and operations."""
+    places = inputs.places(views)
+    return lambda: samples.__getitems__(next(places))
+
+
+def finished(inputs: Inputs, batch: Batch, device: torch.device | None = None) -> Callable[[], torch.Tensor]:
+    """The device's part: move there, if that is elsewhere, do what was drawn, normalise and erase."""
+    device = device or torch.device("cpu")
+    host = Batch(*(part.pin_memory() for part in batch)) if device.type == "cuda" else batch
+
+    def finish() -> torch.Tensor:
+        images, boxes = (part.to(device, non_blocking=True) for part in (host.images, host.boxes))
+        images = images.contiguous()
+        if host.operations.shape[1]:
+            images = randaugment_pixels.apply(images, host.operations, fill_color(inputs.spec))
+        return erase(normalise(images, inputs.spec), boxes, inputs.augment.remode)
+
+    return finish
+
+
+def finish_cases(data_path: str, size: int, batch_size: int, device: torch.device) -> list[Case]:
+    """The device's part of a batch, without RandAugment and with it; arguments as in `cases`."""
+    inputs = Inputs(find_files(data_path), ImageSpec((size, size)))
+    places = [(0, position % len(inputs.files), position) for position in range(batch_size)]
+    offered = AUGMENTERS[: 1 if device.type == "mps" else 2]  # there is no float64
+    batches = {name: inputs.samples(randaugment=name).__getitems__(places) for name in offered}
+    return [Case(f"finish, --randaugment {name}", finished(inputs, batch, device)) for name, batch in batches.items()]
+
+
+def in_a_worker(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` as in a loader worker, where nobody else's random state has to be put back after each sample."""
+
+    def pretending() -> Any:
+        with patch.object(utils, "get_worker_info", lambda: "a worker"):
+            return run()
+
+    return pretending
+
+
+def cases(data_path: str, size: int) -> list[Case]:
+    """Reference first; the cases with simplejpeg are left out where it is not installed.
+
+    Args:
+        data_path: a folder with images anywhere in it, or empty.
+        size: side of the training images, in pixels.
+    """
+    inputs = Inputs(find_files(data_path), ImageSpec((size, size)))
+    once = inputs.samples()
+    made: list[tuple[str, Callable[[], Any]]] = [
+        ("DeiT's: float images of a worker", plain_batches(inputs)),
+        ("DeiT's again", plain_batches(inputs)),
+        ("pixels, --decoder pillow", our_batches(inputs, once)),
+        ("pixels, pillow, --resize torch", our_batches(inputs, inputs.samples(resize="torch"))),
+        ("pixels, pillow, 3 views", our_batches(inputs, once, REPEATS)),
+    ]
+    if pipeline_images.simplejpeg is not None:
+        fast = inputs.samples(decode_simplejpeg)
+        both = inputs.samples(decode_simplejpeg, "torch")
+        least = inputs.samples(decode_simplejpeg, "torch", "device")
+        made += [
+            ("pixels, simplejpeg (the default)", our_batches(inputs, fast)),
+            ("pixels, simplejpeg, --resize torch", our_batches(inputs, both)),
+            ("pixels, simplejpeg, 3 views (the default with repeats)", our_batches(inputs, fast, REPEATS)),
+            ("pixels, simplejpeg, --resize torch, 3 views", our_batches(inputs, both, REPEATS)),
+            ("pixels, simplejpeg, --resize torch, --randaugment device", our_batches(inputs, least)),
+            ("pixels, simplejpeg, --resize torch, --randaugment device, 3 views", our_batches(inputs, least, REPEATS)),
+        ]
+    undone = our_batches(inputs, inputs.samples(randaugment="device"))()
+    made.append(("the device's part, on this core", finished(inputs, our_batches(inputs, once)())))
+    made.append(("the device's part with --randaugment device, on this core", finished(inputs, undone)))
+    return [Case(name, in_a_worker(run), images=BATCH) for name, run in made]

@@ -1,0 +1,111 @@
+"""Where the time of one SMMix step goes: as parts of the step, and as operations by torch.profiler.
+
+    python -m tools.bench.profile_step --model deit_tiny_patch16_224 --batch-size 32
+
+The parts are torch.profiler's on a CPU. On CUDA they are timed by events, in steps of their own without the profiler;
+see `tools.bench.recorders` for why. That path has not been run on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import utils
+from config.flags import Parser
+from tools.bench.recorders import ByProfiler, Recorder, by_cuda_events
+from tools.bench.steps import Bench
+from tools.bench.timing import describe_machine
+from utils import run_command
+
+PARTS = ("motivating pass", "mixing without the pass", "forward", "losses", "backward", "update")
+
+
+def get_args_parser() -> Parser:
+    parser = Parser("python -m tools.bench.profile_step", description="Profiles a training step with SMMix.")
+    parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm's name")
+    parser.add_argument("--batch-size", default=32, type=int)
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    parser.add_argument("--amp", default="none", choices=["fp16", "bf16", "none"])
+    parser.add_argument("--steps", default=3, type=int)
+    parser.add_argument("--threads", default=1, type=int)
+    parser.add_argument("--rows", default=15, type=int, help="operations to list")
+    return parser
+
+
+def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    return get_args_parser().parse_args(argv)
+
+
+def named(recorder: Recorder, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under a name that the recorder knows."""
+
+    def shown(*given: Any, **more: Any) -> Any:
+        with recorder.during(name):
+            return function(*given, **more)
+
+    return shown
+
+
+@contextmanager
+def name_parts(bench: Bench, recorder: Recorder) -> Iterator[None]:
+    """Lets the recorder see the parts of a step, as long as the context lasts."""
+    training = bench.training
+    model, scaler = training.model, training.scaler
+    name = partial(named, recorder)
+    learn, look = name("forward", model.forward), name("forward of the pass", model.forward)
+    with ExitStack() as changed:
+        for owner, attribute, part in (
+            (bench, "guide", name("motivating pass", bench.guide)),
+            (training, "criterion", name("losses", training.criterion)),
+            (model, "forward", lambda *given, **more: (learn if model.training else look)(*given, **more)),
+            (torch.Tensor, "backward", name("backward", torch.Tensor.backward)),
+            (scaler, "unscale_", name("update", scaler.unscale_)),
+            (scaler, "step", name("update", scaler.step)),
+        ):
+            changed.enter_context(patch.object(owner, attribute, part))
+        yield
+
+
+def time_parts(bench: Bench, steps: int, recorder: Recorder) -> dict[str, float]:
+    """Milliseconds per step of each of `PARTS` and of the whole `step`, over steps with SMMix."""
+    mix: Any = named(recorder, "mixing", bench.mixer("smmix").__call__)
+    with name_parts(bench, recorder), recorder:
+        for _ in range(steps):
+            with recorder.during("step"):
+                bench.take_step(mix)
+    total = recorder.total()
+    total["mixing without the pass"] = total["mixing"] - total["motivating pass"]
+    return {name: total[name] / steps for name in (*PARTS, "step")}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = read_args(argv)
+    device = torch.device(utils.pick_device(args.device))
+    torch.set_num_threads(args.threads)
+    bench = Bench(args.model, device, args.batch_size, args.amp)
+    bench.take_step(bench.mixer("smmix"))
+    profiler = ByProfiler(device)
+    times = time_parts(bench, args.steps, profiler)
+    if device.type == "cuda":
+        times = time_parts(bench, args.steps, by_cuda_events(device))
+    print(describe_machine(device, args.threads))
+    print("\n".join(part_lines(times)))
+    by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profiler.found.key_averages().table(sort_by=by, row_limit=args.rows, max_name_column_width=40))
+
+
+def part_lines(times: Mapping[str, float]) -> list[str]:
+    """A table: milliseconds, and share of the step, of each part."""
+    lines = ["| part | ms | share of the step |", "| --- | --- | --- |"]
+    return lines + [f"| {name} | {times[name]:.1f} | {100 * times[name] / times['step']:.1f} % |" for name in PARTS]
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,82 @@
+"""What a run of the benchmarks has found so far: data first, and Markdown made of nothing else.
+
+Measures nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from storage.files import write_atomically, write_json
+from tools.bench import stages, steps
+from tools.bench.stages import Stages
+from tools.bench.timing import Timing, to_markdown
+
+Found = list[Timing] | Stages  # of one part
+
+
+class Results:
+    """The parts that are done, in the order in which they were added.
+
+    Attributes:
+        machine: hardware and versions, see `timing.describe_machine`.
+        flags: those of the run, by name.
+        timings: of each part that compares cases.
+        half_mixup: where steps were timed, what each method costs in half of the steps; see `steps.switched`.
+        stages: where they were timed, CPU seconds per image by pipeline and stage.
+    """
+
+    def __init__(self, machine: dict[str, Any], flags: dict[str, Any]) -> None:
+        self.machine, self.flags = machine, flags
+        self.timings: dict[str, list[Timing]] = {}
+        self.half_mixup: dict[str, float] | None = None
+        self.stages: Stages | None = None
+
+    def add(self, part: str, found: Found) -> None:
+        if isinstance(found, dict):
+            self.stages = found
+            return
+        self.timings[part] = found
+        if part == "step":
+            self.half_mixup = steps.switched(found)
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON: times in seconds. What was not measured is left out."""
+        plain = {part: [timing.to_plain() for timing in timings] for part, timings in self.timings.items()}
+        more = {"half_mixup": self.half_mixup, "stages": self.stages}
+        known = {name: value for name, value in more.items() if value is not None}
+        return {"machine": self.machine, "flags": self.flags, "results": plain, **known}
+
+    def head(self) -> str:
+        """One line: machine, clock, model and versions."""
+        flags, machine = self.flags, self.machine
+        timed = "CUDA events" if machine["type"] == "cuda" else "CPU time" if flags["threads"] == 1 else "wall clock"
+        words = [
+            f"{machine['device']}, {flags['threads']} threads ({timed})", flags["model"],
+            f"batch {flags['batch_size']}", flags["amp"], *(["compiled"] if flags["compile"] else []),
+            f"{flags['rounds']} rounds", f"torch {machine['torch']}", f"timm {machine['timm']}",
+        ]  # fmt: skip
+        return ", ".join(words)
+
+    def section(self, part: str) -> str:
+        """One part as Markdown, after an empty line."""
+        if part == "stages":
+            assert self.stages is not None
+            return f"\n## stages of the input, CPU time per image\n\n{stages.to_markdown(self.stages)}"
+        text = f"\n## {part}\n\n{to_markdown(self.timings[part])}"
+        if part != "step" or self.half_mixup is None:
+            return text
+        shares = ", ".join(f"{name} {ratio:.2f}" for name, ratio in self.half_mixup.items())
+        return f"{text}\n\nHalf of the steps by Mixup, over CutMix with Mixup: {shares}"
+
+    def save(self, folder: Path) -> None:
+        """Replaces bench.json and bench.md in a folder that is there.
+
+        Raises:
+            InputError: they cannot be written.
+        """
+        parts = [*self.timings, *(["stages"] if self.stages is not None else [])]
+        text = "\n".join([self.head(), *map(self.section, parts)]) + "\n"
+        write_json(folder / "bench.json", self.to_plain())
+        write_atomically(folder / "bench.md", lambda stream: stream.write(text.encode()))

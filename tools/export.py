@@ -1,0 +1,196 @@
+"""Writes the plain network of a checkpoint for other programs: safetensors for timm, or ONNX.
+
+    python -m tools.export --resume output/checkpoint.pth --output model.safetensors
+    python -m tools.export --resume output/checkpoint.pth --output model.onnx --ema
+
+The suffix of --output says which. safetensors holds the network's own keys, which are timm's; ONNX maps `images` of any
+count and one size, normalised as in training, to `logits`, and is compared with the network where onnxruntime is
+installed. Both carry the model's name, the classes, how images are shown and the commit. What only training needs (the
+regions' own classifier) stays behind, listed by name. Neither trains nor evaluates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from config.flags import Parser
+from models.build import ALIASES
+from models.weights import plain_weights, restore_model
+from pipeline.spec import ImageSpec
+from storage.checkpoints import load_checkpoint
+from storage.files import write_atomically
+from utils import InputError, keyed_generator, run_command
+
+PACKAGES = {".safetensors": ("safetensors",), ".onnx": ("onnx", "onnxscript")}
+TOLERANCE = 1e-3  # of the largest logit: what another runtime's rounding may cost
+
+
+class Plain(NamedTuple):
+    """What is exported."""
+
+    network: nn.Module  # in evaluation mode
+    input_size: tuple[int, int]  # height and width in pixels
+    metadata: dict[str, str]
+    dropped: list[str]  # keys of the checkpoint's model that the network does not have
+    call: str  # how timm builds the same network
+
+
+def get_args_parser() -> Parser:
+    parser = Parser("python -m tools.export", description="Writes a trained network as safetensors or ONNX.")
+    parser.add_argument("--resume", required=True, metavar="CHECKPOINT", help="checkpoint of main.py")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
+    parser.add_argument("--output", required=True, help="file to write: .safetensors or .onnx")
+    return parser
+
+
+def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked before anything is read.
+
+    Raises:
+        InputError: unknown suffix, a package that it needs is missing, or no folder to write to.
+    """
+    args = get_args_parser().parse_args(argv)
+    args.output = Path(args.output)
+    suffix, folder = args.output.suffix.lower(), args.output.parent
+    if suffix not in PACKAGES:
+        raise InputError(f"--output {args.output}: name a {' or '.join(PACKAGES)} file")
+    if missing := [name for name in PACKAGES[suffix] if not is_installed(name)]:
+        raise InputError(f"--output {args.output}: {suffix} needs more packages: pip install {' '.join(missing)}")
+    if not os.path.isdir(folder) or os.path.isdir(args.output):
+        raise InputError(f"--output {args.output}: there is no folder {folder}, or this is a folder itself")
+    return args
+
+
+def is_installed(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def read_plain(path: str, ema: bool) -> Plain:
+    """The plain network of one of main.py's checkpoints.
+
+    Raises:
+        InputError: unreadable, not written by main.py, or no averaged weights in it.
+    """
+    checkpoint = load_checkpoint(path)
+    try:
+        model = restore_model(checkpoint, ema)
+    except InputError as error:
+        raise InputError(f"--resume {path}: {error.text}") from error
+    config, data = checkpoint["model_config"], checkpoint.get("data")
+    try:
+        spec, class_names = ImageSpec.from_plain(data["image_spec"]), list(data["class_names"])  # type: ignore[index]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"--resume {path}: holds no image_spec and class_names under data; it is damaged") from error
+    name = ALIASES.get(config["name"], config["name"])
+    metadata = {
+        "format": "pt",  # what other readers of safetensors expect: whose tensors these are
+        "model": name,
+        "num_classes": str(model.num_classes),
+        "class_names": json.dumps(class_names, ensure_ascii=False),
+        "image_spec": json.dumps(spec.to_plain()),
+        "weights": "averaged" if ema else "trained",
+        "commit": str((checkpoint.get("versions") or {}).get("commit", "unknown")),
+    }
+    network = model.network.eval()
+    dropped = sorted(plain_weights(model).keys() - network.state_dict().keys())
+    return Plain(network, model.input_size, metadata, dropped, timm_call(name, network, model.input_size, config))
+
+
+def timm_call(name: str, network: nn.Module, input_size: tuple[int, int], config: dict[str, Any]) -> str:
+    """The call that builds the network, but for the file's name. Regularisation is left out."""
+    settings = {"num_classes": config["num_classes"]}
+    if "img_size" in inspect.signature(type(network)).parameters:  # convolutions take any
+        settings["img_size"] = input_size
+    ours = {"name", "num_classes", "input_size", "drop", "drop_path", "separate_region_head"}
+    settings |= {key: value for key, value in config.items() if key not in ours and value is not None}
+    words = "".join(f", {key}={value!r}" for key, value in settings.items())
+    return f"timm.create_model({name!r}{words}, checkpoint_path=...)"
+
+
+def to_safetensors(plain: Plain) -> bytes:
+    from safetensors.torch import save
+
+    # A copy of each: safetensors refuses tensors that share memory or are laid out in another order.
+    weights = {key: value.detach().clone().contiguous() for key, value in plain.network.state_dict().items()}
+    return save(weights, metadata=plain.metadata)
+
+
+def to_onnx(plain: Plain) -> bytes:
+    """The network as one ONNX file, for any number of images at a time."""
+    images = example_images(plain, 2)
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):  # the exporter thinks aloud
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            plain.network, (images,), dynamo=True, input_names=["images"], output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        )  # fmt: skip
+    assert program is not None
+    proto: Any = program.model_proto
+    for key, value in plain.metadata.items():
+        if key != "format":
+            proto.metadata_props.add(key=key, value=value)
+    return proto.SerializeToString()
+
+
+def check_onnx(plain: Plain, content: bytes) -> float:
+    """The largest difference from the network's own logits, over one image and over several.
+
+    Raises:
+        RuntimeError: it is above what rounding explains.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for count in (1, 3):
+        images = example_images(plain, count)
+        with torch.no_grad():
+            expected = plain.network(images)
+        logits = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+        difference = float((logits - expected).abs().max())
+        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):  # not a number is refused too
+            raise RuntimeError(f"onnxruntime's logits differ from the network's by {difference:.3g}; nothing written")
+        worst = max(worst, difference)
+    return worst
+
+
+def example_images(plain: Plain, count: int) -> Tensor:
+    return torch.randn(count, 3, *plain.input_size, generator=keyed_generator("export", count))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = read_args(argv)
+    plain = read_plain(args.resume, args.ema)
+    if args.output.suffix.lower() == ".onnx":
+        content = to_onnx(plain)
+        if is_installed("onnxruntime"):
+            print(f"onnxruntime agrees: logits differ by at most {check_onnx(plain, content):.2g}")
+        else:
+            print("not compared with the network: pip install onnxruntime")
+    else:
+        content = to_safetensors(plain)
+        print(f"read it with {plain.call}")
+    write_atomically(args.output, lambda stream: stream.write(content))
+    print(f"left out: {', '.join(plain.dropped) or 'nothing'}")
+    print(f"wrote {args.output}: {plain.metadata['model']}, {plain.metadata['weights']} weights")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -1,0 +1,114 @@
+"""Writes `docs/models.md`: the backbones of Table 1 with their sizes, costs, grids and the paper's accuracies.
+
+    python -m tools.model_table --output docs/models.md
+
+Sizes and costs come from the models themselves, accuracies and names from the headers of `scripts/*.sh`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from config.flags import Parser
+from models.build import build_model, describe_families
+from storage.files import write_atomically
+from utils import run_command
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+HEAD = """# Models
+
+Written by `python -m tools.model_table --output docs/models.md`; a test compares it with the code.
+
+## Table 1 of the paper
+
+Parameters and multiply-adds (of products and convolutions, one image of 224 x 224 pixels) are counted on the models as
+built here with 1000 classes. Accuracies are the paper's; none of these runs has been made here.
+
+| model | name for `--model` | parameters | multiply-adds | grid | CutMix (paper) | SMMix (paper) | script |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+FAMILIES_HEAD = """
+## Families
+
+Any model of these timm classes trains with SMMix; `python main.py --list-models` lists their names.
+
+| class | what its score means |
+| --- | --- |
+"""
+
+
+class Row(NamedTuple):
+    """What a script of Table 1 says of itself."""
+
+    title: str
+    model: str
+    cutmix: str
+    smmix: str
+    script: str
+
+
+def table_1() -> list[Row]:
+    """The rows of Table 1 in the paper's order, read from the scripts that train them."""
+    rows = []
+    for path in sorted(SCRIPTS.glob("*.sh")):
+        text = path.read_text(encoding="utf-8")
+        title = re.search(r"^# (\S+) on ImageNet-1k with SMMix", text, re.M)
+        accuracies = re.search(r"CutMix (\d+\.\d), SMMix (\d+\.\d)", text)
+        model = re.search(r"--model (\S+)", text)
+        if title and accuracies and model:
+            rows.append(Row(title[1], model[1], accuracies[1], accuracies[2], path.name))
+    families = ("DeiT", "CaiT", "PVT", "Swin")
+    return sorted(rows, key=lambda row: (families.index(row.title.split("-")[0]), float(row.cutmix)))
+
+
+def count_multiply_adds(network: nn.Module, input_size: tuple[int, int]) -> int:
+    """Multiply-adds of the products and convolutions of one forward pass of one image (3, height, width)."""
+    network.eval().requires_grad_(False)
+    device = next(network.parameters()).device
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, *input_size, device=device))
+    return counter.get_total_flops() // 2
+
+
+def render() -> str:
+    """The whole page."""
+    lines = []
+    for row in table_1():
+        with torch.device("meta"):  # shapes only
+            model = build_model(row.model, 1000, input_size=(224, 224))
+        size = sum(parameter.numel() for parameter in model.network.parameters())
+        cost = count_multiply_adds(model.network, model.input_size) / 1e9
+        grid = " x ".join(map(str, model.grid_size))
+        lines.append(
+            f"| {row.title} | `{row.model}` | {size:,} | {cost:.2f} G | {grid} | {row.cutmix} | {row.smmix} "
+            f"| [{row.script}](../scripts/{row.script}) |\n"
+        )
+    families = [f"| `{name}` | {meaning} |\n" for name, meaning in describe_families()]
+    return HEAD + "".join(lines) + FAMILIES_HEAD + "".join(families)
+
+
+def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("python -m tools.model_table", description="Writes the table of models.")
+    parser.add_argument("--output", default="docs/models.md", help="Markdown file to write")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = read_args(argv)
+    page = render()
+    write_atomically(Path(args.output), lambda stream: stream.write(page.encode()))
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

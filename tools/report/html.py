@@ -1,0 +1,131 @@
+"""The report as one HTML file: nothing from elsewhere, no script, light and dark, for screens, phones and paper.
+
+Level 2: from `Report` to text. Everything that is shown goes through `escape`. It must not know runs, rows or files.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from html import escape as escape_html
+
+from tools.report import charts
+from tools.report.records import Cell, Report, RunPage, Section, Table
+from tools.report.style import STYLE
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+
+WORDY, LONG = 20, 60  # letters from which on a cell wants room, and much of it
+
+
+def escape(text: str) -> str:
+    """Safe in HTML text and attributes; what no screen shows (controls, half characters) as an escape sequence."""
+    shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return escape_html(shown, quote=True)
+
+
+def write_page(report: Report) -> str:
+    """The whole file."""
+    anchors = [(section.anchor, section.title) for section in report.sections]
+    anchors += [("runs", "Runs")] if report.runs else []
+    links = "".join(f'<li><a href="#{anchor}">{escape(title)}</a></li>' for anchor, title in anchors)
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">',
+        f"<title>{escape(report.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+        '<a class="skip" href="#main">Skip to the tables</a>',
+        f"<header><h1>{escape(report.title)}</h1>{_paragraphs(report.lead)}",
+        f'<nav aria-label="Parts of this page"><ul>{links}</ul></nav></header>\n<main id="main">',
+        *(_section(section) for section in report.sections),
+        *_runs(report.runs),
+        "</main>\n</body>\n</html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _paragraphs(texts: Iterable[str]) -> str:
+    return "".join(f"<p>{escape(text)}</p>" for text in texts)
+
+
+def _section(section: Section) -> str:
+    tables = "\n".join(
+        _table(table, f"{section.anchor}-{place}") for place, table in enumerate(section.tables, start=1)
+    )
+    head = f'<section id="{section.anchor}" aria-labelledby="{section.anchor}-h">'
+    return (
+        f'{head}<h2 id="{section.anchor}-h">{escape(section.title)}</h2>{_paragraphs(section.lead)}{tables}</section>'
+    )
+
+
+def _table(table: Table, anchor: str) -> str:
+    head = "".join(
+        f'<th scope="col"{_kind(name, place in table.numeric)}>{escape(name)}</th>'
+        for place, name in enumerate(table.header)
+    )
+    rows = "\n".join(
+        "<tr>" + "".join(_body_cell(cell, place, table) for place, cell in enumerate(row)) + "</tr>"
+        for row in table.rows
+    )
+    title = escape(table.title)
+    grid = (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{title}"><table id="{anchor}">'
+        f"<caption><span>{title}</span></caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
+    drawn = "".join(charts.draw(chart, f"{anchor}-c{place}") for place, chart in enumerate(table.charts))
+    body = grid + notes + (f'<div class="charts wide">{drawn}</div>' if drawn else "")
+    if table.folded:
+        return f"<details><summary>{title}</summary>{body}</details>"
+    return f'<div class="table">{body}</div>'
+
+
+def _body_cell(cell: Cell, place: int, table: Table) -> str:
+    links = ", ".join(f'<a href="#run-{number}">{escape(words)}</a>' for number, words in cell.runs)
+    content = " ".join(part for part in (escape(cell.text), links) if part)
+    if place == 0:
+        return f'<th scope="row">{content}</th>'
+    shown = ", ".join([cell.text, *(words for _, words in cell.runs)])
+    return f"<td{_kind(shown, place in table.numeric)}>{content}</td>"
+
+
+def _kind(text: str, is_number: bool) -> str:
+    """The class of a cell, by what is in it."""
+    if is_number:
+        return ' class="number"'
+    return ' class="text"' if len(text) > LONG else ' class="words"' if len(text) > WORDY else ""
+
+
+def _runs(runs: list[RunPage]) -> Iterable[str]:
+    if runs:
+        yield '<section id="runs" aria-labelledby="runs-h"><h2 id="runs-h">Runs</h2>'
+        yield from (_run(run) for run in runs)
+        yield "</section>"
+
+
+def _run(run: RunPage) -> str:
+    name = f"run-{run.number}"
+    facts = "".join(f"<dt>{escape(fact)}</dt><dd>{escape(value)}</dd>" for fact, value in [*run.facts, *run.setting])
+    drawn = "".join(charts.draw(chart, f"{name}-c{place}") for place, chart in enumerate(run.charts))
+    parts = [
+        f'<article id="{name}" aria-labelledby="{name}-h"><h3 id="{name}-h">{escape(run.name)} ',
+        f'<span class="state{"" if run.is_finished else " open"}">{escape(run.state)}</span></h3>',
+        f'<dl>{facts}</dl><div class="charts">{drawn}</div>',
+    ]
+    if run.warnings:
+        lines = "".join(f"<li>{escape(line)}</li>" for line in run.warnings)
+        parts.append(f'<div class="warnings"><h4>Warnings</h4><ul>{lines}</ul></div>')
+    if run.picture is not None:
+        data = base64.b64encode(run.picture.data).decode("ascii")
+        parts.append(
+            f'<details open><summary>What was mixed after the last epoch</summary><img alt="Pairs of images and what '
+            f'became of them, drawn by the run" width="{run.picture.width}" height="{run.picture.height}" '
+            f'src="data:image/{run.picture.kind};base64,{data}"></details>'
+        )
+    if run.flags:
+        flags = [Cell(name) for name in ("flag", "value", "default")]
+        rows = [[Cell(text) for text in flag] for flag in run.flags]
+        title = f"Flags of the recipe that differ from the defaults: {len(rows)}"
+        parts.append(_table(Table(title, [cell.text for cell in flags], rows, [], folded=True), f"{name}-f"))
+    return "".join([*parts, "</article>"])
