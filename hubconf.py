@@ -1,8 +1,11 @@
-"""Entries of `torch.hub`: the plain networks of this project's recipes, for programs that know nothing of SMMix.
+"""Entries of `torch.hub`: the plain networks of this project's recipes, for programs that know
+nothing of SMMix.
 
-    model = torch.hub.load("path/of/this/project", "deit_tiny_patch16_224", source="local", checkpoint="checkpoint.pth")
+    model = torch.hub.load("path/of/this/project", "deit_tiny_patch16_224", source="local",
+    checkpoint="checkpoint.pth")
 
-Each gives timm's network (or ours, for PVT) in evaluation mode: images in, logits out. Builds nothing itself.
+Each gives timm's network (or ours, for PVT) in evaluation mode: images in, logits out. Builds
+nothing itself.
 """
 
 from __future__ import annotations
@@ -41,22 +44,29 @@ _ROOT = _Path(__file__).resolve().parent
 
 @_contextmanager
 def _own_modules() -> _Iterator[None]:
-    """Inside, `import utils` and the like give this project's files, whatever the calling program has by that name.
+    """Inside, `import utils` and the like give this project's files, whatever the calling program
+    has by that name.
 
-    Its own modules are put back afterwards, and ours go, so that its later imports find what they did before.
+    Its own modules are put back afterwards, and ours go, so that its later imports find what they
+    did before.
     """
     files = {path.stem for path in _ROOT.glob("*.py")} - {"hubconf"}
     names = files | {path.parent.name for path in _ROOT.glob("*/__init__.py")}
 
     def loaded() -> dict[str, _ModuleType]:
-        return {key: module for key, module in _sys.modules.items() if key.partition(".")[0] in names}
+        return {
+            key: module for key, module in _sys.modules.items() if key.partition(".")[0] in names
+        }
 
     def is_ours(key: str, module: _ModuleType) -> bool:
-        """By its place: an environment inside the project's folder may hold a package of the same name."""
+        """By its place: an environment inside the project's folder may hold a package of the same
+        name."""
         own = _ROOT / key.partition(".")[0]
         found = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
         places = [_Path(place).resolve() for place in found if place]
-        return any(place in (own, own.with_suffix(".py")) or own in place.parents for place in places)
+        return any(
+            place in (own, own.with_suffix(".py")) or own in place.parents for place in places
+        )
 
     before = loaded()
     if all(is_ours(key, module) for key, module in before.items()):
@@ -83,27 +93,39 @@ with _own_modules():
 
 
 def _entry(
-    name: str, pretrained: bool = False, *, checkpoint: str | None = None, ema: bool = False, **settings: _Any
+    name: str,
+    pretrained: bool = False,
+    *,
+    checkpoint: str | None = None,
+    ema: bool = False,
+    **settings: _Any,
 ) -> _nn.Module:
     """The plain network in evaluation mode.
 
     Args:
         pretrained: must be false: no trained weights are published.
-        checkpoint: a file that main.py wrote for this model; it says which classes and which input size.
+        checkpoint: a file that main.py wrote for this model; it says which classes and which input
+            size.
         ema: take the averaged weights of `checkpoint`.
-        settings: without `checkpoint`, keywords of `models.build.build_model` (`num_classes`, `input_size`, ...).
+        settings: without `checkpoint`, keywords of `models.build.build_model` (`num_classes`,
+            `input_size`, ...).
 
     Raises:
-        InputError: `pretrained`, a checkpoint of another model, or settings beside a checkpoint, which has its own.
+        InputError: `pretrained`, a checkpoint of another model, or settings beside a checkpoint,
+            which has its own.
     """
     if pretrained:
-        raise _InputError(f"{name}: no trained weights are published; give checkpoint='path/of/checkpoint.pth'")
+        raise _InputError(
+            f"{name}: no trained weights are published; give checkpoint='path/of/checkpoint.pth'"
+        )
     if checkpoint is None:
         if ema:
             raise _InputError(f"{name}: ema is for checkpoint='path/of/checkpoint.pth'")
         return _build_model(name, **{"num_classes": 1000, **settings}).network.eval()
     if settings:
-        raise _InputError(f"{name}: the checkpoint brings its own {', '.join(settings)}; leave it out")
+        raise _InputError(
+            f"{name}: the checkpoint brings its own {', '.join(settings)}; leave it out"
+        )
     content = _load_checkpoint(checkpoint)
     config = content.get("model_config")
     held = config.get("name") if isinstance(config, dict) else None

@@ -2,7 +2,8 @@
 
 All arithmetic is in float32, whatever the forward pass ran in. Mixes nothing and draws nothing.
 
-Letters: B batch, K classes. A loss returns named terms; the one called `total` is what is minimised.
+Letters: B batch, K classes. A loss returns named terms; the one called `total` is what is
+minimised.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ Criterion = Callable[[ModelOutput, MixedBatch], Terms]
 
 
 def soft_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Eq. 4 and 9: CE(Y, y) for soft labels, averaged over the batch. Both (B, K); returns a scalar."""
+    """Eq. 4 and 9: CE(Y, y) for soft labels, averaged over the batch. Both (B, K); returns a
+    scalar."""
     return -(labels * log_softmax(logits.float(), dim=-1)).sum(dim=-1).mean()
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """One yes-or-no question per class, averaged over batch and classes (`--bce-loss`, as in DeiT III).
+    """One yes-or-no question per class, averaged over batch and classes (`--bce-loss`, as in DeiT
+    III).
 
     Every class that has a share in a mixed label counts as present, whatever its share.
     """
@@ -56,9 +59,10 @@ def fine_grained(
 def consistency(logits: Tensor, reference_probs: Tensor, temperature: float = 1.0) -> Tensor:
     """Eq. 14: KL(reference || prediction), averaged over the batch.
 
-    The reference is the mixture of the clean images' predictions and carries no gradient. With a temperature T,
-    T^2 * KL(reference || softmax(logits / T)), as in distillation (Hinton et al. 2015): the factor keeps the size of
-    the gradient. The reference comes with the same temperature already in it.
+    The reference is the mixture of the clean images' predictions and carries no gradient. With a
+    temperature T, T^2 * KL(reference || softmax(logits / T)), as in distillation (Hinton et al.
+    2015): the factor keeps the size of the gradient. The reference comes with the same temperature
+    already in it.
 
     Args:
         logits: (B, K) of the mixed images.
@@ -69,9 +73,11 @@ def consistency(logits: Tensor, reference_probs: Tensor, temperature: float = 1.
 
 
 class SMMixLoss:
-    """Eq. 15: L_total = L_cls + L_fine + L_con. A term whose inputs the batch or the model left out is left out.
+    """Eq. 15: L_total = L_cls + L_fine + L_con. A term whose inputs the batch or the model left out
+    is left out.
 
-    Terms that the mixing method itself brings (`MixedBatch.terms`) are added. Named terms are given without weights.
+    Terms that the mixing method itself brings (`MixedBatch.terms`) are added. Named terms are given
+    without weights.
 
     Args:
         bce: use `binary_cross_entropy` for L_cls and L_fine.
@@ -99,7 +105,9 @@ class SMMixLoss:
             assert batch.source_labels is not None
             assert batch.target_labels is not None
             predicted = output.region_logits.float() / self.fine_temperature
-            terms["fine"] = fine_grained(predicted, batch.source_labels, batch.target_labels, self.cross_entropy)
+            terms["fine"] = fine_grained(
+                predicted, batch.source_labels, batch.target_labels, self.cross_entropy
+            )
         if batch.reference_probs is not None:
             terms["con"] = consistency(output.logits, batch.reference_probs, self.con_temperature)
         terms.update(batch.terms)
@@ -110,9 +118,10 @@ class SMMixLoss:
 class DistillationLoss:
     """DeiT's distillation (arXiv 2012.12877, Eq. 2 and 3) around another loss.
 
-    total = (1 - alpha) * base + alpha * distillation, the distillation token being compared with a teacher that sees
-    the same mixed images. `soft`: tau^2 * KL(teacher || student) of the tempered distributions, averaged over batch and
-    classes as DeiT does. `hard`: cross entropy with the teacher's decision.
+    total = (1 - alpha) * base + alpha * distillation, the distillation token being compared with a
+    teacher that sees the same mixed images. `soft`: tau^2 * KL(teacher || student) of the tempered
+    distributions, averaged over batch and classes as DeiT does. `hard`: cross entropy with the
+    teacher's decision.
 
     Args:
         base: the loss on labels.
@@ -131,13 +140,23 @@ class DistillationLoss:
 
     def __call__(self, output: ModelOutput, batch: MixedBatch) -> Terms:
         if output.distillation_logits is None:
-            raise ValueError("distillation needs a model that gives its distillation token's logits while training")
+            raise ValueError(
+                "distillation needs a model that gives its distillation token's logits while "
+                "training"
+            )
         terms = self.base(output, batch)
         student, teacher = output.distillation_logits.float(), self.teacher(batch.images).float()
         if self.kind == "hard":
             distillation = nn.functional.cross_entropy(student, teacher.argmax(dim=-1))
         else:
-            tempered, wanted = log_softmax(student / self.tau, -1), log_softmax(teacher / self.tau, -1)
-            distillation = kl_div(tempered, wanted, reduction="sum", log_target=True) * self.tau**2 / student.numel()
+            tempered, wanted = (
+                log_softmax(student / self.tau, -1),
+                log_softmax(teacher / self.tau, -1),
+            )
+            distillation = (
+                kl_div(tempered, wanted, reduction="sum", log_target=True)
+                * self.tau**2
+                / student.numel()
+            )
         total = (1 - self.alpha) * terms["total"] + self.alpha * distillation
         return {**terms, "total": total, "distill": distillation}

@@ -1,8 +1,10 @@
 """Training and evaluation: flags -> objects -> epochs.
 
-    torchrun --nproc_per_node=4 main.py --model deit_small_patch16_224 --data-path /imagenet --output_dir output
+    torchrun --nproc_per_node=4 main.py --model deit_small_patch16_224 --data-path /imagenet
+    --output_dir output
 
-Flags become objects here and in `config/build.py`; the parsed namespace never leaves these two. No tensor arithmetic here.
+Flags become objects here and in `config/build.py`; the parsed namespace never leaves these two. No
+tensor arithmetic here.
 """
 
 from __future__ import annotations
@@ -54,13 +56,16 @@ from utils import Processes
 
 
 def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked. With `--eval`, what it leaves out comes from the checkpoint if that is ours."""
+    """The command line, checked. With `--eval`, what it leaves out comes from the checkpoint if
+    that is ours."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.eval and args.resume:
         checkpoint = checkpoints.load_checkpoint(args.resume)
         if run_state.is_ours(checkpoint):
-            saved = saved_flags.flags_for_evaluation(checkpoint["args"], explicit_flags(parser, argv))
+            saved = saved_flags.flags_for_evaluation(
+                checkpoint["args"], explicit_flags(parser, argv)
+            )
             args = argparse.Namespace(**{**vars(args), **saved})
             parser.check_kinds(args)
     check_args(args)
@@ -69,12 +74,18 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
     """From flags to the last epoch, with everything that ends with it."""
-    folder = RunFolder(args.output_dir, args.keep_checkpoints) if args.output_dir and processes.is_main else None
+    folder = (
+        RunFolder(args.output_dir, args.keep_checkpoints)
+        if args.output_dir and processes.is_main
+        else None
+    )
     with ExitStack() as ending:
         processes.from_main(lambda: None if folder is None else folder.open())
         if folder is not None:
             ending.callback(folder.close)
-        path, notes = processes.from_main(lambda: run_state.find(args.output_dir, args.resume, args.auto_resume))
+        path, notes = processes.from_main(
+            lambda: run_state.find(args.output_dir, args.resume, args.auto_resume)
+        )
         for note in notes:
             log.say(f"warning: {note}")
         run = None
@@ -94,8 +105,11 @@ def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
             raise
 
 
-def tell_failure(output_dir: str, folder: RunFolder | None, rank: int, error: BaseException, has_begun: bool) -> None:
-    """What ended the run goes into `status.json`, also where it happened on another rank, which leaves word of it.
+def tell_failure(
+    output_dir: str, folder: RunFolder | None, rank: int, error: BaseException, has_begun: bool
+) -> None:
+    """What ended the run goes into `status.json`, also where it happened on another rank, which
+    leaves word of it.
 
     Raises:
         InputError: it cannot be written.
@@ -114,19 +128,33 @@ def tell_failure(output_dir: str, folder: RunFolder | None, rank: int, error: Ba
 def keep_evidence(output_dir: str, rank: int, failure: NonFiniteLoss) -> None:
     """Each rank that met a loss that was not finite writes what it was given."""
     if output_dir and failure.evidence is not None:
-        checkpoints.save_checkpoint(Path(output_dir) / f"not_finite_rank{rank}.pth", failure.evidence)
+        checkpoints.save_checkpoint(
+            Path(output_dir) / f"not_finite_rank{rank}.pth", failure.evidence
+        )
 
 
 def make_run(
-    args: argparse.Namespace, processes: Processes, log: RunLog, folder: RunFolder | None, resume_from: str
+    args: argparse.Namespace,
+    processes: Processes,
+    log: RunLog,
+    folder: RunFolder | None,
+    resume_from: str,
 ) -> Run:
     """Everything a run needs, put back to where `resume_from` left it."""
     run_state.check_agreement(resume_from, processes)
-    checkpoint, accepted = run_state.read(resume_from) if resume_from else None, args.accept_changes or ()
+    checkpoint, accepted = (
+        run_state.read(resume_from) if resume_from else None,
+        args.accept_changes or (),
+    )
     shares = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
     if checkpoint is not None:
-        for name, value in run_state.keep_total_batch(checkpoint, shares, processes.world_size, accepted).items():
-            log.say(f"{processes.world_size} processes instead of {checkpoint['world_size']}: --{name} is now {value}")
+        for name, value in run_state.keep_total_batch(
+            checkpoint, shares, processes.world_size, accepted
+        ).items():
+            log.say(
+                f"{processes.world_size} processes instead of {checkpoint['world_size']}: --{name} "
+                f"is now {value}"
+            )
             setattr(args, name, value)
     train_images, val_images = open_images(args, train=True), open_images(args, train=False)
     datasets.check_same_classes(train_images.class_names, val_images.class_names)
@@ -138,24 +166,37 @@ def make_run(
     mixer = make_mixer(args, model, spec, processes)
     training = make_training(args, model, mixer, spec, processes)
     data = {"class_names": train_images.class_names, "image_spec": spec.to_plain()}
-    data |= {"num_images": train_images.num_images, "fingerprint": processes.from_main(train_images.fingerprint)}
-    identity = run_state.Identity(vars(args), model_config(args, num_classes), data, utils.describe_versions(), shares)
+    data |= {
+        "num_images": train_images.num_images,
+        "fingerprint": processes.from_main(train_images.fingerprint),
+    }
+    identity = run_state.Identity(
+        vars(args), model_config(args, num_classes), data, utils.describe_versions(), shares
+    )
     steps = loaders.steps_per_epoch(train_loader)
-    log.table(summary.describe_run(identity, training, steps, (train_images.num_images, val_images.num_images)))
+    log.table(
+        summary.describe_run(
+            identity, training, steps, (train_images.num_images, val_images.num_images)
+        )
+    )
     for warning in summary.warnings(identity.args, steps, training):
         log.say(f"warning: {warning}")
     progress = run_state.Progress(args.start_epoch, args.start_epoch * steps)
     if checkpoint is not None:
-        progress = run_state.load(checkpoint, f"--resume {resume_from}", training, identity, accepted)
+        progress = run_state.load(
+            checkpoint, f"--resume {resume_from}", training, identity, accepted
+        )
         for line in summary.describe_going_on(resume_from, checkpoint, progress, identity):
             log.say(line)
     done = end_reached(args, progress)
     if not done:
         log.drop_epochs_from(progress.epoch, progress.step)
     if folder is not None:
-        for path in [] if checkpoint is None else folder.go_on_from(
-            Path(resume_from), progress.step, checkpoint.get("names", ())
-        ):  # fmt: skip
+        for path in (
+            []
+            if checkpoint is None
+            else folder.go_on_from(Path(resume_from), progress.step, checkpoint.get("names", ()))
+        ):
             log.say(f"warning: a later checkpoint is set aside as {path}")
         write_json(folder.path / "args.json", identity.args)
         write_json(folder.path / "environment.json", identity.versions)
@@ -167,29 +208,53 @@ def make_run(
     training.after_update = schedule.after_update
     samples = val_loader.dataset if folder else None  # what nobody keeps is not drawn
     show = make_painter(training, mixer, samples, spec, train_images.class_names, processes)
-    corrupt = CorruptImages(train_images.num_images, train_images.name_of) if args.skip_corrupt else None
+    corrupt = (
+        CorruptImages(train_images.num_images, train_images.name_of) if args.skip_corrupt else None
+    )
     if corrupt is not None:
         corrupt.load(progress.bad_images)
     rules = Rules(args.epochs, args.log_every, args.save_steps, args.max_steps, args.eval_every)
     return Run(
-        rules, training, mixer, train_loader, val_loader, identity, progress, schedule,
-        Watch(processes, args.save_minutes), log, bool(args.output_dir), folder, show, corrupt, steps,
+        rules,
+        training,
+        mixer,
+        train_loader,
+        val_loader,
+        identity,
+        progress,
+        schedule,
+        Watch(processes, args.save_minutes),
+        log,
+        bool(args.output_dir),
+        folder,
+        show,
+        corrupt,
+        steps,
         total_batch(args, processes),
-    )  # fmt: skip
+    )
 
 
 def end_reached(args: argparse.Namespace, progress: run_state.Progress) -> str:
     """Which end a run has come to, if any."""
     if progress.epoch >= args.epochs:
         return f"all {args.epochs} epochs"
-    return f"{progress.step} steps" if args.max_steps is not None and progress.step >= args.max_steps else ""
+    return (
+        f"{progress.step} steps"
+        if args.max_steps is not None and progress.step >= args.max_steps
+        else ""
+    )
 
 
 def make_painter(
-    training: engine.Training, mixer: Switch, samples: Any, spec: ImageSpec, class_names: list[str],
+    training: engine.Training,
+    mixer: Switch,
+    samples: Any,
+    spec: ImageSpec,
+    class_names: list[str],
     processes: Processes,
-) -> Callable[[int], torch.Tensor | None]:  # fmt: skip
-    """A function from an epoch to the picture of what the mixer makes of the same four validation images."""
+) -> Callable[[int], torch.Tensor | None]:
+    """A function from an epoch to the picture of what the mixer makes of the same four validation
+    images."""
     if isinstance(mixer.first, NoMixing) or not isinstance(samples, EvalSamples):
         return lambda epoch: None
     images, labels = engine.to_device(processes.device, *pictures.spread_samples(samples, 8))
@@ -199,16 +264,23 @@ def make_painter(
         batch = mixer.first(images, labels, training.guide, StepRandom(random, random))
         batch = engine.settle_labels(training.module, batch, training.autocast)
         return pictures.mixing_picture(
-            images, batch, labels, spec=spec, class_names=class_names, grid_size=training.module.grid_size
+            images,
+            batch,
+            labels,
+            spec=spec,
+            class_names=class_names,
+            grid_size=training.module.grid_size,
         )
 
     return show
 
 
 def evaluate(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
-    """`--eval`: figures of a checkpoint, and of its averaged weights, with the input it was trained for.
+    """`--eval`: figures of a checkpoint, and of its averaged weights, with the input it was trained
+    for.
 
-    Another project's weights (DeiT's, timm's) say nothing of their model and input: `--model` and the like do.
+    Another project's weights (DeiT's, timm's) say nothing of their model and input: `--model` and
+    the like do.
     """
     checkpoint, images = checkpoints.load_checkpoint(args.resume), open_images(args, train=False)
     if run_state.is_ours(checkpoint):
@@ -232,7 +304,8 @@ def evaluate(args: argparse.Namespace, processes: Processes, log: RunLog) -> Non
         with loaders.closing(loader):
             figures = engine.evaluate(model.to(processes.device), loader, processes, autocast)
         log.say(
-            f"{args.resume} ({name}): top-1 {figures['acc1']:.3f} %, top-5 {figures['acc5']:.3f} %, "
+            f"{args.resume} ({name}): top-1 {figures['acc1']:.3f} %, top-5 {figures['acc5']:.3f} "
+            "%, "
             f"loss {figures['loss']:.4f} on {figures['images']:.0f} images"
         )
 

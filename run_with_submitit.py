@@ -1,12 +1,14 @@
-"""Submits `main.py` to Slurm through submitit: one task for each GPU, sent to the queue again when its time is up.
+"""Submits `main.py` to Slurm through submitit: one task for each GPU, sent to the queue again when
+its time is up.
 
-    python -m run_with_submitit --nodes 2 --ngpus 8 --timeout 2800 --job-dir jobs/%j --partition gpu \
-        --data-path /imagenet --model deit_base_patch16_224 --batch-size 64
+    python -m run_with_submitit --nodes 2 --ngpus 8 --timeout 2800 --job-dir jobs/%j \
+        --partition gpu --data-path /imagenet --model deit_base_patch16_224 --batch-size 64
 
-Its own flags may stand anywhere among those of main.py. The job's folder is the output folder, and every start goes on
-with what is there. SIGUSR2, which Slurm sends before the time limit, makes all ranks save; then submitit sends the job
-to the queue again. SIGTERM (preemption, or scancel) makes them save too, and what becomes of the job is left to Slurm.
-With --local the same runs on this machine. The idea of such a launcher is DeiT's and submitit's.
+Its own flags may stand anywhere among those of main.py. The job's folder is the output folder, and
+every start goes on with what is there. SIGUSR2, which Slurm sends before the time limit, makes all
+ranks save; then submitit sends the job to the queue again. SIGTERM (preemption, or scancel) makes
+them save too, and what becomes of the job is left to Slurm. With --local the same runs on this
+machine. The idea of such a launcher is DeiT's and submitit's.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ SIGNAL = "SUBMITIT_PREEMPT_SIGNAL"  # submitit's own variable
 TAKEN = ("TERM", "INT", "USR1", "HUP")  # by main.py
 
 
-# ------------------------------------------------------------------------------------------------ within a task
-# submitit pickles this part by value when the file is run as a command: nothing here may lead to torch or the project
-# before the environment is set.
+# ------------------------------------------------------------------------------------ within a task
+# submitit pickles this part by value when the file is run as a command: nothing here may lead to
+# torch or the project before the environment is set.
 
 
 def task_environment(job: Any) -> dict[str, str]:
@@ -70,7 +72,9 @@ class Relay:
         self.submitits: Any = signal.getsignal(number)
 
     def __enter__(self) -> Relay:
-        self.previous = signal.signal(signal.SIGUSR1, self.ignore)  # without main.py's handler it would kill
+        self.previous = signal.signal(
+            signal.SIGUSR1, self.ignore
+        )  # without main.py's handler it would kill
         signal.signal(self.number, self.on_signal)
         return self
 
@@ -110,7 +114,8 @@ class Trainer:
         return [*self.arguments, "--output-dir", folder, "--auto-resume"]
 
     def __call__(self) -> str:
-        """Returns the run's last state, on rank 0: `done`, or `preempted` where nobody sends it to the queue again."""
+        """Returns the run's last state, on rank 0: `done`, or `preempted` where nobody sends it to
+        the queue again."""
         import submitit
 
         job = submitit.JobEnvironment()
@@ -129,9 +134,14 @@ class Trainer:
         if job.global_rank or status == before or json.loads(status)["state"] != "preempted":
             return "done"
         if relay.told:
-            signal.raise_signal(relay.number)  # submitit calls `checkpoint`, requeues the job and leaves
+            signal.raise_signal(
+                relay.number
+            )  # submitit calls `checkpoint`, requeues the job and leaves
         elif job.cluster == "slurm":
-            print(f"saved; Slurm has {GRACE:g} s to end this job or to send it to the queue again", flush=True)
+            print(
+                f"saved; Slurm has {GRACE:g} s to end this job or to send it to the queue again",
+                flush=True,
+            )
             time.sleep(GRACE)
         return "preempted"
 
@@ -147,32 +157,52 @@ def _status(folder: str) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def get_args_parser() -> flags.Parser:
-    parser = flags.Parser("submission of main.py; all other flags are main.py's", allow_abbrev=False)
-    parser.add_argument("--job-dir", "--job_dir", required=True, help="output folder; %%j: the job's number")
+    parser = flags.Parser(
+        "submission of main.py; all other flags are main.py's", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--job-dir", "--job_dir", required=True, help="output folder; %%j: the job's number"
+    )
     parser.add_argument("--nodes", default=1, type=int)
     parser.add_argument("--ngpus", default=8, type=int, help="GPUs, and processes, on each node")
-    parser.add_argument("--timeout", default=2800, type=int, help="minutes until the job is sent to the queue again")
     parser.add_argument(
-        "--signal-delay", default=120, type=int, help="seconds for saving before that: a step and 2 saves"
+        "--timeout", default=2800, type=int, help="minutes until the job is sent to the queue again"
     )
-    parser.add_argument("--cpus-per-task", default=10, type=int, help="cores for each process and its loader")
+    parser.add_argument(
+        "--signal-delay",
+        default=120,
+        type=int,
+        help="seconds for saving before that: a step and 2 saves",
+    )
+    parser.add_argument(
+        "--cpus-per-task", default=10, type=int, help="cores for each process and its loader"
+    )
     parser.add_argument("--mem-gb", type=int, help="memory of each node; default: the cluster's")
     parser.add_argument("--partition", help="default: the cluster's")
     parser.add_argument("--comment", help="for the scheduler, where jobs of some kinds need one")
     parser.add_argument(
-        "--sbatch", default=[], action="append", metavar="NAME=VALUE", help="any other option of sbatch"
+        "--sbatch",
+        default=[],
+        action="append",
+        metavar="NAME=VALUE",
+        help="any other option of sbatch",
     )
-    parser.add_argument("--local", action="store_true", help="run on this machine, without Slurm, and wait for the end")
+    parser.add_argument(
+        "--local",
+        action="store_true",
+        help="run on this machine, without Slurm, and wait for the end",
+    )
     parser.add_argument("--dry-run", action="store_true", help="show what would be submitted")
     return parser
 
 
 def read_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our own flags, and the arguments of main.py; both checked here, not when the job starts hours later.
+    """Our own flags, and the arguments of main.py; both checked here, not when the job starts hours
+    later.
 
     Raises:
         InputError: names the flag and the fix.
@@ -183,18 +213,32 @@ def read_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]
     parser = flags.get_args_parser()
     given = flags.explicit_flags(parser, arguments)
     if "output_dir" in given:
-        raise utils.InputError("--output-dir: the job's folder is the output folder; use --job-dir alone")
+        raise utils.InputError(
+            "--output-dir: the job's folder is the output folder; use --job-dir alone"
+        )
     flags.check_args(parser.parse_args([*arguments, "--output-dir", launch.job_dir]))
-    check_values(vars(launch), ("nodes", "ngpus", "timeout", "cpus_per_task", "mem_gb", "signal_delay"), (), (), ())
+    check_values(
+        vars(launch),
+        ("nodes", "ngpus", "timeout", "cpus_per_task", "mem_gb", "signal_delay"),
+        (),
+        (),
+        (),
+    )
     for pair in launch.sbatch:
         if not re.fullmatch(r"[\w-]+=.+", pair):
             raise utils.InputError(f"--sbatch {pair}: must be NAME=VALUE, such as account=vision")
     if launch.local and launch.nodes > 1:
-        raise utils.InputError(f"--nodes {launch.nodes}: --local runs on this machine alone; use --nodes 1")
+        raise utils.InputError(
+            f"--nodes {launch.nodes}: --local runs on this machine alone; use --nodes 1"
+        )
     if (name := os.environ.get(SIGNAL, "USR2")) in TAKEN:
-        raise utils.InputError(f"{SIGNAL}={name}: main.py gives this signal a meaning of its own; use USR2")
+        raise utils.InputError(
+            f"{SIGNAL}={name}: main.py gives this signal a meaning of its own; use USR2"
+        )
     launch.gpus = given.get("device") != "cpu"
-    if "num_workers" not in given and not launch.local:  # the cores that a task may use are its own here
+    if (
+        "num_workers" not in given and not launch.local
+    ):  # the cores that a task may use are its own here
         arguments += ["--num-workers", str(min(10, launch.cpus_per_task))]
     return launch, arguments
 
@@ -225,13 +269,17 @@ def make_executor(cluster: str, logs: Path, parameters: dict[str, Any]) -> Any:
     try:
         import submitit
     except ImportError as error:
-        raise utils.InputError("submitit is not installed: pip install -r requirements-slurm.txt") from error
+        raise utils.InputError(
+            "submitit is not installed: pip install -r requirements-slurm.txt"
+        ) from error
     try:
         executor = submitit.AutoExecutor(
             logs, cluster, slurm_max_num_timeout=TIMEOUTS, local_max_num_timeout=TIMEOUTS
-        )  # fmt: skip
+        )
     except RuntimeError as error:
-        raise utils.InputError(f"{error} Start this on a machine of the cluster, or add --local") from error
+        raise utils.InputError(
+            f"{error} Start this on a machine of the cluster, or add --local"
+        ) from error
     executor.update_parameters(**parameters)
     return executor
 
@@ -242,7 +290,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     job_dir = Path(launch.job_dir).expanduser().absolute()
     cluster, parameters = "local" if launch.local else "slurm", job_parameters(launch)
     logs = (
-        next((part.parent for part in reversed([job_dir, *job_dir.parents]) if "%j" in part.name), job_dir) / "submitit"
+        next(
+            (part.parent for part in reversed([job_dir, *job_dir.parents]) if "%j" in part.name),
+            job_dir,
+        )
+        / "submitit"
     )
     trainer = Trainer(tuple(arguments), str(job_dir), str(Path(__file__).resolve().parent))
     if launch.dry_run:
@@ -255,7 +307,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = make_executor(cluster, logs, parameters).submit(trainer)
     said = job.paths.stdout
     print(
-        f"job {job.job_id}: output in {trainer.job_dir.replace('%j', job.job_id)}, messages of rank 0 in {said}",
+        f"job {job.job_id}: output in {trainer.job_dir.replace('%j', job.job_id)}, messages of "
+        f"rank 0 in {said}",
         flush=True,
     )
     if launch.local:
@@ -275,7 +328,9 @@ def wait_for(job: Any) -> None:
     except UncompletedJobError as error:
         raise utils.StopRun(f"the job failed: {error}") from error
     if state != "done":
-        raise utils.StopRun("the job was asked to stop and has saved; the same command goes on with it")
+        raise utils.StopRun(
+            "the job was asked to stop and has saved; the same command goes on with it"
+        )
 
 
 if __name__ == "__main__":

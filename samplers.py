@@ -1,7 +1,9 @@
-"""Which image comes when: the order of one epoch, dealt to ranks and batches, with repeated augmentation.
+"""Which image comes when: the order of one epoch, dealt to ranks and batches, with repeated
+augmentation.
 
-Level 0: imports nothing from the project. It deals in numbers only; it must not know images, labels or transforms.
-Repeated augmentation after Hoffer et al. (2020) and Berman et al. (2019), in the form DeiT trains with.
+Level 0: imports nothing from the project. It deals in numbers only; it must not know images, labels
+or transforms. Repeated augmentation after Hoffer et al. (2020) and Berman et al. (2019), in the
+form DeiT trains with.
 """
 
 from __future__ import annotations
@@ -16,27 +18,33 @@ LAYOUTS = ("blocks", "strided")
 
 
 class EpochBatches(Sampler[list[Place]]):
-    """Training batches of one rank; each entry says which image and at which place of the whole epoch.
+    """Training batches of one rank; each entry says which image and at which place of the whole
+    epoch.
 
-    The epoch's order is one permutation for all ranks. With `repeats` R each image stands R times in a row and the
-    order is cut to `num_images` entries, so an epoch costs what it costs without repeats (DeiT does the same, but first
-    rounds the count down to a multiple of 256, which leaves nothing of 255 images). Micro-batch k of all ranks together
-    takes the positions from k * W * B on. Within, with `layout` blocks, rank r of W has the B positions from r * B on,
-    so that the R views of an image lie in one batch, which decodes it once; strided, as in DeiT, it has those at r,
-    r + W, ..., and the views lie on neighbouring ranks. Draws keyed by the position are the same at every world size
-    and in both layouts. Without repeats the layout is strided, whatever is asked for.
+    The epoch's order is one permutation for all ranks. With `repeats` R each image stands R times
+    in a row and the order is cut to `num_images` entries, so an epoch costs what it costs without
+    repeats (DeiT does the same, but first rounds the count down to a multiple of 256, which leaves
+    nothing of 255 images). Micro-batch k of all ranks together takes the positions from k * W * B
+    on. Within, with `layout` blocks, rank r of W has the B positions from r * B on, so that the R
+    views of an image lie in one batch, which decodes it once; strided, as in DeiT, it has those at
+    r, r + W, ..., and the views lie on neighbouring ranks. Draws keyed by the position are the same
+    at every world size and in both layouts. Without repeats the layout is strided, whatever is
+    asked for.
 
-    Only whole optimizer steps are dealt, and the rest of the order is dropped; another epoch drops other images.
+    Only whole optimizer steps are dealt, and the rest of the order is dropped; another epoch drops
+    other images.
 
-    With R > 1 the second half of every batch is reversed. Mixing pairs entry i with entry B-1-i; in the plain order the
-    middle of a batch would then mix two views of one photo, which teaches nothing. After the reversal partners lie
-    ceil(B/2) places apart, and strided W times as many, so they are different images whenever that is at least R
-    (R = 3: B >= 5). The middle entry of an odd batch is its own partner either way.
+    With R > 1 the second half of every batch is reversed. Mixing pairs entry i with entry B-1-i; in
+    the plain order the middle of a batch would then mix two views of one photo, which teaches
+    nothing. After the reversal partners lie ceil(B/2) places apart, and strided W times as many, so
+    they are different images whenever that is at least R (R = 3: B >= 5). The middle entry of an
+    odd batch is its own partner either way.
 
     Args:
         num_images: images in the data set.
         batch_size: B, entries per micro-batch of this rank.
-        make_generator: epoch -> the generator that draws this epoch's permutation; equal on all ranks.
+        make_generator: epoch -> the generator that draws this epoch's permutation; equal on all
+            ranks.
         rank, world_size: which of how many processes this is.
         repeats: R, views of one image in a row.
         layout: one of `LAYOUTS`.
@@ -72,7 +80,8 @@ class EpochBatches(Sampler[list[Place]]):
         """Chooses the epoch that the next iteration deals, and from which of its positions on.
 
         Args:
-            start: images of all ranks that are done in this epoch: whole optimizer steps, at whatever world size.
+            start: images of all ranks that are done in this epoch: whole optimizer steps, at
+                whatever world size.
         """
         self.epoch, self.start = epoch, start
 
@@ -83,7 +92,9 @@ class EpochBatches(Sampler[list[Place]]):
 
     def __len__(self) -> int:
         """Micro-batches of this rank that the next iteration deals."""
-        return self.steps_per_epoch * self.accum_steps - self.start // (self.world_size * self.batch_size)
+        return self.steps_per_epoch * self.accum_steps - self.start // (
+            self.world_size * self.batch_size
+        )
 
     def _share(self) -> slice:
         """This rank's part of the positions of all ranks."""
@@ -93,7 +104,9 @@ class EpochBatches(Sampler[list[Place]]):
 
     def __iter__(self) -> Iterator[list[Place]]:
         if self.shuffle:
-            images = torch.randperm(self.num_images, generator=self.make_generator(self.epoch)).tolist()
+            images = torch.randperm(
+                self.num_images, generator=self.make_generator(self.epoch)
+            ).tolist()
         else:
             images = list(range(self.num_images))
         epoch, step = self.epoch, self.world_size * self.batch_size
@@ -107,7 +120,8 @@ class EpochBatches(Sampler[list[Place]]):
 
 
 class EvalShard(Sampler[int]):
-    """Indices r, r + W, ... of one rank for evaluation. Nothing is padded: every image is seen once, by one rank.
+    """Indices r, r + W, ... of one rank for evaluation. Nothing is padded: every image is seen
+    once, by one rank.
 
     Ranks may therefore differ in length by one.
     """

@@ -1,7 +1,7 @@
 """What every room needs and no room owns: processes, devices, keyed randomness, errors, versions.
 
-Level 0: imports nothing from the project. It knows ranks, seeds and messages; it must not know what an image, a class
-token, a mixer or a loss is.
+Level 0: imports nothing from the project. It knows ranks, seeds and messages; it must not know what
+an image, a class token, a mixer or a loss is.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class SampleError(InputError):
     """One file is bad: only the rank that read it knows."""
 
 
-# ---------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Where this process stands among its peers. `device` is the one it computes on; for a peer's message it waits no
-    longer than `timeout`."""
+    """Where this process stands among its peers. `device` is the one it computes on; for a peer's
+    message it waits no longer than `timeout`."""
 
     rank: int
     world_size: int
@@ -86,7 +86,8 @@ class Processes:
         return total
 
     def from_main(self, make: Callable[[], Made]) -> Made:
-        """What rank 0 makes (anything picklable), on all ranks; a `StopRun` of its is raised by all alike."""
+        """What rank 0 makes (anything picklable), on all ranks; a `StopRun` of its is raised by all
+        alike."""
         made: Any = None
         if self.is_main:
             try:
@@ -113,28 +114,39 @@ def pick_device(name: str) -> str:
     Raises:
         InputError: the device that was asked for is not available.
     """
-    available: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    available: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
     available["cpu"] = lambda: True
     if name == "auto":
         return next(kind for kind, is_there in available.items() if is_there())
     if not available[name]():
-        raise InputError(f"--device {name}: this machine or this build of torch has none; use --device auto")
+        raise InputError(
+            f"--device {name}: this machine or this build of torch has none; use --device auto"
+        )
     return name
 
 
 def peer_timeout(data_timeout: float) -> timedelta:
-    """How long a rank waits for its peers: longer than a peer may wait for its data, whose message names the cause.
+    """How long a rank waits for its peers: longer than a peer may wait for its data, whose message
+    names the cause.
 
     Args:
         data_timeout: seconds, 0 for ever.
     """
-    return max(PEER_TIMEOUT, timedelta(seconds=1.1 * data_timeout)) if data_timeout else timedelta(days=365)
+    return (
+        max(PEER_TIMEOUT, timedelta(seconds=1.1 * data_timeout))
+        if data_timeout
+        else timedelta(days=365)
+    )
 
 
 def init_processes(device_name: str, data_timeout: float = 600) -> Processes:
     """Joins the process group that torchrun described in the environment; one process needs none.
 
-    Rank and world size come from `RANK`, `WORLD_SIZE` and `LOCAL_RANK` only. NCCL on CUDA, gloo elsewhere.
+    Rank and world size come from `RANK`, `WORLD_SIZE` and `LOCAL_RANK` only. NCCL on CUDA, gloo
+    elsewhere.
 
     Args:
         data_timeout: see `peer_timeout`.
@@ -144,7 +156,8 @@ def init_processes(device_name: str, data_timeout: float = 600) -> Processes:
     kind = pick_device(device_name)
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise InputError(
-            f"local rank {local_rank} has no GPU: torchrun started more processes than the {torch.cuda.device_count()} "
+            f"local rank {local_rank} has no GPU: torchrun started more processes than the "
+            f"{torch.cuda.device_count()} "
             "GPUs here; lower --nproc_per_node"
         )
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
@@ -161,16 +174,22 @@ def init_processes(device_name: str, data_timeout: float = 600) -> Processes:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a rank ends because another one did or is silent: gloo's "connection closed", NCCL's DistBackendError."""
+    """Whether a rank ends because another one did or is silent: gloo's "connection closed", NCCL's
+    DistBackendError."""
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    return not alone and isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    return (
+        not alone
+        and isinstance(error, RuntimeError)
+        and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    )
 
 
 def _store_of_this_attempt(rank: int, world_size: int) -> dict[str, Any]:
     """Arguments that give each attempt of `torchrun --max-restarts` keys of its own.
 
-    All attempts share the launcher's store, where a new rank could read the address of its dead predecessor. The count
-    of attempts is one node's, so on several nodes TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is what helps.
+    All attempts share the launcher's store, where a new rank could read the address of its dead
+    predecessor. The count of attempts is one node's, so on several nodes
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is what helps.
     """
     environment = os.environ
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT")
@@ -182,7 +201,11 @@ def _store_of_this_attempt(rank: int, world_size: int) -> dict[str, Any]:
         _check_launcher(address, port)
     is_master = rank == 0 and not is_launchers
     store = dist.TCPStore(address, port, world_size, is_master=is_master, timeout=PEER_TIMEOUT)
-    return {"store": dist.PrefixStore(f"attempt{attempt}", store), "rank": rank, "world_size": world_size}
+    return {
+        "store": dist.PrefixStore(f"attempt{attempt}", store),
+        "rank": rank,
+        "world_size": world_size,
+    }
 
 
 def _check_launcher(address: str, port: int) -> None:
@@ -194,12 +217,16 @@ def _check_launcher(address: str, port: int) -> None:
     try:
         socket.create_connection((address, port), timeout=30).close()
     except OSError as error:
-        raise StopRun(f"the launcher is gone: its store, {address}:{port}, gives no answer ({error})") from error
+        raise StopRun(
+            f"the launcher is gone: its store, {address}:{port}, gives no answer ({error})"
+        ) from error
 
 
 def cores_per_process() -> int:
     """How many cores this process may count as its own, its peers on the machine having as many."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    there = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    )
     return max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -209,9 +236,9 @@ def close_processes() -> None:
         dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------- keyed randomness
-# A draw depends on its position (seed, epoch, index, step, rank, ...) and on nothing that happened before it, so that
-# resuming, another number of workers or another world size leave it as it is.
+# --------------------------------------------------------------------------------- keyed randomness
+# A draw depends on its position (seed, epoch, index, step, rank, ...) and on nothing that happened
+# before it, so that resuming, another number of workers or another world size leave it as it is.
 
 
 def key_seed(*key: int | str) -> int:
@@ -221,12 +248,14 @@ def key_seed(*key: int | str) -> int:
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator for the draws at one position. Reading its numbers on the host never waits for a device."""
+    """A CPU generator for the draws at one position. Reading its numbers on the host never waits
+    for a device."""
     return torch.Generator().manual_seed(key_seed(*key))
 
 
 def seed_globals(*key: int | str, device: bool = True) -> None:
-    """Seeds python's, numpy's and torch's own generators, which libraries we call draw from (dropout, RandAugment).
+    """Seeds python's, numpy's and torch's own generators, which libraries we call draw from
+    (dropout, RandAugment).
 
     Args:
         device: torch's device generators too; without them the call is 100 times cheaper.
@@ -242,12 +271,17 @@ def seed_globals(*key: int | str, device: bool = True) -> None:
 
 @contextmanager
 def keyed_globals(*key: int | str) -> Iterator[None]:
-    """Inside, the global generators are those of one position; in the main process they are put back afterwards."""
+    """Inside, the global generators are those of one position; in the main process they are put
+    back afterwards."""
     if get_worker_info() is not None:  # a worker has no other use for them
         seed_globals(*key, device=False)
         yield
         return
-    python, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, numpy_state, torch_state = (
+        random.getstate(),
+        np.random.get_state(),
+        torch.get_rng_state(),
+    )
     try:
         seed_globals(*key, device=False)
         yield
@@ -257,7 +291,7 @@ def keyed_globals(*key: int | str) -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
-# ----------------------------------------------------------------------------------------------- the rest
+# ----------------------------------------------------------------------------------------- the rest
 
 
 def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -269,14 +303,19 @@ def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def describe_versions() -> dict[str, str]:
-    """Versions of what shapes a result, and the commit of this code (`unknown` outside a git checkout)."""
+    """Versions of what shapes a result, and the commit of this code (`unknown` outside a git
+    checkout)."""
     packages = ("torch", "torchvision", "timm", "numpy", "pillow")
     versions = {name: metadata.version(name) for name in packages}
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True, timeout=10,
-        ).stdout.strip()  # fmt: skip
+            cwd=Path(__file__).resolve().parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = "unknown"
     return {"python": platform.python_version(), **versions, "commit": commit}
@@ -291,14 +330,16 @@ def peak_memory_mb(device: torch.device) -> float:
     except ImportError:  # Windows
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
+    return (
+        peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    )  # bytes on macOS, KiB on Linux
 
 
 def run_command(command: Callable[[], None]) -> int:
     """Runs a command's body and turns a `StopRun` into its message. Returns the exit code.
 
-    All ranks meet a `StopRun` alike and rank 0 prints it; a `SampleError` is printed by the rank that met it. Under
-    torchrun the message also stands in the launcher's closing summary.
+    All ranks meet a `StopRun` alike and rank 0 prints it; a `SampleError` is printed by the rank
+    that met it. Under torchrun the message also stands in the launcher's closing summary.
     """
 
     @record  # lets torchrun show the traceback of what nobody foresaw
@@ -311,7 +352,9 @@ def run_command(command: Callable[[], None]) -> int:
             return error.exit_code
         except RuntimeError as error:
             if is_lost_peer(error):
-                time.sleep(5)  # the peer that left first has the word: the launcher ends this one meanwhile
+                time.sleep(
+                    5
+                )  # the peer that left first has the word: the launcher ends this one meanwhile
             raise
 
     try:
@@ -322,7 +365,9 @@ def run_command(command: Callable[[], None]) -> int:
 
 def _report(error: StopRun) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(path).write_text(json.dumps({"message": f"error: {error.text}", "timestamp": int(time.time())}))
+        Path(path).write_text(
+            json.dumps({"message": f"error: {error.text}", "timestamp": int(time.time())})
+        )
     if os.environ.get("RANK", "0") == "0" or isinstance(error, SampleError):
         print(f"error: {error.text}", file=sys.stderr, flush=True)
     else:
@@ -335,11 +380,22 @@ def first_of(texts: list[str], separator: str = ", ", limit: int = 8) -> str:
 
 
 # The numbers that a tensor of weights may be made of.
-NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-           torch.int8, torch.uint8, torch.bool}  # fmt: skip
+NUMBERS = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+}
 
 
 def is_ordinary(value: Any) -> bool:
-    """Whether it is a tensor that can be copied into a module: with content, in rows, of real numbers."""
+    """Whether it is a tensor that can be copied into a module: with content, in rows, of real
+    numbers."""
     ordinary = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
     return ordinary and value.dtype in NUMBERS

@@ -1,4 +1,5 @@
-"""What the flags of the motivating pass can ask of a model: sizes and blocks that it can be looked at in."""
+"""What the flags of the motivating pass can ask of a model: sizes and blocks that it can be looked
+at in."""
 
 from __future__ import annotations
 
@@ -28,13 +29,25 @@ def check_look_size(model: ImageModel, name: str, size: tuple[int, int]) -> None
     given, own = f"--guide-size {size[0]} {size[1]}", model.input_size
     if not model.looks_smaller:
         kind = type(model.network).__name__
-        raise InputError(f"{given}: {name}, a {kind}, is read at its own size only; a plain ViT or DeiT takes the flag")
-    if size[0] > own[0] or size[1] > own[1] or size == own:
-        raise InputError(f"{given}: must be smaller than the images, {own[0]} x {own[1]} pixels; leave the flag out")
-    if any(side % patch or side < 2 * patch for side, patch in zip(size, model.patch_size, strict=True)):
-        fits = [max(side // patch, 2) * patch for side, patch in zip(size, model.patch_size, strict=True)]
         raise InputError(
-            f"{given}: each side must be a multiple of the patch size {model.patch_size[0]}x{model.patch_size[1]} of "
+            f"{given}: {name}, a {kind}, is read at its own size only; a plain ViT or DeiT takes "
+            "the flag"
+        )
+    if size[0] > own[0] or size[1] > own[1] or size == own:
+        raise InputError(
+            f"{given}: must be smaller than the images, {own[0]} x {own[1]} pixels; leave the flag "
+            "out"
+        )
+    if any(
+        side % patch or side < 2 * patch for side, patch in zip(size, model.patch_size, strict=True)
+    ):
+        fits = [
+            max(side // patch, 2) * patch
+            for side, patch in zip(size, model.patch_size, strict=True)
+        ]
+        raise InputError(
+            f"{given}: each side must be a multiple of the patch size "
+            f"{model.patch_size[0]}x{model.patch_size[1]} of "
             f"{name}, and two patches or more, such as {fits[0]} {fits[1]}"
         )
 
@@ -51,7 +64,8 @@ def check_score_block(model: ImageModel, name: str, block: Depth) -> None:
     if not model.score_blocks:
         kind = type(model.network).__name__
         raise InputError(
-            f"{given}: {name}, a {kind}, is read in its last block only, as others lie on other grids; a "
+            f"{given}: {name}, a {kind}, is read in its last block only, as others lie on other "
+            "grids; a "
             "ViT, DeiT or CaiT takes the flag"
         )
     if isinstance(block, int) and not 0 < block <= model.score_blocks:
@@ -66,7 +80,8 @@ def uses_predictions(args: argparse.Namespace) -> bool:
 def make_motivator(
     args: argparse.Namespace, model: ImageModel, average: Any, device: torch.device, spec: ImageSpec
 ) -> tuple[ImageModel, Look]:
-    """Whose prediction and score of the clean images guide the training (Table 9), and how it looks at them.
+    """Whose prediction and score of the clean images guide the training (Table 9), and how it looks
+    at them.
 
     Args:
         average: of the weights, a `ModelEmaV3`, if there is one.
@@ -75,7 +90,9 @@ def make_motivator(
     if args.motivator in ("self", "ema"):
         own = model if args.motivator == "self" else cast(ImageModel, average.module)
         return own, own.look
-    motivator, look = build_motivator(args.motivator, model.num_classes, spec, uses_predictions(args), device)
+    motivator, look = build_motivator(
+        args.motivator, model.num_classes, spec, uses_predictions(args), device
+    )
     if args.attn_fp32:
         use_float32_attention(motivator, args.motivator)
     return motivator, look
@@ -91,7 +108,8 @@ def make_guide(
     """The motivating pass, as exact or as cheap as the flags want it.
 
     Args:
-        average, spec: see `make_motivator`; without `spec` the images are normalised with ImageNet's mean and std.
+        average, spec: see `make_motivator`; without `spec` the images are normalised with
+            ImageNet's mean and std.
     """
     spec = spec or ImageSpec(model.input_size)
     motivator, look = make_motivator(args, model, average, device, spec)
@@ -103,4 +121,6 @@ def make_guide(
     check_score_block(motivator, name, block)
     autocast = precision.make_autocast(device, args.guide_amp or args.amp)
     call = torch.compile(look) if args.compile else look
-    return engine.make_guide(motivator, autocast, call, size, block, uses_predictions(args), model.grid_size)
+    return engine.make_guide(
+        motivator, autocast, call, size, block, uses_predictions(args), model.grid_size
+    )

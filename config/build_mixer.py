@@ -27,7 +27,8 @@ from utils import InputError
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of the mixing flags under the flags' own names; `config/mixing_flags.py` says what each is for."""
+    """The values of the mixing flags under the flags' own names; `config/mixing_flags.py` says what
+    each is for."""
 
     mixer: str
     mix_protocol: Literal["switch", "single", "split"]
@@ -62,14 +63,20 @@ class Settings:
     def from_flags(cls, flags: Mapping[str, Any]) -> Settings:
         """From parsed flags, of which others may be among them."""
         values: dict[str, Any] = {one.name: flags[one.name] for one in fields(cls)}
-        values.update({name: tuple(value) for name, value in values.items() if isinstance(value, list)})
+        values.update(
+            {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        )
         return cls(**values)
 
     @property
     def arithmetic(self) -> Variant:
-        """SMMix's arithmetic: that of `variant`, each part of it overridden where its own flag says so."""
+        """SMMix's arithmetic: that of `variant`, each part of it overridden where its own flag says
+        so."""
         names = [one.name for one in fields(Variant)]
-        return replace(VARIANTS[self.variant], **{name: getattr(self, name) for name in names if getattr(self, name)})
+        return replace(
+            VARIANTS[self.variant],
+            **{name: getattr(self, name) for name in names if getattr(self, name)},
+        )
 
     @property
     def has_con(self) -> bool:
@@ -78,7 +85,9 @@ class Settings:
 
     @property
     def scheme(self) -> Scheme:
-        return Scheme(self.source_region, self.target_region, "random" if self.score == "random" else "guide")
+        return Scheme(
+            self.source_region, self.target_region, "random" if self.score == "random" else "guide"
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,8 @@ class Surroundings:
     Args:
         grid_size: the model's token grid (rows, columns).
         to_bytes: normalised images -> the pixels they were, uint8.
-        teacher: clean images -> a frozen classifier's features (B, D, rows, columns), for AttentiveMix.
+        teacher: clean images -> a frozen classifier's features (B, D, rows, columns), for
+            AttentiveMix.
     """
 
     num_classes: int
@@ -100,16 +110,30 @@ class Surroundings:
 def _smmix(settings: Settings, around: Surroundings) -> Mixer:
     try:
         return SMMix(
-            around.num_classes, around.grid_size, settings.smoothing, settings.side_ratio, settings.arithmetic,
-            fine=settings.fine_weight > 0, con=settings.has_con, scheme=settings.scheme,
+            around.num_classes,
+            around.grid_size,
+            settings.smoothing,
+            settings.side_ratio,
+            settings.arithmetic,
+            fine=settings.fine_weight > 0,
+            con=settings.has_con,
+            scheme=settings.scheme,
             temperature=settings.con_temperature,
-        )  # fmt: skip
+        )
     except ValueError as error:
-        raise InputError(f"--mixer smmix: {error}; use a larger --input-size or a smaller --patch-size") from error
+        raise InputError(
+            f"--mixer smmix: {error}; use a larger --input-size or a smaller --patch-size"
+        ) from error
 
 
 def _cutmix(settings: Settings, around: Surroundings) -> Mixer:
-    return CutMix(around.num_classes, settings.smoothing, settings.cutmix, settings.cutmix_minmax, settings.mixup_mode)
+    return CutMix(
+        around.num_classes,
+        settings.smoothing,
+        settings.cutmix,
+        settings.cutmix_minmax,
+        settings.mixup_mode,
+    )
 
 
 def _mixup(settings: Settings, around: Surroundings) -> Mixer:
@@ -122,27 +146,40 @@ def _none(settings: Settings, around: Surroundings) -> Mixer:
 
 def _resizemix(settings: Settings, around: Surroundings) -> Mixer:
     return ResizeMix(
-        around.num_classes, settings.smoothing, settings.resize_scope, settings.resize_placement, settings.mixup_mode
+        around.num_classes,
+        settings.smoothing,
+        settings.resize_scope,
+        settings.resize_placement,
+        settings.mixup_mode,
     )
 
 
 def _fmix(settings: Settings, around: Surroundings) -> Mixer:
     (alpha,) = settings.mix_alpha or (1.0,)
-    return FMix(around.num_classes, settings.smoothing, alpha, settings.fmix_decay, settings.mixup_mode)
+    return FMix(
+        around.num_classes, settings.smoothing, alpha, settings.fmix_decay, settings.mixup_mode
+    )
 
 
 def _attentivemix(settings: Settings, around: Surroundings) -> Mixer:
     assert around.teacher is not None
     alphas = settings.mix_alpha or (2.0, 8.0)
     return AttentiveMix(
-        around.num_classes, around.teacher, settings.smoothing, alphas[0], alphas[-1], settings.attentive_cells,
+        around.num_classes,
+        around.teacher,
+        settings.smoothing,
+        alphas[0],
+        alphas[-1],
+        settings.attentive_cells,
         settings.mixup_mode,
-    )  # fmt: skip
+    )
 
 
 def _saliencymix(settings: Settings, around: Surroundings) -> Mixer:
     (alpha,) = settings.mix_alpha or (1.0,)
-    return SaliencyMix(around.num_classes, around.to_bytes, settings.smoothing, alpha, settings.mixup_mode)
+    return SaliencyMix(
+        around.num_classes, around.to_bytes, settings.smoothing, alpha, settings.mixup_mode
+    )
 
 
 MIXERS: dict[str, Callable[[Settings, Surroundings], Mixer]] = {
@@ -172,8 +209,15 @@ def build_mixer(settings: Settings, around: Surroundings) -> Switch:
         first = Consistent(first, partial(mix_predictions, rule=rule, temperature=temperature))
     if settings.mix_protocol == "split":
         first = Split(first, _mixup(settings, around), settings.mixup_switch_prob)
-    shares = settings.mix_protocol == "switch" and settings.mixer not in ("mixup", "none") and settings.mixup > 0
+    shares = (
+        settings.mix_protocol == "switch"
+        and settings.mixer not in ("mixup", "none")
+        and settings.mixup > 0
+    )
     return Switch(
-        first, _mixup(settings, around) if shares else None, settings.mixup_prob, settings.mixup_switch_prob,
+        first,
+        _mixup(settings, around) if shares else None,
+        settings.mixup_prob,
+        settings.mixup_switch_prob,
         settings.mix_off_epoch,
-    )  # fmt: skip
+    )

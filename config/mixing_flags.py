@@ -13,11 +13,22 @@ from typing import Any
 
 from utils import InputError
 
-METHODS = ("smmix", "cutmix", "mixup", "none", "resizemix", "fmix", "attentivemix", "saliencymix", "transmix")
+METHODS = (
+    "smmix",
+    "cutmix",
+    "mixup",
+    "none",
+    "resizemix",
+    "fmix",
+    "attentivemix",
+    "saliencymix",
+    "transmix",
+)
 BY_MASK = ("smmix", "cutmix", "resizemix", "fmix", "attentivemix", "saliencymix", "transmix")
 VARIANT_FLAGS = ("region_head", "consistency", "region_size")
 
-# Flags of some methods only: default, and the methods. Anything but the default is refused with another method.
+# Flags of some methods only: default, and the methods. Anything but the default is refused with
+# another method.
 OWN: dict[str, tuple[Any, tuple[str, ...]]] = {
     "cutmix_minmax": (None, ("cutmix", "transmix")),
     "mix_alpha": (None, ("fmix", "attentivemix", "saliencymix")),
@@ -51,37 +62,98 @@ RANGES = ("side_ratio", "cutmix_minmax", "resize_scope")
 
 
 def add_method_flags(group: Any, methods: Sequence[str] = METHODS) -> None:
-    """Adds what says how images are mixed to a parser or to a group of one; `methods` are the choices of `--mixer`."""
+    """Adds what says how images are mixed to a parser or to a group of one; `methods` are the
+    choices of `--mixer`."""
 
     own = partial(_add_own, group)
     group.add_argument("--mixer", default="smmix", choices=methods, help="what mixes the images")
     group.add_argument("--mixup", default=0.8, type=float, help="Mixup's alpha; 0 turns Mixup off")
-    group.add_argument("--cutmix", default=1.0, type=float, help="CutMix's alpha, for --mixer cutmix and transmix")
+    group.add_argument(
+        "--cutmix", default=1.0, type=float, help="CutMix's alpha, for --mixer cutmix and transmix"
+    )
     own("cutmix-minmax", type=float, nargs=2, help="sides of CutMix's box as ratios")
-    group.add_argument("--mixup-mode", default="batch", choices=["batch", "pair", "elem"],
-                       help="draws per batch, pair or image, of every method but smmix")  # fmt: skip
-    own("mix-alpha", type=float, nargs="+", metavar="ALPHA", help="one number, or for attentivemix two, of the Beta "
-        "law of the share; default: fmix and saliencymix 1, attentivemix 2 8")  # fmt: skip
-    own("resize-scope", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of the pasted copy's side as a "
-        "share of the image's")  # fmt: skip
-    own("resize-placement", choices=["inside", "clipped"], help="the authors', or that of the paper's Table 2")
+    group.add_argument(
+        "--mixup-mode",
+        default="batch",
+        choices=["batch", "pair", "elem"],
+        help="draws per batch, pair or image, of every method but smmix",
+    )
+    own(
+        "mix-alpha",
+        type=float,
+        nargs="+",
+        metavar="ALPHA",
+        help="one number, or for attentivemix two, of the Beta "
+        "law of the share; default: fmix and saliencymix 1, attentivemix 2 8",
+    )
+    own(
+        "resize-scope",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="range of the pasted copy's side as a share of the image's",
+    )
+    own(
+        "resize-placement",
+        choices=["inside", "clipped"],
+        help="the authors', or that of the paper's Table 2",
+    )
     own("fmix-decay", type=float, help="how fast the spectrum of FMix's noise falls")
-    own("attentive-teacher", metavar="NAME[=CHECKPOINT]", help="the classifier of attentivemix: timm's name (timm "
-        "downloads its weights), a name with a file of weights, or a checkpoint of main.py")  # fmt: skip
-    own("attentive-cells", type=int, help="fixed number of pasted cells, 6 in the paper; default: drawn, AttentiveMix+")
-    own("relabel", choices=["none", "transmix"], help="labels by what the mixed forward pass attends to")
-    group.add_argument("--relabel-ratio", default=0.5, type=float, help="weight of the area in TransMix's share; 0 is "
-                       "its paper's equation, 1 leaves the labels alone")  # fmt: skip
-    own("variant", choices=["paper", "released"], help="SMMix's arithmetic: the paper's, or the released code's")
+    own(
+        "attentive-teacher",
+        metavar="NAME[=CHECKPOINT]",
+        help="the classifier of attentivemix: timm's name (timm "
+        "downloads its weights), a name with a file of weights, or a checkpoint of main.py",
+    )
+    own(
+        "attentive-cells",
+        type=int,
+        help="fixed number of pasted cells, 6 in the paper; default: drawn, AttentiveMix+",
+    )
+    own(
+        "relabel",
+        choices=["none", "transmix"],
+        help="labels by what the mixed forward pass attends to",
+    )
+    group.add_argument(
+        "--relabel-ratio",
+        default=0.5,
+        type=float,
+        help="weight of the area in TransMix's share; 0 is "
+        "its paper's equation, 1 leaves the labels alone",
+    )
+    own(
+        "variant",
+        choices=["paper", "released"],
+        help="SMMix's arithmetic: the paper's, or the released code's",
+    )
     own("region-head", choices=["shared", "separate"], help="overrides --variant")
-    own("consistency", choices=["probs", "logits"], help="what L_con compares with: mixed probabilities, or the "
-        "softmax of mixed logits; overrides --variant")  # fmt: skip
+    own(
+        "consistency",
+        choices=["probs", "logits"],
+        help="what L_con compares with: mixed probabilities, or the "
+        "softmax of mixed logits; overrides --variant",
+    )
     own("region-size", choices=["floor", "integer"], help="overrides --variant")
-    own("source-region", choices=["max", "random"], help="where SMMix takes its region: the most attended one, or any")
-    own("target-region", choices=["min", "max", "corr"], help="where SMMix puts its region: over the least or the most "
-        "attended one, or at the place it was taken from")  # fmt: skip
-    group.add_argument("--side-ratio", default=(0.25, 0.75), type=float, nargs=2, metavar=("LOW", "HIGH"),
-                       help="range of the region's side as a share of the image's")  # fmt: skip
+    own(
+        "source-region",
+        choices=["max", "random"],
+        help="where SMMix takes its region: the most attended one, or any",
+    )
+    own(
+        "target-region",
+        choices=["min", "max", "corr"],
+        help="where SMMix puts its region: over the least or the most "
+        "attended one, or at the place it was taken from",
+    )
+    group.add_argument(
+        "--side-ratio",
+        default=(0.25, 0.75),
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="range of the region's side as a share of the image's",
+    )
     group.add_argument("--smoothing", default=0.1, type=float, help="label smoothing")
 
 
@@ -91,32 +163,91 @@ def _add_own(group: Any, name: str, **keywords: Any) -> None:
 
 def add_training_flags(group: Any) -> None:
     """Adds what says how often images are mixed, at what cost, and what is made of them."""
-    group.add_argument("--mix-protocol", default="switch", choices=["switch", "single", "split"],
-                       help="switch: --mixer shares its steps with Mixup, unless --mixup is 0; single: it gets them "
-                       "all; split: it shares each batch with Mixup")  # fmt: skip
-    group.add_argument("--mixup-prob", default=1.0, type=float, help="share of batches that are mixed at all")
-    group.add_argument("--mixup-switch-prob", default=0.5, type=float, help="share of mixed batches, or with split of "
-                       "each batch, that --mixer gets when Mixup is on too")  # fmt: skip
-    group.add_argument("--mix-off-epoch", type=int, help="nothing is mixed from this epoch on, counted from 0")
-    _add_own(group, "motivator", metavar="self|ema|NAME|NAME=CHECKPOINT|CHECKPOINT", help="whose prediction and score "
-             "of the clean images guide the training: the model's own, its averaged weights', or those of a frozen "
-             "network: timm's name (timm downloads its weights), a name with a file of weights, or a checkpoint of "
-             "main.py")  # fmt: skip
-    _add_own(group, "guide-size", type=int, nargs="+", metavar="SIDE", help="the motivating pass sees the images at "
-             "this size: one side, or height and width, in pixels; default: the training's")  # fmt: skip
-    _add_own(group, "guide-amp", choices=["fp16", "bf16", "none"], help="precision of the motivating pass; default: "
-             "--amp")  # fmt: skip
+    group.add_argument(
+        "--mix-protocol",
+        default="switch",
+        choices=["switch", "single", "split"],
+        help="switch: --mixer shares its steps with Mixup, unless --mixup is 0; single: it gets "
+        "them all; split: it shares each batch with Mixup",
+    )
+    group.add_argument(
+        "--mixup-prob", default=1.0, type=float, help="share of batches that are mixed at all"
+    )
+    group.add_argument(
+        "--mixup-switch-prob",
+        default=0.5,
+        type=float,
+        help="share of mixed batches, or with split of "
+        "each batch, that --mixer gets when Mixup is on too",
+    )
+    group.add_argument(
+        "--mix-off-epoch", type=int, help="nothing is mixed from this epoch on, counted from 0"
+    )
+    _add_own(
+        group,
+        "motivator",
+        metavar="self|ema|NAME|NAME=CHECKPOINT|CHECKPOINT",
+        help="whose prediction and score "
+        "of the clean images guide the training: the model's own, its averaged weights', or those "
+        "of a frozen "
+        "network: timm's name (timm downloads its weights), a name with a file of weights, or a "
+        "checkpoint of "
+        "main.py",
+    )
+    _add_own(
+        group,
+        "guide-size",
+        type=int,
+        nargs="+",
+        metavar="SIDE",
+        help="the motivating pass sees the images at "
+        "this size: one side, or height and width, in pixels; default: the training's",
+    )
+    _add_own(
+        group,
+        "guide-amp",
+        choices=["fp16", "bf16", "none"],
+        help="precision of the motivating pass; default: --amp",
+    )
     _add_own(group, "fine-weight", type=float, help="weight of L_fine; 0 leaves it out")
-    _add_own(group, "con-weight", type=float, help="weight of L_con; with 0 it is left out, and the motivating pass "
-             "ends where its score is read; default: 1 for smmix, 0 for the other methods that paste")  # fmt: skip
-    _add_own(group, "fine-temperature", type=float, metavar="T", help="of L_fine's predictions: softmax(logits / T)")
-    _add_own(group, "con-temperature", type=float, metavar="T", help="of both sides of L_con, which is then T^2 times "
-             "the divergence")  # fmt: skip
-    _add_own(group, "score", choices=["attention", "rollout", "random"], help="what SMMix chooses its regions by: one "
-             "block's attention, the mean of all blocks', or a random number for each token")  # fmt: skip
-    _add_own(group, "score-block", type=int, metavar="D", help="the motivating pass reads its score in block D, "
-             "counted from 1; default: the last")  # fmt: skip
-    group.add_argument("--bce-loss", action="store_true", help="binary cross entropy for L_cls and L_fine")
+    _add_own(
+        group,
+        "con-weight",
+        type=float,
+        help="weight of L_con; with 0 it is left out, and the motivating pass "
+        "ends where its score is read; default: 1 for smmix, 0 for the other methods that paste",
+    )
+    _add_own(
+        group,
+        "fine-temperature",
+        type=float,
+        metavar="T",
+        help="of L_fine's predictions: softmax(logits / T)",
+    )
+    _add_own(
+        group,
+        "con-temperature",
+        type=float,
+        metavar="T",
+        help="of both sides of L_con, which is then T^2 times the divergence",
+    )
+    _add_own(
+        group,
+        "score",
+        choices=["attention", "rollout", "random"],
+        help="what SMMix chooses its regions by: one "
+        "block's attention, the mean of all blocks', or a random number for each token",
+    )
+    _add_own(
+        group,
+        "score-block",
+        type=int,
+        metavar="D",
+        help="the motivating pass reads its score in block D, counted from 1; default: the last",
+    )
+    group.add_argument(
+        "--bce-loss", action="store_true", help="binary cross entropy for L_cls and L_fine"
+    )
 
 
 def weight_of_con(mixer: str, given: float | None) -> float:
@@ -162,12 +293,21 @@ def check_values(
     """
     for name, value in values.items():
         for number in value if isinstance(value, (list, tuple)) else [value]:
-            require(not isinstance(number, float) or math.isfinite(number), name, value, "must be a finite number")
+            require(
+                not isinstance(number, float) or math.isfinite(number),
+                name,
+                value,
+                "must be a finite number",
+            )
     for names, holds, rule in (
         (positive, lambda value: value > 0, "must be above 0"),
         (not_negative, lambda value: value >= 0, "must not be negative"),
         (shares, lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
-        (ranges, lambda value: 0 <= value[0] <= value[1] <= 1, "must be two shares, the lower first"),
+        (
+            ranges,
+            lambda value: 0 <= value[0] <= value[1] <= 1,
+            "must be two shares, the lower first",
+        ),
     ):
         for name in names:
             if (value := values.get(name)) is not None:
@@ -202,23 +342,30 @@ def conflicts(args: argparse.Namespace) -> list[tuple[bool, str]]:
     foreign = [
         f"{_written(name, value)} (for {_users(name)})"
         for name, (default, _) in OWN.items()
-        if not _is_of(name, vars(args)) and _plain(value := getattr(args, name, default)) != default  # main.py's, some
+        if not _is_of(name, vars(args))
+        and _plain(value := getattr(args, name, default)) != default  # main.py's, some
     ]
     return [
         (bool(foreign), f"{', '.join(foreign)}: --mixer {mixer} has no use for it, leave it out"),
         *_conflicts_of_the_pass(args),
-        (mixer == "mixup" and args.mixup == 0, "--mixup 0 leaves --mixer mixup nothing to do; use --mixer none"),
+        (
+            mixer == "mixup" and args.mixup == 0,
+            "--mixup 0 leaves --mixer mixup nothing to do; use --mixer none",
+        ),
         (
             mixer in ("cutmix", "transmix") and args.cutmix <= 0 and args.cutmix_minmax is None,
             f"--cutmix {args.cutmix}: --mixer {mixer} needs an alpha above 0, or --cutmix-minmax",
         ),
         (
-            len(alphas) > (2 if mixer == "attentivemix" else 1) or any(alpha <= 0 for alpha in alphas),
-            f"{_written('mix_alpha', alphas)}: takes one number above 0, and with attentivemix up to two",
+            len(alphas) > (2 if mixer == "attentivemix" else 1)
+            or any(alpha <= 0 for alpha in alphas),
+            f"{_written('mix_alpha', alphas)}: takes one number above 0, and with attentivemix up "
+            "to two",
         ),
         (
             mixer == "attentivemix" and not args.attentive_teacher,
-            "--mixer attentivemix needs --attentive-teacher NAME=CHECKPOINT (resnet50=FILE, say), or a timm name whose "
+            "--mixer attentivemix needs --attentive-teacher NAME=CHECKPOINT (resnet50=FILE, say), "
+            "or a timm name whose "
             "weights can be downloaded, such as resnet50.tv_in1k",
         ),
         (
@@ -227,7 +374,8 @@ def conflicts(args: argparse.Namespace) -> list[tuple[bool, str]]:
         ),
         (
             splits and (mixer in ("mixup", "none") or args.mixup == 0),
-            "--mix-protocol split shares each batch between --mixer and Mixup: give another --mixer than mixup and "
+            "--mix-protocol split shares each batch between --mixer and Mixup: give another "
+            "--mixer than mixup and "
             "none, and --mixup above 0",
         ),
         (
@@ -237,15 +385,18 @@ def conflicts(args: argparse.Namespace) -> list[tuple[bool, str]]:
         ),
         (
             args.relabel_ratio != 0.5 and not relabels,
-            f"--relabel-ratio {args.relabel_ratio} is for --relabel transmix or --mixer transmix only",
+            f"--relabel-ratio {args.relabel_ratio} is for --relabel transmix or --mixer transmix "
+            "only",
         ),
         (
             args.bce_loss and relabels,
-            "--bce-loss takes every class with a share as present, so shares set anew change nothing: leave out one",
+            "--bce-loss takes every class with a share as present, so shares set anew change "
+            "nothing: leave out one",
         ),
         (
             args.bce_loss and args.smoothing > 0,
-            f"--bce-loss counts each class with a share in a label as present, and --smoothing {args.smoothing} gives "
+            "--bce-loss counts each class with a share in a label as present, and --smoothing "
+            f"{args.smoothing} gives "
             "every class one: add --smoothing 0",
         ),
     ]
@@ -256,12 +407,23 @@ def _users(name: str) -> str:
 
 
 def _conflicts_of_the_pass(args: argparse.Namespace) -> list[tuple[bool, str]]:
-    """Rules of the flags that say what the clean images are looked at for, and of the terms of the loss."""
+    """Rules of the flags that say what the clean images are looked at for, and of the terms of the
+    loss."""
     smmix, con = args.mixer == "smmix", weight_of_con(args.mixer, getattr(args, "con_weight", None))
-    fine_temperature, con_temperature = (getattr(args, f"{term}_temperature", 1.0) for term in ("fine", "con"))
-    unseen = [name for name in (*OF_THE_PASS, "score_block") if getattr(args, name, OWN[name][0]) != OWN[name][0]]
+    fine_temperature, con_temperature = (
+        getattr(args, f"{term}_temperature", 1.0) for term in ("fine", "con")
+    )
+    unseen = [
+        name
+        for name in (*OF_THE_PASS, "score_block")
+        if getattr(args, name, OWN[name][0]) != OWN[name][0]
+    ]
     named = ", ".join(_written(name, getattr(args, name)) for name in unseen)
-    scored = [name for name in ("score", "score_block") if getattr(args, name, OWN[name][0]) != OWN[name][0]]
+    scored = [
+        name
+        for name in ("score", "score_block")
+        if getattr(args, name, OWN[name][0]) != OWN[name][0]
+    ]
     return [
         (
             len(scored) > 1,
@@ -274,20 +436,24 @@ def _conflicts_of_the_pass(args: argparse.Namespace) -> list[tuple[bool, str]]:
         ),
         (
             smmix and bool(unseen) and not needs_guide(args),
-            f"{named}: nothing looks at the clean images, as regions follow no score of theirs and --con-weight is 0; "
+            f"{named}: nothing looks at the clean images, as regions follow no score of theirs and "
+            "--con-weight is 0; "
             "leave it out",
         ),
         (
             smmix and con == 0 and con_temperature != 1,
-            f"--con-temperature {con_temperature} is of L_con, which --con-weight 0 leaves out: leave out one of them",
+            f"--con-temperature {con_temperature} is of L_con, which --con-weight 0 leaves out: "
+            "leave out one of them",
         ),
         (
             fine_temperature != 1 and getattr(args, "fine_weight", 1.0) == 0,
-            f"--fine-temperature {fine_temperature} is of L_fine, which --fine-weight 0 leaves out: leave out one of "
+            f"--fine-temperature {fine_temperature} is of L_fine, which --fine-weight 0 leaves "
+            "out: leave out one of "
             "them",
         ),
         (
             fine_temperature != 1 and args.bce_loss,
-            f"--fine-temperature {fine_temperature} is of a softmax, and --bce-loss has none: leave out one of them",
+            f"--fine-temperature {fine_temperature} is of a softmax, and --bce-loss has none: "
+            "leave out one of them",
         ),
     ]

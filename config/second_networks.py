@@ -1,8 +1,9 @@
-"""Second networks that are only looked through: teachers to distil from, AttentiveMix's classifier, motivators.
+"""Second networks that are only looked through: teachers to distil from, AttentiveMix's classifier,
+motivators.
 
-Each is shown the student's images as it knows images itself: where its mean and std are not the student's, they are
-normalised anew on the device. A checkpoint of main.py says its own; for other files timm does, under the name that is
-given with them.
+Each is shown the student's images as it knows images itself: where its mean and std are not the
+student's, they are normalised anew on the device. A checkpoint of main.py says its own; for other
+files timm does, under the name that is given with them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from utils import InputError
 
 Look = Callable[..., Glance]  # takes what `ImageModel.look` takes
 NEEDED = (  # of a motivator
-    "L_con uses its predictions: give one that was trained for these classes in this order, or with --mixer smmix "
+    "L_con uses its predictions: give one that was trained for these classes in this order, or "
+    "with --mixer smmix "
     "leave L_con out (--con-weight 0), and its score alone guides"
 )
 
@@ -52,20 +54,29 @@ class Renormalise(nn.Module):
 
 
 def renormaliser(shown: ImageSpec, own: ImageSpec) -> nn.Module:
-    """From images as `shown` normalises them to those that `own` does; nothing is done where the two agree."""
-    return nn.Identity() if (shown.mean, shown.std) == (own.mean, own.std) else Renormalise(shown, own)
+    """From images as `shown` normalises them to those that `own` does; nothing is done where the
+    two agree."""
+    return (
+        nn.Identity() if (shown.mean, shown.std) == (own.mean, own.std) else Renormalise(shown, own)
+    )
 
 
 def build_teacher(
-    name: str, path: str, num_classes: int, input_size: tuple[int, int], shown: ImageSpec | None = None
+    name: str,
+    path: str,
+    num_classes: int,
+    input_size: tuple[int, int],
+    shown: ImageSpec | None = None,
 ) -> nn.Module:
-    """A timm network with the weights of a file, to distil from images of `input_size` (height, width).
+    """A timm network with the weights of a file, to distil from images of `input_size` (height,
+    width).
 
     Args:
         shown: how the student's images are normalised; default: with ImageNet's mean and std.
 
     Raises:
-        InputError: unknown name, unreadable file, weights of another network, or one that refuses such images.
+        InputError: unknown name, unreadable file, weights of another network, or one that refuses
+            such images.
     """
     flag = f"--teacher-model {name}"
     _check_name("--teacher-model", name)
@@ -74,14 +85,18 @@ def build_teacher(
     load_strictly(teacher, pick_weights(checkpoint), source=f"--teacher-path {path}")
     _try(flag, teacher, input_size)
     shown = shown or ImageSpec(input_size)
-    return nn.Sequential(renormaliser(shown, _own_spec(_said_in(checkpoint), name, teacher, shown, flag)), teacher)
+    return nn.Sequential(
+        renormaliser(shown, _own_spec(_said_in(checkpoint), name, teacher, shown, flag)), teacher
+    )
 
 
 class FeatureMap(nn.Module):
-    """The last feature map of a timm network: images (B, 3, height, width) -> (B, D, rows, columns).
+    """The last feature map of a timm network: images (B, 3, height, width) -> (B, D, rows,
+    columns).
 
     Args:
-        renormalise: makes of the images those that the network knows; default: it is shown them as they are.
+        renormalise: makes of the images those that the network knows; default: it is shown them as
+            they are.
     """
 
     def __init__(self, network: nn.Module, renormalise: nn.Module | None = None) -> None:
@@ -95,15 +110,19 @@ class FeatureMap(nn.Module):
         return features.permute(0, 3, 1, 2) if last else features
 
 
-def build_feature_map(choice: str, input_size: tuple[int, int], shown: ImageSpec | None = None) -> FeatureMap:
+def build_feature_map(
+    choice: str, input_size: tuple[int, int], shown: ImageSpec | None = None
+) -> FeatureMap:
     """AttentiveMix's classifier, for images of `input_size` (height, width).
 
     Args:
-        choice: NAME (timm's; timm downloads its weights), NAME=CHECKPOINT, or a CHECKPOINT of this project's main.py.
+        choice: NAME (timm's; timm downloads its weights), NAME=CHECKPOINT, or a CHECKPOINT of this
+            project's main.py.
         shown: how the student's images are normalised; default: with ImageNet's mean and std.
 
     Raises:
-        InputError: unknown name, weights that cannot be had or belong to another network, or no feature map.
+        InputError: unknown name, weights that cannot be had or belong to another network, or no
+            feature map.
     """
     flag, shown = f"--attentive-teacher {choice}", shown or ImageSpec(input_size)
     name, path = _name_and_file(choice, flag)
@@ -118,14 +137,19 @@ def build_feature_map(choice: str, input_size: tuple[int, int], shown: ImageSpec
     features = FeatureMap(network, renormaliser(shown, _own_spec(said, name, network, shown, flag)))
     shape = _try(flag, features, input_size).shape
     if len(shape) != 4 or shape[1] != network.num_features:
-        raise InputError(f"{flag}: gives no map of features (its last ones are {list(shape[1:])}): take a ConvNet")
+        raise InputError(
+            f"{flag}: gives no map of features (its last ones are {list(shape[1:])}): take a "
+            "ConvNet"
+        )
     return features
 
 
 def check_motivator_classes(choice: str, class_names: Sequence[str]) -> None:
-    """Whether a checkpoint of main.py, given as `--motivator`, predicts the student's classes in the same order.
+    """Whether a checkpoint of main.py, given as `--motivator`, predicts the student's classes in
+    the same order.
 
-    Weights without names of their classes (timm's, other projects') pass: `build_motivator` compares the number.
+    Weights without names of their classes (timm's, other projects') pass: `build_motivator`
+    compares the number.
 
     Raises:
         InputError: it predicts others, of which a few are named, or cannot be read.
@@ -136,11 +160,18 @@ def check_motivator_classes(choice: str, class_names: Sequence[str]) -> None:
     if own is None or list(own) == list(class_names):
         return
     parts = []
-    for where, names, others in (("the motivator", own, class_names), ("the data", class_names, own)):
+    for where, names, others in (
+        ("the motivator", own, class_names),
+        ("the data", class_names, own),
+    ):
         if only := sorted(set(names) - set(others)):
-            parts.append(f"{len(only)} only in {where}: {', '.join(only[:5])}{', ...' if len(only) > 5 else ''}")
+            parts.append(
+                f"{len(only)} only in {where}: "
+                f"{', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
+            )
     raise InputError(
-        f"{flag}: predicts other classes than the data has; {'; '.join(parts) or 'their order differs'}. {NEEDED}"
+        f"{flag}: predicts other classes than the data has; "
+        f"{'; '.join(parts) or 'their order differs'}. {NEEDED}"
     )
 
 
@@ -156,36 +187,46 @@ def build_motivator(
     What it learned for its own image size is resampled as `--finetune` does.
 
     Args:
-        choice: NAME (timm's; timm downloads its weights), NAME=CHECKPOINT, or a CHECKPOINT of this project's main.py.
+        choice: NAME (timm's; timm downloads its weights), NAME=CHECKPOINT, or a CHECKPOINT of this
+            project's main.py.
         num_classes: the student's.
         shown: size and normalisation of the student's images.
-        predict: its predictions are used, so that it needs the student's classes; else a head of others starts anew.
+        predict: its predictions are used, so that it needs the student's classes; else a head of
+            others starts anew.
 
     Returns:
-        The network, on `device`, and what to call in the place of its `look`, with the student's images.
+        The network, on `device`, and what to call in the place of its `look`, with the student's
+        images.
 
     Raises:
-        InputError: unknown name, weights that cannot be had or belong to another network, another number of classes,
-            or images that it cannot take.
+        InputError: unknown name, weights that cannot be had or belong to another network, another
+            number of classes, or images that it cannot take.
     """
     flag = f"--motivator {choice}"
     name, path = _name_and_file(choice, flag)
     if name and not timm.is_model(name):
-        raise InputError(f"{flag}: neither self nor ema, nor a file, nor a model's name; {near_misses(name)}")
+        raise InputError(
+            f"{flag}: neither self nor ema, nor a file, nor a model's name; {near_misses(name)}"
+        )
     said = _said_in(load_checkpoint(path) if path else {})
     config = _config_in(said, name, path, flag) if path else {"name": name}
     downloaded = None if path else _download(name, flag)
     classes = config.get("num_classes", getattr(downloaded, "num_classes", num_classes))
     if predict and classes != num_classes:
-        raise InputError(f"{flag}: predicts {classes} classes, the data has {num_classes}. {NEEDED}")
+        raise InputError(
+            f"{flag}: predicts {classes} classes, the data has {num_classes}. {NEEDED}"
+        )
     config = {**config, "num_classes": num_classes, "input_size": shown.input_size}
     model = _fitted(config, downloaded or path, not predict, flag).requires_grad_(False).to(device)
     own = _own_spec(said, name, model.network, shown, flag)
     return model, _look_through(renormaliser(shown, own).to(device), model)
 
 
-def _fitted(config: dict[str, Any], weights: nn.Module | str, fresh_heads: bool, flag: str) -> ImageModel:
-    """The model of this `config` with the weights of a network or a file, which takes images of its size."""
+def _fitted(
+    config: dict[str, Any], weights: nn.Module | str, fresh_heads: bool, flag: str
+) -> ImageModel:
+    """The model of this `config` with the weights of a network or a file, which takes images of its
+    size."""
     height, width = config["input_size"]
     try:
         model = build_model(**config)
@@ -195,7 +236,9 @@ def _fitted(config: dict[str, Any], weights: nn.Module | str, fresh_heads: bool,
             adapted, _ = adapt_weights(model, weights.state_dict(), fresh_heads=fresh_heads)
             load_strictly(model, adapted, source=flag)
     except InputError as error:
-        raise InputError(f"{flag} cannot guide a student on {height} x {width} pixels: {error}") from error
+        raise InputError(
+            f"{flag} cannot guide a student on {height} x {width} pixels: {error}"
+        ) from error
     _try(flag, model.network, (height, width))
     return model
 
@@ -220,7 +263,8 @@ def _name_and_file(choice: str, flag: str) -> tuple[str, str]:
 
 
 def _said_in(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a checkpoint of ours says of its model and its data, without the weights; of any other file nothing.
+    """What a checkpoint of ours says of its model and its data, without the weights; of any other
+    file nothing.
 
     Raises:
         InputError: it is ours, but of another version.
@@ -234,9 +278,14 @@ def _said_in(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _own_spec(
-    said: Mapping[str, Mapping[str, Any]], name: str, network: nn.Module, shown: ImageSpec, flag: str
+    said: Mapping[str, Mapping[str, Any]],
+    name: str,
+    network: nn.Module,
+    shown: ImageSpec,
+    flag: str,
 ) -> ImageSpec:
-    """How the images are normalised that a network knows: by its checkpoint if that is ours, else by timm's `name`.
+    """How the images are normalised that a network knows: by its checkpoint if that is ours, else
+    by timm's `name`.
 
     Where neither says it, as those that it is `shown`.
     """
@@ -245,17 +294,23 @@ def _own_spec(
         return ImageSpec.from_plain(plain) if plain else shown
     known = _known_to_timm(name, flag)  # by its tag, which not every network is built with
     source = known.to_dict() if known else getattr(network, "pretrained_cfg", None) or {}
-    own: dict[str, Any] = {part: tuple(source[part]) for part in ("mean", "std") if source.get(part)}
+    own: dict[str, Any] = {
+        part: tuple(source[part]) for part in ("mean", "std") if source.get(part)
+    }
     return replace(shown, **own)
 
 
-def _config_in(said: Mapping[str, dict[str, Any]], name: str, path: str, flag: str) -> dict[str, Any]:
-    """Keywords of `build_model` for the weights in a file; only a checkpoint of ours says them itself."""
+def _config_in(
+    said: Mapping[str, dict[str, Any]], name: str, path: str, flag: str
+) -> dict[str, Any]:
+    """Keywords of `build_model` for the weights in a file; only a checkpoint of ours says them
+    itself."""
     config = said["model_config"]
     if not config:
         if not name:
             raise InputError(
-                f"{flag}: was not written by this project's main.py; say whose weights these are: NAME={path}"
+                f"{flag}: was not written by this project's main.py; say whose weights these are: "
+                f"NAME={path}"
             )
         return {"name": name}
     if name not in ("", config.get("name")):
@@ -265,16 +320,21 @@ def _config_in(said: Mapping[str, dict[str, Any]], name: str, path: str, flag: s
 
 def _from_weights(name: str, checkpoint: Mapping[str, Any], flag: str) -> nn.Module:
     weights = pick_weights(checkpoint)
-    head = getattr(timm.create_model(name, num_classes=1), "default_cfg", {}).get("classifier", "head")
+    head = getattr(timm.create_model(name, num_classes=1), "default_cfg", {}).get(
+        "classifier", "head"
+    )
     classifier = weights.get(f"{head}.weight", torch.empty(0))
-    classes = len(classifier) if classifier.numel() and classifier.ndim else 0  # its own: none is asked for
+    classes = (
+        len(classifier) if classifier.numel() and classifier.ndim else 0
+    )  # its own: none is asked for
     network = timm.create_model(name, num_classes=classes)
     load_strictly(network, weights, source=flag)
     return network
 
 
 def _download(name: str, flag: str) -> nn.Module:
-    """timm's network with the weights that timm names for it, fetched by us: timm would not check them."""
+    """timm's network with the weights that timm names for it, fetched by us: timm would not check
+    them."""
     source = _known_to_timm(name, flag)
     try:
         if source is None or not source.has_weights:
@@ -285,7 +345,9 @@ def _download(name: str, flag: str) -> nn.Module:
             weights = load_file(file) if file.suffix == ".safetensors" else load_checkpoint(file)
         else:
             weights = load_checkpoint(str(source.url))
-        network: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
+        network: Any = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay={"state_dict": weights}
+        )
     except Exception as error:  # the hub's client passes on errors of its HTTP library
         reason = error.text if isinstance(error, InputError) else error
         raise InputError(
@@ -302,7 +364,8 @@ def _check_name(flag: str, name: str) -> None:
 
 
 def _known_to_timm(name: str, flag: str) -> Any:
-    """What timm says of the weights of this name and tag: where they are, how their images are normalised; or None."""
+    """What timm says of the weights of this name and tag: where they are, how their images are
+    normalised; or None."""
     try:
         return timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # of a tag that it does not have
@@ -317,4 +380,6 @@ def _try(flag: str, network: nn.Module, input_size: tuple[int, int]) -> Tensor:
             return network.eval()(torch.zeros(1, 3, *input_size))
     except (AssertionError, RuntimeError, ValueError) as error:
         size = f"{input_size[0]} x {input_size[1]}"
-        raise InputError(f"{flag} cannot take the student's images of {size} pixels: {error}") from error
+        raise InputError(
+            f"{flag} cannot take the student's images of {size} pixels: {error}"
+        ) from error

@@ -1,4 +1,5 @@
-"""Another method's images and labels with what L_con needs beside them: Sec. 4.3 of the paper alone (Table 7).
+"""Another method's images and labels with what L_con needs beside them: Sec. 4.3 of the paper alone
+(Table 7).
 
 Mixes nothing itself; the rule of the reference is handed in, and `smmix.py` owns it.
 """
@@ -20,18 +21,24 @@ Draw = TypeVar("Draw")
 class Consistent(Mixer[Draw]):
     """Adds the reference of Eq. 14, for the share of the area that each image really has.
 
-    Labels that the mixed forward pass decides (TransMix) come later and leave the reference as it is.
+    Labels that the mixed forward pass decides (TransMix) come later and leave the reference as it
+    is.
 
     Args:
         mixer: the method that mixes; its batches have a `lam` and no reference of their own.
-        mix_predictions: the clean images' logits (B, K) and lam (B,) -> the reference (B, K), rows sum to one.
+        mix_predictions: the clean images' logits (B, K) and lam (B,) -> the reference (B, K), rows
+            sum to one.
     """
 
-    def __init__(self, mixer: Mixer[Draw], mix_predictions: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self, mixer: Mixer[Draw], mix_predictions: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         super().__init__(mixer.num_classes, mixer.smoothing)
         self.mixer, self.mix_predictions = mixer, mix_predictions
 
-    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> Draw:
+    def draw(
+        self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
+    ) -> Draw:
         return self.mixer.draw(batch_size, image_size, generator)
 
     def apply(self, images: Tensor, labels: Tensor, drawn: Draw, guide: Guide) -> MixedBatch:

@@ -1,4 +1,5 @@
-"""CutMix (Yun et al. 2019, arXiv 1905.04899): a random box of the source at the same place in the target (paper Eq. 1).
+"""CutMix (Yun et al. 2019, arXiv 1905.04899): a random box of the source at the same place in the
+target (paper Eq. 1).
 
 The baseline of every table. Uses no model and no global state.
 """
@@ -15,7 +16,8 @@ from pipeline.boxes import Box, box_mask, edges_of
 
 
 class CutMix(Mixer[list[Box]]):
-    """A box whose share is drawn from Beta(alpha, alpha), then clipped; lam is the share really pasted.
+    """A box whose share is drawn from Beta(alpha, alpha), then clipped; lam is the share really
+    pasted.
 
     Args:
         minmax: draw both sides between these ratios instead (`--cutmix-minmax`).
@@ -33,7 +35,9 @@ class CutMix(Mixer[list[Box]]):
         super().__init__(num_classes, smoothing)
         self.alpha, self.minmax, self.mode = alpha, minmax, mode
 
-    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> list[Box]:
+    def draw(
+        self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
+    ) -> list[Box]:
         def one(share: float) -> Box:
             if self.minmax is not None:
                 return draw_box_between(image_size, self.minmax, generator)

@@ -1,7 +1,8 @@
-"""FMix (Harris et al. 2020, arXiv 2002.12047): random blobs, cut from noise with a falling spectrum.
+"""FMix (Harris et al. 2020, arXiv 2002.12047): random blobs, cut from noise with a falling
+spectrum.
 
-Uses no model and no global state. lam is the share really pasted; the authors' code keeps the drawn one, which differs
-by less than a pixel.
+Uses no model and no global state. lam is the share really pasted; the authors' code keeps the drawn
+one, which differs by less than a pixel.
 """
 
 from __future__ import annotations
@@ -32,18 +33,28 @@ class FMix(Mixer[Blobs]):
     """
 
     def __init__(
-        self, num_classes: int, smoothing: float = 0.1, alpha: float = 1.0, decay: float = 3.0, mode: str = "batch"
+        self,
+        num_classes: int,
+        smoothing: float = 0.1,
+        alpha: float = 1.0,
+        decay: float = 3.0,
+        mode: str = "batch",
     ) -> None:
         super().__init__(num_classes, smoothing)
         self.alpha, self.decay, self.mode = alpha, decay, mode
 
-    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> Blobs:
+    def draw(
+        self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
+    ) -> Blobs:
         used = pair_up(list(range(batch_size)), batch_size, self.mode)
         count, (height, width) = max(used) + 1, image_size
         shares = draw_beta(self.alpha, count, generator)
-        up = torch.randint(2, (count,), generator=generator).tolist()  # rounded down or up with equal chance
+        up = torch.randint(
+            2, (count,), generator=generator
+        ).tolist()  # rounded down or up with equal chance
         pixels = [
-            min(int(share * height * width) + more, height * width) for share, more in zip(shares, up, strict=True)
+            min(int(share * height * width) + more, height * width)
+            for share, more in zip(shares, up, strict=True)
         ]
         noise = torch.randn(count, height, width // 2 + 1, 2, generator=generator)
         return Blobs(torch.view_as_complex(noise), pixels, used)
@@ -51,13 +62,16 @@ class FMix(Mixer[Blobs]):
     def apply(self, images: Tensor, labels: Tensor, drawn: Blobs, guide: Guide) -> MixedBatch:
         height, width = images.shape[-2:]
         field = shape_noise(send(drawn.noise, images.device), (height, width), self.decay)
-        pixels, used = (torch.tensor(values).to(images.device, non_blocking=True) for values in drawn[1:])
+        pixels, used = (
+            torch.tensor(values).to(images.device, non_blocking=True) for values in drawn[1:]
+        )
         mask = top_mask(field.flatten(1), pixels).view(-1, 1, height, width)[used]
         return self.label(*paste(images, images.flip(0), mask), labels, mask)
 
 
 def shape_noise(noise: Tensor, image_size: tuple[int, int], decay: float) -> Tensor:
-    """Low-frequency noise (M, height, width): white noise divided by frequency to the power of `decay`.
+    """Low-frequency noise (M, height, width): white noise divided by frequency to the power of
+    `decay`.
 
     Args:
         noise: (M, height, width // 2 + 1) complex, on the frequencies of a real Fourier transform.

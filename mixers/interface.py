@@ -1,27 +1,38 @@
 """What every mixing method takes and gives. Holds labels and records, no pixels.
 
-A mixer never holds the model under training, a mode or a device. It is given a `Guide`, a function that shows it the
-clean images through the model; whether it calls it is its own affair. Drawing and applying are separate: `draw` takes a
-generator and returns plain values, `apply` takes those values and returns new tensors, so that a mix can be written by
-hand and repeated.
+A mixer never holds the model under training, a mode or a device. It is given a `Guide`, a function
+that shows it the clean images through the model; whether it calls it is its own affair. Drawing and
+applying are separate: `draw` takes a generator and returns plain values, `apply` takes those values
+and returns new tensors, so that a mix can be written by hand and repeated.
 
 Adding a method, in ten lines:
 
-1.  `mixers/<method>.py`: a subclass of `Mixer` with `draw` (all that is random) and `apply` (all that is not).
-2.  A method that pastes by a mask ends with `self.label(*paste(images, sources, mask), labels, mask)`.
-3.  Its own flags go into `config/mixing_flags.py` and `Settings`, its name and maker into `MIXERS`, of `config/build_mixer.py`.
-4.  `tests/test_mixers.py`: a row in `MAKERS` puts it under the contract; a slow loop from its formula is its oracle.
-5.  A second, frozen network, or the gradient at the pixels: the maker hands over a function of images.
-6.  A second network that learns: its loss goes into `MixedBatch.terms`, its parameters into the optimizer's groups; the
-    step backpropagates, scales, clips and updates whatever the optimizer holds.
-7.  Labels that depend on the mixed forward pass: `MixedBatch.need_attention` and `relabel` (see `mixers/transmix.py`).
-8.  Clean images beside the mixed ones: `images` and `labels` may hold more rows than the batch that came in.
-9.  A loss of another form than labels and terms: a criterion of its own (`losses.py`), which gets output and batch.
-10. Something new asked of the model's forward pass: one more entry in `MixedBatch.forward_inputs`, none in the step.
+1.  `mixers/<method>.py`: a subclass of `Mixer` with `draw` (all that is random) and `apply` (all
+    that is not).
+2.  A method that pastes by a mask ends with `self.label(*paste(images, sources, mask), labels,
+    mask)`.
+3.  Its own flags go into `config/mixing_flags.py` and `Settings`, its name and maker into `MIXERS`,
+    of `config/build_mixer.py`.
+4.  `tests/test_mixers.py`: a row in `MAKERS` puts it under the contract; a slow loop from its
+    formula is its oracle.
+5.  A second, frozen network, or the gradient at the pixels: the maker hands over a function of
+    images.
+6.  A second network that learns: its loss goes into `MixedBatch.terms`, its parameters into the
+    optimizer's groups; the step backpropagates, scales, clips and updates whatever the optimizer
+    holds.
+7.  Labels that depend on the mixed forward pass: `MixedBatch.need_attention` and `relabel` (see
+    `mixers/transmix.py`).
+8.  Clean images beside the mixed ones: `images` and `labels` may hold more rows than the batch that
+    came in.
+9.  A loss of another form than labels and terms: a criterion of its own (`losses.py`), which gets
+    output and batch.
+10. Something new asked of the model's forward pass: one more entry in `MixedBatch.forward_inputs`,
+    none in the step.
 
-Letters: B batch, K classes, N image tokens. `source` gives the patch, `target` receives it, `lam` is the source share.
-Image i is the target and image B - 1 - i the source (batch reversal). Methods whose papers give the share of the other
-image are converted where their values are drawn, nowhere else.
+Letters: B batch, K classes, N image tokens. `source` gives the patch, `target` receives it, `lam`
+is the source share. Image i is the target and image B - 1 - i the source (batch reversal). Methods
+whose papers give the share of the other image are converted where their values are drawn, nowhere
+else.
 """
 
 from __future__ import annotations
@@ -37,11 +48,14 @@ from torch import Tensor
 
 from models.interface import AttentionOf, Glance, ModelOutput
 
-Guide = Callable[[Tensor], Glance | ModelOutput]  # clean images (B, C, height, width) -> their logits and score
+Guide = Callable[
+    [Tensor], Glance | ModelOutput
+]  # clean images (B, C, height, width) -> their logits and score
 
 
 class Regions(NamedTuple):
-    """Where the pasted rectangles came from and went to, in grid cells; corners are (row, column) of the top left."""
+    """Where the pasted rectangles came from and went to, in grid cells; corners are (row, column)
+    of the top left."""
 
     source_corners: Tensor  # (B, 2) int64: in the source image of each pair
     target_corners: Tensor  # (B, 2) int64: in the target image
@@ -58,18 +72,32 @@ class MixedBatch:
     source_labels: Tensor | None = None  # (B, K) float32: y_A
     target_labels: Tensor | None = None  # (B, K) float32: y_B
     source_mask: Tensor | None = None  # (B, N) bool: tokens that belong to the source
-    reference_probs: Tensor | None = None  # (B, K) float32: what Eq. 14 pulls the prediction towards
+    reference_probs: Tensor | None = (
+        None  # (B, K) float32: what Eq. 14 pulls the prediction towards
+    )
     clean_logits: Tensor | None = None  # (B, K): the guide's prediction on the clean images
-    image_attention: Tensor | None = None  # (B, N): the score of the clean images, the guide's as a rule
+    image_attention: Tensor | None = (
+        None  # (B, N): the score of the clean images, the guide's as a rule
+    )
     regions: Regions | None = None
-    mask: Tensor | None = None  # (B, 1, height, width) bool: pixels that are the source's, where a method has one
-    terms: Mapping[str, Tensor] = field(default_factory=dict)  # the method's own losses (scalars), added to the total
+    mask: Tensor | None = (
+        None  # (B, 1, height, width) bool: pixels that are the source's, where a method has one
+    )
+    terms: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # the method's own losses (scalars), added to the total
     need_attention: AttentionOf | None = None  # what the mixed forward pass has to show besides
-    relabel: Callable[[MixedBatch, ModelOutput], MixedBatch] | None = None  # labels known only after that pass
+    relabel: Callable[[MixedBatch, ModelOutput], MixedBatch] | None = (
+        None  # labels known only after that pass
+    )
 
     def forward_inputs(self) -> dict[str, Any]:
         """The keywords of the model's forward pass on this batch."""
-        return {"images": self.images, "source_mask": self.source_mask, "need_attention": self.need_attention}
+        return {
+            "images": self.images,
+            "source_mask": self.source_mask,
+            "need_attention": self.need_attention,
+        }
 
     def after_forward(self, output: ModelOutput) -> MixedBatch:
         """The batch with its final labels."""
@@ -77,7 +105,8 @@ class MixedBatch:
 
 
 class StepRandom(NamedTuple):
-    """The generators of one step: what all ranks must choose alike comes from `shared`, the rest from `own`."""
+    """The generators of one step: what all ranks must choose alike comes from `shared`, the rest
+    from `own`."""
 
     shared: torch.Generator
     own: torch.Generator
@@ -104,18 +133,25 @@ def mix_labels(source_labels: Tensor, target_labels: Tensor, lam: Tensor) -> Ten
     return lam[:, None] * source_labels + (1.0 - lam[:, None]) * target_labels
 
 
-def draw_beta(alpha: float, count: int, generator: torch.Generator, beta: float | None = None) -> list[float]:
+def draw_beta(
+    alpha: float, count: int, generator: torch.Generator, beta: float | None = None
+) -> list[float]:
     """`count` numbers from Beta(alpha, beta), keyed by the generator (torch's own Beta takes none).
 
     Args:
         beta: default: alpha.
     """
     seed = int(torch.randint(2**31, (), generator=generator))
-    return np.random.default_rng(seed).beta(alpha, alpha if beta is None else beta, size=count).tolist()
+    return (
+        np.random.default_rng(seed)
+        .beta(alpha, alpha if beta is None else beta, size=count)
+        .tolist()
+    )
 
 
 def send(drawn: Tensor, device: torch.device) -> Tensor:
-    """A large draw on the device, without waiting: CUDA may wait for more than 64 KiB of memory that is not pinned."""
+    """A large draw on the device, without waiting: CUDA may wait for more than 64 KiB of memory
+    that is not pinned."""
     held = drawn.pin_memory() if device.type == "cuda" else drawn
     return held.to(device, non_blocking=True)
 
@@ -137,18 +173,28 @@ class Mixer(ABC, Generic[Draw]):
         self.smoothing = smoothing
 
     @abstractmethod
-    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> Draw:
-        """Everything random about one mix, as plain values. `image_size` is height and width in pixels."""
+    def draw(
+        self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
+    ) -> Draw:
+        """Everything random about one mix, as plain values. `image_size` is height and width in
+        pixels."""
 
     @abstractmethod
     def apply(self, images: Tensor, labels: Tensor, drawn: Draw, guide: Guide) -> MixedBatch:
-        """The mix itself. `images` (B, C, height, width) and `labels` (B,) or (B, K) stay as they are."""
+        """The mix itself. `images` (B, C, height, width) and `labels` (B,) or (B, K) stay as they
+        are."""
 
-    def __call__(self, images: Tensor, labels: Tensor, guide: Guide, random: StepRandom) -> MixedBatch:
+    def __call__(
+        self, images: Tensor, labels: Tensor, guide: Guide, random: StepRandom
+    ) -> MixedBatch:
         height, width = images.shape[-2:]
-        return self.apply(images, labels, self.draw(len(images), (height, width), random.own), guide)
+        return self.apply(
+            images, labels, self.draw(len(images), (height, width), random.own), guide
+        )
 
-    def label(self, mixed: Tensor, lam: Tensor, labels: Tensor, mask: Tensor | None = None) -> MixedBatch:
+    def label(
+        self, mixed: Tensor, lam: Tensor, labels: Tensor, mask: Tensor | None = None
+    ) -> MixedBatch:
         """The record of a mix whose labels follow the source's share (Eq. 8).
 
         Args:
@@ -165,7 +211,9 @@ class Mixer(ABC, Generic[Draw]):
 class NoMixing(Mixer[None]):
     """Plain images with smoothed labels: DeiT's recipe without any mixing."""
 
-    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> None:
+    def draw(
+        self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
+    ) -> None:
         return None
 
     def apply(self, images: Tensor, labels: Tensor, drawn: None, guide: Guide) -> MixedBatch:
@@ -173,7 +221,8 @@ class NoMixing(Mixer[None]):
 
 
 def pair_up(values: list[Value], batch_size: int, mode: str) -> list[Value]:
-    """Spreads draws over a batch as `--mixup-mode` says: one for all, one for each pair, or one for each image."""
+    """Spreads draws over a batch as `--mixup-mode` says: one for all, one for each pair, or one for
+    each image."""
     if mode == "batch":
         return values[:1] * batch_size
     if mode == "pair":

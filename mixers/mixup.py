@@ -1,4 +1,5 @@
-"""Mixup (Zhang et al. 2018, arXiv 1710.09412): both images everywhere, weighted. Uses no model and no global state."""
+"""Mixup (Zhang et al. 2018, arXiv 1710.09412): both images everywhere, weighted. Uses no model and
+no global state."""
 
 from __future__ import annotations
 
@@ -9,13 +10,18 @@ from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
 
 
 class Mixup(Mixer[list[float]]):
-    """x_M = lam * x_A + (1 - lam) * x_B with lam ~ Beta(alpha, alpha), drawn once per batch, pair or image (`mode`)."""
+    """x_M = lam * x_A + (1 - lam) * x_B with lam ~ Beta(alpha, alpha), drawn once per batch, pair
+    or image (`mode`)."""
 
-    def __init__(self, num_classes: int, smoothing: float = 0.1, alpha: float = 0.8, mode: str = "batch") -> None:
+    def __init__(
+        self, num_classes: int, smoothing: float = 0.1, alpha: float = 0.8, mode: str = "batch"
+    ) -> None:
         super().__init__(num_classes, smoothing)
         self.alpha, self.mode = alpha, mode
 
-    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> list[float]:
+    def draw(
+        self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
+    ) -> list[float]:
         return pair_up(draw_beta(self.alpha, batch_size, generator), batch_size, self.mode)
 
     def apply(self, images: Tensor, labels: Tensor, drawn: list[float], guide: Guide) -> MixedBatch:

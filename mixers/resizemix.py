@@ -1,8 +1,10 @@
-"""ResizeMix (Qin et al. 2020, arXiv 2012.11101): the whole source, made small, somewhere on the target.
+"""ResizeMix (Qin et al. 2020, arXiv 2012.11101): the whole source, made small, somewhere on the
+target.
 
-Two placements are published. `inside`, the authors': a box of tau times the image's sides, tau ~ U(scope), fully inside
-the image. `clipped`, that of the benchmark behind the paper's Table 2: a box around a centre uniform over the image,
-clipped at its borders, into which the source is squeezed. Uses no model and no global state.
+Two placements are published. `inside`, the authors': a box of tau times the image's sides, tau ~
+U(scope), fully inside the image. `clipped`, that of the benchmark behind the paper's Table 2: a box
+around a centre uniform over the image, clipped at its borders, into which the source is squeezed.
+Uses no model and no global state.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ class ResizeMix(Mixer[list[Box]]):
     Args:
         scope: range of tau, the pasted copy's side as a share of the image's.
         placement: see above.
-        mode: tau is drawn once per batch, pair or image. Places are drawn for each image with `inside`, and like tau
-            with `clipped`, as published.
+        mode: tau is drawn once per batch, pair or image. Places are drawn for each image with
+            `inside`, and like tau with `clipped`, as published.
     """
 
     def __init__(
@@ -39,16 +41,26 @@ class ResizeMix(Mixer[list[Box]]):
         super().__init__(num_classes, smoothing)
         self.scope, self.placement, self.mode = scope, placement, mode
 
-    def draw(self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator) -> list[Box]:
+    def draw(
+        self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
+    ) -> list[Box]:
         low, high = self.scope
-        taus = (low + (high - low) * torch.rand(batch_size, generator=generator, dtype=torch.float64)).tolist()
-        sides = [(max(int(tau * image_size[0]), 1), max(int(tau * image_size[1]), 1)) for tau in taus]
+        taus = (
+            low + (high - low) * torch.rand(batch_size, generator=generator, dtype=torch.float64)
+        ).tolist()
+        sides = [
+            (max(int(tau * image_size[0]), 1), max(int(tau * image_size[1]), 1)) for tau in taus
+        ]
         if self.placement == "clipped":
-            boxes = pair_up([draw_box(image_size, one, generator) for one in sides], batch_size, self.mode)
+            boxes = pair_up(
+                [draw_box(image_size, one, generator) for one in sides], batch_size, self.mode
+            )
         else:
             sides = pair_up(sides, batch_size, self.mode)
             boxes = [draw_box_inside(image_size, one, generator) for one in sides]
-        if batch_size % 2:  # the middle image of an odd batch is its own source: it stays a plain image
+        if (
+            batch_size % 2
+        ):  # the middle image of an odd batch is its own source: it stays a plain image
             boxes[batch_size // 2] = Box(0, 0, 0, 0)
         return boxes
 
@@ -62,8 +74,8 @@ class ResizeMix(Mixer[list[Box]]):
 def resize_into(images: Tensor, edges: Tensor) -> Tensor:
     """Each image squeezed into its box by nearest neighbour, as both published versions do.
 
-    The pixel at distance y from the top of a box of h rows shows row floor(y * height / h). Outside the boxes the
-    result means nothing.
+    The pixel at distance y from the top of a box of h rows shows row floor(y * height / h). Outside
+    the boxes the result means nothing.
 
     Args:
         images: (B, C, height, width).

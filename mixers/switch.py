@@ -18,12 +18,14 @@ class Choice(NamedTuple):
 
 
 class Switch:
-    """Mixes with probability `prob`; then by `first` with probability `first_prob`, by `second` otherwise.
+    """Mixes with probability `prob`; then by `first` with probability `first_prob`, by `second`
+    otherwise.
 
     From epoch `off_epoch` on, counted from 0, nothing is mixed.
 
-    The choice is drawn from the generator that all ranks share. Drawn on each rank apart, almost every step of an
-    8-GPU run would wait for some rank's motivating pass (1 - 0.5^8); drawn alike, half of the steps stay cheap.
+    The choice is drawn from the generator that all ranks share. Drawn on each rank apart, almost
+    every step of an 8-GPU run would wait for some rank's motivating pass (1 - 0.5^8); drawn alike,
+    half of the steps stay cheap.
     """
 
     def __init__(
@@ -51,5 +53,7 @@ class Switch:
             return self.plain
         return self.first if choice.first or self.second is None else self.second
 
-    def __call__(self, images: Tensor, labels: Tensor, guide: Guide, random: StepRandom) -> MixedBatch:
+    def __call__(
+        self, images: Tensor, labels: Tensor, guide: Guide, random: StepRandom
+    ) -> MixedBatch:
         return self.pick(self.draw(random.shared))(images, labels, guide, random)

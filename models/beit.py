@@ -1,8 +1,10 @@
-"""BEiT and BEiT v2 through timm's own class: a plain vision transformer with relative position biases.
+"""BEiT and BEiT v2 through timm's own class: a plain vision transformer with relative position
+biases.
 
-"Last block" is `blocks[-1]`; its biases, its own and those shared by all blocks, are part of the map. The class token's
-row and column are cut, or its row alone is read. Members that predict from the mean have no norm before it: their
-tokens are the last block's, and `fc_norm` belongs to the classifier. Knows no mixer and no loss.
+"Last block" is `blocks[-1]`; its biases, its own and those shared by all blocks, are part of the
+map. The class token's row and column are cut, or its row alone is read. Members that predict from
+the mean have no norm before it: their tokens are the last block's, and `fc_norm` belongs to the
+classifier. Knows no mixer and no loss.
 
 Papers: BEiT (arXiv 2106.08254), BEiT v2 (arXiv 2208.06366).
 """
@@ -53,13 +55,21 @@ class BEiT(PlainTransformer):
         tokens = torch.cat((network.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
         if network.pos_embed is not None:
             tokens = tokens + network.pos_embed
-        shared = network.rel_pos_bias() if network.rel_pos_bias is not None else None  # (H, 1 + N, 1 + N)
+        shared = (
+            network.rel_pos_bias() if network.rel_pos_bias is not None else None
+        )  # (H, 1 + N, 1 + N)
         return network.pos_drop(tokens), [{"shared_rel_pos_bias": shared}] * len(network.blocks)
 
-    def map_of(self, block: Any, tokens: Tensor, beside: dict[str, Any], class_only: bool) -> Tensor:
-        return biased_attention_map(block.attn, block.norm1(tokens), beside["shared_rel_pos_bias"], class_only)
+    def map_of(
+        self, block: Any, tokens: Tensor, beside: dict[str, Any], class_only: bool
+    ) -> Tensor:
+        return biased_attention_map(
+            block.attn, block.norm1(tokens), beside["shared_rel_pos_bias"], class_only
+        )
 
-    def attend(self, block: Any, tokens: Tensor, beside: dict[str, Any], count: int) -> tuple[Tensor, Tensor] | None:
+    def attend(
+        self, block: Any, tokens: Tensor, beside: dict[str, Any], count: int
+    ) -> tuple[Tensor, Tensor] | None:
         if type(block) is not Block:
             return None
         return attend_and_map(block.attn, block.norm1(tokens), beside["shared_rel_pos_bias"], count)
@@ -73,12 +83,20 @@ class BEiT(PlainTransformer):
     ) -> tuple[dict[str, Tensor], list[str]]:
         own = self.network.state_dict()
         new = {key: value for key, value in weights.items() if not key.endswith(INDEX)}
-        new.update({key: value for key, value in own.items() if key.endswith(INDEX)})  # older releases save them
+        new.update(
+            {key: value for key, value in own.items() if key.endswith(INDEX)}
+        )  # older releases save them
         notes = [f"{key} dropped: the network computes it" for key in weights if key not in new]
         for key, value in new.items():
             if key == "pos_embed":
-                new[key] = resize_positions(value, self.grid_size, self.network.num_prefix_tokens, old_grid)
-            elif key == "patch_embed.proj.weight" and value.ndim == 4 and value.shape[2:] != self.patch_size:
+                new[key] = resize_positions(
+                    value, self.grid_size, self.network.num_prefix_tokens, old_grid
+                )
+            elif (
+                key == "patch_embed.proj.weight"
+                and value.ndim == 4
+                and value.shape[2:] != self.patch_size
+            ):
                 new[key] = resample_patch_embed(value, list(self.patch_size))
             elif key.endswith(TABLE) and value.ndim == 2:
                 new[key] = resize_table(value, self.grid_size, old_grid)
@@ -88,7 +106,9 @@ class BEiT(PlainTransformer):
 
 
 @like_its_layer
-def biased_attention_map(attention: Any, tokens: Tensor, shared_bias: Tensor | None, class_only: bool) -> Tensor:
+def biased_attention_map(
+    attention: Any, tokens: Tensor, shared_bias: Tensor | None, class_only: bool
+) -> Tensor:
     """The map A of Eq. 5 that a BEiT layer would use on `tokens`, in float32 and without gradient.
 
     Queries and keys are computed a second time here (values are not).
@@ -109,8 +129,11 @@ def biased_attention_map(attention: Any, tokens: Tensor, shared_bias: Tensor | N
 
 
 @like_its_layer
-def attend_and_map(attention: Any, tokens: Tensor, shared_bias: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """What a BEiT layer gives the first of `tokens` (B, T, D), (B, count, D), and its map (B, H, T, T)."""
+def attend_and_map(
+    attention: Any, tokens: Tensor, shared_bias: Tensor | None, count: int
+) -> tuple[Tensor, Tensor]:
+    """What a BEiT layer gives the first of `tokens` (B, T, D), (B, count, D), and its map (B, H, T,
+    T)."""
     queries, keys, values = queries_keys_values(attention, tokens)
     bias = position_bias(attention, shared_bias, tokens.shape[1])
     rows = None if bias is None else bias[:, :, :count]
@@ -119,8 +142,11 @@ def attend_and_map(attention: Any, tokens: Tensor, shared_bias: Tensor | None, c
 
 
 def position_bias(attention: Any, shared_bias: Tensor | None, count: int) -> Tensor | None:
-    """(1, H, count, T), what a layer adds before the softmax for its first queries: its own biases and the shared."""
-    own = None if attention.relative_position_bias_table is None else attention._get_rel_pos_bias()  # (1, H, T, T)
+    """(1, H, count, T), what a layer adds before the softmax for its first queries: its own biases
+    and the shared."""
+    own = (
+        None if attention.relative_position_bias_table is None else attention._get_rel_pos_bias()
+    )  # (1, H, T, T)
     if own is None or shared_bias is None:
         bias = own if shared_bias is None else shared_bias[None]
     else:
@@ -129,7 +155,8 @@ def position_bias(attention: Any, shared_bias: Tensor | None, count: int) -> Ten
 
 
 def resize_table(table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int] | None) -> Tensor:
-    """A table of relative positions (entries, H) for another grid, by timm's rule; the same tensor if nothing is to do.
+    """A table of relative positions (entries, H) for another grid, by timm's rule; the same tensor
+    if nothing is to do.
 
     Args:
         old_grid: the grid it belongs to. If absent: this one if the count fits, else a square.
@@ -143,6 +170,8 @@ def resize_table(table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int]
     if old_grid == grid or len(near) != math.prod(old_size):
         return table
     heads = table.shape[1]
-    square = near.T.reshape(heads, *old_size)  # in this shape all supported releases take grids that are not square
+    square = near.T.reshape(
+        heads, *old_size
+    )  # in this shape all supported releases take grids that are not square
     resized = resize_rel_pos_bias_table(square, new_window_size=grid, new_bias_shape=(heads, *size))
     return torch.cat((resized.reshape(heads, -1).T, extra))

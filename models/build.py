@@ -1,4 +1,5 @@
-"""From a model's name to an `ImageModel`, and foreign weights made to fit by named rules. Holds no training state."""
+"""From a model's name to an `ImageModel`, and foreign weights made to fit by named rules. Holds no
+training state."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ from models.twins import TwinsModel
 from utils import InputError
 
 # The released research code's names for the same networks.
-ALIASES = {f"vit_deit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")}
+ALIASES = {
+    f"vit_deit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")
+}
 
 
 class Family(NamedTuple):
@@ -51,44 +54,73 @@ class Family(NamedTuple):
     sized: bool = True  # the class itself is built for an input size; otherwise the wrapper is told
 
 
-ENERGY = "an extension beyond the paper: each cell's share in the energy of the final feature map, no attention"
+ENERGY = (
+    "an extension beyond the paper: each cell's share in the energy of the final feature map, no "
+    "attention"
+)
 FAMILIES = (
     Family(
-        VisionTransformer, PlainViT, ("vision_transformer", "deit"),
+        VisionTransformer,
+        PlainViT,
+        ("vision_transformer", "deit"),
         "the last block's map, image-token queries and keys (Eq. 6)",
     ),
     Family(
-        Cait, CaiT, ("cait",),
-        "the last self-attention block's map, between softmax and second head mix; class attention is left out",
+        Cait,
+        CaiT,
+        ("cait",),
+        "the last self-attention block's map, between softmax and second head mix; class attention "
+        "is left out",
     ),
     Family(
-        PyramidVisionTransformer, PVT, ("pvt",), "the last block's map in stage 4, image-token queries and keys",
+        PyramidVisionTransformer,
+        PVT,
+        ("pvt",),
+        "the last block's map in stage 4, image-token queries and keys",
     ),
     Family(
-        SwinTransformer, Swin, ("swin_transformer",),
-        "the last block's map; with several windows, each token's mean over the queries of its own window",
+        SwinTransformer,
+        Swin,
+        ("swin_transformer",),
+        "the last block's map; with several windows, each token's mean over the queries of its own "
+        "window",
     ),
     Family(
-        Beit, BEiT, ("beit",), "the last block's map with its relative position biases, class token cut",
+        Beit,
+        BEiT,
+        ("beit",),
+        "the last block's map with its relative position biases, class token cut",
     ),
     Family(
-        Eva, EVA, ("eva",), "the last block's map after the rotary embedding, class and register tokens cut",
+        Eva,
+        EVA,
+        ("eva",),
+        "the last block's map after the rotary embedding, class and register tokens cut",
     ),
     Family(
-        SwinTransformerV2, SwinV2, ("swin_transformer_v2",),
-        "the last block's cosine map; with several windows, each token's mean over its own, over their number",
+        SwinTransformerV2,
+        SwinV2,
+        ("swin_transformer_v2",),
+        "the last block's cosine map; with several windows, each token's mean over its own, over "
+        "their number",
     ),
     Family(
-        PyramidVisionTransformerV2, PVTv2, ("pvt_v2",),
-        "the last block's map; where keys are reduced, each one's score is shared by its cells", sized=False,
+        PyramidVisionTransformerV2,
+        PVTv2,
+        ("pvt_v2",),
+        "the last block's map; where keys are reduced, each one's score is shared by its cells",
+        sized=False,
     ),
     Family(Twins, TwinsModel, ("twins",), "the map of the last global attention"),
     Family(
-        MaxxVit, MaxViT, ("maxxvit",), "MaxViT: the last grid attention's map; CoAtNet: its global attention's",
+        MaxxVit,
+        MaxViT,
+        ("maxxvit",),
+        "MaxViT: the last grid attention's map; CoAtNet: its global attention's",
     ),
     Family(ConvNeXt, ConvNet, ("convnext",), ENERGY, sized=False),
     Family(ResNet, ConvNet, ("resnet", "res2net", "resnest", "sknet"), ENERGY, sized=False),
-)  # fmt: skip
+)
 
 # Families without such a score, for the refusal.
 NO_SCORE = {"Xcit": "its attention runs across channels, so no token receives a score"}
@@ -114,25 +146,36 @@ def build_model(
         overrides: further keywords of the timm class (`embed_dim`, `depth`, ...).
 
     Raises:
-        InputError: unknown name (near misses listed), no readable attention, a size that the patches do not divide.
+        InputError: unknown name (near misses listed), no readable attention, a size that the
+            patches do not divide.
     """
     name = ALIASES.get(name, name)
     if not timm.is_model(name):
         raise InputError(f"--model {name}: no such model; {near_misses(name)}")
     entry = timm.model_entrypoint(name)
-    sized = all(family.sized for family in FAMILIES if entry.__module__.rsplit(".")[-1] in family.modules)
+    sized = all(
+        family.sized for family in FAMILIES if entry.__module__.rsplit(".")[-1] in family.modules
+    )
     if input_size is not None and sized:
         overrides["img_size"] = input_size
     if patch_size is not None and not sized:
-        raise InputError(f"--patch-size {patch_size}: {name} has none to choose; leave the flag out")
+        raise InputError(
+            f"--patch-size {patch_size}: {name} has none to choose; leave the flag out"
+        )
     if patch_size is not None:
         overrides["patch_size"] = patch_size
     try:
-        network = entry(num_classes=num_classes, drop_rate=drop, drop_path_rate=drop_path, **overrides)
+        network = entry(
+            num_classes=num_classes, drop_rate=drop, drop_path_rate=drop_path, **overrides
+        )
     except (TypeError, AssertionError, ValueError) as error:
         with torch.device("meta"):
-            _wrapper_of(entry(), name)  # a family that SMMix cannot read may not know these settings: say that first
-        raise InputError(f"--model {name}: timm cannot build it with these settings: {error}") from error
+            _wrapper_of(
+                entry(), name
+            )  # a family that SMMix cannot read may not know these settings: say that first
+        raise InputError(
+            f"--model {name}: timm cannot build it with these settings: {error}"
+        ) from error
     try:
         told = {} if sized else {"input_size": input_size}
         model = _wrapper_of(network, name)(network, separate_region_head, **told)
@@ -157,19 +200,27 @@ def _wrapper_of(network: nn.Module, name: str) -> Callable[..., ImageModel]:
 
 
 def list_models() -> Iterator[tuple[str, str, str, str]]:
-    """Family, name, grid and the meaning of the score of every name that builds, or the reason why one cannot be read.
+    """Family, name, grid and the meaning of the score of every name that builds, or the reason why
+    one cannot be read.
 
     Each is built without memory to find out: all of them take a minute or two.
     """
     for family in FAMILIES:
-        for name in sorted({name for module in family.modules for name in timm.list_models(module=module)}):
+        for name in sorted(
+            {name for module in family.modules for name in timm.list_models(module=module)}
+        ):
             try:
                 with torch.device("meta"):
                     model = build_model(name, 1000)
             except InputError as error:
                 yield family.kind.__name__, name, "-", f"refused: {error.text.split(': ', 1)[-1]}"
             else:
-                yield family.kind.__name__, name, " x ".join(map(str, model.grid_size)), family.score
+                yield (
+                    family.kind.__name__,
+                    name,
+                    " x ".join(map(str, model.grid_size)),
+                    family.score,
+                )
 
 
 def describe_families() -> list[tuple[str, str]]:
@@ -188,7 +239,8 @@ def _check_grid(model: ImageModel, name: str, input_size: tuple[int, int] | None
         raise InputError(
             f"--input-size {input_size[0]} {input_size[1]}: not divisible by the patch size "
             f"{model.patch_size[0]}x{model.patch_size[1]} of {name}; the next smaller size is "
-            f"{model.input_size[0]} {model.input_size[1]}; a plain ViT also takes another --patch-size"
+            f"{model.input_size[0]} {model.input_size[1]}; a plain ViT also takes another "
+            "--patch-size"
         )
 
 
@@ -201,7 +253,8 @@ def use_distillation(model: ImageModel, name: str) -> None:
     if not isinstance(model.network, VisionTransformerDistilled):
         raise InputError(
             f"--distillation-type: {name} has no distillation token; use a distilled model "
-            "(deit_tiny_distilled_patch16_224, deit_small_..., deit_base_...) or --distillation-type none"
+            "(deit_tiny_distilled_patch16_224, deit_small_..., deit_base_...) or "
+            "--distillation-type none"
         )
     model.network.set_distilled_training(True)
 
@@ -228,4 +281,4 @@ def use_float32_attention(model: ImageModel, name: str) -> None:
         raise InputError(f"--attn-fp32: {name} has no attention; leave the flag out")
 
 
-# ------------------------------------------------------------------------------------------------ weights
+# ------------------------------------------------------------------------------------------ weights

@@ -1,9 +1,11 @@
-"""CaiT through timm's own class: self-attention with talking heads over image tokens, then class attention.
+"""CaiT through timm's own class: self-attention with talking heads over image tokens, then class
+attention.
 
-"Last block" is the last self-attention block, `blocks[-1]`: the class-attention blocks after it have a single query,
-the class token, and do not change the image tokens. Its score is read from the map after the softmax and before the
-second mix of the heads, because only there rows are positive and sum to one. The class token's own score comes from the
-last class-attention block, `blocks_token_only[-1]`. Knows no mixer and no loss.
+"Last block" is the last self-attention block, `blocks[-1]`: the class-attention blocks after it
+have a single query, the class token, and do not change the image tokens. Its score is read from the
+map after the softmax and before the second mix of the heads, because only there rows are positive
+and sum to one. The class token's own score comes from the last class-attention block,
+`blocks_token_only[-1]`. Knows no mixer and no loss.
 
 Paper: Going deeper with Image Transformers (arXiv 2103.17239).
 """
@@ -21,14 +23,22 @@ from torch.nn.functional import linear
 
 from models.blocks import resize_positions, run_block, softmax_map, split_heads
 from models.float32_attention import like_its_layer
-from models.interface import AttentionOf, Depth, Glance, ImageModel, class_attention_score, image_attention_score
+from models.interface import (
+    AttentionOf,
+    Depth,
+    Glance,
+    ImageModel,
+    class_attention_score,
+    image_attention_score,
+)
 
 
 class CaiT(ImageModel):
     """Any timm `Cait` that predicts from its class token.
 
     Raises:
-        ValueError: its last block has no talking heads, or its prediction leaves the class token out.
+        ValueError: its last block has no talking heads, or its prediction leaves the class token
+            out.
     """
 
     network: Cait
@@ -37,9 +47,13 @@ class CaiT(ImageModel):
         last = network.blocks[-1]
         if not (isinstance(last, LayerScaleBlock) and isinstance(last.attn, TalkingHeadAttn)):
             kind = type(getattr(last, "attn", last)).__name__
-            raise ValueError(f"its last block computes attention in {kind}, whose map cannot be read")
+            raise ValueError(
+                f"its last block computes attention in {kind}, whose map cannot be read"
+            )
         if network.global_pool != "token":
-            raise ValueError(f"with global_pool {network.global_pool!r} nothing would train its class attention")
+            raise ValueError(
+                f"with global_pool {network.global_pool!r} nothing would train its class attention"
+            )
         super().__init__(network, network.embed_dim, network.num_classes, separate_region_head)
 
     @property
@@ -54,11 +68,16 @@ class CaiT(ImageModel):
     def has_class_token(self) -> bool:
         return True
 
-    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
+    def features(
+        self, images: Tensor, need_attention: AttentionOf | None
+    ) -> tuple[Tensor, Tensor | None]:
         network: Any = self.network
         if need_attention is None:
             return network.forward_features(images), None  # (B, 1 + N, D)
-        received, last = self._run(self._embed(images), 0, len(network.blocks) - 1), network.blocks[-1]
+        received, last = (
+            self._run(self._embed(images), 0, len(network.blocks) - 1),
+            network.blocks[-1],
+        )
         tokens = run_block(network, last, received)
         features, class_token = self._class_attention(tokens)
         with torch.no_grad():
@@ -66,7 +85,9 @@ class CaiT(ImageModel):
                 return features, score_in(last, received)
             last_of_class = network.blocks_token_only[-1]
             seen = last_of_class.norm1(torch.cat((class_token, tokens), dim=1))
-            return features, class_attention_score(class_token_map(last_of_class.attn, seen), num_prefix_tokens=1)
+            return features, class_attention_score(
+                class_token_map(last_of_class.attn, seen), num_prefix_tokens=1
+            )
 
     def _embed(self, images: Tensor) -> Tensor:
         network: Any = self.network
@@ -79,7 +100,8 @@ class CaiT(ImageModel):
         return tokens
 
     def _class_attention(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Final image tokens -> features (B, 1 + N, D), and what the last of its blocks takes for class token."""
+        """Final image tokens -> features (B, 1 + N, D), and what the last of its blocks takes for
+        class token."""
         network: Any = self.network
         class_token = network.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
         for block in network.blocks_token_only[:-1]:  # not checkpointed: timm does not either
@@ -122,22 +144,31 @@ class CaiT(ImageModel):
         new, notes = dict(weights), []
         position = new.get("pos_embed")
         if position is not None:
-            new["pos_embed"] = resize_positions(position, self.grid_size, 0, old_grid)  # no entry for the class token
+            new["pos_embed"] = resize_positions(
+                position, self.grid_size, 0, old_grid
+            )  # no entry for the class token
             if new["pos_embed"] is not position:
-                notes.append(f"pos_embed resized from {tuple(position.shape)} to {tuple(new['pos_embed'].shape)}")
+                notes.append(
+                    f"pos_embed resized from {tuple(position.shape)} to "
+                    f"{tuple(new['pos_embed'].shape)}"
+                )
         return new, notes
 
 
 def score_in(block: Any, received: Tensor) -> Tensor:
     """Eq. 6 of a self-attention block, from the image tokens (B, N, D) that it receives: (B, N)."""
-    return image_attention_score(talking_heads_map(block.attn, block.norm1(received)), num_prefix_tokens=0)
+    return image_attention_score(
+        talking_heads_map(block.attn, block.norm1(received)), num_prefix_tokens=0
+    )
 
 
 @like_its_layer
 def talking_heads_map(attention: TalkingHeadAttn, tokens: Tensor) -> Tensor:
-    """The map that a talking-heads layer gets from its softmax on `tokens`, in float32 and without gradient.
+    """The map that a talking-heads layer gets from its softmax on `tokens`, in float32 and without
+    gradient.
 
-    The first mix of the heads, before the softmax, is part of it. The second, after the softmax, is not. The layer
+    The first mix of the heads, before the softmax, is part of it. The second, after the softmax, is
+    not. The layer
     itself keeps its map: queries and keys are computed a second time here (values are not).
 
     Args:
@@ -150,12 +181,18 @@ def talking_heads_map(attention: TalkingHeadAttn, tokens: Tensor) -> Tensor:
     weight, bias = attention.qkv.weight[:width], attention.qkv.bias
     with torch.no_grad():
         queries_keys = linear(tokens, weight, None if bias is None else bias[:width])
-        queries_keys = queries_keys.unflatten(2, (2, attention.num_heads, -1))  # (B, N, 2, H, D / H)
+        queries_keys = queries_keys.unflatten(
+            2, (2, attention.num_heads, -1)
+        )  # (B, N, 2, H, D / H)
         queries, keys = queries_keys.permute(2, 0, 3, 1, 4)  # (B, H, N, D / H)
         with torch.autocast(tokens.device.type, enabled=False):
-            similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B, H, N, N)
+            similarity = (queries.float() * attention.scale) @ keys.float().transpose(
+                -2, -1
+            )  # (B, H, N, N)
             mix = attention.proj_l
-            mixed = linear(similarity.permute(0, 2, 3, 1), mix.weight.float(), mix.bias.float())  # (B, N, N, H)
+            mixed = linear(
+                similarity.permute(0, 2, 3, 1), mix.weight.float(), mix.bias.float()
+            )  # (B, N, N, H)
             return mixed.permute(0, 3, 1, 2).softmax(dim=-1)
 
 

@@ -1,12 +1,15 @@
-"""Convolutional networks through timm's own classes, ConvNeXt and ResNet: an extension beyond the paper.
+"""Convolutional networks through timm's own classes, ConvNeXt and ResNet: an extension beyond the
+paper.
 
-The paper names it as its limitation: a convolutional network has no attention, so Eq. 5 and 6 have nothing to read.
-Here the energy of the final feature map stands in for them: the L2 norm over the channels of each cell, divided by its
-sum over the map. Like Eq. 6 without a class token it is one number per cell, not negative, and sums to one, so that
-everything after it stays as it is. No figure of the paper says how well it works.
+The paper names it as its limitation: a convolutional network has no attention, so Eq. 5 and 6 have
+nothing to read. Here the energy of the final feature map stands in for them: the L2 norm over the
+channels of each cell, divided by its sum over the map. Like Eq. 6 without a class token it is one
+number per cell, not negative, and sums to one, so that everything after it stays as it is. No
+figure of the paper says how well it works.
 
-"Last block" is the end of the last stage; the tokens are the cells of its map. ConvNeXt normalises after pooling, so
-its tokens come before that norm, and the norm is part of the classifier F. Knows no mixer and no loss.
+"Last block" is the end of the last stage; the tokens are the cells of its map. ConvNeXt normalises
+after pooling, so its tokens come before that norm, and the norm is part of the classifier F. Knows
+no mixer and no loss.
 
 Letters: B batch, R x C cells, N = R * C, D channels, K classes.
 
@@ -37,20 +40,24 @@ def energy_score(features: Tensor) -> Tensor:
     energy = features.detach().float().flatten(2).norm(dim=1)  # (B, N)
     total = energy.sum(dim=1, keepdim=True)  # (B, 1)
     uniform = torch.full_like(energy, 1 / energy.shape[1])
-    return torch.where(total > 0, energy / total.clamp(min=torch.finfo(torch.float32).tiny), uniform)
+    return torch.where(
+        total > 0, energy / total.clamp(min=torch.finfo(torch.float32).tiny), uniform
+    )
 
 
 class ConvNet(ImageModel):
     """Any timm `ConvNeXt` or `ResNet`.
 
-    They take images of any size, which therefore has to be said here: the grid of regions follows from it.
+    They take images of any size, which therefore has to be said here: the grid of regions follows
+    from it.
 
     Args:
         input_size: (height, width) in pixels; the model's own if absent.
         patch_size: must be absent; a convolutional network has none to choose.
 
     Raises:
-        ValueError: a patch size, no pooling before the classifier, or an input that the stride does not divide.
+        ValueError: a patch size, no pooling before the classifier, or an input that the stride does
+            not divide.
     """
 
     network: ConvNeXt | ResNet
@@ -63,17 +70,28 @@ class ConvNet(ImageModel):
         patch_size: int | None = None,
     ) -> None:
         if patch_size is not None:
-            raise ValueError(f"--patch-size {patch_size}: a convolutional network has no patches; leave the flag out")
+            raise ValueError(
+                f"--patch-size {patch_size}: a convolutional network has no patches; leave the "
+                "flag out"
+            )
         pool = network.head.global_pool if isinstance(network, ConvNeXt) else network.global_pool
         if cast(Any, pool).is_identity():
-            raise ValueError("it has no pooling before its classifier, so there is no F of Eq. 3; set global_pool")
+            raise ValueError(
+                "it has no pooling before its classifier, so there is no F of Eq. 3; set "
+                "global_pool"
+            )
         super().__init__(network, network.num_features, network.num_classes, separate_region_head)
         self._stride = int(cast(Any, network).feature_info[-1]["reduction"])
-        height, width = cast(Any, network).pretrained_cfg["input_size"][1:] if input_size is None else input_size
+        height, width = (
+            cast(Any, network).pretrained_cfg["input_size"][1:]
+            if input_size is None
+            else input_size
+        )
         if min(height, width) < self._stride or height % self._stride or width % self._stride:
             lower = [max(side // self._stride, 1) * self._stride for side in (height, width)]
             raise ValueError(
-                f"--input-size {height} {width}: each side must be a multiple of its stride of {self._stride} pixels, "
+                f"--input-size {height} {width}: each side must be a multiple of its stride of "
+                f"{self._stride} pixels, "
                 f"such as {lower[0]} {lower[1]}"
             )
         self._grid_size = height // self._stride, width // self._stride
@@ -86,9 +104,14 @@ class ConvNet(ImageModel):
     def patch_size(self) -> tuple[int, int]:
         return self._stride, self._stride
 
-    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
+    def features(
+        self, images: Tensor, need_attention: AttentionOf | None
+    ) -> tuple[Tensor, Tensor | None]:
         if images.shape[-2:] != self.input_size:
-            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels for a model built for {self.input_size}")
+            raise ValueError(
+                f"images of {tuple(images.shape[-2:])} pixels for a model built for "
+                f"{self.input_size}"
+            )
         features = self.network.forward_features(images)  # (B, D, R, C)
         return features, None if need_attention is None else energy_score(features)
 
@@ -99,5 +122,7 @@ class ConvNet(ImageModel):
         return self.network.forward_head(features), None
 
     def classify(self, pooled: Tensor) -> Tensor:
-        maps = pooled.reshape(-1, pooled.shape[-1], 1, 1)  # pooling one cell, by mean or maximum, leaves it as it is
+        maps = pooled.reshape(
+            -1, pooled.shape[-1], 1, 1
+        )  # pooling one cell, by mean or maximum, leaves it as it is
         return self.network.forward_head(maps).unflatten(0, pooled.shape[:-1])  # (..., K)

@@ -1,9 +1,11 @@
-"""What mixing asks of a model, whatever its family: logits, final image tokens, attention scores, region logits.
+"""What mixing asks of a model, whatever its family: logits, final image tokens, attention scores,
+region logits.
 
-Knows "classify the mean token inside and outside a mask" but not what SMMix is. Imports nothing from the project, no
-family and no timm.
+Knows "classify the mean token inside and outside a mask" but not what SMMix is. Imports nothing
+from the project, no family and no timm.
 
-Letters: B batch, N image tokens (row-major over the grid), D width, K classes, H heads, T all tokens.
+Letters: B batch, N image tokens (row-major over the grid), D width, K classes, H heads, T all
+tokens.
 """
 
 from __future__ import annotations
@@ -16,20 +18,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-Depth = int | Literal["rollout"] | None  # of the score: a block, counted from 1; the mean of all; or the last
-AttentionOf = Literal["image", "class"]  # whose: that of the image tokens (Eq. 6), or of the class token (TransMix)
+Depth = (
+    int | Literal["rollout"] | None
+)  # of the score: a block, counted from 1; the mean of all; or the last
+AttentionOf = Literal[
+    "image", "class"
+]  # whose: that of the image tokens (Eq. 6), or of the class token (TransMix)
 
 
 class ModelOutput(NamedTuple):
     """Everything one forward pass gives; what was not asked for is `None`."""
 
     logits: Tensor  # (B, K)
-    tokens: (
-        Tensor  # (B, N, D): final image tokens X of Eq. 2, row-major, without class, distillation or register tokens
-    )
+    # (B, N, D): final image tokens X of Eq. 2, row-major, without class, distillation or register
+    # tokens
+    tokens: Tensor
     image_attention: Tensor | None = None  # (B, N) float32, no gradient: alpha of Eq. 6
-    region_logits: Tensor | None = None  # (B, 2, K): the source region's, then the target region's (Eq. 12)
-    distillation_logits: Tensor | None = None  # (B, K): the distillation token's own, while it is trained by a teacher
+    region_logits: Tensor | None = (
+        None  # (B, 2, K): the source region's, then the target region's (Eq. 12)
+    )
+    distillation_logits: Tensor | None = (
+        None  # (B, K): the distillation token's own, while it is trained by a teacher
+    )
     class_attention: Tensor | None = (
         None  # (B, N) float32, no gradient: what the class token attends to, mean over heads
     )
@@ -43,7 +53,8 @@ class Glance(NamedTuple):
 
 
 def image_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Eq. 6: how much attention each image token receives, averaged over heads and image-token queries.
+    """Eq. 6: how much attention each image token receives, averaged over heads and image-token
+    queries.
 
     Rows and columns of class, distillation and register tokens are left out without renormalising.
 
@@ -59,12 +70,14 @@ def image_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
 
 
 def class_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
-    """TransMix (arXiv 2111.09833): how much the class token attends to each image token, averaged over heads.
+    """TransMix (arXiv 2111.09833): how much the class token attends to each image token, averaged
+    over heads.
 
     Columns of class, distillation and register tokens are left out without renormalising.
 
     Args:
-        attention: (B, H, Q, T) map after the softmax; rows are queries, and the first is the class token's.
+        attention: (B, H, Q, T) map after the softmax; rows are queries, and the first is the class
+            token's.
         num_prefix_tokens: how many of the T tokens come before the image tokens.
 
     Returns:
@@ -74,7 +87,8 @@ def class_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
 
 
 def resize_score(score: Tensor, old_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """A score of a coarser grid on a finer one, bilinear: each of its cells is shared by those it covers.
+    """A score of a coarser grid on a finer one, bilinear: each of its cells is shared by those it
+    covers.
 
     Args:
         score: (B, n) float32, row-major over `old_grid`.
@@ -87,29 +101,36 @@ def resize_score(score: Tensor, old_grid: tuple[int, int], grid: tuple[int, int]
 
 
 def resample_score(score: Tensor, old_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """A score of another model's grid on this one: `resize_score` along a side that gets finer; along one that gets
-    coarser each new cell receives what lies within it, cells on its border in proportion to their area.
+    """A score of another model's grid on this one: `resize_score` along a side that gets finer;
+    along one that gets coarser each new cell receives what lies within it, cells on its border in
+    proportion to their area.
 
     Args:
         score: (B, n) float32, row-major over `old_grid`.
 
     Returns:
-        (B, N), row-major over `grid`; its sum is about the same, and the same where no side gets finer.
+        (B, N), row-major over `grid`; its sum is about the same, and the same where no side gets
+        finer.
     """
     between = max(old_grid[0], grid[0]), max(old_grid[1], grid[1])
     if between != old_grid:
         score = resize_score(score, old_grid, between)
     if grid == between:
         return score
-    rows, columns = (overlaps(old, new, score.device) for old, new in zip(between, grid, strict=True))
+    rows, columns = (
+        overlaps(old, new, score.device) for old, new in zip(between, grid, strict=True)
+    )
     with torch.autocast(score.device.type, enabled=False):
         return (rows @ score.float().unflatten(1, between) @ columns.T).flatten(1)
 
 
 def overlaps(old: int, new: int, device: torch.device) -> Tensor:
-    """(new, old) float32: how much of each of `old` equal parts of a line lies in each of `new` ones; columns sum to
-    one."""
-    ends, cells = torch.arange(new + 1, device=device) * (old / new), torch.arange(old, device=device)
+    """(new, old) float32: how much of each of `old` equal parts of a line lies in each of `new`
+    ones; columns sum to one."""
+    ends, cells = (
+        torch.arange(new + 1, device=device) * (old / new),
+        torch.arange(old, device=device),
+    )
     begin, end = ends[:-1, None], ends[1:, None]
     return (torch.minimum(end, cells + 1) - torch.maximum(begin, cells)).clamp(min=0)
 
@@ -133,17 +154,19 @@ def pool_regions(tokens: Tensor, source_mask: Tensor) -> Tensor:
 class ImageModel(nn.Module, ABC):
     """A plain network together with the reading of it that SMMix needs.
 
-    `network` is the family's own module: it maps images to logits, its state dict has its own keys, and it is what
-    exports and plain evaluators get. Families implement the four methods below.
+    `network` is the family's own module: it maps images to logits, its state dict has its own keys,
+    and it is what exports and plain evaluators get. Families implement the four methods below.
 
     Args:
         network: the plain network.
         width: D, the width of its final tokens.
-        separate_region_head: classify the regions with a second linear layer, as the released code does, instead of
-            the classifier F of Eq. 12.
+        separate_region_head: classify the regions with a second linear layer, as the released code
+            does, instead of the classifier F of Eq. 12.
     """
 
-    def __init__(self, network: nn.Module, width: int, num_classes: int, separate_region_head: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, width: int, num_classes: int, separate_region_head: bool = False
+    ) -> None:
         super().__init__()
         self.network = network
         self.num_classes = num_classes
@@ -166,27 +189,34 @@ class ImageModel(nn.Module, ABC):
     def has_class_token(self) -> bool:
         """Whether a class token attends to the final image tokens.
 
-        Where none does, the image tokens' score stands in for its own. That substitute is ours: TransMix defines none.
+        Where none does, the image tokens' score stands in for its own. That substitute is ours:
+        TransMix defines none.
         """
         return False
 
     @property
     def looks_smaller(self) -> bool:
-        """Whether `look` can show the images at another size: what the model learned for its own grid is resampled."""
+        """Whether `look` can show the images at another size: what the model learned for its own
+        grid is resampled."""
         return False
 
     @property
     def score_blocks(self) -> int:
-        """How many blocks `look` can choose from to read the score; 0: it is always that of the last one."""
+        """How many blocks `look` can choose from to read the score; 0: it is always that of the
+        last one."""
         return 0
 
     @abstractmethod
-    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
-        """(B, C, height, width) images -> the network's final features, and the score (B, N) that is asked for.
+    def features(
+        self, images: Tensor, need_attention: AttentionOf | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, C, height, width) images -> the network's final features, and the score (B, N) that
+        is asked for.
 
-        The score is read without gradient, from the tokens that the last block receives in this pass, and after that
-        block has run: under autocast, older torch keeps a weight's first cast for the whole pass, so a weight first
-        cast for the score would get no gradient.
+        The score is read without gradient, from the tokens that the last block receives in this
+        pass, and after that
+        block has run: under autocast, older torch keeps a weight's first cast for the whole pass,
+        so a weight first cast for the score would get no gradient.
         """
 
     @abstractmethod
@@ -195,7 +225,8 @@ class ImageModel(nn.Module, ABC):
 
     @abstractmethod
     def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The network's final features -> (B, K) logits, and the distillation token's own while it is trained."""
+        """The network's final features -> (B, K) logits, and the distillation token's own while it
+        is trained."""
 
     @abstractmethod
     def classify(self, pooled: Tensor) -> Tensor:
@@ -204,14 +235,15 @@ class ImageModel(nn.Module, ABC):
     def resize_weights(
         self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None
     ) -> tuple[dict[str, Tensor], list[str]]:
-        """Weights of the same architecture, under the network's own keys, made to fit this input and patch size.
+        """Weights of the same architecture, under the network's own keys, made to fit this input
+        and patch size.
 
         Args:
             old_grid: the grid they were trained on; a square one is assumed if absent.
 
         Returns:
-            New weights, and a note for each tensor that was changed. What cannot be made to fit stays as it is: the
-            strict loading that follows says so.
+            New weights, and a note for each tensor that was changed. What cannot be made to fit
+            stays as it is: the strict loading that follows says so.
         """
         return dict(weights), []
 
@@ -226,19 +258,30 @@ class ImageModel(nn.Module, ABC):
         return self.grid_size[0] * self.patch_size[0], self.grid_size[1] * self.patch_size[1]
 
     def look(
-        self, images: Tensor, size: tuple[int, int] | None = None, block: Depth = None, predict: bool = True
+        self,
+        images: Tensor,
+        size: tuple[int, int] | None = None,
+        block: Depth = None,
+        predict: bool = True,
     ) -> Glance:
-        """The motivating pass: prediction and score of clean images, in evaluation mode, and nothing that costs more.
+        """The motivating pass: prediction and score of clean images, in evaluation mode, and
+        nothing that costs more.
 
         Args:
             images: (B, C, height, width), of the model's own size.
-            size: height and width in pixels to show them at, multiples of `patch_size`, if the model `looks_smaller`.
-            block: read the score in this block, counted from 1, of the model's `score_blocks`; `rollout`: the mean of
-                all their scores; default: that of the last.
-            predict: false ends the pass where the score is read, if the family can; then there are no logits.
+            size: height and width in pixels to show them at, multiples of `patch_size`, if the
+                model `looks_smaller`.
+            block: read the score in this block, counted from 1, of the model's `score_blocks`;
+                `rollout`: the mean of all their scores; default: that of the last.
+            predict: false ends the pass where the score is read, if the family can; then there are
+                no logits.
         """
         assert not self.training, "the motivating pass is for evaluation mode"
-        known = self.score_blocks > 0 if block == "rollout" else block is None or 0 < block <= self.score_blocks
+        known = (
+            self.score_blocks > 0
+            if block == "rollout"
+            else block is None or 0 < block <= self.score_blocks
+        )
         assert known, f"no block {block} of {self.score_blocks} to read"
         if size is None:
             return self.glance(images, False, block, predict)
@@ -249,10 +292,12 @@ class ImageModel(nn.Module, ABC):
         return Glance(seen.logits, resize_score(seen.image_attention, grid, self.grid_size))
 
     def glance(self, images: Tensor, resized: bool, block: Depth, predict: bool) -> Glance:
-        """`look` at the images as they are. Families that predict without the final image tokens do with less.
+        """`look` at the images as they are. Families that predict without the final image tokens do
+        with less.
 
         Args:
-            resized: they are not of the model's own size; then the score is on their grid. Only if it `looks_smaller`.
+            resized: they are not of the model's own size; then the score is on their grid. Only if
+                it `looks_smaller`.
             block, predict: see there.
         """
         output = self(images, need_attention="image")
@@ -260,16 +305,20 @@ class ImageModel(nn.Module, ABC):
         return Glance(output.logits if predict else None, output.image_attention)
 
     def forward(
-        self, images: Tensor, source_mask: Tensor | None = None, need_attention: AttentionOf | None = None
+        self,
+        images: Tensor,
+        source_mask: Tensor | None = None,
+        need_attention: AttentionOf | None = None,
     ) -> ModelOutput:
         """One pass.
 
         Args:
             images: (B, C, height, width).
-            source_mask: (B, N) bool; with it the regions inside and outside are classified too (Eq. 10 to 12).
-            need_attention: also return the score of the image tokens (Eq. 6) or of the class token, see
-                `has_class_token`. Only then does one block compute its attention map explicitly. The prediction and
-                its gradient stay as they are.
+            source_mask: (B, N) bool; with it the regions inside and outside are classified too (Eq.
+                10 to 12).
+            need_attention: also return the score of the image tokens (Eq. 6) or of the class token,
+                see `has_class_token`. Only then does one block compute its attention map
+                explicitly. The prediction and its gradient stay as they are.
         """
         features, score = self.features(images, need_attention)
         logits, distillation_logits = self.head(features)
@@ -279,9 +328,11 @@ class ImageModel(nn.Module, ABC):
             classify = self.classify if self.token_head is None else self.token_head
             region_logits = classify(pool_regions(tokens, source_mask))  # (B, 2, K)
         elif self.token_head is not None and self.training:
-            # A step without regions leaves this head idle. Zero gradients instead of none keep DDP from having to
-            # search for unused parameters on every step.
+            # A step without regions leaves this head idle. Zero gradients instead of none keep DDP
+            # from having to search for unused parameters on every step.
             logits = logits + 0.0 * (self.token_head.weight.sum() + self.token_head.bias.sum())
         image_attention = score if need_attention == "image" else None
         class_attention = score if need_attention == "class" else None
-        return ModelOutput(logits, tokens, image_attention, region_logits, distillation_logits, class_attention)
+        return ModelOutput(
+            logits, tokens, image_attention, region_logits, distillation_logits, class_attention
+        )

@@ -1,9 +1,11 @@
-"""MaxViT and CoAtNet through timm's own class (`MaxxVit`): convolutions first, attention in the last blocks.
+"""MaxViT and CoAtNet through timm's own class (`MaxxVit`): convolutions first, attention in the
+last blocks.
 
-"Last block" is the last one of the last stage: in MaxViT its grid attention, which follows its window attention, in
-CoAtNet attention over all tokens. At the sizes timm builds for, one grid covers the last stage and its map is Eq. 5's.
-Elsewhere each token's score is read in its own grid of spread tokens, put back in place and divided by the number of
-grids, so that the scores sum to one. Knows no mixer and no loss.
+"Last block" is the last one of the last stage: in MaxViT its grid attention, which follows its
+window attention, in CoAtNet attention over all tokens. At the sizes timm builds for, one grid
+covers the last stage and its map is Eq. 5's. Elsewhere each token's score is read in its own grid
+of spread tokens, put back in place and divided by the number of grids, so that the scores sum to
+one. Knows no mixer and no loss.
 
 Papers: MaxViT (arXiv 2204.01697), CoAtNet (arXiv 2106.04803). Letters: W grids of A tokens each.
 """
@@ -44,18 +46,29 @@ class MaxViT(ImageModel):
         blocks: Any = network.stages[-1].blocks
         last = blocks[-1]
         if not isinstance(last, (MaxxVitBlock, TransformerBlock2d)):
-            raise ValueError(f"its last block is a {type(last).__name__}, which has no single attention map")
+            raise ValueError(
+                f"its last block is a {type(last).__name__}, which has no single attention map"
+            )
         if network.global_pool != "avg":
-            raise ValueError(f"global_pool is {network.global_pool!r}, and regions are classified by their mean token")
+            raise ValueError(
+                f"global_pool is {network.global_pool!r}, and regions are classified by their mean "
+                "token"
+            )
         first_norm = last.attn_grid.norm1 if isinstance(last, MaxxVitBlock) else last.norm1
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in first_norm.modules()):
-            raise ValueError("its last block normalises with batch statistics, which a second reading would change")
+        if any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in first_norm.modules()
+        ):
+            raise ValueError(
+                "its last block normalises with batch statistics, which a second reading would "
+                "change"
+            )
         super().__init__(network, network.num_features, network.num_classes, separate_region_head)
         self.image_size = input_size_of(network)
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """That of the last stage. A size which timm would round on the way there gives fewer rows than timm's."""
+        """That of the last stage. A size which timm would round on the way there gives fewer rows
+        than timm's."""
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
     @property
@@ -63,7 +76,9 @@ class MaxViT(ImageModel):
         stride = self.network.stem.stride * 2 ** len(self.network.stages)
         return stride, stride
 
-    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
+    def features(
+        self, images: Tensor, need_attention: AttentionOf | None
+    ) -> tuple[Tensor, Tensor | None]:
         network = self.network
         if need_attention is None:
             return network.forward_features(images), None  # (B, D, R, C)
@@ -77,7 +92,9 @@ class MaxViT(ImageModel):
         if isinstance(last, TransformerBlock2d):
             features = network.norm(run_block(final, last, maps))
             with torch.no_grad():
-                seen = last.norm1(maps).permute(0, 2, 3, 1)  # (B, R, C, D), also where the block halves the grid
+                seen = last.norm1(maps).permute(
+                    0, 2, 3, 1
+                )  # (B, R, C, D), also where the block halves the grid
                 return features, grid_score(last.attn, seen, tuple(seen.shape[1:3]))
         maps = run_block(final, last.conv, maps)
         maps = maps if last.nchw_attn else maps.permute(0, 2, 3, 1)
@@ -99,7 +116,9 @@ class MaxViT(ImageModel):
     def classify(self, pooled: Tensor) -> Tensor:
         head = self.network.head
         tokens = pooled.reshape(-1, pooled.shape[-1])
-        if isinstance(head, NormMlpClassifierHead):  # a norm and a hidden layer of its own, behind the mean
+        if isinstance(
+            head, NormMlpClassifierHead
+        ):  # a norm and a hidden layer of its own, behind the mean
             tokens = head.pre_logits(head.flatten(head.norm(tokens[:, :, None, None])))
         return head.fc(head.drop(tokens)).reshape(*pooled.shape[:-1], -1)
 
@@ -128,16 +147,22 @@ def input_size_of(network: MaxxVit) -> tuple[int, int]:
         return size[0], size[1]
     blocks: Any = network.stages[-1].blocks
     last = blocks[-1]
-    grid = last.attn_grid.partition_size if isinstance(last, MaxxVitBlock) else last.attn.rel_pos.window_size
+    grid = (
+        last.attn_grid.partition_size
+        if isinstance(last, MaxxVitBlock)
+        else last.attn.rel_pos.window_size
+    )
     stride = network.stem.stride * 2 ** len(network.stages)
     return grid[0] * stride, grid[1] * stride
 
 
 @like_its_layer
 def grid_score(attention: Any, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """How much attention each token receives, averaged over heads and the queries of its own grid (Eq. 6), over W.
+    """How much attention each token receives, averaged over heads and the queries of its own grid
+    (Eq. 6), over W.
 
-    The joint projection is computed a second time here, since some members keep queries and keys apart in it.
+    The joint projection is computed a second time here, since some members keep queries and keys
+    apart in it.
 
     Args:
         attention: timm's `Attention2d` or `AttentionCl`.
@@ -156,9 +181,13 @@ def grid_score(attention: Any, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         joint = joint if attention.head_first else joint.transpose(2, 3)  # (B W, A, H, 3, D / H)
         queries, keys, _ = joint.transpose(1, 2).unbind(3)  # (B W, H, A, D / H)
         with torch.autocast(tokens.device.type, enabled=False):
-            similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B W, H, A, A)
+            similarity = (queries.float() * attention.scale) @ keys.float().transpose(
+                -2, -1
+            )  # (B W, H, A, A)
             if attention.rel_pos is not None:
                 similarity = similarity + attention.rel_pos.get_bias().float()
             received = similarity.softmax(dim=-1).mean(dim=(1, 2)) * batch / len(grids)  # (B W, A)
-            score = grid_reverse(received.unflatten(1, size).unsqueeze(3), list(size), list(tokens.shape[1:3]))
+            score = grid_reverse(
+                received.unflatten(1, size).unsqueeze(3), list(size), list(tokens.shape[1:3])
+            )
             return score.flatten(1)

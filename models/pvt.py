@@ -1,10 +1,12 @@
-"""PVT v1, which timm does not have, and SMMix's reading of it: "last block" is the last block of stage 4.
+"""PVT v1, which timm does not have, and SMMix's reading of it: "last block" is the last block of
+stage 4.
 
-Four stages on grids of 1/4, 1/8, 1/16 and 1/32 of the image; keys and values are taken from a grid shrunk to that of
-stage 4, where a class token joins. The state dict has the keys of the published PVT files. Knows no mixer and no loss.
+Four stages on grids of 1/4, 1/8, 1/16 and 1/32 of the image; keys and values are taken from a grid
+shrunk to that of stage 4, where a class token joins. The state dict has the keys of the published
+PVT files. Knows no mixer and no loss.
 
-Paper: Pyramid Vision Transformer (arXiv 2102.12122). Letters: B batch, R x C a stage's grid, N = R * C, T all tokens
-(N, in stage 4 N + 1), M keys, D the stage's width, H heads.
+Paper: Pyramid Vision Transformer (arXiv 2102.12122). Letters: B batch, R x C a stage's grid, N = R
+* C, T all tokens (N, in stage 4 N + 1), M keys, D the stage's width, H heads.
 """
 
 from __future__ import annotations
@@ -21,12 +23,21 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from models.blocks import resize_positions, run_block, softmax_map, split_heads
 from models.float32_attention import like_its_layer
-from models.interface import AttentionOf, Depth, Glance, ImageModel, class_attention_score, image_attention_score
+from models.interface import (
+    AttentionOf,
+    Depth,
+    Glance,
+    ImageModel,
+    class_attention_score,
+    image_attention_score,
+)
 from models.prefix_tokens import finish_block
 
 Grid = tuple[int, int]
 STRIDES = (4, 2, 2, 2)  # of the patch embeddings
-BLOCK_EPS = 1e-6  # of the blocks' and the final LayerNorm; those behind convolutions keep PyTorch's 1e-5
+BLOCK_EPS = (
+    1e-6  # of the blocks' and the final LayerNorm; those behind convolutions keep PyTorch's 1e-5
+)
 
 
 def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
@@ -47,7 +58,8 @@ class PatchEmbedding(nn.Module):
 
 
 class ReducedAttention(nn.Module):
-    """Attention whose keys and values come from the grid shrunk `reduction` times (PVT Sec. 3.3), fused."""
+    """Attention whose keys and values come from the grid shrunk `reduction` times (PVT Sec. 3.3),
+    fused."""
 
     def __init__(self, width: int, num_heads: int, reduction: int, drop: float) -> None:
         super().__init__()
@@ -72,7 +84,8 @@ class ReducedAttention(nn.Module):
         return self._attend(tokens, grid, tokens.shape[1])[0]
 
     def _attend(self, tokens: Tensor, grid: Grid, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Output of the first `count` tokens, all queries (B, H, T, D / H), and keys (B, H, M, D / H)."""
+        """Output of the first `count` tokens, all queries (B, H, T, D / H), and keys (B, H, M, D /
+        H)."""
         parts = self.q(tokens), *self.kv(self._reduce(tokens, grid)).chunk(2, dim=-1)
         queries, keys, values = (split_heads(part, self.num_heads) for part in parts)
         mixed = scaled_dot_product_attention(queries[:, :, :count], keys, values)
@@ -86,23 +99,34 @@ class ReducedAttention(nn.Module):
 
     @like_its_layer
     def attention_map(self, tokens: Tensor, grid: Grid, class_only: bool) -> Tensor:
-        """The map A of Eq. 5 that `forward` uses on `tokens`: (B, H, T, M), in float32 and without gradient.
+        """The map A of Eq. 5 that `forward` uses on `tokens`: (B, H, T, M), in float32 and without
+        gradient.
 
-        The fused kernel gives none, so queries and keys are computed a second time here (values are not); with
-        `class_only` the first token's row alone: (B, H, 1, M).
+        The fused kernel gives none, so queries and keys are computed a second time here (values are
+        not); with `class_only` the first token's row alone: (B, H, 1, M).
         """
         width = self.q.in_features
         with torch.no_grad():
             queries = split_heads(self.q(tokens[:, :1] if class_only else tokens), self.num_heads)
             keys = linear(self._reduce(tokens, grid), self.kv.weight[:width], self.kv.bias[:width])
-            return softmax_map(queries, split_heads(keys, self.num_heads), queries.shape[-1] ** -0.5)
+            return softmax_map(
+                queries, split_heads(keys, self.num_heads), queries.shape[-1] ** -0.5
+            )
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + attention(norm x), then x + MLP(norm x), each dropped by stochastic depth."""
+    """Pre-norm block: x + attention(norm x), then x + MLP(norm x), each dropped by stochastic
+    depth."""
 
     def __init__(
-        self, width: int, num_heads: int, mlp_ratio: float, *, reduction: int, drop: float, drop_path: float
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        *,
+        reduction: int,
+        drop: float,
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=BLOCK_EPS)
@@ -120,12 +144,15 @@ class PyramidVisionTransformer(nn.Module):
     """PVT v1: (B, in_chans, height, width) images of one size -> (B, num_classes) logits.
 
     Args:
-        img_size: side, or (height, width), in pixels. Position embeddings are made for it, nothing is interpolated
-            while running. A remainder beyond 32 is cut off, as strided convolutions do.
+        img_size: side, or (height, width), in pixels. Position embeddings are made for it, nothing
+            is interpolated while running. A remainder beyond 32 is cut off, as strided convolutions
+            do.
         patch_size: that of stage 1, which is always 4.
         drop_rate: dropout behind position embeddings, attention and in MLPs.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0 over the blocks of all stages.
-        embed_dims, num_heads, mlp_ratios, depths, sr_ratios: one value per stage; stage 4 has no reduction (1).
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 over the blocks
+            of all stages.
+        embed_dims, num_heads, mlp_ratios, depths, sr_ratios: one value per stage; stage 4 has no
+        reduction (1).
 
     Raises:
         ValueError: settings that do not make a PVT.
@@ -151,11 +178,15 @@ class PyramidVisionTransformer(nn.Module):
         per_stage = embed_dims, num_heads, mlp_ratios, depths, sr_ratios
         _check_settings(self.img_size, patch_size, per_stage)
         strides = [math.prod(STRIDES[: stage + 1]) for stage in range(4)]
-        self.grid_sizes: list[Grid] = [(self.img_size[0] // s, self.img_size[1] // s) for s in strides]
+        self.grid_sizes: list[Grid] = [
+            (self.img_size[0] // s, self.img_size[1] // s) for s in strides
+        ]
         self.num_classes, self.num_features = num_classes, embed_dims[-1]
         self.grad_checkpointing = False
         self.pos_drop = nn.Dropout(drop_rate)
-        rates = iter(index * drop_path_rate / max(sum(depths) - 1, 1) for index in range(sum(depths)))
+        rates = iter(
+            index * drop_path_rate / max(sum(depths) - 1, 1) for index in range(sum(depths))
+        )
         dims_in = (in_chans, *embed_dims[:-1])
         for stage, (dim, heads, ratio, depth, reduction) in enumerate(zip(*per_stage, strict=True)):
             positions = math.prod(self.grid_sizes[stage]) + (stage == 3)
@@ -164,8 +195,12 @@ class PyramidVisionTransformer(nn.Module):
                 for _ in range(depth)
             ]
             # The published names: patch_embed1, pos_embed1, block1, ... and no list of stages.
-            self.add_module(f"patch_embed{stage + 1}", PatchEmbedding(STRIDES[stage], dims_in[stage], dim))
-            self.register_parameter(f"pos_embed{stage + 1}", nn.Parameter(torch.zeros(1, positions, dim)))
+            self.add_module(
+                f"patch_embed{stage + 1}", PatchEmbedding(STRIDES[stage], dims_in[stage], dim)
+            )
+            self.register_parameter(
+                f"pos_embed{stage + 1}", nn.Parameter(torch.zeros(1, positions, dim))
+            )
             self.add_module(f"block{stage + 1}", nn.ModuleList(blocks))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.num_features))
         self.norm = nn.LayerNorm(self.num_features, eps=BLOCK_EPS)
@@ -174,7 +209,8 @@ class PyramidVisionTransformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Linear layers, position embeddings and class token: deviation 0.02. Convolutions keep PyTorch's own."""
+        """Linear layers, position embeddings and class token: deviation 0.02. Convolutions keep
+        PyTorch's own."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -199,23 +235,33 @@ class PyramidVisionTransformer(nn.Module):
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         for name, parameter in self.head.named_parameters():
-            _ = nn.init.zeros_(parameter) if name == "bias" else nn.init.trunc_normal_(parameter, std=0.02)
+            _ = (
+                nn.init.zeros_(parameter)
+                if name == "bias"
+                else nn.init.trunc_normal_(parameter, std=0.02)
+            )
 
     def blocks_of(self, stage: int) -> Sequence[Block]:
         """The blocks of stage 0 to 3."""
         return getattr(self, f"block{stage + 1}")
 
     def enter_stage(self, stage: int, images: Tensor) -> Tensor:
-        """The image or the feature map before stage 0 to 3 -> tokens (B, T, D) for its first block."""
+        """The image or the feature map before stage 0 to 3 -> tokens (B, T, D) for its first
+        block."""
         tokens = getattr(self, f"patch_embed{stage + 1}")(images)  # (B, N, D)
         if stage == 3:
-            tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)  # (B, 1 + N, D)
+            tokens = torch.cat(
+                (self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1
+            )  # (B, 1 + N, D)
         return self.pos_drop(tokens + getattr(self, f"pos_embed{stage + 1}"))
 
     def forward_to_last_block(self, images: Tensor) -> Tensor:
         """(B, in_chans, height, width) -> (B, 1 + N, D), what the last block receives."""
         size = tuple(images.shape[-2:])
-        torch._assert(size == self.img_size, f"images of {size} pixels, but this network was made for {self.img_size}")
+        torch._assert(
+            size == self.img_size,
+            f"images of {size} pixels, but this network was made for {self.img_size}",
+        )
         for stage, grid in enumerate(self.grid_sizes[:-1]):
             tokens = self.enter_stage(stage, images)  # (B, N, D)
             for block in self.blocks_of(stage):
@@ -242,24 +288,38 @@ class PyramidVisionTransformer(nn.Module):
         return self.forward_head(self.forward_features(images))
 
 
-def _check_settings(img_size: Grid, patch_size: Any, per_stage: tuple[Sequence[float], ...]) -> None:
+def _check_settings(
+    img_size: Grid, patch_size: Any, per_stage: tuple[Sequence[float], ...]
+) -> None:
     if tuple(to_2tuple(patch_size)) != (STRIDES[0], STRIDES[0]):
-        raise ValueError(f"PVT's patches are fixed (strides {STRIDES}): patch_size can only be {STRIDES[0]}")
+        raise ValueError(
+            f"PVT's patches are fixed (strides {STRIDES}): patch_size can only be {STRIDES[0]}"
+        )
     if min(img_size) < math.prod(STRIDES):
-        raise ValueError(f"images of {img_size} pixels are smaller than one final token of {math.prod(STRIDES)}")
+        raise ValueError(
+            f"images of {img_size} pixels are smaller than one final token of {math.prod(STRIDES)}"
+        )
     if any(len(values) != 4 for values in per_stage):
-        raise ValueError("embed_dims, num_heads, mlp_ratios, depths and sr_ratios need one value for each of 4 stages")
+        raise ValueError(
+            "embed_dims, num_heads, mlp_ratios, depths and sr_ratios need one value for each of 4 "
+            "stages"
+        )
     *_, depths, reductions = per_stage
     if depths[3] < 1 or reductions[3] != 1:
-        raise ValueError("stage 4 needs at least one block and no reduction (1): it holds the class token")
+        raise ValueError(
+            "stage 4 needs at least one block and no reduction (1): it holds the class token"
+        )
 
 
 class PVT(ImageModel):
-    """PVT as it is read here: the attention of stage 4's last block to image tokens, theirs or the class token's."""
+    """PVT as it is read here: the attention of stage 4's last block to image tokens, theirs or the
+    class token's."""
 
     network: PyramidVisionTransformer
 
-    def __init__(self, network: PyramidVisionTransformer, separate_region_head: bool = False) -> None:
+    def __init__(
+        self, network: PyramidVisionTransformer, separate_region_head: bool = False
+    ) -> None:
         super().__init__(network, network.num_features, network.num_classes, separate_region_head)
 
     @property
@@ -274,20 +334,34 @@ class PVT(ImageModel):
     def has_class_token(self) -> bool:
         return True
 
-    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
+    def features(
+        self, images: Tensor, need_attention: AttentionOf | None
+    ) -> tuple[Tensor, Tensor | None]:
         tokens = self.network.forward_to_last_block(images)  # (B, 1 + N, D)
         features = self.network.forward_last_block(tokens)
-        return features, None if need_attention is None else self._score(tokens, need_attention == "class")
+        return features, None if need_attention is None else self._score(
+            tokens, need_attention == "class"
+        )
 
     @torch.no_grad()
     def _score(self, tokens: Tensor, class_only: bool) -> Tensor:
         """(B, N), from what the last block receives (B, 1 + N, D)."""
-        last, score_of = self.network.blocks_of(3)[-1], class_attention_score if class_only else image_attention_score
-        return score_of(last.attn.attention_map(last.norm1(tokens), self.grid_size, class_only), num_prefix_tokens=1)
+        last, score_of = (
+            self.network.blocks_of(3)[-1],
+            class_attention_score if class_only else image_attention_score,
+        )
+        return score_of(
+            last.attn.attention_map(last.norm1(tokens), self.grid_size, class_only),
+            num_prefix_tokens=1,
+        )
 
     def glance(self, images: Tensor, resized: bool, block: Depth, predict: bool) -> Glance:
-        """The last block makes nothing of the image tokens but their score: the class token decides alone."""
-        tokens, last = self.network.forward_to_last_block(images), self.network.blocks_of(3)[-1]  # (B, 1 + N, D)
+        """The last block makes nothing of the image tokens but their score: the class token decides
+        alone."""
+        tokens, last = (
+            self.network.forward_to_last_block(images),
+            self.network.blocks_of(3)[-1],
+        )  # (B, 1 + N, D)
         if not predict:
             return Glance(None, self._score(tokens, class_only=False))
         attended, attention = last.attn.attend_and_map(last.norm1(tokens), self.grid_size)
@@ -311,9 +385,12 @@ class PVT(ImageModel):
             key, scale = f"pos_embed{stage + 1}", 2 ** (3 - stage)
             if (held := new.get(key)) is None or held.ndim != 3:
                 continue
-            # Each stage from its own old grid to its own new one: counts of different stages may coincide.
+            # Each stage from its own old grid to its own new one: counts of different stages may
+            # coincide.
             old = None if old_grid is None else (old_grid[0] * scale, old_grid[1] * scale)
-            new[key] = resize_positions(held, grid, int(stage == 3), old, interpolation="bilinear", antialias=False)
+            new[key] = resize_positions(
+                held, grid, int(stage == 3), old, interpolation="bilinear", antialias=False
+            )
             if new[key] is not held:
                 notes.append(f"{key} resized from {tuple(held.shape)} to {tuple(new[key].shape)}")
         return new, notes
@@ -322,9 +399,13 @@ class PVT(ImageModel):
 # Registered with timm, so that `timm.create_model` finds them too.
 
 
-def _pvt(depths: Sequence[int], pretrained: bool, kwargs: dict[str, Any]) -> PyramidVisionTransformer:
+def _pvt(
+    depths: Sequence[int], pretrained: bool, kwargs: dict[str, Any]
+) -> PyramidVisionTransformer:
     if pretrained:
-        raise ValueError("there are no weights of PVT v1 to download by name: load a file of them instead")
+        raise ValueError(
+            "there are no weights of PVT v1 to download by name: load a file of them instead"
+        )
     unused = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # timm passes these
     given = {name: value for name, value in kwargs.items() if name not in unused}
     return PyramidVisionTransformer(**{"depths": depths, **given})

@@ -1,11 +1,14 @@
-"""PVT v2 through timm's own class: four stages without position embeddings, keys from a shrunk grid in the early ones.
+"""PVT v2 through timm's own class: four stages without position embeddings, keys from a shrunk grid
+in the early ones.
 
-"Last block" is the last one of the last stage. There its keys are its own tokens (`sr_ratios` end in 1) and the map is
-Eq. 5's. The linear members (`..._li`) attend to a pooled grid of 7 x 7, and an override can shrink the keys of the last
-stage too: what a key receives is then shared equally by the cells it was made from, so the scores still sum to one;
-cells that no key covers receive nothing. Knows no mixer and no loss.
+"Last block" is the last one of the last stage. There its keys are its own tokens (`sr_ratios` end
+in 1) and the map is Eq. 5's. The linear members (`..._li`) attend to a pooled grid of 7 x 7, and an
+override can shrink the keys of the last stage too: what a key receives is then shared equally by
+the cells it was made from, so the scores still sum to one; cells that no key covers receive
+nothing. Knows no mixer and no loss.
 
-Paper: PVT v2 (arXiv 2106.13797). Letters: B batch, R x C the final grid, N = R * C, M keys, H heads.
+Paper: PVT v2 (arXiv 2106.13797). Letters: B batch, R x C the final grid, N = R * C, M keys, H
+heads.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ class PVTv2(ImageModel):
     """Any timm `PyramidVisionTransformerV2` that predicts from the mean of its tokens.
 
     Args:
-        input_size: (height, width) in pixels. timm's class takes any size and knows none; its default is the one its
-            published weights were trained on.
+        input_size: (height, width) in pixels. timm's class takes any size and knows none; its
+            default is the one its published weights were trained on.
 
     Raises:
         ValueError: it predicts from something else.
@@ -43,21 +46,29 @@ class PVTv2(ImageModel):
         input_size: tuple[int, int] | None = None,
     ) -> None:
         if network.global_pool != "avg":
-            raise ValueError(f"global_pool is {network.global_pool!r}, and regions are classified by their mean token")
+            raise ValueError(
+                f"global_pool is {network.global_pool!r}, and regions are classified by their mean "
+                "token"
+            )
         super().__init__(network, network.num_features, network.num_classes, separate_region_head)
         self.image_size = input_size or (224, 224)
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """That of the last stage. A size which timm would pad on the way there gives fewer rows than timm's."""
+        """That of the last stage. A size which timm would pad on the way there gives fewer rows
+        than timm's."""
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        stride = 4 * 2 ** (len(self.network.stages) - 1)  # each stage after the first halves the grid
+        stride = 4 * 2 ** (
+            len(self.network.stages) - 1
+        )  # each stage after the first halves the grid
         return stride, stride
 
-    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
+    def features(
+        self, images: Tensor, need_attention: AttentionOf | None
+    ) -> tuple[Tensor, Tensor | None]:
         network = self.network
         if need_attention is None:
             return network.forward_features(images), None  # (B, D, R, C)
@@ -72,7 +83,12 @@ class PVTv2(ImageModel):
         for block in final.blocks[:-1]:
             tokens = run_block(final, block, tokens, grid)
         last = final.blocks[-1]
-        features = final.norm(run_block(final, last, tokens, grid)).transpose(1, 2).unflatten(2, grid).contiguous()
+        features = (
+            final.norm(run_block(final, last, tokens, grid))
+            .transpose(1, 2)
+            .unflatten(2, grid)
+            .contiguous()
+        )
         with torch.no_grad():
             return features, reduced_score(last.attn, last.norm1(tokens), grid)
 
@@ -88,7 +104,9 @@ class PVTv2(ImageModel):
     def resize_weights(
         self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None
     ) -> tuple[dict[str, Tensor], list[str]]:
-        new = dict(checkpoint_filter_fn(dict(weights), self.network))  # nothing depends on the size: only other names
+        new = dict(
+            checkpoint_filter_fn(dict(weights), self.network)
+        )  # nothing depends on the size: only other names
         return new, [f"{key} renamed or dropped" for key in weights if key not in new]
 
 
@@ -109,7 +127,9 @@ def reduced_score(attention: Any, tokens: Tensor, grid: tuple[int, int]) -> Tens
     width, heads = attention.q.out_features, attention.num_heads
     with torch.no_grad():
         maps = tokens.transpose(1, 2).unflatten(2, grid)  # (B, D, R, C)
-        cells = torch.eye(tokens.shape[1], device=tokens.device).unflatten(1, grid)[:, None]  # (N, 1, R, C), one hot
+        cells = torch.eye(tokens.shape[1], device=tokens.device).unflatten(1, grid)[
+            :, None
+        ]  # (N, 1, R, C), one hot
         if attention.pool is not None:
             shrunk = attention.sr(attention.pool(maps)).flatten(2).transpose(1, 2)
             sources, shares = attention.act(attention.norm(shrunk)), attention.pool(cells)
@@ -119,9 +139,15 @@ def reduced_score(attention: Any, tokens: Tensor, grid: tuple[int, int]) -> Tens
         else:
             sources, shares = tokens, cells
         bias = None if attention.kv.bias is None else attention.kv.bias[:width]
-        keys = linear(sources, attention.kv.weight[:width], bias).unflatten(2, (heads, -1)).transpose(1, 2)
+        keys = (
+            linear(sources, attention.kv.weight[:width], bias)
+            .unflatten(2, (heads, -1))
+            .transpose(1, 2)
+        )
         queries = attention.q(tokens).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, H, N, D / H)
         with torch.autocast(tokens.device.type, enabled=False):
-            similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B, H, N, M)
+            similarity = (queries.float() * attention.scale) @ keys.float().transpose(
+                -2, -1
+            )  # (B, H, N, M)
             received = similarity.softmax(dim=-1).mean(dim=(1, 2))  # (B, M)
             return received @ shares.flatten(1).float().T  # (B, M) @ (M, N)

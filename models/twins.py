@@ -1,7 +1,8 @@
-"""Twins (PCPVT and SVT) through timm's own class: four stages, position encodings from convolutions.
+"""Twins (PCPVT and SVT) through timm's own class: four stages, position encodings from
+convolutions.
 
-"Last block" is the last one of the last stage. In all published members it attends globally and without shrinking its
-keys, so its map is Eq. 5's. Knows no mixer and no loss.
+"Last block" is the last one of the last stage. In all published members it attends globally and
+without shrinking its keys, so its map is Eq. 5's. Knows no mixer and no loss.
 
 Paper: Twins (arXiv 2104.13840).
 """
@@ -23,7 +24,8 @@ class TwinsModel(ImageModel):
     """Any timm `Twins` whose last block attends to all tokens, and that predicts from their mean.
 
     Raises:
-        ValueError: its last block attends in windows or to shrunk keys, or it predicts from something else.
+        ValueError: its last block attends in windows or to shrunk keys, or it predicts from
+            something else.
     """
 
     network: Twins
@@ -32,11 +34,19 @@ class TwinsModel(ImageModel):
         blocks: Any = network.blocks[-1]
         attention = blocks[-1].attn
         if not isinstance(attention, GlobalSubSampleAttn):
-            raise ValueError(f"its last block computes attention in {type(attention).__name__}, not over all tokens")
+            raise ValueError(
+                f"its last block computes attention in {type(attention).__name__}, not over all "
+                "tokens"
+            )
         if attention.sr is not None:
-            raise ValueError("the keys of its last block are shrunk, so its tokens have no scores of their own")
+            raise ValueError(
+                "the keys of its last block are shrunk, so its tokens have no scores of their own"
+            )
         if network.global_pool != "avg":
-            raise ValueError(f"global_pool is {network.global_pool!r}, and regions are classified by their mean token")
+            raise ValueError(
+                f"global_pool is {network.global_pool!r}, and regions are classified by their mean "
+                "token"
+            )
         super().__init__(network, network.num_features, network.num_classes, separate_region_head)
 
     @property
@@ -52,11 +62,15 @@ class TwinsModel(ImageModel):
             height, width = height * embed.patch_size[0], width * embed.patch_size[1]
         return height, width
 
-    def features(self, images: Tensor, need_attention: AttentionOf | None) -> tuple[Tensor, Tensor | None]:
+    def features(
+        self, images: Tensor, need_attention: AttentionOf | None
+    ) -> tuple[Tensor, Tensor | None]:
         network: Any = self.network
         if need_attention is None:
             return network.forward_features(images), None  # (B, N, D)
-        stages = zip(network.patch_embeds, network.pos_drops, network.blocks, network.pos_block, strict=True)
+        stages = zip(
+            network.patch_embeds, network.pos_drops, network.blocks, network.pos_block, strict=True
+        )
         maps = received = images
         for embed, drop, blocks, encode in stages:
             tokens, grid = embed(maps)
@@ -83,7 +97,8 @@ class TwinsModel(ImageModel):
 
 @like_its_layer
 def global_score(attention: Any, tokens: Tensor) -> Tensor:
-    """Eq. 6 for a layer that attends to all tokens: (B, N, D), its input, -> (B, N) in float32 and without gradient.
+    """Eq. 6 for a layer that attends to all tokens: (B, N, D), its input, -> (B, N) in float32 and
+    without gradient.
 
     Queries and keys are computed a second time here (values are not).
     """
@@ -93,5 +108,7 @@ def global_score(attention: Any, tokens: Tensor) -> Tensor:
         keys = linear(tokens, attention.kv.weight[:width], attention.kv.bias[:width])
         keys = keys.unflatten(2, (heads, -1)).transpose(1, 2)
         with torch.autocast(tokens.device.type, enabled=False):
-            similarity = (queries.float() * attention.scale) @ keys.float().transpose(-2, -1)  # (B, H, N, N)
+            similarity = (queries.float() * attention.scale) @ keys.float().transpose(
+                -2, -1
+            )  # (B, H, N, N)
             return image_attention_score(similarity.softmax(dim=-1), num_prefix_tokens=0)

@@ -24,16 +24,23 @@ def _build_again(config: Any) -> ImageModel:
 
 
 def _draft(config: Any) -> ImageModel:
-    """The same without memory, which refuses at once what a network of the wrong size would take long to refuse."""
+    """The same without memory, which refuses at once what a network of the wrong size would take
+    long to refuse."""
     try:
         with torch.device("meta"):
             return _build_again(config)
-    except (NotImplementedError, RuntimeError):  # some of older timm's cannot be built without numbers
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # some of older timm's cannot be built without numbers
         return _build_again(config)
 
 
-def load_foreign(model: ImageModel, checkpoint: Mapping[str, Any], source: str, fresh_heads: bool = True) -> list[str]:
-    """Starts from the weights in a checkpoint: this project's, DeiT's, timm's, or the released code's.
+def load_foreign(
+    model: ImageModel, checkpoint: Mapping[str, Any], source: str, fresh_heads: bool = True
+) -> list[str]:
+    """Starts from the weights in a checkpoint: this project's, DeiT's, timm's, or the released
+    code's.
 
     Args:
         checkpoint: what `storage.checkpoints.load_checkpoint` returned.
@@ -47,7 +54,9 @@ def load_foreign(model: ImageModel, checkpoint: Mapping[str, Any], source: str, 
         InputError: it holds no weights, or those of another architecture.
     """
     old_grid = None
-    if "model_config" in checkpoint:  # ours: the grid behind its position embedding is known, square or not
+    if (
+        "model_config" in checkpoint
+    ):  # ours: the grid behind its position embedding is known, square or not
         old_grid = _draft(checkpoint["model_config"]).grid_size
     try:
         found = pick_weights(checkpoint)
@@ -71,7 +80,9 @@ def restore_model(checkpoint: Mapping[str, Any], ema: bool = False) -> ImageMode
     key = "ema" if ema else "model"
     if "model_config" not in checkpoint or checkpoint.get(key) is None:
         missing = "model_config" if "model_config" not in checkpoint else key
-        raise InputError(f"the checkpoint holds no {missing}: it was not written by this project's main.py")
+        raise InputError(
+            f"the checkpoint holds no {missing}: it was not written by this project's main.py"
+        )
     weights = own_keys(checkpoint[key])
     check_fit(_draft(checkpoint["model_config"]), weights, source="the checkpoint")
     model = _build_again(checkpoint["model_config"])
@@ -80,16 +91,22 @@ def restore_model(checkpoint: Mapping[str, Any], ema: bool = False) -> ImageMode
 
 
 def plain_weights(model: ImageModel) -> dict[str, Tensor]:
-    """The state dict under the network's own (timm's) keys, plus `token_head.*` where there is a second head."""
+    """The state dict under the network's own (timm's) keys, plus `token_head.*` where there is a
+    second head."""
     weights = dict(model.network.state_dict())
     if model.token_head is not None:
-        weights.update({f"token_head.{key}": value for key, value in model.token_head.state_dict().items()})
+        weights.update(
+            {f"token_head.{key}": value for key, value in model.token_head.state_dict().items()}
+        )
     return weights
 
 
 def own_keys(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `plain_weights`: keys as `ImageModel.load_state_dict` expects them."""
-    return {key if key.startswith("token_head.") else f"network.{key}": value for key, value in weights.items()}
+    return {
+        key if key.startswith("token_head.") else f"network.{key}": value
+        for key, value in weights.items()
+    }
 
 
 def adapt_weights(
@@ -98,16 +115,18 @@ def adapt_weights(
     old_grid: tuple[int, int] | None = None,
     fresh_heads: bool = True,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Makes plain weights of the same architecture fit another input size, patch size or class count.
+    """Makes plain weights of the same architecture fit another input size, patch size or class
+    count.
 
     Args:
-        weights: keys as `plain_weights` gives them (timm's, DeiT's and the released code's files have the same).
+        weights: keys as `plain_weights` gives them (timm's, DeiT's and the released code's files
+            have the same).
         old_grid: the grid the weights were trained on; a square one is assumed if absent.
         fresh_heads: let heads that do not fit start anew.
 
     Returns:
-        The weights under `ImageModel`'s own keys, complete, and a note for each thing that was changed. Heads that do
-        not fit keep their fresh initialisation, which the notes say.
+        The weights under `ImageModel`'s own keys, complete, and a note for each thing that was
+        changed. Heads that do not fit keep their fresh initialisation, which the notes say.
     """
     own = plain_weights(model)
     adapted, notes = model.resize_weights(weights, old_grid)
@@ -118,31 +137,48 @@ def adapt_weights(
                 notes.append(f"{key} dropped: this model has no {head}")
             elif key in own and (key not in adapted or adapted[key].shape != own[key].shape):
                 was = f"has shape {tuple(adapted[key].shape)}" if key in adapted else "is missing"
-                notes.append(f"{key} {was} in the file: starts anew with shape {tuple(own[key].shape)}")
+                notes.append(
+                    f"{key} {was} in the file: starts anew with shape {tuple(own[key].shape)}"
+                )
                 adapted[key] = own[key]
     return own_keys(adapted), notes
 
 
 def pick_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The model's state dict in a checkpoint, ours or foreign, without the prefixes of DDP and torch.compile.
+    """The model's state dict in a checkpoint, ours or foreign, without the prefixes of DDP and
+    torch.compile.
 
-    It is under `model`, `state_dict` or `model_state`, or the checkpoint is nothing but named tensors.
+    It is under `model`, `state_dict` or `model_state`, or the checkpoint is nothing but named
+    tensors.
 
     Raises:
-        InputError: neither is the case, and the message lists the keys that were found; or a tensor is sparse, complex,
-            quantized, without content or not finite.
+        InputError: neither is the case, and the message lists the keys that were found; or a tensor
+            is sparse, complex, quantized, without content or not finite.
     """
-    for candidate in (*(checkpoint.get(key) for key in ("model", "state_dict", "model_state")), checkpoint):
-        if isinstance(candidate, Mapping) and candidate and all(map(_is_named_tensor, candidate.items())):
+    for candidate in (
+        *(checkpoint.get(key) for key in ("model", "state_dict", "model_state")),
+        checkpoint,
+    ):
+        if (
+            isinstance(candidate, Mapping)
+            and candidate
+            and all(map(_is_named_tensor, candidate.items()))
+        ):
             if odd := [name for name, weight in candidate.items() if not is_ordinary(weight)]:
-                raise InputError(f"these weights are no ordinary tensors of numbers: {first_of(odd)}")
-            floats = ((name, weight) for name, weight in candidate.items() if weight.is_floating_point())
+                raise InputError(
+                    f"these weights are no ordinary tensors of numbers: {first_of(odd)}"
+                )
+            floats = (
+                (name, weight) for name, weight in candidate.items() if weight.is_floating_point()
+            )
             if bad := [name for name, weight in floats if not weight.isfinite().all()]:
-                raise InputError(f"these weights are not finite, use another checkpoint: {first_of(bad)}")
+                raise InputError(
+                    f"these weights are not finite, use another checkpoint: {first_of(bad)}"
+                )
             return _strip_prefixes(dict(candidate))
     raise InputError(
-        "no weights in this checkpoint: expected named tensors under model, state_dict or model_state, found the keys "
-        + first_of([str(key) for key in checkpoint])
+        "no weights in this checkpoint: expected named tensors under model, state_dict or "
+        "model_state, found the keys " + first_of([str(key) for key in checkpoint])
     )
 
 
@@ -152,7 +188,9 @@ def _is_named_tensor(item: tuple[Any, Any]) -> bool:
 
 def _strip_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     prefixes = ("module.", "_orig_mod.")
-    while prefix := next((p for p in prefixes if all(name.startswith(p) for name in weights)), None):
+    while prefix := next(
+        (p for p in prefixes if all(name.startswith(p) for name in weights)), None
+    ):
         weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
     return weights
 
@@ -169,13 +207,15 @@ def load_strictly(
 
     Args:
         tolerate_missing: names that may keep the module's own value because `weights` lacks them.
-        tolerate_unexpected: names in `weights` that may stay unused. A name whose shape differs is both.
+        tolerate_unexpected: names in `weights` that may stay unused. A name whose shape differs is
+            both.
         source: what messages call the weights, such as the path of their file.
 
     Returns: one line per tolerated difference, sorted by name.
 
     Raises:
-        InputError: a name is missing or unexpected, or its shape differs, and that is not tolerated.
+        InputError: a name is missing or unexpected, or its shape differs, and that is not
+            tolerated.
     """
     kept, notes = check_fit(module, weights, tolerate_missing, tolerate_unexpected, source)
     module.load_state_dict(kept, strict=False)
@@ -189,7 +229,8 @@ def check_fit(
     tolerate_unexpected: Collection[str] = (),
     source: str = "",
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights that `load_strictly` would copy, and its notes, without copying: the module may be on `meta`."""
+    """The weights that `load_strictly` would copy, and its notes, without copying: the module may
+    be on `meta`."""
     own = module.state_dict()
     refused: list[str] = []
     notes: list[str] = []
@@ -203,12 +244,19 @@ def check_fit(
         elif not is_ordinary(weights[name]):
             tolerated, note, result = False, "no ordinary tensor of numbers", ""
         elif (here := tuple(own[name].shape)) != (there := tuple(weights[name].shape)):
-            note, result = f"shape {there} instead of the model's {here}", "keeps the model's own value"
+            note, result = (
+                f"shape {there} instead of the model's {here}",
+                "keeps the model's own value",
+            )
             tolerated = may_miss and may_drop
         else:
             kept[name] = weights[name]
             continue
-        (notes if tolerated else refused).append(f"{name}: {note}" + (f", {result}" if tolerated else ""))
+        (notes if tolerated else refused).append(
+            f"{name}: {note}" + (f", {result}" if tolerated else "")
+        )
     if refused:
-        raise InputError(f"{source} does not fit the model in {len(refused)} names: {first_of(refused, '; ')}")
+        raise InputError(
+            f"{source} does not fit the model in {len(refused)} names: {first_of(refused, '; ')}"
+        )
     return kept, notes

@@ -1,4 +1,5 @@
-"""The training images of a run that cannot be read: which, how many there may be, and what is said of them.
+"""The training images of a run that cannot be read: which, how many there may be, and what is said
+of them.
 
 Level 1: imports `utils` only. Numbers on the host; it must not read images, devices or files.
 """
@@ -33,7 +34,8 @@ class CorruptImages:
         self.own: set[int] = set()  # met here, and not known yet
 
     def see(self, indices: Tensor) -> int:
-        """Takes in a batch's indices (B,), on the host, where ~i is image i replaced. Returns how many are new here."""
+        """Takes in a batch's indices (B,), on the host, where ~i is image i replaced. Returns how
+        many are new here."""
         met = {~index for index in indices[indices < 0].tolist()} - self.known - self.own
         self.own |= met
         return len(met)
@@ -47,7 +49,8 @@ class CorruptImages:
         self.known, self.own = set(state), set()
 
     def merge(self, states: Iterable[Iterable[int]]) -> list[int]:
-        """Takes in the `state` of every rank, this one's too. Returns those that are new to the run, to be reported."""
+        """Takes in the `state` of every rank, this one's too. Returns those that are new to the
+        run, to be reported."""
         new = set().union(*states) - self.known
         self.known |= new
         self.own.clear()
@@ -57,7 +60,8 @@ class CorruptImages:
         """What to say of images that were not known before."""
         names = "\n  ".join(map(self.name_of, indices))
         return (
-            f"images that cannot be read; others are trained on in their place ({len(self.known)} so far, at most "
+            f"images that cannot be read; others are trained on in their place ({len(self.known)} "
+            "so far, at most "
             f"{self.limit}):\n  {names}"
         )
 
@@ -70,6 +74,8 @@ class CorruptImages:
         if len(self.known) > self.limit:
             names = "\n  ".join(map(self.name_of, sorted(self.known)))
             raise InputError(
-                f"{len(self.known)} of {self.num_images:,} training images cannot be read, and --skip-corrupt replaces "
-                f"at most {self.limit}; mend or remove them (python -m tools.check_data finds all):\n  {names}"
+                f"{len(self.known)} of {self.num_images:,} training images cannot be read, and "
+                "--skip-corrupt replaces "
+                f"at most {self.limit}; mend or remove them (python -m tools.check_data finds "
+                f"all):\n  {names}"
             )

@@ -27,8 +27,12 @@ def edges_of(boxes: list[Box], device: torch.device) -> Tensor:
 
 
 def box_mask(edges: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """(B, 1, height, width) bool, true inside each image's box; edges (B, 4) in the order of `Box`."""
+    """(B, 1, height, width) bool, true inside each image's box; edges (B, 4) in the order of
+    `Box`."""
     rows, columns = (torch.arange(length, device=edges.device) for length in image_size)
     top, bottom, left, right = edges[:, :, None].unbind(1)  # each (B, 1)
-    inside_rows, inside_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    inside_rows, inside_columns = (
+        (rows >= top) & (rows < bottom),
+        (columns >= left) & (columns < right),
+    )
     return (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]

@@ -1,7 +1,9 @@
-"""Random erasing (Zhong et al., 2017): rectangles are drawn in a loader worker and filled in the batch, on its device.
+"""Random erasing (Zhong et al., 2017): rectangles are drawn in a loader worker and filled in the
+batch, on its device.
 
-Level 1: imports `mixers.boxes`, for rectangles. It must not know labels, files or how an image is decoded. Probability,
-area, shape, number and tries are those of timm's `RandomErasing`, and so is the order of its draws.
+Level 1: imports `mixers.boxes`, for rectangles. It must not know labels, files or how an image is
+decoded. Probability, area, shape, number and tries are those of timm's `RandomErasing`, and so is
+the order of its draws.
 
 Letters: B batch, C channels, H height, W width, M boxes per image.
 """
@@ -25,13 +27,17 @@ NOTHING = Box(0, 0, 0, 0)
 
 
 class Erasing(NamedTuple):
-    """How often an image loses rectangles, and how many at most. `probability` 0 erases nothing and draws nothing."""
+    """How often an image loses rectangles, and how many at most. `probability` 0 erases nothing and
+    draws nothing."""
 
     probability: float = 0.0
     most: int = 1
 
-    def draw(self, image_size: tuple[int, int], chance: random.Random | ModuleType = random) -> list[Box]:
-        """The M = `most` boxes of one image of (H, W), empty ones where fewer are erased; none with probability 0.
+    def draw(
+        self, image_size: tuple[int, int], chance: random.Random | ModuleType = random
+    ) -> list[Box]:
+        """The M = `most` boxes of one image of (H, W), empty ones where fewer are erased; none with
+        probability 0.
 
         Args:
             chance: what to draw from; the `random` module itself is python's own generator.
@@ -46,7 +52,9 @@ class Erasing(NamedTuple):
         return boxes + [NOTHING] * (self.most - len(boxes))
 
 
-def _draw_box(image_size: tuple[int, int], share: float, chance: random.Random | ModuleType) -> Box | None:
+def _draw_box(
+    image_size: tuple[int, int], share: float, chance: random.Random | ModuleType
+) -> Box | None:
     """A box fully inside the image; None where no try gave one that fits."""
     height, width = image_size
     for _ in range(TRIES):
@@ -66,13 +74,15 @@ def as_tensor(boxes: list[list[Box]]) -> Tensor:
 
 
 def erase(images: Tensor, boxes: Tensor, mode: str) -> Tensor:
-    """Fills the boxes of normalised images, from the global generator of their device, which is not waited for.
+    """Fills the boxes of normalised images, from the global generator of their device, which is not
+    waited for.
 
     Args:
-        images: (B, C, H, W) float. They must be the caller's own: on the CPU they are changed in place, so that only
-            the erased pixels cost anything.
+        images: (B, C, H, W) float. They must be the caller's own: on the CPU they are changed in
+            place, so that only the erased pixels cost anything.
         boxes: (B, M, 4) int64, see `as_tensor`; a later box lies above an earlier one.
-        mode: `pixel`, noise N(0, 1) per pixel and channel; `rand`, one such colour per box; `const`, zeros.
+        mode: `pixel`, noise N(0, 1) per pixel and channel; `rand`, one such colour per box;
+            `const`, zeros.
 
     Returns:
         (B, C, H, W).

@@ -1,11 +1,12 @@
 """From images to batches: samples with draws keyed by position, and the loaders.
 
-Level 3: imports `utils`, `batches`, `images`, `erasing`, `samplers`, `transforms` and `workers`. It must not know data
-sets by name, mixing, models or process groups; ranks are arguments.
+Level 3: imports `utils`, `batches`, `images`, `erasing`, `samplers`, `transforms` and `workers`. It
+must not know data sets by name, mixing, models or process groups; ranks are arguments.
 
-A sample's augmentation depends on (seed, epoch, index, position) alone, so resuming, the number of workers and of ranks
-leave it as it is. Training images are handed over as pixels, a quarter of their size as float32; the step normalises
-and erases them on its device. Letters: B batch, H height, W width.
+A sample's augmentation depends on (seed, epoch, index, position) alone, so resuming, the number of
+workers and of ranks leave it as it is. Training images are handed over as pixels, a quarter of
+their size as float32; the step normalises and erases them on its device. Letters: B batch, H
+height, W width.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from pipeline.workers import Loader, explaining
 from samplers import EpochBatches, EvalShard
 from utils import InputError, key_seed, keyed_generator
 
-# ------------------------------------------------------------------------------------------------------ samples
+# ------------------------------------------------------------------------------------------ samples
 
 
-# ------------------------------------------------------------------------------------------------------ loaders
+# ------------------------------------------------------------------------------------------ loaders
 
 
 def build_train_loader(
@@ -56,7 +57,8 @@ def build_train_loader(
         batch_size: B, images of this rank per micro-batch.
         repeats: views of each image per epoch, see `EpochBatches`.
         layout: how they are dealt to ranks.
-        num_workers: 0 loads in this process; a stream always has a worker, as torch seeds only workers anew.
+        num_workers: 0 loads in this process; a stream always has a worker, as torch seeds only
+            workers anew.
         timeout: seconds to wait for a worker, 0 for ever.
 
     Raises:
@@ -69,19 +71,25 @@ def build_train_loader(
         "world_size": world_size,
         "accum_steps": accum_steps,
     }
-    # torch draws the workers' seeds from `generator`, so that starting them leaves the run's own generator alone
+    # torch draws the workers' seeds from `generator`, so that starting them leaves the run's own
+    # generator alone
     common: dict[str, Any] = {"pin_memory": pin_memory, "generator": torch.Generator()}
     if isinstance(samples, TrainSamples):
         batches = EpochBatches(
-            num_images=len(samples), repeats=repeats, layout=layout,
-            make_generator=partial(keyed_generator, seed, "order"), **shares,
-        )  # fmt: skip
+            num_images=len(samples),
+            repeats=repeats,
+            layout=layout,
+            make_generator=partial(keyed_generator, seed, "order"),
+            **shares,
+        )
         if num_workers:
             common.update(num_workers=num_workers, persistent_workers=True, timeout=timeout)
         common.update(batch_sampler=batches, collate_fn=as_it_is)
         return Loader(samples, name_of=samples.images.name_of, **common)
     if repeats > 1:
-        raise InputError("a streamed data set cannot repeat its images within an epoch: add --no-repeated-aug")
+        raise InputError(
+            "a streamed data set cannot repeat its images within an epoch: add --no-repeated-aug"
+        )
     samples.deal(**shares)
     workers = max(1, num_workers)
     samples.images.source.set_loader_cfg(num_workers=workers)
@@ -95,9 +103,14 @@ def build_train_loader(
 def _check_one_step(num_images: int, batch_size: int, world_size: int, accum_steps: int) -> None:
     fits = num_images // (world_size * accum_steps)
     if batch_size > fits:
-        fix = f"use at most {fits}" if fits else "add images, or use fewer processes or accumulation steps"
+        fix = (
+            f"use at most {fits}"
+            if fits
+            else "add images, or use fewer processes or accumulation steps"
+        )
         raise InputError(
-            f"--batch-size {batch_size}: {num_images} training images do not fill one step of {world_size} processes x "
+            f"--batch-size {batch_size}: {num_images} training images do not fill one step of "
+            f"{world_size} processes x "
             f"{accum_steps} batches; {fix}"
         )
 
@@ -112,11 +125,16 @@ def build_eval_loader(
     pin_memory: bool = False,
     timeout: float = 0,
 ) -> Loader:
-    """Loader of (images (B, 3, H, W) float32, labels (B,) int64): every image once over all ranks, nothing padded.
+    """Loader of (images (B, 3, H, W) float32, labels (B,) int64): every image once over all ranks,
+    nothing padded.
 
     The last batch may be smaller, and ranks may differ in length.
     """
-    settings: dict[str, Any] = {"batch_size": batch_size, "pin_memory": pin_memory, "generator": torch.Generator()}
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "pin_memory": pin_memory,
+        "generator": torch.Generator(),
+    }
     if num_workers:
         settings.update(num_workers=num_workers, persistent_workers=True, timeout=timeout)
     if isinstance(samples, StreamedEvalSamples):
@@ -129,7 +147,8 @@ def build_eval_loader(
 def closing(*loaders: Loader) -> Iterator[None]:
     """Ends the loaders' workers at the end, and says what became of a worker that failed inside.
 
-    torch tells of a dead worker wherever the process is at that moment, so all of the work belongs inside.
+    torch tells of a dead worker wherever the process is at that moment, so all of the work belongs
+    inside.
 
     Raises:
         StuckLoader: a worker hangs or was killed; it and the images that it owes are named.
@@ -146,7 +165,8 @@ def set_epoch(loader: DataLoader[Any], epoch: int, start: int = 0) -> None:
     """Chooses the epoch that the next iteration of a training loader gives, of either kind.
 
     Args:
-        start: images of all ranks that are done in it; a stream has no place to go on from but its beginning.
+        start: images of all ranks that are done in it; a stream has no place to go on from but its
+            beginning.
     """
     samples = loader.dataset
     if isinstance(samples, StreamedSamples):
@@ -165,12 +185,14 @@ def steps_per_epoch(loader: DataLoader[Any]) -> int:
 
 
 def can_start_within(loader: DataLoader[Any]) -> bool:
-    """Whether an epoch of this training loader can begin at any of its steps: not so with a stream."""
+    """Whether an epoch of this training loader can begin at any of its steps: not so with a
+    stream."""
     return not isinstance(loader.dataset, StreamedSamples)
 
 
 def largest_share(loader: DataLoader[Any]) -> int:
-    """Batches of an evaluation loader on the rank that has most; 0 for a stream, which does not know."""
+    """Batches of an evaluation loader on the rank that has most; 0 for a stream, which does not
+    know."""
     if not isinstance(loader.sampler, EvalShard):
         return 0
     assert loader.batch_size is not None

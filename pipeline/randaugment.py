@@ -1,10 +1,13 @@
-"""RandAugment (Cubuk et al., 2020) drawn without being done: what timm would do to an image, as rows of numbers.
+"""RandAugment (Cubuk et al., 2020) drawn without being done: what timm would do to an image, as
+rows of numbers.
 
-Level 0: imports nothing from the project. It must not touch pixels: `pipeline/randaugment_pixels.py` does, on the batch's device. The
-draws are timm's own: its objects run as they are, with a `Drawing` in the place of the image and, in the place of each
-operation's function, an `Encoder` that notes what is asked for.
+Level 0: imports nothing from the project. It must not touch pixels:
+`pipeline/randaugment_pixels.py` does, on the batch's device. The draws are timm's own: its objects
+run as they are, with a `Drawing` in the place of the image and, in the place of each operation's
+function, an `Encoder` that notes what is asked for.
 
-Letters: B batch, L layers, which are the flip if there is one and those of RandAugment. H height, W width, in pixels.
+Letters: B batch, L layers, which are the flip if there is one and those of RandAugment. H height, W
+width, in pixels.
 """
 
 from __future__ import annotations
@@ -24,13 +27,18 @@ from torchvision.transforms import RandomHorizontalFlip
 
 NUMBERS = 6  # of an operation, whatever its kind
 COLUMNS = 2 + NUMBERS  # of `as_tensor`: kind, image, numbers
-INTERPOLATIONS = ("bilinear", "bicubic", "random")  # of the warps; random is one of the others per operation
+INTERPOLATIONS = (
+    "bilinear",
+    "bicubic",
+    "random",
+)  # of the warps; random is one of the others per operation
 NOT_ENCODED = ("-t3a",)  # timm's sets with a blur, as they are written in its policy string
 ALL, NO_LEVEL = 255, 256  # a mask that keeps every bit; a threshold that no level reaches
 
 
 class Kind(IntEnum):
-    """What is done alike. The order is that of the rows in a layer; kinds that share a step stand side by side."""
+    """What is done alike. The order is that of the rows in a layer; kinds that share a step stand
+    side by side."""
 
     NOTHING = 0
     FLIP = 1
@@ -72,19 +80,20 @@ class Drawing:
         return self
 
 
-# ------------------------------------------------------------------------------------------------------ encoding
+# ----------------------------------------------------------------------------------------- encoding
 # timm's operations by name, and what their arguments come to.
 
 
 def _posterize(drawing: Drawing, bits: int) -> Drawing:
     kept = min(
         max(bits, 0), 8
-    )  # `-mmax` may ask for fewer than none; without a bit: black, as `pipeline.transforms.posterize`
+    )  # `-mmax` may ask for fewer than 0 bits; 0 bits is black, as `transforms.posterize` has it
     return drawing.note(Kind.RULE, NO_LEVEL, 0, 0, 256 - 2 ** (8 - kept))
 
 
 def _map_of(name: str, level: float, size: tuple[int, int]) -> tuple[float, ...]:
-    """(a, b, c, d, e, f): the new pixel at (x, y) is the old one at (a x + b y + c, d x + e y + f)."""
+    """(a, b, c, d, e, f): the new pixel at (x, y) is the old one at (a x + b y + c, d x + e y +
+    f)."""
     height, width = size
     if name == "Rotate":
         return _rotation(level, width / 2, height / 2)
@@ -101,7 +110,10 @@ def _rotation(degrees: float, x: float, y: float) -> tuple[float, ...]:
     """Counterclockwise around (x, y), sine and cosine rounded to 15 digits as Pillow has them."""
     angle = math.radians(degrees % 360)
     cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)
-    across, down = sine * y - cosine * x, -sine * x - cosine * y  # added in Pillow's order, for equal bits
+    across, down = (
+        sine * y - cosine * x,
+        -sine * x - cosine * y,
+    )  # added in Pillow's order, for equal bits
     return cosine, -sine, across + x, sine, cosine, down + y
 
 
@@ -121,19 +133,23 @@ WARPS = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 
 
 class Encoder:
-    """Takes the place of the function behind one of timm's operations, and draws what that would draw.
+    """Takes the place of the function behind one of timm's operations, and draws what that would
+    draw.
 
     Raises:
         KeyError: the operation is one without an encoding.
     """
 
     def __init__(self, name: str) -> None:
-        self.name = re.sub("(Increasing|Original)$", "", name)  # variants of the magnitude, not of what is done
+        self.name = re.sub(
+            "(Increasing|Original)$", "", name
+        )  # variants of the magnitude, not of what is done
         if self.name not in WARPS and self.name not in RULES:
             raise KeyError(name)
 
     def __call__(self, drawing: Drawing, *levels: float, resample: Any, **_: Any) -> Drawing:
-        """Args: what timm passes: its arguments, and one way to resample or several to choose from."""
+        """Args: what timm passes: its arguments, and one way to resample or several to choose
+        from."""
         if self.name not in WARPS:
             return RULES[self.name](drawing, *levels)
         chosen = random.choice(resample) if isinstance(resample, (tuple, list)) else resample
@@ -143,11 +159,12 @@ class Encoder:
 
 
 class DrawOnly:
-    """Draws the flip and RandAugment as timm's transform would, from the same generators in the same order.
+    """Draws the flip and RandAugment as timm's transform would, from the same generators in the
+    same order.
 
     Args:
-        steps: of timm's transform, between crop and tensor: a horizontal flip or none, then RandAugment, whose
-            operations are encoded from now on.
+        steps: of timm's transform, between crop and tensor: a horizontal flip or none, then
+            RandAugment, whose operations are encoded from now on.
         size: (H, W) of the images.
     """
 
@@ -175,20 +192,25 @@ class DrawOnly:
         return rows + [NOTHING] * (self.layers - len(rows))
 
 
-# --------------------------------------------------------------------------------------------------- in the batch
+# ------------------------------------------------------------------------------------- in the batch
 
 
 def as_tensor(drawn: Sequence[Sequence[Row]]) -> Tensor:
     """The rows of each image, its layers apart, as (B, L, 8) float64: kind, image, numbers.
 
-    Within each layer rows are sorted by kind, so that a kind's images are neighbours, and the number of rows of each
-    kind is all that has to be known where the device is told what to do.
+    Within each layer rows are sorted by kind, so that a kind's images are neighbours, and the
+    number of rows of each kind is all that has to be known where the device is told what to do.
     """
     layers = []
     for layer in zip(*drawn, strict=True):
         rows = [(row.kind, image, *row.numbers) for image, row in enumerate(layer)]
         layers.append(sorted(rows, key=lambda row: row[0]))
-    return torch.tensor(layers, dtype=torch.float64).reshape(-1, len(drawn), COLUMNS).transpose(0, 1).contiguous()
+    return (
+        torch.tensor(layers, dtype=torch.float64)
+        .reshape(-1, len(drawn), COLUMNS)
+        .transpose(0, 1)
+        .contiguous()
+    )
 
 
 def count_kinds(drawn: Tensor) -> list[list[int]]:

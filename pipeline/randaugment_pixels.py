@@ -1,9 +1,9 @@
 """RandAugment's operations on a batch of pixels, on its device, with the levels that Pillow gives.
 
-Level 1: imports `randaugment`, for what was drawn. It must not draw, and knows no labels, files or transforms. What
-Pillow computes in floating point is computed here in the same precision and order, everything else in integers: results
-are equal to the bit (compared on the CPU; not run on CUDA). The device is never waited for: which images an operation
-is for is known on the host.
+Level 1: imports `randaugment`, for what was drawn. It must not draw, and knows no labels, files or
+transforms. What Pillow computes in floating point is computed here in the same precision and order,
+everything else in integers: results are equal to the bit (compared on the CPU; not run on CUDA).
+The device is never waited for: which images an operation is for is known on the host.
 
 Letters: B batch, H height, W width, in pixels; n images of one operation; P = H * W.
 """
@@ -24,7 +24,8 @@ BLENDS = (Kind.COLOR, Kind.CONTRAST, Kind.BRIGHTNESS, Kind.SHARPNESS)
 
 
 def apply(images: Tensor, drawn: Tensor, fill: tuple[int, ...]) -> Tensor:
-    """Does to each image what was drawn for it. How much is launched does not depend on B or on the images.
+    """Does to each image what was drawn for it. How much is launched does not depend on B or on the
+    images.
 
     Args:
         images: (B, 3, H, W) uint8, on any device that has float64.
@@ -56,7 +57,7 @@ def apply(images: Tensor, drawn: Tensor, fill: tuple[int, ...]) -> Tensor:
     return images
 
 
-# ------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def look_up(images: Tensor, numbers: Tensor, counts: list[int]) -> Tensor:
@@ -69,23 +70,27 @@ def look_up(images: Tensor, numbers: Tensor, counts: list[int]) -> Tensor:
     """
     levels = images.flatten(2).long()  # (n, 3, P)
     _, stretched, equalized = levels.split(counts)
-    tables = torch.cat([
-        rule_tables(numbers[: counts[0]]), contrast_tables(stretched), equal_tables(equalized)
-    ])  # (n, 3, 256)  # fmt: skip
+    tables = torch.cat(
+        [rule_tables(numbers[: counts[0]]), contrast_tables(stretched), equal_tables(equalized)]
+    )  # (n, 3, 256)
     return tables.gather(2, levels).view_as(images)
 
 
 def rule_tables(numbers: Tensor) -> Tensor:
-    """(n, 3, 256) uint8 of rules: threshold, what is added below it, 1 to negate from it on, and mask."""
+    """(n, 3, 256) uint8 of rules: threshold, what is added below it, 1 to negate from it on, and
+    mask."""
     threshold, added, negated, mask = numbers[:, :4].long()[:, :, None].unbind(1)  # (n, 1) each
     level = torch.arange(LEVELS, device=numbers.device)
     above = torch.where(negated == 1, LEVELS - 1 - level, level)
-    ruled = torch.where(level < threshold, (level + added).clamp(max=LEVELS - 1), above) & mask  # (n, 256)
+    ruled = (
+        torch.where(level < threshold, (level + added).clamp(max=LEVELS - 1), above) & mask
+    )  # (n, 256)
     return ruled.to(torch.uint8)[:, None].expand(-1, 3, -1)
 
 
 def contrast_tables(levels: Tensor) -> Tensor:
-    """(n, 3, 256) uint8 that stretch a channel's levels (n, 3, P) to 0..255; one of a single level keeps it."""
+    """(n, 3, 256) uint8 that stretch a channel's levels (n, 3, P) to 0..255; one of a single level
+    keeps it."""
     table = torch.arange(LEVELS, device=levels.device).expand(*levels.shape[:2], -1)  # (n, 3, 256)
     if not len(levels):
         return table.to(torch.uint8)
@@ -96,22 +101,28 @@ def contrast_tables(levels: Tensor) -> Tensor:
 
 
 def equal_tables(levels: Tensor) -> Tensor:
-    """(n, 3, 256) uint8 that spread a channel's levels (n, 3, P) evenly; one of a single level keeps it."""
+    """(n, 3, 256) uint8 that spread a channel's levels (n, 3, P) evenly; one of a single level
+    keeps it."""
     table = torch.arange(LEVELS, device=levels.device).expand(*levels.shape[:2], -1)  # (n, 3, 256)
     counts = torch.zeros_like(table, dtype=torch.int64, memory_format=torch.contiguous_format)
-    counts.scatter_add_(2, levels, counts.new_ones(()).expand_as(levels))  # integers: the same in any order
-    last = torch.where(counts > 0, table, 0).amax(dim=2, keepdim=True)  # (n, 3, 1), the highest level that is there
+    counts.scatter_add_(
+        2, levels, counts.new_ones(()).expand_as(levels)
+    )  # integers: the same in any order
+    last = torch.where(counts > 0, table, 0).amax(
+        dim=2, keepdim=True
+    )  # (n, 3, 1), the highest level that is there
     step = (levels.shape[2] - counts.gather(2, last)) // (LEVELS - 1)
     below = counts.cumsum(dim=2) - counts
     spread = (step // 2 + below) // step.clamp(min=1)
     return torch.where(step > 0, spread.clamp(max=LEVELS - 1), table).to(torch.uint8)
 
 
-# -------------------------------------------------------------------------------------------------------- warps
+# -------------------------------------------------------------------------------------------- warps
 
 
 def warp(images: Tensor, maps: Tensor, fill: tuple[int, ...], cubic: bool) -> Tensor:
-    """Pillow's affine transform: levels interpolated between pixel centres, edges repeated, fractions cut off.
+    """Pillow's affine transform: levels interpolated between pixel centres, edges repeated,
+    fractions cut off.
 
     Args:
         images: (n, 3, H, W) uint8.
@@ -124,15 +135,21 @@ def warp(images: Tensor, maps: Tensor, fill: tuple[int, ...], cubic: bool) -> Te
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     x, y = x - 0.5, y - 0.5
     left, top = x.floor(), y.floor()
-    right_share, lower_share = ((at - edge)[:, None].flatten(2) for at, edge in ((x, left), (y, top)))  # (n, 1, P)
+    right_share, lower_share = (
+        (at - edge)[:, None].flatten(2) for at, edge in ((x, left), (y, top))
+    )  # (n, 1, P)
     reach = range(-1, 3) if cubic else range(2)
-    columns = torch.stack([(left.long() + by).clamp_(0, width - 1) for by in reach], dim=1)  # (n, 2 or 4, H, W)
+    columns = torch.stack(
+        [(left.long() + by).clamp_(0, width - 1) for by in reach], dim=1
+    )  # (n, 2 or 4, H, W)
     rows = [(top.long() + by).clamp_(0, height - 1) * width for by in reach]
     between = _cubic if cubic else _linear
     pixels, lines = images.flatten(2).to(torch.int16), []
     for row in rows:
         index = (row[:, None] + columns).flatten(1)[:, None].expand(-1, 3, -1)
-        lines.append(between(*pixels.gather(2, index).chunk(len(reach), dim=2), share=right_share))  # (n, 3, P)
+        lines.append(
+            between(*pixels.gather(2, index).chunk(len(reach), dim=2), share=right_share)
+        )  # (n, 3, P)
     new = between(*lines, share=lower_share).clamp_(0, LEVELS - 1).to(torch.uint8).view_as(images)
     outside = torch.stack([inside.new_full((1, 1), level, dtype=torch.uint8) for level in fill])
     return torch.where(inside[:, None], new, outside)
@@ -150,15 +167,18 @@ def _linear(first: Tensor, second: Tensor, *, share: Tensor) -> Tensor:
     return first + (second - first) * share
 
 
-def _cubic(first: Tensor, second: Tensor, third: Tensor, fourth: Tensor, *, share: Tensor) -> Tensor:
-    """Between the second and the third, by Horner's rule. Pixels come as int16, which holds all differences."""
+def _cubic(
+    first: Tensor, second: Tensor, third: Tensor, fourth: Tensor, *, share: Tensor
+) -> Tensor:
+    """Between the second and the third, by Horner's rule. Pixels come as int16, which holds all
+    differences."""
     slope = third - first
     square = (first - second) * 2 + third - fourth
     cube = second - first - third + fourth
     return ((share * cube).add_(square).mul_(share).add_(slope).mul_(share)).add_(second)
 
 
-# ------------------------------------------------------------------------------------------------------- blends
+# ------------------------------------------------------------------------------------------- blends
 
 
 def blend(images: Tensor, shares: Tensor, counts: list[int]) -> Tensor:
@@ -171,14 +191,18 @@ def blend(images: Tensor, shares: Tensor, counts: list[int]) -> Tensor:
     """
     pixels = images.to(torch.int32)
     colored, contrasted, bright, sharp = pixels.split(counts)
-    base = torch.cat([gray_of(colored), mean_of(contrasted), torch.zeros_like(bright), smooth_of(sharp)])
+    base = torch.cat(
+        [gray_of(colored), mean_of(contrasted), torch.zeros_like(bright), smooth_of(sharp)]
+    )
     moved = (pixels - base).to(torch.float32) * shares.to(torch.float32)[:, None, None, None]
     return (base + moved).clamp_(0, LEVELS - 1).to(torch.uint8)
 
 
 def gray_of(pixels: Tensor) -> Tensor:
     """Luma of int32 (n, 3, H, W) in each channel."""
-    red, green, blue = (channel * weight for channel, weight in zip(pixels.unbind(1), GRAY, strict=True))
+    red, green, blue = (
+        channel * weight for channel, weight in zip(pixels.unbind(1), GRAY, strict=True)
+    )
     return ((red + green + blue + 2**15) >> 16)[:, None].expand_as(pixels)
 
 
@@ -191,7 +215,8 @@ def mean_of(pixels: Tensor) -> Tensor:
 
 
 def smooth_of(pixels: Tensor) -> Tensor:
-    """The mean of each pixel, counted five times, and its eight neighbors, rounded; pixels at the edge stay."""
+    """The mean of each pixel, counted five times, and its eight neighbors, rounded; pixels at the
+    edge stay."""
     if min(pixels.shape[2:]) < 3:
         return pixels
     lines = pixels[:, :, :-2] + pixels[:, :, 1:-1] + pixels[:, :, 2:]

@@ -1,7 +1,7 @@
 """What a training loader gives: samples, and the batch that they are written into.
 
-Level 2: imports `erasing` and `randaugment`, for boxes and operations. It must not know where samples come from or what
-becomes of a batch.
+Level 2: imports `erasing` and `randaugment`, for boxes and operations. It must not know where
+samples come from or what becomes of a batch.
 
 Letters: B batch, H height, W width, M boxes to erase per image, L layers of operations.
 """
@@ -26,8 +26,8 @@ from utils import InputError, SampleError, keyed_generator, keyed_globals
 
 
 class Sample(NamedTuple):
-    """One training image (3, H, W), its label, its index as `read` gives it, and what will be done to it in the batch:
-    the M boxes that will be erased, and before that L operations."""
+    """One training image (3, H, W), its label, its index as `read` gives it, and what will be done
+    to it in the batch: the M boxes that will be erased, and before that L operations."""
 
     image: torch.Tensor
     label: int
@@ -37,8 +37,9 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """images (B, 3, H, W), uint8 with channels last; labels (B,), indices (B,) and boxes (B, M, 4) int64; operations
-    (B, L, 8) as `pipeline.randaugment.as_tensor` orders them, L = 0 where the images need none."""
+    """images (B, 3, H, W), uint8 with channels last; labels (B,), indices (B,) and boxes (B, M, 4)
+    int64; operations (B, L, 8) as `pipeline.randaugment.as_tensor` orders them, L = 0 where the
+    images need none."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -48,7 +49,8 @@ class Batch(NamedTuple):
 
 
 def make_batch(samples: Iterable[tuple[int, Sample]], size: int) -> Batch:
-    """`size` samples, each with the row where it belongs; every image is copied once, into its row."""
+    """`size` samples, each with the row where it belongs; every image is copied once, into its
+    row."""
     images = torch.empty(0)
     rest: list[tuple[int, int, list[erasing.Box], list[randaugment.Row]]] = [(0, 0, [], [])] * size
     for row, sample in samples:
@@ -59,7 +61,13 @@ def make_batch(samples: Iterable[tuple[int, Sample]], size: int) -> Batch:
         rest[row] = sample[1:]
     labels, indices, boxes, drawn = zip(*rest, strict=True)
     operations = randaugment.as_tensor(drawn)
-    return Batch(images, torch.tensor(labels), torch.tensor(indices), erasing.as_tensor(list(boxes)), operations)
+    return Batch(
+        images,
+        torch.tensor(labels),
+        torch.tensor(indices),
+        erasing.as_tensor(list(boxes)),
+        operations,
+    )
 
 
 def in_order(samples: list[Sample]) -> Batch:
@@ -75,7 +83,9 @@ def as_it_is(batch: Batch) -> Batch:
 SUBSTITUTES = 20  # images that are tried in the place of one that cannot be read
 
 
-def draw_sample(transform: Transform, image: Pixels, label: int, shown: int, erase: Erasing) -> Sample:
+def draw_sample(
+    transform: Transform, image: Pixels, label: int, shown: int, erase: Erasing
+) -> Sample:
     """All draws of one sample: those of the transform, then the boxes."""
     made = transform(image)
     pixels, operations = made if isinstance(made, Undone) else (made, [])
@@ -83,17 +93,24 @@ def draw_sample(transform: Transform, image: Pixels, label: int, shown: int, era
 
 
 class TrainSamples(Dataset[Sample]):
-    """(epoch, index, position) -> `Sample`, with draws keyed by that place; many places at once -> `Batch`.
+    """(epoch, index, position) -> `Sample`, with draws keyed by that place; many places at once ->
+    `Batch`.
 
     Args:
         transform: a decoded image -> (3, H, W), or `pipeline.transforms.Undone`.
         erase: draws the boxes, last of a sample's draws.
-        skip_corrupt: an image that cannot be decoded is replaced by another with its own label, drawn from the same
-            place, and its index i is given as ~i = -1 - i. Errors of the transform surface either way.
+        skip_corrupt: an image that cannot be decoded is replaced by another with its own label,
+            drawn from the same place, and its index i is given as ~i = -1 - i. Errors of the
+            transform surface either way.
     """
 
     def __init__(
-        self, images: Images, transform: Transform, seed: int, skip_corrupt: bool = False, erase: Erasing | None = None
+        self,
+        images: Images,
+        transform: Transform,
+        seed: int,
+        skip_corrupt: bool = False,
+        erase: Erasing | None = None,
     ) -> None:
         self.images = images
         self.transform = transform
@@ -108,7 +125,8 @@ class TrainSamples(Dataset[Sample]):
         return self.show(place, self.images.__getitem__)
 
     def __getitems__(self, places: list[Place]) -> Batch:
-        """What torch's loader asks for: a whole batch. Views of one image share its decoding, one after the other."""
+        """What torch's loader asks for: a whole batch. Views of one image share its decoding, one
+        after the other."""
         look = lru_cache(maxsize=1)(self.images.__getitem__)
         rows = sorted(range(len(places)), key=places.__getitem__)
         return make_batch(((row, self.show(places[row], look)) for row in rows), len(places))
@@ -119,11 +137,15 @@ class TrainSamples(Dataset[Sample]):
         with keyed_globals("sample", self.seed, *place):
             return draw_sample(self.transform, image, label, shown, self.erase)
 
-    def read(self, place: Place, look: Callable[[int], tuple[Pixels, int]]) -> tuple[Pixels, int, int]:
-        """The image of a place or its substitute, the label, and the index, inverted for a substitute.
+    def read(
+        self, place: Place, look: Callable[[int], tuple[Pixels, int]]
+    ) -> tuple[Pixels, int, int]:
+        """The image of a place or its substitute, the label, and the index, inverted for a
+        substitute.
 
         Raises:
-            SampleError: it cannot be read, and replacing is off or none of `SUBSTITUTES` others can be read either.
+            SampleError: it cannot be read, and replacing is off or none of `SUBSTITUTES` others can
+                be read either.
         """
         index = place[1]
         try:
@@ -133,12 +155,16 @@ class TrainSamples(Dataset[Sample]):
                 raise
             bad = error
         draws = torch.randint(
-            len(self.images), (SUBSTITUTES,), generator=keyed_generator("substitute", self.seed, *place)
+            len(self.images),
+            (SUBSTITUTES,),
+            generator=keyed_generator("substitute", self.seed, *place),
         )
         for other in draws.tolist():
             with suppress(UnreadableSampleError):  # that one is counted where it is itself due
                 return *self.images[other], ~index
-        raise SampleError(f"{bad.text}; nor can any of {SUBSTITUTES} images drawn in its place") from bad
+        raise SampleError(
+            f"{bad.text}; nor can any of {SUBSTITUTES} images drawn in its place"
+        ) from bad
 
 
 class EvalSamples(Dataset[tuple[torch.Tensor, int]]):
@@ -159,12 +185,15 @@ class EvalSamples(Dataset[tuple[torch.Tensor, int]]):
 class StreamedSamples(IterableDataset[Sample]):
     """A stream's training samples; `shown` is the running number of the sample in the epoch.
 
-    Draws are keyed by (seed, epoch, rank, worker, count), and who reads which shard depends on workers and ranks: a run
-    repeats exactly only with the same number of both. Every worker deals its share of the epoch's batches and starts
-    its shards again where timm's rounding leaves it short, so all ranks make the same number of steps.
+    Draws are keyed by (seed, epoch, rank, worker, count), and who reads which shard depends on
+    workers and ranks: a run repeats exactly only with the same number of both. Every worker deals
+    its share of the epoch's batches and starts its shards again where timm's rounding leaves it
+    short, so all ranks make the same number of steps.
     """
 
-    def __init__(self, images: StreamedImages, transform: Transform, seed: int, erase: Erasing | None = None) -> None:
+    def __init__(
+        self, images: StreamedImages, transform: Transform, seed: int, erase: Erasing | None = None
+    ) -> None:
         self.images = images
         self.transform = transform
         self.seed = seed
@@ -199,7 +228,9 @@ class StreamedSamples(IterableDataset[Sample]):
                 yield sample
                 count += 1
             if count == begin:
-                raise InputError(f"worker {worker} of rank {self.rank} has no shard to read: lower --num-workers")
+                raise InputError(
+                    f"worker {worker} of rank {self.rank} has no shard to read: lower --num-workers"
+                )
 
 
 class StreamedEvalSamples(IterableDataset[tuple[torch.Tensor, int]]):
@@ -215,9 +246,12 @@ class StreamedEvalSamples(IterableDataset[tuple[torch.Tensor, int]]):
 
 
 def train_samples(
-    images: Images | StreamedImages, transform: Transform, seed: int, skip_corrupt: bool = False,
+    images: Images | StreamedImages,
+    transform: Transform,
+    seed: int,
+    skip_corrupt: bool = False,
     erase: Erasing | None = None,
-) -> TrainSamples | StreamedSamples:  # fmt: skip
+) -> TrainSamples | StreamedSamples:
     """The training samples of either kind of data set; arguments as in `TrainSamples`.
 
     Raises:
@@ -227,13 +261,16 @@ def train_samples(
         return TrainSamples(images, transform, seed, skip_corrupt, erase)
     if skip_corrupt:
         raise InputError(
-            "--skip-corrupt is not for streams: timm/wds/ leaves unreadable images out by itself, the others stop "
+            "--skip-corrupt is not for streams: timm/wds/ leaves unreadable images out by itself, "
+            "the others stop "
             "there; leave the flag out"
         )
     return StreamedSamples(images, transform, seed, erase)
 
 
-def eval_samples(images: Images | StreamedImages, transform: Transform) -> EvalSamples | StreamedEvalSamples:
+def eval_samples(
+    images: Images | StreamedImages, transform: Transform
+) -> EvalSamples | StreamedEvalSamples:
     """The evaluation samples of either kind of data set."""
     if isinstance(images, StreamedImages):
         return StreamedEvalSamples(images, transform)

@@ -1,4 +1,5 @@
-"""How an evaluation image becomes a tensor (`ImageSpec`), and what training does to an image (`Augment`). Values only."""
+"""How an evaluation image becomes a tensor (`ImageSpec`), and what training does to an image
+(`Augment`). Values only."""
 
 from __future__ import annotations
 
@@ -12,13 +13,20 @@ from pipeline import randaugment as rand
 from utils import InputError
 
 RESIZERS = ("pillow", "torch")
-TORCH_INTERPOLATIONS = ("random", "bilinear", "bicubic")  # interpolations that torch has with antialiasing
-SMALL_SIDE = 32  # up to here a random zoom would leave too few pixels, so images are padded and cropped
+TORCH_INTERPOLATIONS = (
+    "random",
+    "bilinear",
+    "bicubic",
+)  # interpolations that torch has with antialiasing
+SMALL_SIDE = (
+    32  # up to here a random zoom would leave too few pixels, so images are padded and cropped
+)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 ERASE_MODES = ("const", "rand", "pixel")
 AUGMENTERS = ("cpu", "device")
 _NUMBER = r"\d+(?:\.\d+)?"
-_AUGMENT_NAMES = (  # timm ignores or asserts on what it does not know, so the names are checked here
+# timm ignores or asserts on what it does not know, so the names are checked here
+_AUGMENT_NAMES = (
     rf"rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]|t(weights|3aw?)))*"
     rf"|augmix(-(m\d+|w\d+|d\d+|a{_NUMBER}|b[01]|mstd{_NUMBER}))*"
     rf"|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
@@ -27,7 +35,8 @@ _AUGMENT_NAMES = (  # timm ignores or asserts on what it does not know, so the n
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How an evaluation image becomes a tensor; a checkpoint carries it so that a model meets what it was trained for.
+    """How an evaluation image becomes a tensor; a checkpoint carries it so that a model meets what
+    it was trained for.
 
     Attributes:
         input_size: (H, W) in pixels.
@@ -47,9 +56,13 @@ class ImageSpec:
 
     def __post_init__(self) -> None:
         if min(self.input_size) < 1:
-            raise InputError(f"--input-size {self.input_size}: an image needs at least one pixel a side")
+            raise InputError(
+                f"--input-size {self.input_size}: an image needs at least one pixel a side"
+            )
         if self.interpolation not in INTERPOLATIONS:
-            raise InputError(f"interpolation {self.interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
+            raise InputError(
+                f"interpolation {self.interpolation!r} is none of {', '.join(INTERPOLATIONS)}"
+            )
         if not 0 < self.crop_ratio <= 1:
             raise InputError(f"--eval-crop-ratio {self.crop_ratio}: must be above 0 and at most 1")
 
@@ -59,14 +72,22 @@ class ImageSpec:
 
     def to_plain(self) -> dict[str, Any]:
         """Lists, numbers and strings only, for a checkpoint or JSON."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> ImageSpec:
         """The inverse of `to_plain`."""
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
+        values: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()
+        }
         if "input_size" not in values:
-            raise InputError("the checkpoint's image_spec has no input_size: it is damaged, use another checkpoint")
+            raise InputError(
+                "the checkpoint's image_spec has no input_size: it is damaged, use another "
+                "checkpoint"
+            )
         return cls(**values)
 
 
@@ -76,13 +97,15 @@ class Augment:
 
     Attributes:
         aa: timm's name of an automatic augmentation; None, '' or 'none' is none.
-        color_jitter: strength of brightness, contrast and saturation jitter; timm applies it only without `aa`
-            (and with `3a`).
-        reprob: probability that a rectangle is erased; `remode` fills it, `recount` is the largest number of them.
+        color_jitter: strength of brightness, contrast and saturation jitter; timm applies it only
+            without `aa` (and with `3a`).
+        reprob: probability that a rectangle is erased; `remode` fills it, `recount` is the largest
+            number of them.
         interpolation: one of `INTERPOLATIONS`, or 'random' for bilinear or bicubic per image.
         hflip: probability of mirroring left and right.
         resize: what resizes the random crop, one of `pipeline.spec.RESIZERS`.
-        randaugment: where flip and `aa` are done: `cpu`, per image, or `device`, in the batch (RandAugment only).
+        randaugment: where flip and `aa` are done: `cpu`, per image, or `device`, in the batch
+            (RandAugment only).
 
     Raises:
         InputError: a value is unknown or out of its range, or not offered together with another.
@@ -101,22 +124,29 @@ class Augment:
     def __post_init__(self) -> None:
         if self.auto and not re.fullmatch(_AUGMENT_NAMES, self.auto):
             raise InputError(
-                f"--aa {self.aa}: unknown; use none, rand-m9-mstd0.5-inc1 (or other numbers), augmix-m3-w3, "
+                f"--aa {self.aa}: unknown; use none, rand-m9-mstd0.5-inc1 (or other numbers), "
+                "augmix-m3-w3, "
                 "original, originalr, v0, v0r or 3a"
             )
         if self.interpolation not in (*INTERPOLATIONS, "random"):
-            raise InputError(f"--train-interpolation {self.interpolation}: use random, {', '.join(INTERPOLATIONS)}")
+            raise InputError(
+                f"--train-interpolation {self.interpolation}: use random, "
+                f"{', '.join(INTERPOLATIONS)}"
+            )
         if self.resize not in RESIZERS:
             raise InputError(f"--resize {self.resize}: use {' or '.join(RESIZERS)}")
         if self.resize == "torch" and self.interpolation not in TORCH_INTERPOLATIONS:
             raise InputError(
-                f"--resize torch: has no --train-interpolation {self.interpolation}; use --resize pillow, or one of "
+                f"--resize torch: has no --train-interpolation {self.interpolation}; use --resize "
+                "pillow, or one of "
                 f"{', '.join(TORCH_INTERPOLATIONS)}"
             )
         if self.remode not in ERASE_MODES:
             raise InputError(f"--remode {self.remode}: use {', '.join(ERASE_MODES)}")
         if self.recount < 1:
-            raise InputError(f"--recount {self.recount}: must be at least 1; --reprob 0 switches erasing off")
+            raise InputError(
+                f"--recount {self.recount}: must be at least 1; --reprob 0 switches erasing off"
+            )
         for flag, value in (("--reprob", self.reprob), ("horizontal flip", self.hflip)):
             if not 0 <= value <= 1:
                 raise InputError(f"{flag} {value}: a probability lies between 0 and 1")
@@ -129,12 +159,14 @@ class Augment:
         without = [name for name in rand.NOT_ENCODED if name in (self.auto or "")]
         if not (self.auto or "").startswith("rand") or without:
             raise InputError(
-                f"--randaugment device: does timm's rand-... policies without {' or '.join(rand.NOT_ENCODED)}, "
+                "--randaugment device: does timm's rand-... policies without "
+                f"{' or '.join(rand.NOT_ENCODED)}, "
                 f"not --aa {self.aa}; use --randaugment cpu, or another --aa"
             )
         if self.interpolation not in rand.INTERPOLATIONS:
             raise InputError(
-                f"--randaugment device: has no --train-interpolation {self.interpolation}; use --randaugment cpu, or "
+                f"--randaugment device: has no --train-interpolation {self.interpolation}; use "
+                "--randaugment cpu, or "
                 f"one of {', '.join(rand.INTERPOLATIONS)}"
             )
 

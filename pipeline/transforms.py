@@ -1,8 +1,9 @@
-"""From a decoded image to a tensor, for training and for evaluation, and from pixels to normalised values and back.
+"""From a decoded image to a tensor, for training and for evaluation, and from pixels to normalised
+values and back.
 
-Level 1: imports `utils`, `cropping` and `randaugment` only. It must not open files, know labels or mix images.
-The training recipe is DeiT's, built by timm; inputs of at most `SMALL_SIDE` pixels are padded and cropped instead of
-zoomed, as is usual for CIFAR.
+Level 1: imports `utils`, `cropping` and `randaugment` only. It must not open files, know labels or
+mix images. The training recipe is DeiT's, built by timm; inputs of at most `SMALL_SIDE` pixels are
+padded and cropped instead of zoomed, as is usual for CIFAR.
 
 Letters: B batch, H height, W width, in pixels.
 """
@@ -42,11 +43,12 @@ def as_tensor(pixels: Pixels) -> torch.Tensor:
 
 
 class CropAndResize(RandomResizedCropAndInterpolation):
-    """timm's random resized crop with its own draws, for either kind of decoded image; gives Pillow's.
+    """timm's random resized crop with its own draws, for either kind of decoded image; gives
+    Pillow's.
 
     Args:
-        resizer: `pillow`, to the bit what timm's gives, or `torch`, whose antialiased resize of 8-bit pixels differs by
-            one level here and there and takes a third of the time.
+        resizer: `pillow`, to the bit what timm's gives, or `torch`, whose antialiased resize of
+            8-bit pixels differs by one level here and there and takes a third of the time.
         settings: timm's.
     """
 
@@ -59,9 +61,15 @@ class CropAndResize(RandomResizedCropAndInterpolation):
 
     def resized(self, pixels: Pixels) -> Pixels:
         """The same as the resizer leaves it: an array from torch."""
-        view = pixels if isinstance(pixels, Image.Image) else torch.from_numpy(pixels).permute(2, 0, 1)
+        view = (
+            pixels if isinstance(pixels, Image.Image) else torch.from_numpy(pixels).permute(2, 0, 1)
+        )
         top, left, height, width = self.get_params(view, self.scale, self.ratio)
-        mode = random.choice(self.interpolation) if isinstance(self.interpolation, tuple) else self.interpolation
+        mode = (
+            random.choice(self.interpolation)
+            if isinstance(self.interpolation, tuple)
+            else self.interpolation
+        )
         crop: Pixels
         if isinstance(pixels, Image.Image):
             crop = pixels.crop((left, top, left + width, top + height))
@@ -70,21 +78,28 @@ class CropAndResize(RandomResizedCropAndInterpolation):
         if self.resizer == "pillow":
             return functional.resize(as_image(crop), list(self.size), mode)
         crop = crop if isinstance(crop, np.ndarray) else np.array(crop)
-        # With its batch from the beginning, torch sees that channels come last, and gives them so. Else Pillow would
-        # have to sort the colours of each pixel together, which takes as long as the resize.
-        rows = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # (1, 3, height, width), never copied
-        resized = torch.nn.functional.interpolate(rows, self.size, mode=mode.value, antialias=True)[0]
+        # With its batch from the beginning, torch sees that channels come last, and gives them so.
+        # Else Pillow would have to sort the colours of each pixel together, which takes as long as
+        # the resize.
+        rows = torch.from_numpy(crop)[None].permute(
+            0, 3, 1, 2
+        )  # (1, 3, height, width), never copied
+        resized = torch.nn.functional.interpolate(rows, self.size, mode=mode.value, antialias=True)[
+            0
+        ]
         return resized.permute(1, 2, 0).numpy()  # (H, W, 3)
 
 
 class Undone(NamedTuple):
-    """Pixels (3, H, W) uint8 and what is left to do to them, in the batch: `pipeline.randaugment.DrawOnly`'s rows."""
+    """Pixels (3, H, W) uint8 and what is left to do to them, in the batch:
+    `pipeline.randaugment.DrawOnly`'s rows."""
 
     pixels: torch.Tensor
     operations: list[randaugment.Row]
 
 
-# A decoded image -> (3, H, W): uint8 pixels for training, also as `Undone`, normalised float32 for evaluation
+# A decoded image -> (3, H, W): uint8 pixels for training, also as `Undone`, normalised float32 for
+# evaluation
 Transform = Callable[[Any], Any]
 
 
@@ -115,17 +130,20 @@ class LeaveUndone:
 
 
 def fill_color(spec: ImageSpec) -> tuple[int, ...]:
-    """What RandAugment's warps bring in from outside an image, as timm has it: the mean color's levels."""
+    """What RandAugment's warps bring in from outside an image, as timm has it: the mean color's
+    levels."""
     return tuple(min(255, round(255 * value)) for value in spec.mean)
 
 
 def build_train_transform(spec: ImageSpec, augment: Augment) -> transforms.Compose:
     """DeiT's training transform up to pixels: a decoded image -> (3, H, W) uint8, channels last.
 
-    Draws from python's, numpy's and torch's generators. Large inputs: random resized crop. Small ones: resized only if
-    they differ, then a random crop of the image padded by an eighth of its side (4 pixels at 32). The rest is the same:
-    flip, `aa` or colour jitter; with `augment.randaugment` on the device, the image and these as they were drawn.
-    `pipeline.randaugment_pixels.apply` for those, `normalise` and `pipeline.erasing.erase` follow in the batch.
+    Draws from python's, numpy's and torch's generators. Large inputs: random resized crop. Small
+    ones: resized only if they differ, then a random crop of the image padded by an eighth of its
+    side (4 pixels at 32). The rest is the same: flip, `aa` or colour jitter; with
+    `augment.randaugment` on the device, the image and these as they were drawn.
+    `pipeline.randaugment_pixels.apply` for those, `normalise` and `pipeline.erasing.erase` follow
+    in the batch.
     """
     large = create_transform(
         input_size=spec.input_size,
@@ -138,7 +156,12 @@ def build_train_transform(spec: ImageSpec, augment: Augment) -> transforms.Compo
         std=spec.std,
     )
     crop, *after_crop, _to_float, _normalise = large.transforms
-    settings = {"size": crop.size, "scale": crop.scale, "ratio": crop.ratio, "interpolation": augment.interpolation}
+    settings = {
+        "size": crop.size,
+        "scale": crop.scale,
+        "ratio": crop.ratio,
+        "interpolation": augment.interpolation,
+    }
     own_crop = CropAndResize(augment.resize, **settings)
     padded = transforms.RandomCrop(spec.input_size, padding=max(1, round(min(spec.input_size) / 8)))
     small = [ResizeTo(spec.input_size, augment.interpolation), padded]
@@ -153,8 +176,9 @@ def build_train_transform(spec: ImageSpec, augment: Augment) -> transforms.Compo
 def build_eval_transform(spec: ImageSpec) -> transforms.Compose:
     """The evaluation transform: PIL RGB -> (3, H, W) float32, nothing random.
 
-    Large inputs: resized, keeping the aspect ratio, until the image covers (H, W) / crop_ratio rounded down as in DeiT
-    and timm, then the centre crop. Small ones: resized only if they differ, never cropped.
+    Large inputs: resized, keeping the aspect ratio, until the image covers (H, W) / crop_ratio
+    rounded down as in DeiT and timm, then the centre crop. Small ones: resized only if they differ,
+    never cropped.
     """
     large = create_transform(
         input_size=spec.input_size,
@@ -176,27 +200,33 @@ def normalise(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
     On the CPU these are, bit for bit, the values of torchvision's `ToTensor` and `Normalize`.
     """
     mean, std = _mean_and_std(spec, images.device)
-    levels = torch.full((), 255.0, device=images.device)  # CUDA multiplies by the inverse of a number of the host
+    levels = torch.full(
+        (), 255.0, device=images.device
+    )  # CUDA multiplies by the inverse of a number of the host
     return images.to(torch.float32).div_(levels).sub_(mean).div_(std)
 
 
 def denormalise(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
-    """Normalised images (B, 3, H, W) as pixels to look at: uint8 (B, 3, H, W), clipped where erasing left the range."""
+    """Normalised images (B, 3, H, W) as pixels to look at: uint8 (B, 3, H, W), clipped where
+    erasing left the range."""
     mean, std = _mean_and_std(spec, images.device)
     return (images.float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def _mean_and_std(spec: ImageSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(1, 3, 1, 1) each, moved without waiting."""
-    mean, std = (torch.tensor(values).to(device, non_blocking=True) for values in (spec.mean, spec.std))
+    mean, std = (
+        torch.tensor(values).to(device, non_blocking=True) for values in (spec.mean, spec.std)
+    )
     return mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
 
 
-# ---------------------------------------------------------------------------------------- posterize with 0 bits
-# RandAugment's magnitude noise reaches the level at which posterize keeps no bit. Pillow returned a black image there
-# until version 12 and raises ValueError from 13 on; timm calls it unguarded. At DeiT's setting that stops a run within
-# the first few thousand images. The operations of a built transform are given the guarded function, so nothing outside
-# it changes and the guard travels into loader workers with the transform.
+# ---------------------------------------------------------------------------- posterize with 0 bits
+# RandAugment's magnitude noise reaches the level at which posterize keeps no bit. Pillow returned a
+# black image there until version 12 and raises ValueError from 13 on; timm calls it unguarded. At
+# DeiT's setting that stops a run within the first few thousand images. The operations of a built
+# transform are given the guarded function, so nothing outside it changes and the guard travels into
+# loader workers with the transform.
 
 
 def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:

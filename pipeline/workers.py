@@ -1,10 +1,12 @@
-"""A loader whose worker processes outlive their trainer's signals, end when it does, and are named when they fail.
+"""A loader whose worker processes outlive their trainer's signals, end when it does, and are named
+when they fail.
 
 Level 1: imports `utils` only. It must not know images, labels or transforms.
 
-A launcher sends its signal to the whole process group. A worker that died of it would take its trainer along in the
-middle of a step, so workers pass signals over until their trainer says that it is closing, or is gone. Three names of
-torch's own are used here with a leading underscore (`_iterator`, `_workers`, `_shutdown_workers`), in `Loader` only.
+A launcher sends its signal to the whole process group. A worker that died of it would take its
+trainer along in the middle of a step, so workers pass signals over until their trainer says that it
+is closing, or is gone. Three names of torch's own are used here with a leading underscore
+(`_iterator`, `_workers`, `_shutdown_workers`), in `Loader` only.
 """
 
 from __future__ import annotations
@@ -28,16 +30,22 @@ from utils import SampleError
 
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
-GRACE = (0.5, 2.0)  # seconds that a worker has for its batch before SIGTERM, and then before SIGKILL
+GRACE = (
+    0.5,
+    2.0,
+)  # seconds that a worker has for its batch before SIGTERM, and then before SIGKILL
 CAUSES = {
     "SIGKILL": "probably the memory ran out: lower --num-workers or --batch-size",
-    "SIGBUS": "probably shared memory is full: lower --num-workers, or allow more (docker run --shm-size)",
+    "SIGBUS": (
+        "probably shared memory is full: lower --num-workers, or allow more (docker run --shm-size)"
+    ),
 }
 CRASHED = "it crashed, perhaps at one of these images: --num-workers 0 shows where"
 
 
 class StuckLoader(SampleError):
-    """A worker gives nothing any more: it hangs, or was killed. As of a bad file, only its own rank knows of it."""
+    """A worker gives nothing any more: it hangs, or was killed. As of a bad file, only its own rank
+    knows of it."""
 
     exit_code = 4
 
@@ -50,7 +58,9 @@ class Loader(DataLoader[Any]):
         settings: those of torch's `DataLoader`.
     """
 
-    def __init__(self, dataset: Dataset[Any], *, name_of: Callable[[int], str] = str, **settings: Any) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], *, name_of: Callable[[int], str] = str, **settings: Any
+    ) -> None:
         self.name_of = name_of
         self.batches: Any = None  # torch's iterator of this epoch
         self.received = 0  # batches of this epoch
@@ -58,14 +68,17 @@ class Loader(DataLoader[Any]):
         if settings.get("num_workers"):
             self.is_closing = multiprocessing.RawValue("b", 0)  # shared with the workers
             settings["worker_init_fn"] = partial(_stay, self.is_closing)
-            # For whoever does not call `close`: python runs this before it ends the processes that are left.
+            # For whoever does not call `close`: python runs this before it ends the processes that
+            # are left.
             Finalize(self, setattr, (self.is_closing, "value", 1), exitpriority=100)
         super().__init__(dataset, **settings)
 
     def __iter__(self) -> Any:
         self.received, self.waiting = 0, True
         with explaining(self):
-            with nullcontext() if self._iterator else _held_back():  # persistent workers have their answer already
+            with (
+                nullcontext() if self._iterator else _held_back()
+            ):  # persistent workers have their answer already
                 self.batches = super().__iter__()
             for batch in self.batches:
                 self.received, self.waiting = self.received + 1, False
@@ -74,7 +87,8 @@ class Loader(DataLoader[Any]):
         self.waiting = False
 
     def close(self) -> None:
-        """Ends the workers, within three seconds whatever they are doing; the next iteration starts new ones."""
+        """Ends the workers, within three seconds whatever they are doing; the next iteration starts
+        new ones."""
         batches, self.batches, self._iterator = self.batches, None, None
         if not getattr(batches, "_workers", None):
             return
@@ -91,34 +105,55 @@ class Loader(DataLoader[Any]):
             self.is_closing.value = 0
 
     def explain(self, error: RuntimeError) -> str | None:
-        """What torch's `error` means if it is about a worker of this loader: which one, why, and what it owes."""
+        """What torch's `error` means if it is about a worker of this loader: which one, why, and
+        what it owes."""
         workers, text = getattr(self.batches, "_workers", []), str(error)
         if self.waiting and text.startswith("DataLoader timed out"):
             which = self.received % len(workers)
-            who = f"loader worker {which} (process {workers[which].pid}) gave no batch{self._owed_by(which)}"
-            if isinstance(self.dataset, IterableDataset):  # whose workers may end early, so that the order is not known
+            who = (
+                f"loader worker {which} (process {workers[which].pid}) gave no "
+                f"batch{self._owed_by(which)}"
+            )
+            if isinstance(
+                self.dataset, IterableDataset
+            ):  # whose workers may end early, so that the order is not known
                 who = f"no loader worker (of {len(workers)}) gave a batch"
             return (
-                f"{who} in {self.timeout:g} seconds. Is a file system slow or gone? Raise --data-timeout (0 waits for "
+                f"{who} in {self.timeout:g} seconds. Is a file system slow or gone? Raise "
+                "--data-timeout (0 waits for "
                 "ever) or lower --num-workers"
             )
         pids = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", text)
         for which, worker in enumerate(workers if pids else []):
             if pids and str(worker.pid) in pids[1].split(", "):
                 end = worker.exitcode or 0
-                how = f"was killed by {signal.Signals(-end).name}" if end < 0 else f"ended with code {end}"
+                how = (
+                    f"was killed by {signal.Signals(-end).name}"
+                    if end < 0
+                    else f"ended with code {end}"
+                )
                 why = CAUSES.get(how.split()[-1], CRASHED)
-                return f"loader worker {which} (process {worker.pid}) {how}{self._owed_by(which)}; {why}"
+                return (
+                    f"loader worker {which} (process {worker.pid}) {how}{self._owed_by(which)}; "
+                    f"{why}"
+                )
         return None
 
     def _owed_by(self, worker: int) -> str:
-        """The images of the next batch that is due from a worker; batch k of an epoch is worker (k mod count)'s."""
+        """The images of the next batch that is due from a worker; batch k of an epoch is worker (k
+        mod count)'s."""
         if isinstance(self.dataset, IterableDataset):
             return ""
         number = self.received + (worker - self.received) % self.num_workers
         entries = next(islice(iter(self.batch_sampler or ()), number, None), [])
-        indices = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]  # of places, or numbers
-        return f" (next due: batch {number}, images {indices}, first {self.name_of(indices[0])})" if indices else ""
+        indices = [
+            entry[1] if isinstance(entry, tuple) else entry for entry in entries
+        ]  # of places, or numbers
+        return (
+            f" (next due: batch {number}, images {indices}, first {self.name_of(indices[0])})"
+            if indices
+            else ""
+        )
 
 
 @contextmanager
@@ -134,7 +169,8 @@ def explaining(*loaders: Loader) -> Iterator[None]:
 
 
 def _end(batches: Any, ended: threading.Event) -> None:
-    """Signals workers that do not end by themselves, but not while torch's thread may be reading from them."""
+    """Signals workers that do not end by themselves, but not while torch's thread may be reading
+    from them."""
     if (pinning := getattr(batches, "_pin_memory_thread", None)) is not None:
         pinning.join(timeout=5)
     for seconds, name in zip(GRACE, ("terminate", "kill"), strict=True):
@@ -145,7 +181,8 @@ def _end(batches: Any, ended: threading.Event) -> None:
 
 
 def _stay(is_closing: Any, worker: int) -> None:
-    """In a worker: its answer to signals, first of all to those that were held back while it started."""
+    """In a worker: its answer to signals, first of all to those that were held back while it
+    started."""
     parent = multiprocessing.parent_process()
     trainer = parent.pid if parent is not None else os.getppid()
 

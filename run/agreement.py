@@ -1,7 +1,8 @@
-"""What the ranks agree on between steps: to stop, to save, that an image was bad. And who asks for it: signals, clock.
+"""What the ranks agree on between steps: to stop, to save, that an image was bad. And who asks for
+it: signals, clock.
 
-A polite stop is a signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP) to any rank or to the launcher, or a launcher that is gone:
-all ranks finish their step, save and leave. Knows no training state.
+A polite stop is a signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP) to any rank or to the launcher, or a
+launcher that is gone: all ranks finish their step, save and leave. Knows no training state.
 """
 
 from __future__ import annotations
@@ -18,8 +19,14 @@ import torch.distributed as dist
 
 from utils import Processes
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
-LAUNCHER = os.getppid()  # asked for early: while the ranks meet in its store, it must still be there
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)
+)
+LAUNCHER = (
+    os.getppid()
+)  # asked for early: while the ranks meet in its store, it must still be there
 IMPATIENT_AFTER = 3.0  # seconds; a launcher and a batch system may send the same signal twice
 
 
@@ -36,7 +43,8 @@ class Stopped(Exception):
 
 
 class Watch:
-    """Used as a context around training. Answers come one call late, so that no rank waits for another's message.
+    """Used as a context around training. Answers come one call late, so that no rank waits for
+    another's message.
 
     Args:
         save_minutes: rank 0 asks for a save so long after the last one; 0 for never.
@@ -50,7 +58,8 @@ class Watch:
         self.launcher = LAUNCHER if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.previous: dict[int, Any] = {}
         self.pending: tuple[torch.Tensor, Any] | None = None
-        # Messages of their own group travel beside the gradients, on the host: no device is waited for.
+        # Messages of their own group travel beside the gradients, on the host: no device is waited
+        # for.
         self.group: Any = None
         if processes.world_size > 1:
             self.group = dist.new_group(backend="gloo", timeout=processes.timeout)
@@ -61,7 +70,10 @@ class Watch:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
@@ -79,7 +91,10 @@ class Watch:
 
     def stop_is_asked_for(self) -> bool:
         if self.launcher is not None and os.getppid() != self.launcher:
-            self.asked_at, self.reason = self.asked_at or time.monotonic(), self.reason or "the launcher is gone"
+            self.asked_at, self.reason = (
+                self.asked_at or time.monotonic(),
+                self.reason or "the launcher is gone",
+            )
         return self.asked_at is not None
 
     def saved(self) -> None:
@@ -87,12 +102,19 @@ class Watch:
         self.saved_at = time.monotonic()
 
     def agree(self, bad_images: int = 0) -> Agreement:
-        """Tells the others what this rank wants, and returns what all wanted a call ago. All ranks call it together."""
-        late = self.processes.is_main and 0 < self.save_minutes * 60 <= time.monotonic() - self.saved_at
+        """Tells the others what this rank wants, and returns what all wanted a call ago. All ranks
+        call it together."""
+        late = (
+            self.processes.is_main
+            and 0 < self.save_minutes * 60 <= time.monotonic() - self.saved_at
+        )
         wanted = torch.tensor([self.stop_is_asked_for(), late, bad_images], dtype=torch.int64)
         if self.group is None:
             return Agreement(bool(wanted[0]), bool(wanted[1]), int(wanted[2]))
-        before, self.pending = self.pending, (wanted, dist.all_reduce(wanted, group=self.group, async_op=True))
+        before, self.pending = (
+            self.pending,
+            (wanted, dist.all_reduce(wanted, group=self.group, async_op=True)),
+        )
         if before is None:
             return Agreement()
         before[1].wait()
@@ -101,7 +123,8 @@ class Watch:
 
 
 class Watched:
-    """A loader whose ranks agree after each batch, `calls` times in all, however many batches this rank has.
+    """A loader whose ranks agree after each batch, `calls` times in all, however many batches this
+    rank has.
 
     Its iteration raises `Stopped` where they agree to stop.
     """

@@ -1,6 +1,7 @@
 """The output folder of a run: one writer, its status, and which checkpoints are kept.
 
-Rank 0 alone holds one. Writing and checking single files is in `storage/checkpoints.py`; what is in them is `run/state.py`'s.
+Rank 0 alone holds one. Writing and checking single files is in `storage/checkpoints.py`; what is in
+them is `run/state.py`'s.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-WAIT_FOR_LOCK = 30.0  # seconds: the ranks of a launcher that was killed need a step and a save to leave
+WAIT_FOR_LOCK = (
+    30.0  # seconds: the ranks of a launcher that was killed need a step and a save to leave
+)
 WAIT_FOR_WORD = 2.0  # seconds
 STEPS = "checkpoints"  # the folder of checkpoints by step
 WORDS = "failed_rank*.json"
@@ -37,8 +40,11 @@ def step_file(folder: Path, step: int) -> Path:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The checkpoints that a run may go on from, the newest first; last `checkpoint.pth`, all that old runs have."""
-    by_step = sorted(path for path in (folder / STEPS).glob("*.pth") if re.fullmatch(r"\d{10}\.pth", path.name))
+    """The checkpoints that a run may go on from, the newest first; last `checkpoint.pth`, all that
+    old runs have."""
+    by_step = sorted(
+        path for path in (folder / STEPS).glob("*.pth") if re.fullmatch(r"\d{10}\.pth", path.name)
+    )
     return [*reversed(by_step), *(path for path in [folder / "checkpoint.pth"] if path.exists())]
 
 
@@ -48,7 +54,9 @@ def leave_word(folder: Path, rank: int, cause: dict[str, Any]) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    write_json(folder / WORDS.replace("*", str(rank)), {**cause, "error": f"rank {rank}: {cause['error']}"})
+    write_json(
+        folder / WORDS.replace("*", str(rank)), {**cause, "error": f"rank {rank}: {cause['error']}"}
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -93,7 +101,9 @@ class RunFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--output-dir {self.path}: cannot be written: {error.strerror or error}") from error
+            raise InputError(
+                f"--output-dir {self.path}: cannot be written: {error.strerror or error}"
+            ) from error
 
     def _lock(self) -> Any:
         if fcntl is None:
@@ -111,7 +121,8 @@ class RunFolder:
                     owner = lock.read().strip() or "another process"
                     lock.close()
                     raise InputError(
-                        f"--output-dir {self.path}: {owner} is writing there; stop it, or choose another folder"
+                        f"--output-dir {self.path}: {owner} is writing there; stop it, or choose "
+                        "another folder"
                     ) from error
                 time.sleep(0.2)
             except OSError:  # a file system without locks: one writer cannot be promised there
@@ -122,10 +133,12 @@ class RunFolder:
         return lock
 
     def go_on_from(self, path: Path, step: int, names: Sequence[str]) -> list[Path]:
-        """Leaves the folder as it was when the checkpoint at `path` was written, after `step` updates.
+        """Leaves the folder as it was when the checkpoint at `path` was written, after `step`
+        updates.
 
-        Later ones are damaged or of a course that is given up: they keep their content under another name. And the
-        checkpoint gets its `names` again, because a kill may have come before.
+        Later ones are damaged or of a course that is given up: they keep their content under
+        another name. And the checkpoint gets its `names` again, because a kill may have come
+        before.
 
         Returns:
             What the later ones are called now.
@@ -133,7 +146,11 @@ class RunFolder:
         Raises:
             InputError: something else is in the way of a name.
         """
-        later = [file for file in candidates(self.path) if file.parent.name == STEPS and int(file.stem) > step]
+        later = [
+            file
+            for file in candidates(self.path)
+            if file.parent.name == STEPS and int(file.stem) > step
+        ]
         if path.resolve().parent == (self.path / STEPS).resolve():
             for name in names:
                 _stand_for(path, self.path / name)
@@ -142,7 +159,9 @@ class RunFolder:
     def status(self, state: str, **more: Any) -> None:
         """Writes `status.json`: `running`, `done`, `preempted` or `failed`, when, and how far."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_json(self.path / "status.json", {"state": state, "time": now, "pid": os.getpid(), **more})
+        write_json(
+            self.path / "status.json", {"state": state, "time": now, "pid": os.getpid(), **more}
+        )
 
     def fail(self, cause: dict[str, Any], has_begun: bool, is_consequence: bool) -> None:
         """Writes that the run failed, and how far it had come.
@@ -150,7 +169,8 @@ class RunFolder:
         Args:
             cause: `exit_code` and `error`.
             has_begun: training has; else a run that was done before stays so.
-            is_consequence: of another rank's end, whose word is taken in the place of `cause` if it left one.
+            is_consequence: of another rank's end, whose word is taken in the place of `cause` if it
+                left one.
         """
         before = _read_json(self.path / "status.json")
         if before.get("state") == "done" and not has_begun:
@@ -161,14 +181,18 @@ class RunFolder:
     def _word_of_others(self) -> dict[str, Any]:
         """What another rank left, see `leave_word`; it may be about to."""
         begun = time.monotonic()
-        while not (words := sorted(self.path.glob(WORDS))) and time.monotonic() - begun < WAIT_FOR_WORD:
+        while (
+            not (words := sorted(self.path.glob(WORDS)))
+            and time.monotonic() - begun < WAIT_FOR_WORD
+        ):
             time.sleep(0.1)
         word = _read_json(words[0]) if words else {}
         sound = type(word.get("exit_code")) is int and isinstance(word.get("error"), str)
         return {name: word[name] for name in ("exit_code", "error")} if sound else {}
 
     def save(self, state: dict[str, Any], step: int, names: tuple[str, ...] = ()) -> None:
-        """Writes the checkpoint after `step` updates, lets `names` stand for it too, and forgets the oldest ones.
+        """Writes the checkpoint after `step` updates, lets `names` stand for it too, and forgets
+        the oldest ones.
 
         Raises:
             InputError: the disk is full, or something else is in the way of a name.
@@ -191,7 +215,9 @@ def _naming(path: Path) -> Iterator[Path]:
         yield path
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"{path}: {reason}; move away what is there, or choose another --output-dir") from error
+        raise InputError(
+            f"{path}: {reason}; move away what is there, or choose another --output-dir"
+        ) from error
 
 
 def _set_aside(file: Path) -> Path:
@@ -213,4 +239,6 @@ def _stand_for(path: Path, name: Path) -> None:
             os.replace(temporary, name)
     finally:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # where both were the same file already, replacing does nothing
+            temporary.unlink(
+                missing_ok=True
+            )  # where both were the same file already, replacing does nothing

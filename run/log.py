@@ -1,7 +1,7 @@
 """What a run tells: `log.txt`, `train.log`, TensorBoard, the progress bar.
 
-Level 1: imports `utils`, and `checkpoints` for its atomic writer. It may not know what a value means (a loss, an
-accuracy, a learning rate): names and numbers come from the caller.
+Level 1: imports `utils`, and `checkpoints` for its atomic writer. It may not know what a value
+means (a loss, an accuracy, a learning rate): names and numbers come from the caller.
 """
 
 from __future__ import annotations
@@ -23,24 +23,27 @@ from utils import InputError, Processes, StopRun
 Item = TypeVar("Item")
 
 
-# ------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
-# --------------------------------------------------------------------------------------------------------- run
+# ---------------------------------------------------------------------------------------------- run
 
 
 class RunLog:
     """What the user sees of a run, on rank 0; on the other ranks every method does nothing.
 
-    Files in `output_dir` (none if it is None): `train.log`, the printed lines with their time; `log.txt`, one JSON
-    object per epoch; TensorBoard events, per epoch in the folder itself and per step in `steps/`. Two TensorBoard runs,
-    because a resumed one hides everything from its first step on, and epochs and steps do not count alike.
+    Files in `output_dir` (none if it is None): `train.log`, the printed lines with their time;
+    `log.txt`, one JSON object per epoch; TensorBoard events, per epoch in the folder itself and per
+    step in `steps/`. Two TensorBoard runs, because a resumed one hides everything from its first
+    step on, and epochs and steps do not count alike.
 
     Raises:
         InputError: a file in `output_dir` cannot be written, at the beginning or later.
     """
 
-    def __init__(self, output_dir: str | Path | None, processes: Processes, tensorboard: bool = True) -> None:
+    def __init__(
+        self, output_dir: str | Path | None, processes: Processes, tensorboard: bool = True
+    ) -> None:
         self._active = processes.is_main
         self._folder = Path(output_dir) if output_dir is not None and self._active else None
         self._writers: dict[str, Any] = {}
@@ -53,7 +56,8 @@ class RunLog:
         self._append("train.log", "")  # finds out now whether that is possible
 
     def _append(self, name: str, text: str) -> None:
-        """Adds to a file of the folder. Opened each time, so that a kill loses nothing that was said."""
+        """Adds to a file of the folder. Opened each time, so that a kill loses nothing that was
+        said."""
         if self._folder is None:
             return
         try:
@@ -85,14 +89,19 @@ class RunLog:
 
     # ---- progress
 
-    def progress(self, iterable: Iterable[Item], total: int | None, description: str) -> Iterator[Item]:
-        """Passes the items on: under a bar if stderr is a terminal and tqdm is there, else `note` says plain lines."""
+    def progress(
+        self, iterable: Iterable[Item], total: int | None, description: str
+    ) -> Iterator[Item]:
+        """Passes the items on: under a bar if stderr is a terminal and tqdm is there, else `note`
+        says plain lines."""
         if not self._active:
             yield from iterable
             return
         self._close_bar()  # of a loop that was left early
         self._bar = _open_bar(total, description)
-        self._progress = f"{description} [{{}}/{total}]" if total is not None else f"{description} [{{}}]"
+        self._progress = (
+            f"{description} [{{}}/{total}]" if total is not None else f"{description} [{{}}]"
+        )
         self._done = 0
         try:
             for item in iterable:
@@ -104,10 +113,14 @@ class RunLog:
             self._close_bar()
 
     def note(self, values: Mapping[str, Any]) -> None:
-        """Shows current values: in the bar, or as a plain line with the position in the loop; in `train.log` always."""
+        """Shows current values: in the bar, or as a plain line with the position in the loop; in
+        `train.log` always."""
         if not self._active:
             return
-        shown = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+        shown = {
+            name: f"{value:.4g}" if isinstance(value, float) else str(value)
+            for name, value in values.items()
+        }
         # the item in the caller's hands counts as done: notes come after its work
         where = self._progress.format(self._done + 1) + " " if self._progress else ""
         line = where + "  ".join(f"{name} {value}" for name, value in shown.items())
@@ -125,13 +138,15 @@ class RunLog:
     # ---- numbers
 
     def epoch(self, stats: Mapping[str, Any]) -> None:
-        """Appends `stats`, which has an `epoch`, to `log.txt` (NaN and infinities as null) and its numbers, under the
-        same names, to TensorBoard."""
+        """Appends `stats`, which has an `epoch`, to `log.txt` (NaN and infinities as null) and its
+        numbers, under the same names, to TensorBoard."""
         if self._folder is None:
             return
         self._append("log.txt", to_json(stats) + "\n")
         plain = to_plain(stats)
-        self._write_scalars("", int(plain["epoch"]), {k: v for k, v in plain.items() if k != "epoch"})
+        self._write_scalars(
+            "", int(plain["epoch"]), {k: v for k, v in plain.items() if k != "epoch"}
+        )
         self.flush()
 
     def flush(self) -> None:
@@ -149,12 +164,14 @@ class RunLog:
             writer.add_image(tag, image.cpu(), epoch)
 
     def drop_epochs_from(self, epoch: int, step: int | None = None) -> None:
-        """Before epoch `epoch` is run again: takes it and later ones out of `log.txt`, and hides them in TensorBoard.
+        """Before epoch `epoch` is run again: takes it and later ones out of `log.txt`, and hides
+        them in TensorBoard.
 
         Lines that cannot be read, such as one that a kill cut short, go too, and it is said which.
 
         Args:
-            step: the first training step that will be run again; None leaves the step scalars as they are.
+            step: the first training step that will be run again; None leaves the step scalars as
+                they are.
 
         Raises:
             InputError: `log.txt` cannot be read or written.
@@ -175,9 +192,15 @@ class RunLog:
         lines = [(line, _epoch_of(line)) for line in content.splitlines()]
         kept = b"".join(line + b"\n" for line, own in lines if own is not None and own < epoch)
         write_atomically(path, lambda stream: stream.write(kept))
-        damaged = [number for number, (line, own) in enumerate(lines, start=1) if own is None and line.strip()]
+        damaged = [
+            number
+            for number, (line, own) in enumerate(lines, start=1)
+            if own is None and line.strip()
+        ]
         if damaged:
-            shown = ", ".join(f"line {number} ({lines[number - 1][0][:40]!r})" for number in damaged[:5])
+            shown = ", ".join(
+                f"line {number} ({lines[number - 1][0][:40]!r})" for number in damaged[:5]
+            )
             rest = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
             self.say(f"warning: {path}: left out what cannot be read: {shown}{rest}")
 
@@ -189,15 +212,23 @@ class RunLog:
                 writer.add_scalar(name, value, step)
 
     def _writer(self, run: str) -> Any:
-        """The TensorBoard writer of the folder itself (`run` is "") or of a folder in it; None if there is none."""
+        """The TensorBoard writer of the folder itself (`run` is "") or of a folder in it; None if
+        there is none."""
         if not self._tensorboard or self._folder is None:
             return None
         if run not in self._writers:
             try:
-                from torch.utils.tensorboard import SummaryWriter  # seconds to import; and it may be absent
-            except Exception as error:  # absent (ImportError), or broken by another package's version (any error)
+                from torch.utils.tensorboard import (
+                    SummaryWriter,
+                )  # seconds to import; and it may be absent
+            except (
+                Exception
+            ) as error:  # absent (ImportError), or broken by another package's version (any error)
                 self._tensorboard = False
-                self.say(f"no TensorBoard ({error}); pip install tensorboard. log.txt has the same numbers per epoch")
+                self.say(
+                    f"no TensorBoard ({error}); pip install tensorboard. log.txt has the same "
+                    "numbers per epoch"
+                )
                 return None
             # consumed, so that a writer reopened later does not hide what came in between
             purge_step = self._purge_steps.pop(run, None)
@@ -215,7 +246,8 @@ class RunLog:
         self._writers = {}
 
     def close(self) -> None:
-        """Closes the bar and writes out what TensorBoard still holds. Calling it twice does no harm."""
+        """Closes the bar and writes out what TensorBoard still holds. Calling it twice does no
+        harm."""
         self._close_bar()
         self._close_writers()
 
@@ -223,9 +255,14 @@ class RunLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, StopRun) and self._has_spoken:  # printed by who catches it; a refused run leaves no trace
+        if (
+            isinstance(error, StopRun) and self._has_spoken
+        ):  # printed by who catches it; a refused run leaves no trace
             self._keep(f"error: {error.text}")
         self.close()
 
@@ -253,4 +290,7 @@ def _epoch_of(line: bytes) -> int | None:
 def _refused(what: str, path: Path, error: OSError) -> InputError:
     """The message of what the system does not let us do with a file."""
     advice = "move it away" if os.path.exists(path) else "make room for it"
-    return InputError(f"cannot {what} {path}: {error.strerror or error}; {advice}, or choose another output folder")
+    return InputError(
+        f"cannot {what} {path}: {error.strerror or error}; {advice}, or choose another output "
+        "folder"
+    )

@@ -24,14 +24,18 @@ from run.log import RunLog
 from training import optim
 from training.meters import Meters
 
-LONG_WAIT = (0.1, 5.0)  # share of an epoch's time and seconds in it from which on waiting for data is spoken of
+LONG_WAIT = (
+    0.1,
+    5.0,
+)  # share of an epoch's time and seconds in it from which on waiting for data is spoken of
 
 
 class Waits:
-    """Passes an epoch's batches on and counts the seconds, on the host, from asking for one until it is there.
+    """Passes an epoch's batches on and counts the seconds, on the host, from asking for one until
+    it is there.
 
-    The first wait of an epoch, in which workers start, counts in the mean and not in the share. A clock: no checkpoint
-    keeps any of it.
+    The first wait of an epoch, in which workers start, counts in the mean and not in the share. A
+    clock: no checkpoint keeps any of it.
     """
 
     def __init__(self, loader: Iterable[Any] = ()) -> None:
@@ -63,7 +67,8 @@ class Waits:
         return seconds / max(batches, 1)
 
     def is_long(self, seconds: float) -> bool:
-        """Whether an epoch that took `seconds` spent too much of them waiting, its beginning left out."""
+        """Whether an epoch that took `seconds` spent too much of them waiting, its beginning left
+        out."""
         waited = self.seconds - self.first
         return waited > LONG_WAIT[1] and waited > LONG_WAIT[0] * (seconds - self.first)
 
@@ -80,7 +85,8 @@ class Rules(NamedTuple):
 
 @dataclass
 class Run:
-    """A training run under way: what is trained, on what, how far it has come, and where that is kept.
+    """A training run under way: what is trained, on what, how far it has come, and where that is
+    kept.
 
     Args:
         is_kept: whether there is an output folder.
@@ -109,7 +115,8 @@ class Run:
     has_warned: bool = False  # of long waits
 
     def train(self) -> str:
-        """To the last epoch or step, or until the ranks agree to stop; returns `done` or `preempted`."""
+        """To the last epoch or step, or until the ranks agree to stop; returns `done` or
+        `preempted`."""
         while self.progress.epoch < self.rules.epochs and not self.at_last_step:
             try:
                 self.run_epoch()
@@ -117,7 +124,10 @@ class Run:
                 self.save()
                 where = f"epoch {self.progress.epoch}, step {self.progress.step}"
                 reason = self.watch.reason or "another process was asked to"
-                self.log.say(f"stopped at {where} ({reason}); the same command with --auto-resume goes on from here")
+                self.log.say(
+                    f"stopped at {where} ({reason}); the same command with --auto-resume goes on "
+                    "from here"
+                )
                 return "preempted"
         return "done"
 
@@ -136,9 +146,14 @@ class Run:
         self.waits = Waits(self.train_loader)
         batches = self.log.progress(self.waits, count, f"epoch {progress.epoch}")
         stopped = engine.train_one_epoch(
-            self.training, batches, first_step=progress.step, meters=progress.meters, on_log=self.on_log,
-            after_step=self.after_step, log_every=self.rules.log_every,
-        )  # fmt: skip
+            self.training,
+            batches,
+            first_step=progress.step,
+            meters=progress.meters,
+            on_log=self.on_log,
+            after_step=self.after_step,
+            log_every=self.rules.log_every,
+        )
         if stopped and not self.at_last_step:
             raise Stopped
         self.on_log(progress.step - 1, {}, self.training.health.check())
@@ -152,7 +167,9 @@ class Run:
             **{f"train_{name}": value for name, value in figures.items()},
             "train_images_per_second": images / seconds,
             **(self.evaluate() if self.is_evaluated else {}),
-            "n_parameters": sum(p.numel() for p in self.training.module.parameters() if p.requires_grad),
+            "n_parameters": sum(
+                p.numel() for p in self.training.module.parameters() if p.requires_grad
+            ),
             "skipped_steps": int(self.training.health.told),
             "peak_memory_mb": utils.peak_memory_mb(self.training.processes.device),
         }
@@ -169,13 +186,15 @@ class Run:
         return engine.evaluate_all(self.training, watched)
 
     def read_meters(self, seconds: float) -> dict[str, float]:
-        """The epoch's means over all ranks; says once per run if many of its `seconds` were spent waiting for data."""
+        """The epoch's means over all ranks; says once per run if many of its `seconds` were spent
+        waiting for data."""
         waits, meters = self.waits, self.progress.meters.copy()
         meters.update(waits.batches, data_wait=waits.mean() * self.training.accum_steps)
         if waits.is_long(seconds) and not self.has_warned:
             self.has_warned = True
             self.log.say(
-                f"warning: {waits.seconds / seconds:.0%} of this epoch's time went by waiting for data; raise "
+                f"warning: {waits.seconds / seconds:.0%} of this epoch's time went by waiting for "
+                "data; raise "
                 "--num-workers, or see --decoder, --resize and --randaugment"
             )
         return meters.reduce(self.training.processes).read()
@@ -185,7 +204,11 @@ class Run:
             self.log.say(f"warning: {trouble}")
         if means:
             wait = self.waits.recent() * self.training.accum_steps
-            values = {**means, "data_wait": wait, "lr": self.training.optimizer.param_groups[0]["lr"]}
+            values = {
+                **means,
+                "data_wait": wait,
+                "lr": self.training.optimizer.param_groups[0]["lr"],
+            }
             self.log.note(values)
             self.log.scalars(step, values)
 
@@ -201,7 +224,8 @@ class Run:
         return agreed.stop or self.at_last_step
 
     def share_bad_images(self) -> None:
-        """Tells all ranks which images could not be read, says it once, and stops the run if they are too many."""
+        """Tells all ranks which images could not be read, says it once, and stops the run if they
+        are too many."""
         if self.corrupt is None:
             return
         new = self.corrupt.merge(self.training.processes.gather(self.corrupt.state()))
@@ -214,7 +238,9 @@ class Run:
         progress = self.progress
         if progress.samples < self.steps * self.total_batch:
             self.log.epoch(stats)
-            self.log.say(f"ended in epoch {progress.epoch} after {progress.step} steps, as --max-steps says")
+            self.log.say(
+                f"ended in epoch {progress.epoch} after {progress.step} steps, as --max-steps says"
+            )
             self.save("checkpoint.pth")  # within the epoch, so that a longer run goes on there
             return
         self.schedule.after_epoch(progress.epoch)
@@ -222,7 +248,11 @@ class Run:
         is_best = acc1 >= progress.best_acc1
         progress.best_acc1 = max(progress.best_acc1, acc1)
         self.log.epoch(stats)
-        told = f"top-1 {acc1:.2f} %, best {progress.best_acc1:.2f} %" if "test_acc1" in stats else "not evaluated"
+        told = (
+            f"top-1 {acc1:.2f} %, best {progress.best_acc1:.2f} %"
+            if "test_acc1" in stats
+            else "not evaluated"
+        )
         self.log.say(f"epoch {progress.epoch}: {told}")
         if self.folder is not None and (picture := self.show(progress.epoch)) is not None:
             pictures.save_png(picture, self.folder.path / "mixing.png")
@@ -235,7 +265,9 @@ class Run:
         if not self.is_kept:
             return
         if self.progress.samples and not loaders.can_start_within(self.train_loader):
-            self.log.say("a stream cannot be gone on with in the middle of an epoch: nothing is saved now")
+            self.log.say(
+                "a stream cannot be gone on with in the middle of an epoch: nothing is saved now"
+            )
             return
         self.share_bad_images()
         self.log.flush()

@@ -1,9 +1,10 @@
 """The picture of one mixed batch: who gave which region to whom, and what the guide was looking at.
 
-Level 2: knows `MixedBatch` and pixels and draws with Pillow; only `save_png` writes a file. It must not know which
-method mixed, how a model is built, or training.
+Level 2: knows `MixedBatch` and pixels and draws with Pillow; only `save_png` writes a file. It must
+not know which method mixed, how a model is built, or training.
 
-Letters: B batch, K classes, N = rows * columns image tokens. Image i is the target and image B - 1 - i the source.
+Letters: B batch, K classes, N = rows * columns image tokens. Image i is the target and image B - 1
+- i the source.
 """
 
 from __future__ import annotations
@@ -33,15 +34,24 @@ SMALLEST_PANEL = 160  # pixels; smaller images are enlarged
 GAP = 8  # pixels between panels and around them
 OUTLINE = 3  # pixels
 PAPER, INK, HALO = (255, 255, 255), (32, 32, 32), (0, 0, 0)
-SOURCE_COLOR, TARGET_COLOR = (255, 96, 32), (255, 255, 255)  # of the outlines; neither is on the heat map's scale
-HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis at 0, 1/4, ..., 1
+SOURCE_COLOR, TARGET_COLOR = (
+    (255, 96, 32),
+    (255, 255, 255),
+)  # of the outlines; neither is on the heat map's scale
+HEAT = (
+    (68, 1, 84),
+    (59, 82, 139),
+    (33, 145, 140),
+    (94, 201, 98),
+    (253, 231, 37),
+)  # viridis at 0, 1/4, ..., 1
 HEAT_SHARE = 0.6  # of a heat map laid over its image
 TITLES_WITH_REGIONS = ("source", "source: most attended", "target: least attended", "mixed")
 TITLES = ("source", "target", "mixed")
 TRIES = 16  # samples looked at for each one taken
 
 
-# ------------------------------------------------------------------------------------------ what there is to show
+# ---------------------------------------------------------------------------- what there is to show
 
 
 class Pair(NamedTuple):
@@ -73,7 +83,8 @@ class Pair(NamedTuple):
 def describe_pairs(
     batch: MixedBatch, labels: Tensor, class_names: Sequence[str], grid_size: tuple[int, int]
 ) -> list[Pair]:
-    """Every pair of a batch once, the first half of the batch as targets; the middle of an odd batch is its own source.
+    """Every pair of a batch once, the first half of the batch as targets; the middle of an odd
+    batch is its own source.
 
     Args:
         labels: (B,) int64, of the clean images.
@@ -90,7 +101,8 @@ def describe_pairs(
 
 
 def spread_samples(samples: Dataset[tuple[Tensor, int]], count: int) -> tuple[Tensor, Tensor]:
-    """`count` fixed samples from all over a data set, of different classes where they are near; of a stream the first.
+    """`count` fixed samples from all over a data set, of different classes where they are near; of
+    a stream the first.
 
     Args:
         samples: index -> (image (3, H, W), label), or an iterable of these.
@@ -114,12 +126,13 @@ def spread_samples(samples: Dataset[tuple[Tensor, int]], count: int) -> tuple[Te
     return torch.stack([image for image, _ in taken]), torch.tensor([label for _, label in taken])
 
 
-# ------------------------------------------------------------------------------------------------- how it is shown
+# ---------------------------------------------------------------------------------- how it is shown
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies on the page, in pixels. Places are (x, y) of a top left corner, as Pillow counts.
+    """Where everything lies on the page, in pixels. Places are (x, y) of a top left corner, as
+    Pillow counts.
 
     Args:
         image_size: height and width of the images.
@@ -160,9 +173,15 @@ class Layout:
         return GAP + column * (width + GAP), self.line + row * (height + self.line)
 
     def window(
-        self, row: int, column: int, cells: Sequence[int], size: Sequence[int], grid_size: tuple[int, int]
+        self,
+        row: int,
+        column: int,
+        cells: Sequence[int],
+        size: Sequence[int],
+        grid_size: tuple[int, int],
     ) -> tuple[int, int, int, int]:
-        """First and last pixels (x0, y0, x1, y1) of a window whose top left grid cell is `cells`."""
+        """First and last pixels (x0, y0, x1, y1) of a window whose top left grid cell is
+        `cells`."""
         x, y = self.corner(row, column)
         cell_height, cell_width = self.panel[0] // grid_size[0], self.panel[1] // grid_size[1]
         top, left = y + cells[0] * cell_height, x + cells[1] * cell_width
@@ -170,7 +189,8 @@ class Layout:
 
 
 def heat_colors(heat: Tensor) -> Tensor:
-    """Values in 0..1 of any shape as colours (..., 3) float32 in 0..255, by interpolation between those of `HEAT`."""
+    """Values in 0..1 of any shape as colours (..., 3) float32 in 0..255, by interpolation between
+    those of `HEAT`."""
     anchors = torch.tensor(HEAT, dtype=torch.float32)
     place = heat.float().clamp(0, 1) * (len(anchors) - 1)
     below = place.long().clamp(max=len(anchors) - 2)
@@ -178,7 +198,8 @@ def heat_colors(heat: Tensor) -> Tensor:
 
 
 def overlay_heat(image: Tensor, scores: Tensor) -> Tensor:
-    """An image in grey under its attention in colour, one flat cell for each token, from its own least to its most.
+    """An image in grey under its attention in colour, one flat cell for each token, from its own
+    least to its most.
 
     Args:
         image: (3, H, W) uint8.
@@ -186,9 +207,13 @@ def overlay_heat(image: Tensor, scores: Tensor) -> Tensor:
     """
     span = scores.amax() - scores.amin()
     heat = (scores - scores.amin()) / span.clamp(min=torch.finfo(torch.float32).tiny)
-    cells = torch.nn.functional.interpolate(heat[None, None].float(), image.shape[1:], mode="nearest")[0, 0]
+    cells = torch.nn.functional.interpolate(
+        heat[None, None].float(), image.shape[1:], mode="nearest"
+    )[0, 0]
     colors = heat_colors(cells).permute(2, 0, 1)  # (3, H, W)
-    grey = (image.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=0, keepdim=True)
+    grey = (image.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(
+        dim=0, keepdim=True
+    )
     return torch.lerp(grey.expand_as(colors), colors, HEAT_SHARE).round().to(torch.uint8)
 
 
@@ -196,7 +221,14 @@ def fit_text(text: str, font: Any, width: int) -> str:
     """`text`, or as much of its beginning as `width` pixels hold, with an ellipsis."""
     if font.getlength(text) <= width:
         return text
-    end = next((end for end in range(len(text), 0, -1) if font.getlength(text[:end].rstrip() + "…") <= width), 0)
+    end = next(
+        (
+            end
+            for end in range(len(text), 0, -1)
+            if font.getlength(text[:end].rstrip() + "…") <= width
+        ),
+        0,
+    )
     return text[:end].rstrip() + "…"
 
 
@@ -214,7 +246,9 @@ class Page:
         x, y = layout.corner(row + 1, column)
         nearer = GAP // 4 if row < 0 else -GAP // 4
         place = (x + layout.panel[1] // 2, y - layout.line // 2 + nearer)
-        self.draw.text(place, fit_text(text, layout.font, layout.panel[1]), INK, layout.font, anchor="mm")
+        self.draw.text(
+            place, fit_text(text, layout.font, layout.panel[1]), INK, layout.font, anchor="mm"
+        )
 
     def panel(self, row: int, column: int, image: Tensor) -> None:
         """An image (3, H, W) uint8, enlarged."""
@@ -230,7 +264,8 @@ class Page:
             self.text(row, column, caption)
 
     def outline(self, window: tuple[int, int, int, int], color: Color) -> None:
-        """A frame just inside the window's pixels, between dark lines so that it is seen on any ground."""
+        """A frame just inside the window's pixels, between dark lines so that it is seen on any
+        ground."""
         x0, y0, x1, y1 = window
         self.draw.rectangle(window, outline=HALO, width=OUTLINE + 2)
         self.draw.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), outline=color, width=OUTLINE)
@@ -238,7 +273,11 @@ class Page:
     def regions(self, row: int, regions: Regions, grid_size: tuple[int, int]) -> None:
         """The frames of one row: taken from the source, given up by the target, and pasted."""
         source, target = regions.source_corners[row].tolist(), regions.target_corners[row].tolist()
-        for column, cell, color in ((1, source, SOURCE_COLOR), (2, target, TARGET_COLOR), (3, target, SOURCE_COLOR)):
+        for column, cell, color in (
+            (1, source, SOURCE_COLOR),
+            (2, target, TARGET_COLOR),
+            (3, target, SOURCE_COLOR),
+        ):
             self.outline(self.layout.window(row, column, cell, regions.size, grid_size), color)
 
     def tensor(self) -> Tensor:
@@ -255,7 +294,8 @@ def mixing_picture(
     class_names: Sequence[str],
     grid_size: tuple[int, int],
 ) -> Tensor:
-    """Rows of source, source's attention, target's attention and mixed image, the regions outlined; one row per pair.
+    """Rows of source, source's attention, target's attention and mixed image, the regions outlined;
+    one row per pair.
 
     Without regions (CutMix, Mixup) the rows are source, target and mixed image.
 
@@ -275,7 +315,9 @@ def mixing_picture(
     looked = clean
     if batch.image_attention is not None:
         scores = batch.image_attention.detach().cpu().unflatten(1, grid_size)  # (B, rows, columns)
-        looked = torch.stack([overlay_heat(*one) for one in zip(clean, scores, strict=True)])  # (B, 3, H, W)
+        looked = torch.stack(
+            [overlay_heat(*one) for one in zip(clean, scores, strict=True)]
+        )  # (B, 3, H, W)
     titles = TITLES if regions is None else TITLES_WITH_REGIONS
     page = Page(Layout((images.shape[2], images.shape[3]), len(pairs), len(titles)))
     for column, title in enumerate(titles):
@@ -290,9 +332,15 @@ def mixing_picture(
 
 
 def side_by_side(
-    images: Tensor, batches: Mapping[str, MixedBatch], labels: Tensor, *, spec: ImageSpec, class_names: Sequence[str]
+    images: Tensor,
+    batches: Mapping[str, MixedBatch],
+    labels: Tensor,
+    *,
+    spec: ImageSpec,
+    class_names: Sequence[str],
 ) -> Tensor:
-    """Rows of source, target and what each method makes of them; one row per pair. Arguments as in `mixing_picture`.
+    """Rows of source, target and what each method makes of them; one row per pair. Arguments as in
+    `mixing_picture`.
 
     Args:
         batches: by the name of the method.
@@ -309,7 +357,9 @@ def side_by_side(
         page.text(-1, column, title)
     for row, pairs in enumerate(zip(*shares, strict=True)):
         panels = [clean[-1 - row], clean[row], *(made[row] for made in mixed)]
-        page.fill(row, panels, [pairs[0].source, pairs[0].target, *(pair.short_share for pair in pairs)])
+        page.fill(
+            row, panels, [pairs[0].source, pairs[0].target, *(pair.short_share for pair in pairs)]
+        )
     return page.tensor()
 
 

@@ -1,6 +1,7 @@
 """What the checkpoint of a run holds, and going on from one.
 
-Plain data only; writing and checked reading are in `storage/checkpoints.py`. Decides nothing about training.
+Plain data only; writing and checked reading are in `storage/checkpoints.py`. Decides nothing about
+training.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ class Identity:
     Args:
         args: the resolved flags.
         model_config: keywords of `models.build.build_model`.
-        data: `class_names` and `image_spec` (see `pipeline.spec.ImageSpec`), all that evaluation needs to know, and the
-            training images' number and `pipeline.images.Images.fingerprint`.
+        data: `class_names` and `image_spec` (see `pipeline.spec.ImageSpec`), all that evaluation
+            needs to know, and the training images' number and `pipeline.images.Images.fingerprint`.
         versions: of the libraries, and the commit.
-        asked: `batch_size` and `accum_steps` of the command line, from which `args` has what this world size makes of
-            them.
+        asked: `batch_size` and `accum_steps` of the command line, from which `args` has what this
+            world size makes of them.
     """
 
     args: dict[str, Any]
@@ -68,22 +69,32 @@ def is_ours(checkpoint: dict[str, Any]) -> bool:
     if not {"format", "model_config", "data", "model", "ema", "args"} <= checkpoint.keys():
         return False
     if checkpoint["format"] != FORMAT:
-        raise InputError(f"the checkpoint has format {checkpoint['format']}, this version reads format {FORMAT}")
-    parts = [checkpoint["args"], checkpoint["model_config"], checkpoint["data"], checkpoint["model"]]
+        raise InputError(
+            f"the checkpoint has format {checkpoint['format']}, this version reads format {FORMAT}"
+        )
+    parts = [
+        checkpoint["args"],
+        checkpoint["model_config"],
+        checkpoint["data"],
+        checkpoint["model"],
+    ]
     if not all(isinstance(part, dict) and part for part in parts):
-        raise InputError("the checkpoint's args, model_config, data or model is damaged: use another checkpoint")
+        raise InputError(
+            "the checkpoint's args, model_config, data or model is damaged: use another checkpoint"
+        )
     return True
 
 
 def find(output_dir: str, given: str, automatic: bool) -> tuple[str, list[str]]:
-    """The checkpoint to go on from: with `automatic` the output folder's newest sound one, else the one given, or "".
+    """The checkpoint to go on from: with `automatic` the output folder's newest sound one, else the
+    one given, or "".
 
     Returns:
         Its path, and what is to be said of others: newer ones that are damaged, one that was given.
 
     Raises:
-        InputError: the output folder holds a run that would not be gone on with, or nothing but damaged checkpoints;
-            none is ever overwritten.
+        InputError: the output folder holds a run that would not be gone on with, or nothing but
+            damaged checkpoints; none is ever overwritten.
     """
     there = candidates(Path(output_dir)) if output_dir else []
     is_own = bool(given) and Path(output_dir).resolve() in Path(given).resolve().parents
@@ -91,39 +102,55 @@ def find(output_dir: str, given: str, automatic: bool) -> tuple[str, list[str]]:
         return given, []
     if not automatic:
         advice = "" if given else "add --auto-resume to go on with it, or "
-        raise InputError(f"--output-dir {output_dir} already holds a run ({there[0]}): {advice}choose another folder")
+        raise InputError(
+            f"--output-dir {output_dir} already holds a run ({there[0]}): {advice}choose another "
+            "folder"
+        )
     notes: list[str] = []
     for path in there:
         try:
             checkpoint = load_checkpoint(path)
             _check_finite({name: checkpoint.get(name) or {} for name in ("model", "ema")})
             if given and Path(given).resolve() != path.resolve():
-                notes.append(f"--auto-resume goes on with {path}; --resume {given} is for an empty --output-dir")
+                notes.append(
+                    f"--auto-resume goes on with {path}; --resume {given} is for an empty "
+                    "--output-dir"
+                )
             return str(path), notes
         except StopRun as error:
             named = error.text if str(path) in error.text else f"{path}: {error.text}"
             notes.append(f"passed over: {named}")
-    raise InputError(f"--output-dir {output_dir}: no checkpoint in it can be gone on from\n  " + "\n  ".join(notes))
+    raise InputError(
+        f"--output-dir {output_dir}: no checkpoint in it can be gone on from\n  "
+        + "\n  ".join(notes)
+    )
 
 
 def check_agreement(path: str, processes: Processes) -> None:
     """Refuses that some ranks go on with a run and others cannot see it; all ranks call it.
 
     Raises:
-        InputError: the file is not there for all, as on machines that do not share the output folder.
+        InputError: the file is not there for all, as on machines that do not share the output
+            folder.
     """
     there = processes.gather(not path or os.path.exists(path))
     without = [rank for rank, seen in enumerate(there) if not seen]
     if without and any(there):  # a name that is wrong for all is refused by who reads it
         raise InputError(
-            f"{path}: ranks {without} do not see this checkpoint; it must be on storage that all machines share"
+            f"{path}: ranks {without} do not see this checkpoint; it must be on storage that all "
+            "machines share"
         )
 
 
 def save(
-    folder: RunFolder | None, training: Training, progress: Progress, identity: Identity, names: tuple[str, ...] = ()
+    folder: RunFolder | None,
+    training: Training,
+    progress: Progress,
+    identity: Identity,
+    names: tuple[str, ...] = (),
 ) -> None:
-    """Writes a checkpoint, and lets `names` stand for it. All ranks call it; the one with a folder writes.
+    """Writes a checkpoint, and lets `names` stand for it. All ranks call it; the one with a folder
+    writes.
 
     Raises:
         NonFiniteLoss: a weight is not finite; nothing was written.
@@ -158,8 +185,15 @@ def save(
 def _check_finite(weights: Mapping[str, Any]) -> None:
     for part, tensors in weights.items():
         for name, value in tensors.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
-                raise NonFiniteLoss(f"{part}.{name} is not finite: such weights are neither written nor gone on from")
+            if (
+                isinstance(value, torch.Tensor)
+                and value.is_floating_point()
+                and not value.isfinite().all()
+            ):
+                raise NonFiniteLoss(
+                    f"{part}.{name} is not finite: such weights are neither written nor gone on "
+                    "from"
+                )
 
 
 def read(path: str) -> dict[str, Any]:
@@ -169,16 +203,33 @@ def read(path: str) -> dict[str, Any]:
         InputError: it is not one, or a part is missing.
     """
     checkpoint = load_checkpoint(path)
-    needed = ["args", "model_config", "data", "model", "optimizer", "scaler", "epoch", "step", "best_acc1"]
-    needed += ["ema"] if "ema" not in checkpoint else []  # there, but empty, where a run keeps no average
+    needed = [
+        "args",
+        "model_config",
+        "data",
+        "model",
+        "optimizer",
+        "scaler",
+        "epoch",
+        "step",
+        "best_acc1",
+    ]
+    needed += (
+        ["ema"] if "ema" not in checkpoint else []
+    )  # there, but empty, where a run keeps no average
     if missing := [name for name in needed if checkpoint.get(name) is None]:
         raise InputError(
-            f"--resume {path}: holds no {', '.join(missing)}; to start a new run from its weights use --finetune"
+            f"--resume {path}: holds no {', '.join(missing)}; to start a new run from its weights "
+            "use --finetune"
         )
     if not is_ours(checkpoint):
-        raise InputError(f"--resume {path}: was not written by this project's main.py; use --finetune")
+        raise InputError(
+            f"--resume {path}: was not written by this project's main.py; use --finetune"
+        )
     if not {"batch_size", "accum_steps", "amp", "opt"} <= checkpoint["args"].keys():
-        raise InputError(f"--resume {path}: the checkpoint's args are damaged: use another checkpoint")
+        raise InputError(
+            f"--resume {path}: the checkpoint's args are damaged: use another checkpoint"
+        )
     try:
         _check_finite({name: checkpoint[name] or {} for name in ("model", "ema")})
     except NonFiniteLoss as error:
@@ -189,7 +240,8 @@ def read(path: str) -> dict[str, Any]:
 def keep_total_batch(
     checkpoint: Mapping[str, Any], flags: dict[str, int], world_size: int, accepted: Collection[str]
 ) -> dict[str, int]:
-    """The `batch_size` and `accum_steps` with which this number of processes takes the same steps as the run before.
+    """The `batch_size` and `accum_steps` with which this number of processes takes the same steps
+    as the run before.
 
     Args:
         flags: both, as they are.
@@ -199,41 +251,54 @@ def keep_total_batch(
         Both, or nothing where the flags do that as they are.
 
     Raises:
-        InputError: the flags ask for another total batch, or the processes cannot share the old one, or what is done of
-            the epoch is no whole number of steps of an accepted one.
+        InputError: the flags ask for another total batch, or the processes cannot share the old
+            one, or what is done of the epoch is no whole number of steps of an accepted one.
     """
     saved, old_size = checkpoint["args"], checkpoint.get("world_size", world_size)
     asked = checkpoint.get("asked") or saved
     total, wanted_total = (
-        part["batch_size"] * part["accum_steps"] * size for part, size in ((saved, old_size), (flags, world_size))
+        part["batch_size"] * part["accum_steps"] * size
+        for part, size in ((saved, old_size), (flags, world_size))
     )
     if wanted_total == total:
         return {}
     if accepts(accepted, "batch_size"):
         if (done := checkpoint.get("samples_in_epoch", 0)) % wanted_total:
             raise InputError(
-                f"{done} images of an epoch are done, no whole number of steps of {wanted_total}: go on with a total "
+                f"{done} images of an epoch are done, no whole number of steps of {wanted_total}: "
+                "go on with a total "
                 f"batch of {total} to the end of the epoch, and change it then"
             )
         return {}
     same = all(value == asked[name] for name, value in flags.items())
     share, rest = divmod(total, world_size)
     if not same or rest:
-        wanted = "--batch-size x --accum-steps x processes" if not same else f"{world_size} processes cannot share it:"
+        wanted = (
+            "--batch-size x --accum-steps x processes"
+            if not same
+            else f"{world_size} processes cannot share it:"
+        )
         raise InputError(
             f"the run was begun with a total batch of {total}; {wanted} must give that again "
             "(or add --accept-changes batch-size, at the end of an epoch)"
         )
-    accum = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= asked["batch_size"])
+    accum = next(
+        n for n in range(1, share + 1) if share % n == 0 and share // n <= asked["batch_size"]
+    )
     return {"batch_size": share // accum, "accum_steps": accum}
 
 
 def load(
-    checkpoint: Mapping[str, Any], source: str, training: Training, identity: Identity, accepted: Collection[str] = ()
+    checkpoint: Mapping[str, Any],
+    source: str,
+    training: Training,
+    identity: Identity,
+    accepted: Collection[str] = (),
 ) -> Progress:
     """Puts a run back to where its checkpoint left it.
 
-    State comes from the file, settings from this run, where they may differ or are accepted as different.
+    State comes from the file, settings from this run, where they may differ or are accepted as
+    different.
 
     Args:
         checkpoint: what `read` gave.
@@ -241,19 +306,28 @@ def load(
         accepted: names of flags that may differ from those the run was begun with, or `all`.
 
     Raises:
-        InputError: another model, other data, other settings, or a part that this run needs is missing; each named.
+        InputError: another model, other data, other settings, or a part that this run needs is
+            missing; each named.
     """
     if training.ema is not None and checkpoint.get("ema") is None:
-        raise InputError(f"{source}: holds no ema; to start a new run from its weights use --finetune")
+        raise InputError(
+            f"{source}: holds no ema; to start a new run from its weights use --finetune"
+        )
     _check_same("model", checkpoint["model_config"], identity.model_config, source)
     _check_same("data", checkpoint["data"], identity.data, source)
     check_settings(checkpoint["args"], to_plain(identity.args), source, accepted)
-    load_optimizer(training.optimizer, checkpoint["optimizer"], source)  # before the weights: it takes a step
+    load_optimizer(
+        training.optimizer, checkpoint["optimizer"], source
+    )  # before the weights: it takes a step
     load_strictly(training.module, own_keys(checkpoint["model"]), source=source)
     if training.ema is not None:
-        load_strictly(training.ema.module, own_keys(checkpoint["ema"]), source=f"{source} (average)")
+        load_strictly(
+            training.ema.module, own_keys(checkpoint["ema"]), source=f"{source} (average)"
+        )
     try:
-        if checkpoint["args"]["amp"] == identity.args["amp"]:  # a scale means something to its own precision only
+        if (
+            checkpoint["args"]["amp"] == identity.args["amp"]
+        ):  # a scale means something to its own precision only
             training.scaler.load_state_dict(checkpoint["scaler"])
         training.health.skipped += checkpoint.get("skipped_steps", 0.0)
         training.health.told = float(training.health.skipped)
@@ -261,9 +335,14 @@ def load(
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{source}: its state does not fit this run's: {error}") from error
     return Progress(
-        checkpoint["epoch"] + 1, checkpoint["step"], checkpoint.get("samples_in_epoch", 0), checkpoint["best_acc1"],
-        checkpoint.get("first_rate"), meters, list(checkpoint.get("bad_images", [])),
-    )  # fmt: skip
+        checkpoint["epoch"] + 1,
+        checkpoint["step"],
+        checkpoint.get("samples_in_epoch", 0),
+        checkpoint["best_acc1"],
+        checkpoint.get("first_rate"),
+        meters,
+        list(checkpoint.get("bad_images", [])),
+    )
 
 
 def _own_meters(states: list[dict[str, list[float]]], processes: Processes) -> Meters:
@@ -273,17 +352,25 @@ def _own_meters(states: list[dict[str, list[float]]], processes: Processes) -> M
     total: dict[str, list[float]] = {}
     for state in states if processes.is_main else []:
         for name, sums in state.items():
-            total[name] = [one + other for one, other in zip(total.get(name, [0.0] * 4), sums, strict=True)]
+            total[name] = [
+                one + other for one, other in zip(total.get(name, [0.0] * 4), sums, strict=True)
+            ]
     return Meters.from_state(total)
 
 
 def _check_same(what: str, saved: dict[str, Any], wanted: dict[str, Any], source: str) -> None:
-    """Refuses to go on with another model or other data; regularisation (`drop`, `drop_path`) may change."""
+    """Refuses to go on with another model or other data; regularisation (`drop`, `drop_path`) may
+    change."""
     for name, value in to_plain(wanted).items():
         old = saved.get(name)
-        if name not in saved and name in ("num_images", "fingerprint"):  # checkpoints of older versions have none
+        if name not in saved and name in (
+            "num_images",
+            "fingerprint",
+        ):  # checkpoints of older versions have none
             continue
         if isinstance(value, dict) and isinstance(old, dict):
             _check_same(what, old, value, source)
         elif name not in ("drop", "drop_path") and not same_value(old, value):
-            raise InputError(f"{source}: its {what} has {name} {short(old)}, this run has {short(value)}")
+            raise InputError(
+                f"{source}: its {what} has {name} {short(old)}, this run has {short(value)}"
+            )

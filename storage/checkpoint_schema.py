@@ -1,7 +1,8 @@
-"""The layout of this project's own checkpoints: what each part looks like, so that a file that was altered is refused.
+"""The layout of this project's own checkpoints: what each part looks like, so that a file that was
+altered is refused.
 
-Level 0: imports nothing from the project. `run/state.py` says what the parts are for; a part that is missing is the
-reader's business, and one that is not listed here is nobody's.
+Level 0: imports nothing from the project. `run/state.py` says what the parts are for; a part that
+is missing is the reader's business, and one that is not listed here is nobody's.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from utils import is_ordinary
 Check = Callable[[Any], bool]
 
 MOST_IMAGES_PER_STEP = 10_000_000
-# What a checkpoint may say of its network: what main.py writes, and the sizes by which a family's members differ. It
-# has no say in where weights come from, as other keywords of timm's would.
+# What a checkpoint may say of its network: what main.py writes, and the sizes by which a family's
+# members differ. It has no say in where weights come from, as other keywords of timm's would.
 SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
 LARGEST_SIZE = 4096
 
 
 def wrong_parts(checkpoint: Mapping[str, Any]) -> list[str]:
-    """Names of the parts that do not look like what `run.state.save` writes. None may stand for a part that is missing."""
-    there = {name: value for name, value in checkpoint.items() if value is not None or name in NEVER_NONE}
+    """Names of the parts that do not look like what `run.state.save` writes. None may stand for a
+    part that is missing."""
+    there = {
+        name: value for name, value in checkpoint.items() if value is not None or name in NEVER_NONE
+    }
     return [name for name, check in PARTS.items() if name in there and not check(there[name])]
 
 
@@ -46,14 +50,22 @@ def _factor(value: Any) -> bool:
 
 def _list(check: Check, *lengths: int) -> Check:
     def holds(value: Any) -> bool:
-        return type(value) in (list, tuple) and (not lengths or len(value) in lengths) and all(map(check, value))
+        return (
+            type(value) in (list, tuple)
+            and (not lengths or len(value) in lengths)
+            and all(map(check, value))
+        )
 
     return holds
 
 
 def _dict(check: Check, key: type = str) -> Check:
     def holds(value: Any) -> bool:
-        return type(value) is dict and all(type(name) is key for name in value) and all(map(check, value.values()))
+        return (
+            type(value) is dict
+            and all(type(name) is key for name in value)
+            and all(map(check, value.values()))
+        )
 
     return holds
 
@@ -63,7 +75,8 @@ def _either(*checks: Check) -> Check:
 
 
 def _parts(*needed: str, **checks: Check) -> Check:
-    """A dict that holds nothing but these, and of some all or nothing: what is empty is the reader's business."""
+    """A dict that holds nothing but these, and of some all or nothing: what is empty is the
+    reader's business."""
 
     def holds(value: Any) -> bool:
         if type(value) is not dict or (value and not set(needed) <= value.keys()):
@@ -76,7 +89,9 @@ def _parts(*needed: str, **checks: Check) -> Check:
 def _is_state(value: Any) -> bool:
     """Of one parameter, in an optimizer: numbers, tensors, and some hold lists of them."""
     if isinstance(value, dict):
-        return all(type(name) in (int, str) for name in value) and all(map(_is_state, value.values()))
+        return all(type(name) in (int, str) for name in value) and all(
+            map(_is_state, value.values())
+        )
     if isinstance(value, (list, tuple)):
         return all(map(_is_state, value))
     return is_ordinary(value) or type(value) in (type(None), bool, int, float, str)
@@ -95,22 +110,43 @@ _SIDES = _list(_whole(1, LARGEST_SIZE), 2)
 _WEIGHTS = _dict(is_ordinary)
 _SHARE = _either(_NOTHING, lambda value: _finite(value) and 0 <= value <= 1)
 
-NAMES = ("checkpoint.pth", "best_checkpoint.pth")  # of files that the checkpoint may stand for in its folder
-NEVER_NONE = ("samples_in_epoch", "meters", "skipped_steps", "bad_images", "world_size", "asked", "names")
+NAMES = (
+    "checkpoint.pth",
+    "best_checkpoint.pth",
+)  # of files that the checkpoint may stand for in its folder
+NEVER_NONE = (
+    "samples_in_epoch",
+    "meters",
+    "skipped_steps",
+    "bad_images",
+    "world_size",
+    "asked",
+    "names",
+)
 PARTS: dict[str, Check] = {
     "format": _whole(0),
     "args": _are_flags,
     "model_config": _parts(
-        name=_one_of(str), num_classes=_whole(1), input_size=_either(_NOTHING, _SIDES), drop=_SHARE, drop_path=_SHARE,
-        separate_region_head=_one_of(bool), **dict.fromkeys(SIZES, _either(_NOTHING, _whole(1, LARGEST_SIZE))),
+        name=_one_of(str),
+        num_classes=_whole(1),
+        input_size=_either(_NOTHING, _SIDES),
+        drop=_SHARE,
+        drop_path=_SHARE,
+        separate_region_head=_one_of(bool),
+        **dict.fromkeys(SIZES, _either(_NOTHING, _whole(1, LARGEST_SIZE))),
     ),
     "data": _parts(
-        "class_names", "image_spec",
+        "class_names",
+        "image_spec",
         class_names=_list(_one_of(str)),
         num_images=_whole(0),
         fingerprint=_one_of(str),
         image_spec=_parts(
-            "input_size", input_size=_SIDES, mean=_list(_finite, 3), std=_list(_finite, 3), interpolation=_one_of(str),
+            "input_size",
+            input_size=_SIDES,
+            mean=_list(_finite, 3),
+            std=_list(_finite, 3),
+            interpolation=_one_of(str),
             crop_ratio=_finite,
         ),
     ),
@@ -118,12 +154,16 @@ PARTS: dict[str, Check] = {
     "model": _WEIGHTS,
     "ema": _WEIGHTS,
     "optimizer": _parts(
-        "state", "param_groups",
+        "state",
+        "param_groups",
         state=_dict(_is_state, int),
         param_groups=_list(_one_of(dict)),
     ),
     "scaler": _parts(
-        scale=_factor, growth_factor=_factor, backoff_factor=_factor, growth_interval=_whole(1, 2**31 - 1),
+        scale=_factor,
+        growth_factor=_factor,
+        backoff_factor=_factor,
+        growth_interval=_whole(1, 2**31 - 1),
         _growth_tracker=_whole(0, 2**31 - 1),
     ),
     "epoch": _whole(-1),
@@ -137,4 +177,4 @@ PARTS: dict[str, Check] = {
     "world_size": _whole(1, 1_000_000),
     "asked": _parts("batch_size", "accum_steps", batch_size=_whole(1), accum_steps=_whole(1)),
     "names": _list(lambda value: value in NAMES),
-}  # fmt: skip
+}

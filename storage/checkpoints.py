@@ -1,7 +1,8 @@
 """Files of plain data and tensors: atomic writing, checked reading, strict loading.
 
 Level 1: imports only level 0 from the project. It may look at key names and shapes, never at what a
-model does with them, and it decides nothing about training (when to save, which file to resume). Classes never enter or
+model does with them, and it decides nothing about training (when to save, which file to resume).
+Classes never enter or
 leave a file: everything is written as plain data and read with `weights_only=True`.
 """
 
@@ -20,11 +21,12 @@ from utils import InputError
 
 FORMAT = 1  # of our own training checkpoints; raise it when a key changes its meaning
 
-# ---------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Writes `state` to `path`, or leaves what was there. The caller sees to it that only one rank does.
+    """Writes `state` to `path`, or leaves what was there. The caller sees to it that only one rank
+    does.
 
     Raises:
         InputError: the disk is full, or the folder cannot be written.
@@ -34,21 +36,22 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     write_atomically(Path(path), lambda stream: torch.save(plain, stream))
 
 
-# ---------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint, ours or a foreign one, to the CPU without running any code of the file.
 
     Args:
-        path: a local file, or an https URL whose file name carries its hash (`name-0123abcd.pth`), which is downloaded
-            once to torch.hub's folder.
+        path: a local file, or an https URL whose file name carries its hash (`name-0123abcd.pth`),
+            which is downloaded once to torch.hub's folder.
 
-    Returns: the dict in the file; embedded argparse Namespaces are dicts, numpy scalars python numbers.
+    Returns: the dict in the file; embedded argparse Namespaces are dicts, numpy scalars python
+    numbers.
 
     Raises:
-        InputError: no such file, a folder, truncated or corrupt, not a checkpoint, it needs a pickled class, or it is
-            ours but for a part that does not look like it.
+        InputError: no such file, a folder, truncated or corrupt, not a checkpoint, it needs a
+            pickled class, or it is ours but for a part that does not look like it.
     """
     file = Path(path)
     if "://" in str(path):
@@ -57,7 +60,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         except (OSError, RuntimeError, ValueError, HTTPException) as error:
             raise InputError(f"cannot download {path}: {error}") from error
     if os.path.isdir(file):  # unlike pathlib's, no error for a name that is too long
-        raise InputError(f"{file} is a folder; name a file inside it, such as {file / 'checkpoint.pth'}")
+        raise InputError(
+            f"{file} is a folder; name a file inside it, such as {file / 'checkpoint.pth'}"
+        )
     if not os.path.isfile(file):
         raise InputError(f"there is no file {file}")
     try:
@@ -69,9 +74,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise InputError(f"{file} holds a {type(loaded).__name__}, not the dict of a checkpoint")
     another_format = type(loaded.get("format")) is int and loaded["format"] != FORMAT
-    if "model_config" in loaded and not another_format and (wrong := checkpoint_schema.wrong_parts(loaded)):
-        raise InputError(f"{file}: damaged or altered in {', '.join(wrong)}; use another checkpoint")
+    if (
+        "model_config" in loaded
+        and not another_format
+        and (wrong := checkpoint_schema.wrong_parts(loaded))
+    ):
+        raise InputError(
+            f"{file}: damaged or altered in {', '.join(wrong)}; use another checkpoint"
+        )
     return loaded
 
 
-# -------------------------------------------------------------------------------------------- weights of a model
+# ------------------------------------------------------------------------------- weights of a model

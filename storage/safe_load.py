@@ -1,7 +1,7 @@
 """Reads a file of torch.save without running any code of it, or says why not.
 
-Level 0: imports nothing from the project and says no with `Refused`, which callers turn into their own message. It
-knows tensors and plain data, not what they are for.
+Level 0: imports nothing from the project and says no with `Refused`, which callers turn into their
+own message. It knows tensors and plain data, not what they are for.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Classes that foreign files contain and that hold only data: official DeiT and SMMix files embed the parsed flags, and
-# a best accuracy is often a numpy scalar; numpy 1 wrote these under another module name.
+# Classes that foreign files contain and that hold only data: official DeiT and SMMix files embed
+# the parsed flags, and a best accuracy is often a numpy scalar; numpy 1 wrote these under another
+# module name.
 _SCALAR = np.float64(0).__reduce__()[0]
 _ALLOWED: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace,
@@ -29,8 +30,13 @@ _ALLOWED: dict[str, Any] = {
     "numpy.core.multiarray.scalar": _SCALAR,
     "numpy._core.multiarray.scalar": _SCALAR,
 }
-_NUMBER_TYPES = sorted({type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, key=repr)  # rebuilt by numpy.dtype
-_DEEPEST, _MOST_PARTS = 50, 1_000_000  # of what a file may hold; ours are 6 deep and have a few thousand parts
+_NUMBER_TYPES = sorted(
+    {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, key=repr
+)  # rebuilt by numpy.dtype
+_DEEPEST, _MOST_PARTS = (
+    50,
+    1_000_000,
+)  # of what a file may hold; ours are 6 deep and have a few thousand parts
 
 
 class Refused(ValueError):
@@ -38,7 +44,8 @@ class Refused(ValueError):
 
 
 def read(file: Path) -> Any:
-    """What is in `file`, on the CPU; embedded argparse Namespaces are dicts, numpy scalars python numbers.
+    """What is in `file`, on the CPU; embedded argparse Namespaces are dicts, numpy scalars python
+    numbers.
 
     Raises:
         Refused: truncated or corrupt, not written by torch.save, or it needs a pickled class.
@@ -51,12 +58,15 @@ def read(file: Path) -> Any:
 
 
 def _is_zip(file: Path) -> bool:
-    with open(file, "rb") as stream:  # by the first bytes, like torch; zipfile.is_zipfile looks at the last ones
+    with open(
+        file, "rb"
+    ) as stream:  # by the first bytes, like torch; zipfile.is_zipfile looks at the last ones
         return stream.read(4) == b"PK\x03\x04"
 
 
 def _check_integrity(file: Path) -> None:
-    """Compares the content of a zip-based torch file with its checksums, as torch itself does not when it loads.
+    """Compares the content of a zip-based torch file with its checksums, as torch itself does not
+    when it loads.
 
     Files of the older format have none; torch notices at most that they are too short.
     """
@@ -65,12 +75,17 @@ def _check_integrity(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
-                raise _corrupt(file, "it is packed, as torch never does, and would unpack to more than its size")
+                raise _corrupt(
+                    file,
+                    "it is packed, as torch never does, and would unpack to more than its size",
+                )
             damaged = archive.testzip()
     except Refused:
         raise
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
-        raise _corrupt(file, error) from error  # the directory of the archive itself is damaged or missing
+        raise _corrupt(
+            file, error
+        ) from error  # the directory of the archive itself is damaged or missing
     if damaged is not None:
         raise _corrupt(file, damaged)
 
@@ -78,14 +93,18 @@ def _check_integrity(file: Path) -> None:
 def _corrupt(file: Path, detail: object) -> Refused:
     reason = (str(detail).splitlines() or [type(detail).__name__])[0]
     return Refused(
-        f"{file} is truncated or corrupt, or no checkpoint at all ({reason}); use an earlier one, or copy it again"
+        f"{file} is truncated or corrupt, or no checkpoint at all ({reason}); use an earlier one, "
+        "or copy it again"
     )
 
 
 def _unpickle(file: Path) -> Any:
-    """Torch's restricted reader, which knows tensors and plain data, plus the classes of `_ALLOWED`."""
+    """Torch's restricted reader, which knows tensors and plain data, plus the classes of
+    `_ALLOWED`."""
     try:
-        if _is_zip(file):  # the older format cannot be listed beforehand: there the reader stops by itself
+        if _is_zip(
+            file
+        ):  # the older format cannot be listed beforehand: there the reader stops by itself
             found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
             if unknown := sorted(set(found) - _ALLOWED.keys()):
                 raise _unsafe(file, ", ".join(unknown))
@@ -99,12 +118,15 @@ def _unpickle(file: Path) -> Any:
         raise _corrupt(file, "not in a format of torch.save") from error
     except (Refused, OSError):
         raise
-    except Exception as error:  # whatever a damaged pickle leads the reader into: IndexError, KeyError, TypeError, ...
+    except (
+        Exception
+    ) as error:  # a damaged pickle may raise anything: IndexError, KeyError, TypeError, ...
         raise _corrupt(file, error) from error
 
 
 def _imports_of(file: Path) -> list[str]:
-    """What a pickle would import, also of a protocol that torch's reader stops at. It is only looked at."""
+    """What a pickle would import, also of a protocol that torch's reader stops at. It is only
+    looked at."""
     found: set[str] = set()
     texts: list[str] = []
     with suppress(Exception):  # it may be no pickle at all
@@ -134,14 +156,17 @@ def _unsafe(file: Path, names: str) -> Refused:
 
 
 def _check_extent(loaded: Any, file: Path) -> None:
-    """Refuses what is made to keep a reader busy for ever: rings, parts held many times over, tensors without end."""
+    """Refuses what is made to keep a reader busy for ever: rings, parts held many times over,
+    tensors without end."""
     size = file.stat().st_size
     waiting, parts = [(loaded, 0)], 0
     while waiting:
         value, depth = waiting.pop()
         parts += 1
         if depth > _DEEPEST or parts > _MOST_PARTS:
-            raise _corrupt(file, f"nested more than {_DEEPEST} deep, or more than {_MOST_PARTS:,} parts")
+            raise _corrupt(
+                file, f"nested more than {_DEEPEST} deep, or more than {_MOST_PARTS:,} parts"
+            )
         if isinstance(value, Tensor) and value.numel() * value.element_size() > size:
             raise _corrupt(file, f"a tensor of shape {tuple(value.shape)} is larger than its file")
         if isinstance(value, argparse.Namespace):

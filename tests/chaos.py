@@ -1,15 +1,16 @@
-"""Kills training runs at random, and asks that each ends bit for bit where one that nobody disturbed ends.
+"""Kills training runs at random, and asks that each ends bit for bit where one that nobody
+disturbed ends.
 
     python -m tests.chaos                       # 20 runs, each with 3 kills and a polite stop
     python -m tests.chaos --elastic-restarts    # torchrun --max-restarts 3 begins again by itself
     python -m tests.chaos --short --runs 1      # half as many steps, no polite stops
 
-Every run is `main.py` under torchrun on a generated image folder, with everything that draws or carries state: loader
-workers, repeated augmentation, RandAugment, SMMix and Mixup, dropout, drop path, accumulation, fp16 with its loss
-scale, an average, a schedule by update. After each blow the same command goes on, until `status.json` says `done`.
-Compared are the SHA-256 of all parts of both checkpoints, `log.txt` without clocks and TensorBoard's scalars of each
-step. One line per run and a summary; the exit code is 1 unless all are exact. Linux only: processes are looked up in
-/proc.
+Every run is `main.py` under torchrun on a generated image folder, with everything that draws or
+carries state: loader workers, repeated augmentation, RandAugment, SMMix and Mixup, dropout, drop
+path, accumulation, fp16 with its loss scale, an average, a schedule by update. After each blow the
+same command goes on, until `status.json` says `done`. Compared are the SHA-256 of all parts of both
+checkpoints, `log.txt` without clocks and TensorBoard's scalars of each step. One line per run and a
+summary; the exit code is 1 unless all are exact. Linux only: processes are looked up in /proc.
 """
 
 from __future__ import annotations
@@ -33,15 +34,21 @@ from tests.launches import Launch, read_status
 from tests.runs import changed, fingerprint, split
 
 FLAGS = (
-    "--model vit_nano_patch4_32 --input-size 24 --batch-size 3 --accum-steps 2 --warmup-epochs 1 --sched-on-updates "
-    "--amp fp16 --drop 0.1 --drop-path 0.2 --lr 0.05 --model-ema-decay 0.9 --num-workers 1 --data-timeout 60 "
+    "--model vit_nano_patch4_32 --input-size 24 --batch-size 3 --accum-steps 2 --warmup-epochs 1 "
+    "--sched-on-updates "
+    "--amp fp16 --drop 0.1 --drop-path 0.2 --lr 0.05 --model-ema-decay 0.9 --num-workers 1 "
+    "--data-timeout 60 "
     "--device cpu --save-steps 3 --log-every 1 --auto-resume"
 )
 EPOCHS, SHORT_EPOCHS = 3, 2  # of 13 steps on 3 ranks
 LIMIT = 300.0  # seconds that a launch may take; one takes about twenty
 GONE_WITHIN = 30.0  # seconds after the last launch until no process is left
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-DELAYS = {"while it starts": 8.0, "while it trains": 3.0, "in a save": 0.5}  # the longest, in seconds
+DELAYS = {
+    "while it starts": 8.0,
+    "while it trains": 3.0,
+    "in a save": 0.5,
+}  # the longest, in seconds
 CLASSES = ("ant", "bee", "cat", "dog")
 
 
@@ -65,8 +72,16 @@ def draw_kill(draw: random.Random, elastic: bool = False) -> Blow:
     """With `elastic`, one that torchrun can survive."""
     if draw.random() < 0.4:
         return Blow("the writer" if elastic else draw.choice(["the writer", "all"]), "in a save")
-    who = "a rank" if elastic else draw.choices(["a rank", "all", "the launcher", "a worker"], [4, 3, 3, 1])[0]
-    when = "while it trains" if elastic or who == "a worker" or draw.random() < 0.8 else "while it starts"
+    who = (
+        "a rank"
+        if elastic
+        else draw.choices(["a rank", "all", "the launcher", "a worker"], [4, 3, 3, 1])[0]
+    )
+    when = (
+        "while it trains"
+        if elastic or who == "a worker" or draw.random() < 0.8
+        else "while it starts"
+    )
     return Blow(who, when)
 
 
@@ -75,7 +90,8 @@ def draw_stop(draw: random.Random) -> Blow:
 
 
 def strike(blow: Blow, launch: Launch, folder: Path, draw: random.Random) -> str | None:
-    """Waits for the blow's moment and deals it. Returns what was hit, or None if the launch ended before."""
+    """Waits for the blow's moment and deals it. Returns what was hit, or None if the launch ended
+    before."""
     writer: list[int] = []
 
     def is_saving() -> bool:
@@ -122,7 +138,9 @@ class Result:
     in_saves: int  # kills that left half a checkpoint behind
 
 
-def disturbed(start: Callable[[], Launch], folder: Path, blows: list[Blow], draw: random.Random) -> Result:
+def disturbed(
+    start: Callable[[], Launch], folder: Path, blows: list[Blow], draw: random.Random
+) -> Result:
     """One run with these blows, begun again after each that ended it, to its end.
 
     Raises:
@@ -138,8 +156,12 @@ def disturbed(start: Callable[[], Launch], folder: Path, blows: list[Blow], draw
                 hit = strike(blow, launch, folder, draw)
                 if hit is not None:
                     result.blows.append(hit)
-                    result.in_saves += blow.number == signal.SIGKILL and is_half_written(folder, launch)
-                if hit is None or not launch.restarts:  # under --max-restarts a launch outlives its blows
+                    result.in_saves += blow.number == signal.SIGKILL and is_half_written(
+                        folder, launch
+                    )
+                if (
+                    hit is None or not launch.restarts
+                ):  # under --max-restarts a launch outlives its blows
                     break
                 launch.wait_until_replaced(LIMIT)
             if blow is not None and blow.who == "the launcher" and draw.random() < 0.5:
@@ -151,7 +173,9 @@ def disturbed(start: Callable[[], Launch], folder: Path, blows: list[Blow], draw
                         raise Unexpected(f"left behind: {launch.left()}")
                 return result
             if blow is None:
-                raise Unexpected(f"a launch nobody disturbed ended with code {code}, {read_status(folder)}")
+                raise Unexpected(
+                    f"a launch nobody disturbed ended with code {code}, {read_status(folder)}"
+                )
         raise Unexpected(f"not done after {result.launches} launches")
     except subprocess.TimeoutExpired as error:
         raise Unexpected(f"a launch took more than {LIMIT:g} s after {result.blows}") from error
@@ -181,7 +205,13 @@ class Chaos:
 
     def start(self, name: str) -> Launch:
         epochs = SHORT_EPOCHS if self.args.short else EPOCHS
-        words = split(FLAGS, f"--epochs {epochs} --data-path", self.base / "photos", "--output-dir", self.base / name)
+        words = split(
+            FLAGS,
+            f"--epochs {epochs} --data-path",
+            self.base / "photos",
+            "--output-dir",
+            self.base / name,
+        )
         restarts = self.args.kills if self.args.elastic_restarts else 0
         return Launch(words, self.args.ranks, self.base / f"{name}.log", restarts)
 
@@ -210,7 +240,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", default=3, type=int)
     parser.add_argument("--kills", default=3, type=int, help="SIGKILLs per run")
     parser.add_argument("--short", action="store_true", help="fewer steps, and no polite stops")
-    parser.add_argument("--elastic-restarts", action="store_true", help="under torchrun --max-restarts, ranks only")
+    parser.add_argument(
+        "--elastic-restarts", action="store_true", help="under torchrun --max-restarts, ranks only"
+    )
     return parser
 
 
@@ -238,14 +270,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in range(args.runs):
         run_begun = time.monotonic()
         result, wrong = chaos.run(number)
-        verdict = f"NOT EXACT: {', '.join(wrong)} (see {base}/run{number}.log)" if wrong else "exact"
+        verdict = (
+            f"NOT EXACT: {', '.join(wrong)} (see {base}/run{number}.log)" if wrong else "exact"
+        )
         blows, seconds = "; ".join(result.blows), time.monotonic() - run_begun
-        print(f"run {number}: {blows}; {result.launches} launches, {verdict}, {seconds:.0f} s", flush=True)
+        print(
+            f"run {number}: {blows}; {result.launches} launches, {verdict}, {seconds:.0f} s",
+            flush=True,
+        )
         exact += not wrong
-        total = Result(*(one + other for one, other in zip(vars(total).values(), vars(result).values(), strict=True)))
+        total = Result(
+            *(
+                one + other
+                for one, other in zip(vars(total).values(), vars(result).values(), strict=True)
+            )
+        )
     kills = sum(blow.startswith("SIGKILL") for blow in total.blows)
     print(
-        f"{exact} of {args.runs} exact, {kills} kills, {total.in_saves} during a save, {len(total.blows) - kills} "
+        f"{exact} of {args.runs} exact, {kills} kills, {total.in_saves} during a save, "
+        f"{len(total.blows) - kills} "
         f"polite stops, {total.launches} launches, {time.monotonic() - begun:.0f} s"
     )
     if exact == args.runs:

@@ -16,10 +16,18 @@ from models.build import build_model
 from models.interface import ImageModel, ModelOutput
 
 torch.set_num_threads(1)
-settings.register_profile("project", deadline=None, derandomize=True)  # shared machines are slow now and then
+settings.register_profile(
+    "project", deadline=None, derandomize=True
+)  # shared machines are slow now and then
 settings.load_profile("project")
 
-TINY: dict[str, Any] = {"input_size": (32, 48), "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+TINY: dict[str, Any] = {
+    "input_size": (32, 48),
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+}
 
 MakeModel = Callable[..., ImageModel]
 
@@ -32,7 +40,8 @@ def _seeds() -> None:
 
 
 def randomise(module: nn.Module) -> None:
-    """Every parameter far from its initial value, so that zero biases and uniform attention hide nothing."""
+    """Every parameter far from its initial value, so that zero biases and uniform attention hide
+    nothing."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             scale = parameter.new_empty(parameter.shape).normal_(std=0.3)
@@ -42,12 +51,15 @@ def randomise(module: nn.Module) -> None:
 
 @pytest.fixture
 def make_model() -> MakeModel:
-    """name, overrides -> a tiny model of 7 classes in evaluation mode, weights drawn anew: 4 x 6 tokens of 24.
+    """name, overrides -> a tiny model of 7 classes in evaluation mode, weights drawn anew: 4 x 6
+    tokens of 24.
 
     An override of None leaves a setting to the model itself.
     """
 
-    def make(name: str = "deit_tiny_patch16_224", num_classes: int = 7, **overrides: Any) -> ImageModel:
+    def make(
+        name: str = "deit_tiny_patch16_224", num_classes: int = 7, **overrides: Any
+    ) -> ImageModel:
         torch.manual_seed(1)
         settings = {key: value for key, value in {**TINY, **overrides}.items() if value is not None}
         model = build_model(name, num_classes, **settings)
@@ -65,7 +77,8 @@ def tiny_model(make_model: MakeModel) -> ImageModel:
 
 @pytest.fixture
 def tiny_mean_model(make_model: MakeModel) -> ImageModel:
-    """No class token: final norm, then the mean over tokens, then the classifier (Eq. 3, second case)."""
+    """No class token: final norm, then the mean over tokens, then the classifier (Eq. 3, second
+    case)."""
     return make_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", fc_norm=False)
 
 
@@ -76,7 +89,8 @@ def images() -> Tensor:
 
 
 class FakeGuide:
-    """A guide made of arithmetic: whatever it says of an image depends on that image alone. Remembers its calls.
+    """A guide made of arithmetic: whatever it says of an image depends on that image alone.
+    Remembers its calls.
 
     Args:
         levels: attention takes this many values, so that windows tie often.
@@ -87,8 +101,12 @@ class FakeGuide:
         self.calls: list[Tensor] = []
 
     def attention(self, images: Tensor) -> Tensor:
-        cells = torch.nn.functional.adaptive_avg_pool2d(images.float()[:, :1], self.grid_size)  # (B, 1, rows, columns)
-        return (cells.flatten(1) * 97).round().remainder(self.levels)  # (B, N), whole numbers: sums are exact
+        cells = torch.nn.functional.adaptive_avg_pool2d(
+            images.float()[:, :1], self.grid_size
+        )  # (B, 1, rows, columns)
+        return (
+            (cells.flatten(1) * 97).round().remainder(self.levels)
+        )  # (B, N), whole numbers: sums are exact
 
     def logits(self, images: Tensor) -> Tensor:
         ramp = torch.linspace(-3, 3, self.num_classes, device=images.device)

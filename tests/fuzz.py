@@ -1,10 +1,12 @@
-"""Files and command lines that nobody wrote on purpose: each ends well, or with a message, and soon.
+"""Files and command lines that nobody wrote on purpose: each ends well, or with a message, and
+soon.
 
-    python -m tests.fuzz --cases 10000 --seed 0        prints counts and every counterexample; code 1 if there is one
-    python -m tests.fuzz --seed 0 --only checkpoint:17 --keep folder      one case again, with its traceback and file
+    python -m tests.fuzz --cases 10000 --seed 0        prints counts and every counterexample; code
+    1 if there is one python -m tests.fuzz --seed 0 --only checkpoint:17 --keep folder      one case
+    again, with its traceback and file
 
-A case is drawn from (seed, area, number) alone. Cases run in a child process, whose address space is limited and which
-is replaced when it takes too long or dies.
+A case is drawn from (seed, area, number) alone. Cases run in a child process, whose address space
+is limited and which is replaced when it takes too long or dies.
 
 Longer than the working limit: every area starts from the same world, and one command runs them all.
 """
@@ -64,7 +66,14 @@ from tools.report import tables
 from utils import Processes, StopRun
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = {"checkpoint": 0.4, "image": 0.15, "flags": 0.15, "saved flags": 0.1, "run folder": 0.15, "tools": 0.05}
+SHARES = {
+    "checkpoint": 0.4,
+    "image": 0.15,
+    "flags": 0.15,
+    "saved flags": 0.1,
+    "run folder": 0.15,
+    "tools": 0.05,
+}
 SECONDS, GIBIBYTES = 10.0, 3.0  # for one case: time, and memory beyond what torch itself takes
 NETWORK = "deit_runs_distilled_patch4_16"  # from tests/runs.py: its checkpoint has 300 kB
 
@@ -77,11 +86,12 @@ class Outcome(NamedTuple):
     detail: str = ""
 
 
-# ------------------------------------------------------------------------------------------------------ one step
+# ----------------------------------------------------------------------------------------- one step
 
 
 def attempt(step: str, call: Callable[[], object]) -> Outcome:
-    """Runs one step; whatever is neither a success nor a refusal with a message is a counterexample."""
+    """Runs one step; whatever is neither a success nor a refusal with a message is a
+    counterexample."""
     told = io.StringIO()
     try:
         with redirect_stderr(told), redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -89,40 +99,74 @@ def attempt(step: str, call: Callable[[], object]) -> Outcome:
             call()
         return Outcome(step, "done")
     except StopRun as error:
-        return Outcome(step, "refused") if error.text else Outcome(step, "a refusal without a message", repr(error))
+        return (
+            Outcome(step, "refused")
+            if error.text
+            else Outcome(step, "a refusal without a message", repr(error))
+        )
     except SystemExit as leaving:
         if leaving.code in (0, None):  # --help
             return Outcome(step, "done")
         fine = leaving.code == 2 and told.getvalue().startswith("error: ")
-        return Outcome(step, "refused") if fine else Outcome(step, f"exit code {leaving.code}", told.getvalue())
+        return (
+            Outcome(step, "refused")
+            if fine
+            else Outcome(step, f"exit code {leaving.code}", told.getvalue())
+        )
     except Exception as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(str(ROOT))]
-        place = next((f"{Path(f.filename).name}:{f.name}" for f in reversed(frames) if "tests/" not in f.filename), "?")
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename.startswith(str(ROOT))
+        ]
+        place = next(
+            (
+                f"{Path(f.filename).name}:{f.name}"
+                for f in reversed(frames)
+                if "tests/" not in f.filename
+            ),
+            "?",
+        )
         return Outcome(step, f"{type(error).__name__} in {place}", traceback.format_exc())
 
 
-# --------------------------------------------------------------------------------------------------------- the areas
+# ---------------------------------------------------------------------------------------- the areas
 
 
 class World:
-    """What all cases start from: a finished run of a second, and its training, put back after each use."""
+    """What all cases start from: a finished run of a second, and its training, put back after each
+    use."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        photos = make_image_folder(folder / "photos", ("ant", "bee", "cat"), per_class=4, size=(20, 20))
+        photos = make_image_folder(
+            folder / "photos", ("ant", "bee", "cat"), per_class=4, size=(20, 20)
+        )
         with patch.object(run_state, "save", wraps=run_state.save) as saved:
-            run = run_small(f"--model {NETWORK} --data-path", photos, "--output-dir", folder / "run")
+            run = run_small(
+                f"--model {NETWORK} --data-path", photos, "--output-dir", folder / "run"
+            )
         self.training = run.training
-        (self.identity,) = (one for one in saved.call_args.args if isinstance(one, run_state.Identity))
+        (self.identity,) = (
+            one for one in saved.call_args.args if isinstance(one, run_state.Identity)
+        )
         self.content = (folder / "run" / "checkpoint.pth").read_bytes()
         self.checkpoint = load_checkpoint(folder / "run" / "checkpoint.pth")
         self.before = [self.training.module.state_dict(), self.training.optimizer.state_dict()]
-        self.before = [torch.load(io.BytesIO(_saved(part)), weights_only=True) for part in self.before]
+        self.before = [
+            torch.load(io.BytesIO(_saved(part)), weights_only=True) for part in self.before
+        ]
         network = timm.create_model("test_resnet", num_classes=3)
-        self.foreign = {"model": dict(network.state_dict()), "args": argparse.Namespace(lr=0.1), "epoch": 3}
+        self.foreign = {
+            "model": dict(network.state_dict()),
+            "args": argparse.Namespace(lr=0.1),
+            "epoch": 3,
+        }
         self.fresh = build_model(NETWORK, 3, input_size=(16, 16))
         self.rows, curve = recorded_runs.rows(), recorded_runs.curve(80, 4)
-        self.recorded = recorded_runs.write_run(folder / "recorded", recorded_runs.row("all"), curve, averages=curve)
+        self.recorded = recorded_runs.write_run(
+            folder / "recorded", recorded_runs.row("all"), curve, averages=curve
+        )
         (self.recorded / "checkpoints").mkdir()
         step_file(self.recorded, 3).write_bytes(self.content)
 
@@ -149,18 +193,30 @@ class World:
         yield attempt("as in --eval", lambda: _evaluate(checkpoint, []))
         yield attempt("restore_model", lambda: restore_model(checkpoint, ema=rng.random() < 0.5))
         yield attempt(
-            "load_foreign", lambda: load_foreign(self.fresh, checkpoint, str(path), fresh_heads=rng.random() < 0.5)
+            "load_foreign",
+            lambda: load_foreign(self.fresh, checkpoint, str(path), fresh_heads=rng.random() < 0.5),
         )
-        yield attempt("export", lambda: export.to_safetensors(export.read_plain(str(path), rng.random() < 0.5)))
+        yield attempt(
+            "export",
+            lambda: export.to_safetensors(export.read_plain(str(path), rng.random() < 0.5)),
+        )
         yield attempt("show_mixing", lambda: show_mixing.restore(str(path), rng.random() < 0.5))
         yield attempt("as in --resume", lambda: self.go_on(str(path)))
         if "args" in checkpoint and "format" not in checkpoint:  # the other network's
-            yield attempt("teacher", lambda: second_networks.build_teacher("test_resnet", str(path), 3, (32, 32)))
-            yield attempt("feature map", lambda: second_networks.build_feature_map(f"test_resnet={path}", (32, 32)))
+            yield attempt(
+                "teacher",
+                lambda: second_networks.build_teacher("test_resnet", str(path), 3, (32, 32)),
+            )
+            yield attempt(
+                "feature map",
+                lambda: second_networks.build_feature_map(f"test_resnet={path}", (32, 32)),
+            )
 
     def go_on(self, path: str) -> None:
         """What `main.py --resume` does before its first step, and that step's update."""
-        training = replace(self.training, scaler=copy.deepcopy(self.training.scaler), health=cast(Any, None))
+        training = replace(
+            self.training, scaler=copy.deepcopy(self.training.scaler), health=cast(Any, None)
+        )
         try:
             checkpoint = run_state.read(path)
             run_state.keep_total_batch(checkpoint, {"batch_size": 8, "accum_steps": 1}, 1, ())
@@ -182,8 +238,12 @@ class World:
         path.write_bytes(junk.image(rng))
         samples, kinds = [(str(path), 0)], set()
         for name in ("pillow", "auto"):
-            read = partial(pipeline_images.read_files, samples, decode=pipeline_images.pick_decoder(name))
-            found = pipeline_images.Images(1, read, ["a"], name_of=partial(pipeline_images.name_files, samples))
+            read = partial(
+                pipeline_images.read_files, samples, decode=pipeline_images.pick_decoder(name)
+            )
+            found = pipeline_images.Images(
+                1, read, ["a"], name_of=partial(pipeline_images.name_files, samples)
+            )
             outcome = attempt(f"decoder {name}", partial(found.__getitem__, 0))
             kinds.add(outcome.kind)
             yield outcome
@@ -204,12 +264,14 @@ class World:
         parser = config_flags.get_args_parser()
         saved = junk.changed(rng, self.checkpoint["args"])
         words = junk.command_line(rng, parser) if rng.random() < 0.3 else []
-        (folder / "case.txt").write_text(f"{saved!r}\n{words!r}", encoding="utf-8", errors="replace")
+        (folder / "case.txt").write_text(
+            f"{saved!r}\n{words!r}", encoding="utf-8", errors="replace"
+        )
 
         torch.save({**self.checkpoint, "args": saved}, folder / "case.pth")
         yield attempt("saved flags", lambda: _evaluate(load_checkpoint(folder / "case.pth"), words))
 
-    # ---------------------------------------------------------------------------- run folders, and their readers
+    # --------------------------------------------------------------- run folders, and their readers
 
     def run_folders(self, rng: random.Random, folder: Path) -> Iterator[Outcome]:
         root = folder / "runs"
@@ -226,11 +288,14 @@ class World:
             report_py.main(words)
 
     def tools(self, rng: random.Random, folder: Path) -> Iterator[Outcome]:
-        """Command lines up to where work would begin: no process is started, nothing is submitted."""
+        """Command lines up to where work would begin: no process is started, nothing is
+        submitted."""
         program = rng.choice((check_data, report_py, run_with_submitit))
         words = junk.command_line(rng, program.get_args_parser())
         if program is run_with_submitit:
-            words += junk.command_line(rng, config_flags.get_args_parser()) if rng.random() < 0.5 else []
+            words += (
+                junk.command_line(rng, config_flags.get_args_parser()) if rng.random() < 0.5 else []
+            )
         flags = {
             check_data: ("--output", "--data-path"),
             report_py: ("", "--output"),
@@ -243,7 +308,9 @@ class World:
 
     def use_words(self, program: Any, words: list[str]) -> None:
         if program is run_with_submitit:
-            with patch.object(run_with_submitit, "make_executor", side_effect=AssertionError("submits")):
+            with patch.object(
+                run_with_submitit, "make_executor", side_effect=AssertionError("submits")
+            ):
                 run_with_submitit.main(["--dry-run", *words])
             return
         args = program.read_args(words)
@@ -252,7 +319,8 @@ class World:
 
 
 def take_up(folder: Path, epoch: int) -> None:
-    """What `main.py --auto-resume` does to its folder around the steps of a run, which goes on in `epoch`."""
+    """What `main.py --auto-resume` does to its folder around the steps of a run, which goes on in
+    `epoch`."""
     place, step = RunFolder(folder), 3
     with RunLog(folder, Processes(0, 1, torch.device("cpu"))) as log, closing(place):
         place.open()
@@ -263,7 +331,9 @@ def take_up(folder: Path, epoch: int) -> None:
             place.go_on_from(Path(found), step, ("checkpoint.pth", "best_checkpoint.pth"))
         for name in ("args.json", "environment.json"):
             write_json(folder / name, {"epochs": 4})
-        place.fail({"exit_code": 2, "error": "a refused start"}, has_begun=False, is_consequence=False)
+        place.fail(
+            {"exit_code": 2, "error": "a refused start"}, has_begun=False, is_consequence=False
+        )
         place.status("running", epoch=epoch, step=step)
         log.scalars(step, {"lr": 1.0})
         place.save({"x": 1}, step + 1, ("checkpoint.pth", "best_checkpoint.pth"))
@@ -298,9 +368,13 @@ def use_flags(args: argparse.Namespace) -> None:
         build_mixer(settings, around)
     if not args.eval:
         augment = Augment(
-            aa=args.aa, color_jitter=args.color_jitter, reprob=args.reprob, remode=args.remode, recount=args.recount,
+            aa=args.aa,
+            color_jitter=args.color_jitter,
+            reprob=args.reprob,
+            remode=args.remode,
+            recount=args.recount,
             interpolation=args.train_interpolation,
-        )  # fmt: skip
+        )
         build_train_transform(ImageSpec((16, 16)), augment)
 
 
@@ -312,7 +386,7 @@ def run_case(world: World, area: str, seed: int, number: int, folder: Path) -> l
     return list(getattr(world, draw.get(area, area.replace(" ", "_")))(rng, folder))
 
 
-# ------------------------------------------------------------------------------------------------------------ all cases
+# ---------------------------------------------------------------------------------------- all cases
 
 
 def cases(count: int) -> Iterator[tuple[str, int]]:
@@ -374,7 +448,8 @@ def run_all(world: World, seed: int, waiting: list[tuple[str, int]]) -> Iterator
 
 
 def report(results: list[Result], seed: int) -> int:
-    """Prints counts, and each kind of counterexample with how to see it again; returns how many there are."""
+    """Prints counts, and each kind of counterexample with how to see it again; returns how many
+    there are."""
     tally: Counter[tuple[str, str, str]] = Counter()
     failures: dict[str, list[str]] = {}
     for result in results:
@@ -388,7 +463,9 @@ def report(results: list[Result], seed: int) -> int:
     for kind, which in sorted(failures.items(), key=lambda item: -len(item[1])):
         print(f"\n{len(which)} x {kind}: {', '.join(which[:8])}")
         print(f"  again: python -m tests.fuzz --seed {seed} --only '{which[0]}'")
-    slowest, memory = (max((getattr(one, name) for one in results), default=0) for name in ("seconds", "memory"))
+    slowest, memory = (
+        max((getattr(one, name) for one in results), default=0) for name in ("seconds", "memory")
+    )
     total = sum(map(len, failures.values()))
     print(
         f"\n{len(results)} cases, the slowest {slowest:.1f} s, at most {memory:.2f} GiB; "
@@ -398,7 +475,9 @@ def report(results: list[Result], seed: int) -> int:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m tests.fuzz", description="Looks for input that breaks a promise.")
+    parser = argparse.ArgumentParser(
+        "python -m tests.fuzz", description="Looks for input that breaks a promise."
+    )
     parser.add_argument("--cases", default=10_000, type=int)
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--only", help="AREA:NUMBER of one case, as a counterexample names it")

@@ -1,4 +1,5 @@
-"""Small data sets on disk, in every layout that `datasets.open_images` reads. Nothing random, a few kB each."""
+"""Small data sets on disk, in every layout that `datasets.open_images` reads. Nothing random, a few
+kB each."""
 
 from __future__ import annotations
 
@@ -24,13 +25,18 @@ def message_of(error: type[Exception], call, *arguments, **more) -> str:
 
 
 def picture(number: int, size: tuple[int, int] = (48, 40), mode: str = "RGB") -> Image.Image:
-    """A picture (width, height) that differs for every number: a gradient and a square, in a colour of its own."""
+    """A picture (width, height) that differs for every number: a gradient and a square, in a colour
+    of its own."""
     width, height = size
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     pixels = np.stack([x, y, np.full_like(x, (number * 37) % 256)], axis=-1).astype(np.uint8)
     side = min(size) // 4
     top, left = (number * 5) % (height - side), (number * 11) % (width - side)
-    pixels[top : top + side, left : left + side] = [(number * 83) % 256, 255 - (number * 29) % 256, 128]
+    pixels[top : top + side, left : left + side] = [
+        (number * 83) % 256,
+        255 - (number * 29) % 256,
+        128,
+    ]
     return Image.fromarray(pixels).convert(mode)
 
 
@@ -45,10 +51,17 @@ def bomb(content: bytes = b"") -> bytes:
     """A PNG of a hundred bytes whose header claims 20,000 x 20,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 # A JPEG's content -> what became of it, and what the message says of it.
@@ -56,14 +69,22 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut in half": (lambda content: content[: len(content) // 2], "truncated"),
     "cut by 2 bytes": (lambda content: content[:-2], "truncated"),
     "cut by 100 bytes": (lambda content: content[:-100], "truncated"),
-    "zero tail": (lambda content: content[: len(content) // 2] + bytes(len(content) // 2), "truncated"),
+    "zero tail": (
+        lambda content: content[: len(content) // 2] + bytes(len(content) // 2),
+        "truncated",
+    ),
     "bit rot": (
-        lambda content: bytes(b ^ 255 * (2 * n > len(content) and n % 3 == 0) for n, b in enumerate(content)),
+        lambda content: bytes(
+            b ^ 255 * (2 * n > len(content) and n % 3 == 0) for n, b in enumerate(content)
+        ),
         "broken data stream",
     ),
     "header only": (lambda content: content[:20], "cannot identify"),
     "empty": (lambda content: b"", "cannot identify"),
-    "a web page": (lambda content: b"<!DOCTYPE html><html><body>404</body></html>", "cannot identify"),
+    "a web page": (
+        lambda content: b"<!DOCTYPE html><html><body>404</body></html>",
+        "cannot identify",
+    ),
     "a bomb": (bomb, "decompression bomb"),
 }
 
@@ -94,7 +115,8 @@ def make_image_folder(
 
 
 def make_tar_pair(root: Path, classes: Sequence[str] = ("ant", "bee"), per_class: int = 2) -> Path:
-    """`timm/` on tar files: root/train.tar and root/val.tar with <class>/<number>.jpg inside. Returns root."""
+    """`timm/` on tar files: root/train.tar and root/val.tar with <class>/<number>.jpg inside.
+    Returns root."""
     root.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         with tarfile.open(root / f"{split}.tar", "w") as tar:
@@ -105,8 +127,13 @@ def make_tar_pair(root: Path, classes: Sequence[str] = ("ant", "bee"), per_class
 
 
 def make_cifar(root: Path, kind: str, monkeypatch: pytest.MonkeyPatch, per_batch: int = 20) -> Path:
-    """CIFAR ('CIFAR10' or 'CIFAR100') in its own files; torchvision's checksum test is told to pass. Returns root."""
-    names, key, count = (["data_batch_" + str(n) for n in range(1, 6)] + ["test_batch"], "labels", 10)
+    """CIFAR ('CIFAR10' or 'CIFAR100') in its own files; torchvision's checksum test is told to
+    pass. Returns root."""
+    names, key, count = (
+        ["data_batch_" + str(n) for n in range(1, 6)] + ["test_batch"],
+        "labels",
+        10,
+    )
     folder, meta, meta_key = root / "cifar-10-batches-py", "batches.meta", "label_names"
     if kind == "CIFAR100":
         names, key, count = (["train", "test"], "fine_labels", 100)
@@ -114,12 +141,17 @@ def make_cifar(root: Path, kind: str, monkeypatch: pytest.MonkeyPatch, per_batch
     folder.mkdir(parents=True)
     for place, name in enumerate(names):
         pixels = np.stack(
-            [np.asarray(picture(place * per_batch + n, (32, 32))).transpose(2, 0, 1) for n in range(per_batch)]
+            [
+                np.asarray(picture(place * per_batch + n, (32, 32))).transpose(2, 0, 1)
+                for n in range(per_batch)
+            ]
         )  # (N, 3, 32, 32)
         batch = {"data": pixels.reshape(per_batch, -1), key: [n % count for n in range(per_batch)]}
         (folder / name).write_bytes(pickle.dumps(batch))
     (folder / meta).write_bytes(pickle.dumps({meta_key: [f"class {n}" for n in range(count)]}))
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).is_file())
+    monkeypatch.setattr(
+        "torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).is_file()
+    )
     return root
 
 
@@ -132,10 +164,13 @@ INAT_ORDER = (2, 0, 1)  # categories as they first appear among the training ann
 
 
 def make_inat(root: Path, year: int = 2018, per_class: int = 2, flat: bool = False) -> Path:
-    """iNaturalist: the three JSON files and the images, in their own folders or in DeiT's flat ones. Returns root."""
+    """iNaturalist: the three JSON files and the images, in their own folders or in DeiT's flat
+    ones. Returns root."""
     others = dict.fromkeys(("phylum", "class", "order", "family", "genus"), "-")
     root.mkdir(parents=True, exist_ok=True)
-    (root / "categories.json").write_text(json.dumps([{**record, **others} for record in INAT_RECORDS]))
+    (root / "categories.json").write_text(
+        json.dumps([{**record, **others} for record in INAT_RECORDS])
+    )
     number = 0
     for split in ("train", "val"):
         images, annotations = [], []
@@ -149,12 +184,15 @@ def make_inat(root: Path, year: int = 2018, per_class: int = 2, flat: bool = Fal
                 images.append({"id": number, "file_name": name})
                 annotations.append({"id": number, "image_id": number, "category_id": category})
                 number += 1
-        (root / f"{split}{year}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+        (root / f"{split}{year}.json").write_text(
+            json.dumps({"images": images, "annotations": annotations})
+        )
     return root
 
 
 def make_webdataset(root: Path, shards: int = 2, per_shard: int = 6, num_classes: int = 3) -> Path:
-    """`timm/wds/...`: tar shards of <key>.jpg and <key>.cls for both halves, and `_info.json`. Returns root."""
+    """`timm/wds/...`: tar shards of <key>.jpg and <key>.cls for both halves, and `_info.json`.
+    Returns root."""
     root.mkdir(parents=True, exist_ok=True)
     splits, number = {}, 0
     for split in ("train", "validation"):
@@ -166,13 +204,21 @@ def make_webdataset(root: Path, shards: int = 2, per_shard: int = 6, num_classes
                     _add(tar, f"{number:05d}.cls", str(number % num_classes).encode())
                     number += 1
         lengths = [per_shard] * shards
-        splits[split] = {"name": split, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
+        splits[split] = {
+            "name": split,
+            "num_samples": sum(lengths),
+            "filenames": names,
+            "shard_lengths": lengths,
+        }
     (root / "_info.json").write_text(json.dumps({"splits": splits}))
     return root
 
 
-def make_parquet(root: Path, shards: int = 2, per_shard: int = 6, classes: Sequence[str] = ("ant", "bee")) -> Path:
-    """`timm/hfds/` and `timm/hfids/`: a Hugging Face set of parquet shards and the card that describes them."""
+def make_parquet(
+    root: Path, shards: int = 2, per_shard: int = 6, classes: Sequence[str] = ("ant", "bee")
+) -> Path:
+    """`timm/hfds/` and `timm/hfids/`: a Hugging Face set of parquet shards and the card that
+    describes them."""
     import pyarrow
     from pyarrow import parquet
 
@@ -196,7 +242,9 @@ dataset_info:
                 "image": [{"bytes": jpeg_bytes(n), "path": f"{n}.jpg"} for n in numbers],
                 "label": [n % len(classes) for n in numbers],
             }
-            parquet.write_table(pyarrow.table(rows), root / f"{split}-{shard:05d}-of-{shards:05d}.parquet")
+            parquet.write_table(
+                pyarrow.table(rows), root / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
+            )
         card += f"\n  - name: {split}\n    num_examples: {shards * per_shard}\n    num_bytes: 0"
     (root / "README.md").write_text(card + "\n---\n")
     return root

@@ -1,4 +1,5 @@
-"""What `tests/fuzz.py` makes its cases of: values, nests, bytes, images, run folders and command lines.
+"""What `tests/fuzz.py` makes its cases of: values, nests, bytes, images, run folders and command
+lines.
 
 Longer than the working limit: all that is drawn from a case's generator is in one place.
 """
@@ -24,13 +25,65 @@ import numpy as np
 import torch
 from PIL import Image
 
-NUMBERS = (0, 1, -1, 2, 3, 7, 10**6, 2**31, 2**63, -(2**63), 10**30, 0.0, 0.5, -1.5, 1e-320, 1e308, float("nan"),
-           float("inf"), float("-inf"), True, False)  # fmt: skip
-TEXTS = ("", "a", "none", "nan", "vit_nano_patch4_32", "vit_giant_patch14_224", "resnet50", "bicubic", "fp16",
-         "smmix", "\x00", "../../etc", "ü" * 3, "x" * 5000, "%s%n{0}", "-1", "--lr", "1e400", "0x10", "٣", "[1]",
-         "None")  # fmt: skip
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool,
-          torch.complex64, torch.float8_e4m3fn)  # fmt: skip
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    10**6,
+    2**31,
+    2**63,
+    -(2**63),
+    10**30,
+    0.0,
+    0.5,
+    -1.5,
+    1e-320,
+    1e308,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    True,
+    False,
+)
+TEXTS = (
+    "",
+    "a",
+    "none",
+    "nan",
+    "vit_nano_patch4_32",
+    "vit_giant_patch14_224",
+    "resnet50",
+    "bicubic",
+    "fp16",
+    "smmix",
+    "\x00",
+    "../../etc",
+    "ü" * 3,
+    "x" * 5000,
+    "%s%n{0}",
+    "-1",
+    "--lr",
+    "1e400",
+    "0x10",
+    "٣",
+    "[1]",
+    "None",
+)
+DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+)
 
 
 def tensor(rng: random.Random) -> torch.Tensor:
@@ -61,7 +114,16 @@ def value(rng: random.Random, depth: int = 0) -> Any:
     if kind == 6:
         return tensor(rng)
     if kind == 7:
-        return rng.choice((np.float64(0.5), torch.float16, torch.device("cpu"), torch.Size([2, 3]), b"bytes", {1, 2}))
+        return rng.choice(
+            (
+                np.float64(0.5),
+                torch.float16,
+                torch.device("cpu"),
+                torch.Size([2, 3]),
+                b"bytes",
+                {1, 2},
+            )
+        )
     items = [value(rng, depth + 1) for _ in range(rng.randrange(4))]
     if kind < 10:
         return items
@@ -90,10 +152,15 @@ def _alike(rng: random.Random, old: Any) -> Any:
     """Another value of the same type, as a file might well hold."""
     if isinstance(old, torch.Tensor):
         changes: tuple[Callable[[], torch.Tensor], ...] = (
-            lambda: old.flatten(), lambda: old[None], lambda: old.t() if old.ndim == 2 else old, lambda: old.double(),
-            lambda: old[:0] if old.ndim else old[None].expand(5), lambda: torch.zeros(rng.choice(((), (3,), (2, 3)))),
-            lambda: old * float("nan") if old.is_floating_point() else -old, lambda: old.to(torch.bool),
-        )  # fmt: skip
+            lambda: old.flatten(),
+            lambda: old[None],
+            lambda: old.t() if old.ndim == 2 else old,
+            lambda: old.double(),
+            lambda: old[:0] if old.ndim else old[None].expand(5),
+            lambda: torch.zeros(rng.choice(((), (3,), (2, 3)))),
+            lambda: old * float("nan") if old.is_floating_point() else -old,
+            lambda: old.to(torch.bool),
+        )
         return rng.choice(changes)()
     if isinstance(old, bool):
         return not old
@@ -128,7 +195,9 @@ def _other_numbers(old: float) -> list[Any]:
 def _near(rng: random.Random, old: Any) -> Any:
     """Something like `old`, but of another type."""
     if isinstance(old, torch.Tensor):
-        return rng.choice((lambda: old.to(rng.choice(DTYPES)), lambda: _numbers(old), lambda: tensor(rng)))()
+        return rng.choice(
+            (lambda: old.to(rng.choice(DTYPES)), lambda: _numbers(old), lambda: tensor(rng))
+        )()
     if isinstance(old, (bool, int, float)):
         return rng.choice(_other_numbers(old))
     if isinstance(old, str):
@@ -136,14 +205,22 @@ def _near(rng: random.Random, old: Any) -> Any:
     if isinstance(old, (list, tuple)):
         return rng.choice(([old], dict(enumerate(old)), str(old), None))
     if isinstance(old, dict):
-        return rng.choice((list(old.values()), {str(key) + "x": item for key, item in old.items()}, list(old), None))
+        return rng.choice(
+            (
+                list(old.values()),
+                {str(key) + "x": item for key, item in old.items()},
+                list(old),
+                None,
+            )
+        )
     return value(rng)
 
 
 def changed(rng: random.Random, nest: dict[Any, Any]) -> dict[Any, Any]:
     """A copy with one to three things in it replaced, removed, renamed, added or exchanged.
 
-    Each of its entries is as likely to be met, however much it holds. Every second copy keeps its types.
+    Each of its entries is as likely to be met, however much it holds. Every second copy keeps its
+    types.
     """
     made, keeps_types = copy.deepcopy(nest), rng.random() < 0.5
     for _ in range(rng.randint(1, 3)):
@@ -171,11 +248,12 @@ def changed(rng: random.Random, nest: dict[Any, Any]) -> dict[Any, Any]:
     return made
 
 
-# ------------------------------------------------------------------------------------------------------------- bytes
+# -------------------------------------------------------------------------------------------- bytes
 
 
 def damaged(rng: random.Random, content: bytes) -> bytes:
-    """Cut short, with flipped bits, overwritten, with something put in or taken out, or nothing of it left."""
+    """Cut short, with flipped bits, overwritten, with something put in or taken out, or nothing of
+    it left."""
     made, at = bytearray(content), rng.randrange(len(content) + 1)
     length = rng.choice((1, 2, 8, 100, 5000))
     action = rng.randrange(7)
@@ -192,7 +270,12 @@ def damaged(rng: random.Random, content: bytes) -> bytes:
         del made[at : at + length]
     else:
         return rng.choice(
-            (b"", rng.randbytes(length), b"PK\x03\x04" + rng.randbytes(length), b"\x80\x02" + made[:length])
+            (
+                b"",
+                rng.randbytes(length),
+                b"PK\x03\x04" + rng.randbytes(length),
+                b"\x80\x02" + made[:length],
+            )
         )
     return bytes(made)
 
@@ -228,23 +311,52 @@ def renumbered(rng: random.Random, content: bytes) -> bytes:
     return bytes(made + content[at:])
 
 
-FORMATS = (("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P"), ("PNG", "LA"),
-           ("PNG", "I;16"), ("GIF", "P"), ("BMP", "RGB"), ("WEBP", "RGB"), ("TIFF", "RGB"), ("TIFF", "F"),
-           ("PPM", "RGB"), ("ICO", "RGB"), ("TGA", "RGB"), ("PCX", "RGB"), ("JPEG2000", "RGB"))  # fmt: skip
+FORMATS = (
+    ("JPEG", "RGB"),
+    ("JPEG", "L"),
+    ("JPEG", "CMYK"),
+    ("PNG", "RGB"),
+    ("PNG", "P"),
+    ("PNG", "LA"),
+    ("PNG", "I;16"),
+    ("GIF", "P"),
+    ("BMP", "RGB"),
+    ("WEBP", "RGB"),
+    ("TIFF", "RGB"),
+    ("TIFF", "F"),
+    ("PPM", "RGB"),
+    ("ICO", "RGB"),
+    ("TGA", "RGB"),
+    ("PCX", "RGB"),
+    ("JPEG2000", "RGB"),
+)
 
 
 def image(rng: random.Random) -> bytes:
-    """A small image in some format, mostly damaged, sometimes with the beginning of another format."""
+    """A small image in some format, mostly damaged, sometimes with the beginning of another
+    format."""
     kind, mode = rng.choice(FORMATS)
     stream = io.BytesIO()
     size = rng.randint(1, 60), rng.randint(1, 60)
-    noise = np.frombuffer(rng.randbytes(size[0] * size[1] * 3), dtype=np.uint8).reshape(size[1], size[0], 3)
+    noise = np.frombuffer(rng.randbytes(size[0] * size[1] * 3), dtype=np.uint8).reshape(
+        size[1], size[0], 3
+    )
     picture = Image.fromarray(noise)
-    picture = picture.convert("L").convert("I").convert(mode) if mode == "I;16" else picture.convert(mode)
+    picture = (
+        picture.convert("L").convert("I").convert(mode) if mode == "I;16" else picture.convert(mode)
+    )
     picture.save(stream, kind)
     content = stream.getvalue()
     if rng.random() < 0.15:
-        starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"RIFF\0\0\0\0WEBP", b"II*\0", b"%!PS-Adobe")
+        starts = (
+            b"\xff\xd8\xff",
+            b"\x89PNG\r\n\x1a\n",
+            b"GIF89a",
+            b"BM",
+            b"RIFF\0\0\0\0WEBP",
+            b"II*\0",
+            b"%!PS-Adobe",
+        )
         start = rng.choice(starts)
         content = start + content[len(start) :]
     for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
@@ -252,14 +364,44 @@ def image(rng: random.Random) -> bytes:
     return content
 
 
-# ------------------------------------------------------------------------------------------------------- run folders
+# -------------------------------------------------------------------------------------- run folders
 
-DEEP = [opening * depth + closing * depth for depth in (200, 480, 900, 3000, 100_000) for opening, closing in
-        (("[", "]"), ('{"a":', "}"), ("[", ""))]  # fmt: skip
-EXTREMES = ("NaN", "-Infinity", "1e999", "1.7e308", "-1.7e308", "-1e-320", "-0", "1e40", "0.1e1", "9" * 9, "9" * 30,
-            "9" * 300, "9" * 4000, "9" * 9000)  # fmt: skip
-JSON = (*EXTREMES, "true", "null", '"', '"\\ud800"', '"\\u0000"', '"\u2028"', "[]", "{}", '{"epoch": 0}', "}", "x",
-        *DEEP)  # fmt: skip
+DEEP = [
+    opening * depth + closing * depth
+    for depth in (200, 480, 900, 3000, 100_000)
+    for opening, closing in (("[", "]"), ('{"a":', "}"), ("[", ""))
+]
+EXTREMES = (
+    "NaN",
+    "-Infinity",
+    "1e999",
+    "1.7e308",
+    "-1.7e308",
+    "-1e-320",
+    "-0",
+    "1e40",
+    "0.1e1",
+    "9" * 9,
+    "9" * 30,
+    "9" * 300,
+    "9" * 4000,
+    "9" * 9000,
+)
+JSON = (
+    *EXTREMES,
+    "true",
+    "null",
+    '"',
+    '"\\ud800"',
+    '"\\u0000"',
+    '"\u2028"',
+    "[]",
+    "{}",
+    '{"epoch": 0}',
+    "}",
+    "x",
+    *DEEP,
+)
 
 
 def json_text(rng: random.Random, data: dict[str, Any]) -> str:
@@ -279,9 +421,12 @@ def json_file(rng: random.Random, content: bytes) -> bytes:
 
 
 def log_file(rng: random.Random, content: bytes) -> bytes:
-    """Some numbers in it far from what they were, or a line or two changed, repeated, exchanged or run together."""
+    """Some numbers in it far from what they were, or a line or two changed, repeated, exchanged or
+    run together."""
     if rng.random() < 0.5:
-        return _reworded(rng, content, rng.choice((rb"(?<=: )[-+.\de]+", rb'(?<="epoch": )\d+')), EXTREMES)
+        return _reworded(
+            rng, content, rng.choice((rb"(?<=: )[-+.\de]+", rb'(?<="epoch": )\d+')), EXTREMES
+        )
     sound = content.decode().splitlines()
     lines = list(sound)
     for _ in range(rng.randint(1, 2)):
@@ -306,20 +451,44 @@ def _reworded(rng: random.Random, content: bytes, pattern: bytes, words: tuple[s
     """Other words in one to five of the places where the pattern is found."""
     places = [match.span() for match in re.finditer(pattern, content)]
     for start, end in sorted(rng.sample(places, min(len(places), rng.randint(1, 5))), reverse=True):
-        content = content[:start] + rng.choice(words).encode("utf-8", "surrogateescape") + content[end:]
+        content = (
+            content[:start] + rng.choice(words).encode("utf-8", "surrogateescape") + content[end:]
+        )
     return content
 
 
-WRITERS = {"args.json": json_file, "status.json": json_file, "environment.json": json_file, "log.txt": log_file,
-           "train.log": said_file, "mixing.png": damaged}  # fmt: skip
-IN_STEPS = ("0000000001.pth", "0000000003.pth", "9999999999.pth", "9999999999.pth.aside", "x.unfinished.tmp",
-            "\u0663.pth")  # fmt: skip
-OBSTACLES = (*WRITERS, ".lock", "checkpoint.pth", "best_checkpoint.pth", "checkpoints", "x.unfinished.tmp", "steps",
-             "failed_rank1.json", *(f"checkpoints/{name}" for name in IN_STEPS))  # fmt: skip
+WRITERS = {
+    "args.json": json_file,
+    "status.json": json_file,
+    "environment.json": json_file,
+    "log.txt": log_file,
+    "train.log": said_file,
+    "mixing.png": damaged,
+}
+IN_STEPS = (
+    "0000000001.pth",
+    "0000000003.pth",
+    "9999999999.pth",
+    "9999999999.pth.aside",
+    "x.unfinished.tmp",
+    "\u0663.pth",
+)
+OBSTACLES = (
+    *WRITERS,
+    ".lock",
+    "checkpoint.pth",
+    "best_checkpoint.pth",
+    "checkpoints",
+    "x.unfinished.tmp",
+    "steps",
+    "failed_rank1.json",
+    *(f"checkpoints/{name}" for name in IN_STEPS),
+)
 
 
 def spoil(rng: random.Random, folder: Path) -> list[str]:
-    """Damages one to three things in a run folder, or puts something else in their place; returns their names."""
+    """Damages one to three things in a run folder, or puts something else in their place; returns
+    their names."""
     names = [rng.choice(tuple(WRITERS) * 3 + OBSTACLES) for _ in range(rng.randint(1, 3))]
     for name in dict.fromkeys(names):
         path = folder / name
@@ -340,7 +509,8 @@ def _put_aside(path: Path) -> None:
 
 
 def _put_obstacle(rng: random.Random, path: Path) -> None:
-    """A folder, a folder with something in it, a link to itself or to nowhere, some bytes, or nothing."""
+    """A folder, a folder with something in it, a link to itself or to nowhere, some bytes, or
+    nothing."""
     kind = rng.randrange(6)
     if kind < 2:
         path.mkdir()
@@ -354,10 +524,37 @@ def _put_obstacle(rng: random.Random, path: Path) -> None:
         path.write_bytes(rng.randbytes(rng.choice((0, 1, 40))))
 
 
-# ------------------------------------------------------------------------------------------------------ command lines
+# ------------------------------------------------------------------------------------ command lines
 
-WORDS = ("0", "1", "-1", "2", "0.5", "1.5", "nan", "inf", "-inf", "1e400", "1e-320", "1000000000000", "9" * 40, "x", "",
-         "none", "ü", "٣", "1,2", "[1]", "True", "0x10", "--", "-", "a=b", "../..", "x" * 3000)  # fmt: skip
+WORDS = (
+    "0",
+    "1",
+    "-1",
+    "2",
+    "0.5",
+    "1.5",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "1e-320",
+    "1000000000000",
+    "9" * 40,
+    "x",
+    "",
+    "none",
+    "ü",
+    "٣",
+    "1,2",
+    "[1]",
+    "True",
+    "0x10",
+    "--",
+    "-",
+    "a=b",
+    "../..",
+    "x" * 3000,
+)
 
 
 def word(rng: random.Random, action: argparse.Action) -> str:
@@ -374,25 +571,51 @@ def command_line(rng: random.Random, parser: argparse.ArgumentParser) -> list[st
     actions = [action for action in parser._actions if action.option_strings]
     for action in rng.sample(actions, rng.randrange(min(9, len(actions)))):
         flag = rng.choice(list(action.option_strings))
-        count = action.nargs if isinstance(action.nargs, int) else 1 if action.nargs is None else rng.randrange(4)
-        values = [word(rng, action) for _ in range(count if rng.random() < 0.95 else rng.randrange(4))]
+        count = (
+            action.nargs
+            if isinstance(action.nargs, int)
+            else 1
+            if action.nargs is None
+            else rng.randrange(4)
+        )
+        values = [
+            word(rng, action) for _ in range(count if rng.random() < 0.95 else rng.randrange(4))
+        ]
         if len(values) == 1 and rng.random() < 0.3:
             words.append(f"{flag}={values[0]}")
         else:
             words += [flag, *values]
     if rng.random() < 0.1:
         words.insert(
-            rng.randrange(len(words) + 1), rng.choice((*WORDS, "--no-such", "--lr=", "--=", "---", "--eval=1"))
+            rng.randrange(len(words) + 1),
+            rng.choice((*WORDS, "--no-such", "--lr=", "--=", "---", "--eval=1")),
         )
     return words
 
 
-PATHS = ("x", "no/such", ".", "~", "~nobody/x", "%j", "a/%j/b%j", "/dev/null", "/dev/null/x", "x" * 300,
-         "x" * 300 + "/y", "ü/٣", "a\nb", "\udcff", "-", "x/" * 3000)  # fmt: skip
+PATHS = (
+    "x",
+    "no/such",
+    ".",
+    "~",
+    "~nobody/x",
+    "%j",
+    "a/%j/b%j",
+    "/dev/null",
+    "/dev/null/x",
+    "x" * 300,
+    "x" * 300 + "/y",
+    "ü/٣",
+    "a\nb",
+    "\udcff",
+    "-",
+    "x/" * 3000,
+)
 
 
 def path_flags(rng: random.Random, flags: tuple[str, ...]) -> list[str]:
-    """Some of these flags with names of files or folders; a flag of no letters stands for an argument without one."""
+    """Some of these flags with names of files or folders; a flag of no letters stands for an
+    argument without one."""
     words: list[str] = []
     for flag in flags:
         if rng.random() < 0.8:

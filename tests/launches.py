@@ -1,4 +1,5 @@
-"""Processes of `main.py` that tests watch and disturb: under torchrun, or forked as ranks without a launcher."""
+"""Processes of `main.py` that tests watch and disturb: under torchrun, or forked as ranks without a
+launcher."""
 
 from __future__ import annotations
 
@@ -38,11 +39,12 @@ def wait_until(holds: Callable[[], bool], seconds: float, pause: float = 0.02) -
     return held
 
 
-# ------------------------------------------------------------------------------------------------ under torchrun
+# ----------------------------------------------------------------------------------- under torchrun
 
 
 class Launch:
-    """`main.py` under torchrun in the background, with a mark by which all of its processes are found in /proc.
+    """`main.py` under torchrun in the background, with a mark by which all of its processes are
+    found in /proc.
 
     Args:
         words: the flags of `main.py`.
@@ -52,20 +54,33 @@ class Launch:
     """
 
     def __init__(
-        self, words: list[str], processes: int, log: Path, restarts: int = 0, options: str = "--standalone"
+        self,
+        words: list[str],
+        processes: int,
+        log: Path,
+        restarts: int = 0,
+        options: str = "--standalone",
     ) -> None:
         self.restarts = restarts
         self.mark = f"LAUNCH_MARK={uuid.uuid4()}"
         name, _, value = self.mark.partition("=")
-        launcher = split(f"-m torch.distributed.run {options} --nproc_per_node={processes} --max-restarts={restarts}")
+        launcher = split(
+            f"-m torch.distributed.run {options} --nproc_per_node={processes} "
+            f"--max-restarts={restarts}"
+        )
         with open(log, "ab") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, "main.py", *words], cwd=ROOT, stdout=stream, stderr=stream,
-                env={**os.environ, "OMP_NUM_THREADS": "1", name: value}, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, *launcher, "main.py", *words],
+                cwd=ROOT,
+                stdout=stream,
+                stderr=stream,
+                env={**os.environ, "OMP_NUM_THREADS": "1", name: value},
+                start_new_session=True,
+            )
 
     def is_running(self, pid: int) -> bool:
-        """Whether this is a process of this launch, and no zombie, which has no environment any more."""
+        """Whether this is a process of this launch, and no zombie, which has no environment any
+        more."""
         try:
             return self.mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except OSError:  # it has ended meanwhile, or is another user's
@@ -126,14 +141,19 @@ class Launch:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.kill()
 
 
-# ------------------------------------------------------------------------------------------------ without torchrun
+# --------------------------------------------------------------------------------- without torchrun
 
-Meddle = Callable[[int], AbstractContextManager[Any]]  # rank -> what goes wrong there; a function of a module
+Meddle = Callable[
+    [int], AbstractContextManager[Any]
+]  # rank -> what goes wrong there; a function of a module
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["tests.launches"])  # so that a rank starts in no time
@@ -144,16 +164,21 @@ class Ranks:
 
     Args:
         folder: receives what each rank prints.
-        meddle: rank -> context that its run is put into. It must be picklable: a function of a module, or a partial.
+        meddle: rank -> context that its run is put into. It must be picklable: a function of a
+            module, or a partial.
     """
 
-    def __init__(self, world_size: int, folder: Path, *words: str | Path, meddle: Meddle | None = None) -> None:
+    def __init__(
+        self, world_size: int, folder: Path, *words: str | Path, meddle: Meddle | None = None
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.said_in = [folder / f"rank{rank}_{port}.log" for rank in range(world_size)]
         self.processes = [
-            _forks.Process(target=_be_rank, args=(rank, world_size, port, split(*words), said, meddle))
+            _forks.Process(
+                target=_be_rank, args=(rank, world_size, port, split(*words), said, meddle)
+            )
             for rank, said in enumerate(self.said_in)
         ]
         for process in self.processes:
@@ -179,11 +204,17 @@ class Ranks:
         return codes
 
 
-def _be_rank(rank: int, world_size: int, port: int, words: list[str], said: Path, meddle: Meddle | None) -> None:
+def _be_rank(
+    rank: int, world_size: int, port: int, words: list[str], said: Path, meddle: Meddle | None
+) -> None:
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     stream = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(stream, number)
@@ -193,7 +224,9 @@ def _be_rank(rank: int, world_size: int, port: int, words: list[str], said: Path
         sys.exit(utils.run_command(lambda: main.main(words)))
 
 
-def run_ranks(world_size: int, folder: Path, *words: str | Path, meddle: Meddle | None = None) -> None:
+def run_ranks(
+    world_size: int, folder: Path, *words: str | Path, meddle: Meddle | None = None
+) -> None:
     """A small run on so many ranks, to its end; all must succeed."""
     ranks = Ranks(world_size, folder, SMALL, *words, meddle=meddle)
     codes = ranks.wait()

@@ -2,7 +2,8 @@
 
     python -m tests.loader_process FOLDER HOW
 
-It notes every signal and goes on, and leaves on SIGUSR2: `closing` its loaders, or not (`failing`, by an exception).
+It notes every signal and goes on, and leaves on SIGUSR2: `closing` its loaders, or not (`failing`,
+by an exception).
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def slow(image: Image.Image) -> torch.Tensor:
 def make_loaders(folder: Path) -> list[Loader]:
     make_webdataset(folder / "shards")
     make_image_folder(folder / "images", per_class=6)
-    stream = open_images("timm/wds/shards", str(folder / "shards"), True, num_classes=3, batch_size=3)
+    stream = open_images(
+        "timm/wds/shards", str(folder / "shards"), True, num_classes=3, batch_size=3
+    )
     train, val = (open_images("IMNET", str(folder / "images"), half) for half in (True, False))
     made = [
         build_train_loader(train_samples(train, slow, 0), batch_size=3, num_workers=2, timeout=60),
@@ -65,11 +68,16 @@ def main(folder: str, how: str) -> None:
                 for _ in loader:
                     batches += 1
                     if "SIGUSR2" in noted:
-                        print(f"leaving after {batches} batches, {' '.join(sorted(noted))}", flush=True)
+                        print(
+                            f"leaving after {batches} batches, {' '.join(sorted(noted))}",
+                            flush=True,
+                        )
                         if how == "closing":
                             return
                         raise ArithmeticError("a bug")
-            print(f"epoch {epoch}", flush=True)  # in the second, the workers of two loaders are still the first ones
+            print(
+                f"epoch {epoch}", flush=True
+            )  # in the second, the workers of two loaders are still the first ones
             epoch += 1
 
 

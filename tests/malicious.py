@@ -1,4 +1,5 @@
-"""Files that would make a folder if anything but a restricted reader opened them, in every shape that we know of."""
+"""Files that would make a folder if anything but a restricted reader opened them, in every shape
+that we know of."""
 
 from __future__ import annotations
 
@@ -31,10 +32,18 @@ def _hidden(evil: Malicious) -> dict[str, Any]:
     weights = {"head.weight": torch.zeros(2, 3)}
     state = {0: {"step": torch.tensor(1.0), "exp_avg": [{"deep": ({"deeper": evil},)}]}}
     return {
-        "format": 1, "args": {"lr": 0.1}, "model_config": {"name": "vit_nano_patch4_32"}, "data": {"class_names": []},
-        "model": weights, "ema": None, "optimizer": {"state": state, "param_groups": []}, "scaler": {}, "epoch": 0,
-        "step": 1, "best_acc1": 0.0,
-    }  # fmt: skip
+        "format": 1,
+        "args": {"lr": 0.1},
+        "model_config": {"name": "vit_nano_patch4_32"},
+        "data": {"class_names": []},
+        "model": weights,
+        "ema": None,
+        "optimizer": {"state": state, "param_groups": []},
+        "scaler": {},
+        "epoch": 0,
+        "step": 1,
+        "best_acc1": 0.0,
+    }
 
 
 def _module(evil: Malicious) -> nn.Module:
@@ -54,12 +63,20 @@ def _pickle(content: Any, path: Path, protocol: int) -> None:
 # What the file holds, how it is written, and the class that a refusal has to name.
 KINDS: dict[str, tuple[Callable[[Malicious], Any], Callable[..., None], str]] = {
     "zip": (lambda evil: {"model": evil}, _save, "mkdir"),
-    "legacy": (lambda evil: {"model": evil}, partial(_save, _use_new_zipfile_serialization=False), "mkdir"),
+    "legacy": (
+        lambda evil: {"model": evil},
+        partial(_save, _use_new_zipfile_serialization=False),
+        "mkdir",
+    ),
     "zip of protocol 5": (lambda evil: {"model": evil}, partial(_save, pickle_protocol=5), "mkdir"),
     "pickle": (lambda evil: {"model": evil}, partial(_pickle, protocol=2), "mkdir"),
     "pickle of protocol 5": (lambda evil: {"model": evil}, partial(_pickle, protocol=5), "mkdir"),
     "hidden deep": (_hidden, _save, "mkdir"),
-    "namespace": (lambda evil: {"model": {}, "args": argparse.Namespace(lr=0.1, data=evil)}, _save, "mkdir"),
+    "namespace": (
+        lambda evil: {"model": {}, "args": argparse.Namespace(lr=0.1, data=evil)},
+        _save,
+        "mkdir",
+    ),
     "object array": (lambda evil: {"model": np.array([evil], dtype=object)}, _save, "_reconstruct"),
     "module": (_module, _save, "torch.nn.modules.linear.Linear"),
 }

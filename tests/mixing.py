@@ -23,11 +23,18 @@ def to_bytes(images: Tensor) -> Tensor:
 
 def fake_teacher(images: Tensor) -> Tensor:
     """Images (B, C, height, width) -> features (B, 1, 2, 3): the mean of each cell, sharpened."""
-    return torch.nn.functional.adaptive_avg_pool2d(images.float(), (2, 3)).mean(dim=1, keepdim=True).sin()
+    return (
+        torch.nn.functional.adaptive_avg_pool2d(images.float(), (2, 3))
+        .mean(dim=1, keepdim=True)
+        .sin()
+    )
 
 
 def make_switch(
-    num_classes: int, grid_size: tuple[int, int], teacher: Callable[[Tensor], Tensor] | None = None, **flags: Any
+    num_classes: int,
+    grid_size: tuple[int, int],
+    teacher: Callable[[Tensor], Tensor] | None = None,
+    **flags: Any,
 ) -> Switch:
     """The switch that `main.py` would build with these flags, everything else at its default."""
     settings = Settings.from_flags({**vars(get_args_parser().parse_args([])), **flags})

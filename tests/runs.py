@@ -1,4 +1,5 @@
-"""Running `main.py` from tests: in this process where one is enough, under torchrun where several are the point."""
+"""Running `main.py` from tests: in this process where one is enough, under torchrun where several
+are the point."""
 
 from __future__ import annotations
 
@@ -27,15 +28,19 @@ import utils
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A second's work with a small image folder. Later flags win, so that a test can override any of these.
+# A second's work with a small image folder. Later flags win, so that a test can override any of
+# these.
 SMALL = (
-    "--model vit_nano_patch4_32 --input-size 16 --batch-size 8 --no-repeated-aug --aa none --epochs 1 "
+    "--model vit_nano_patch4_32 --input-size 16 --batch-size 8 --no-repeated-aug --aa none "
+    "--epochs 1 "
     "--warmup-epochs 0 --num-workers 0 --device cpu"
 )
 
 
 @register_model
-def deit_runs_distilled_patch4_16(pretrained: bool = False, **kwargs: Any) -> VisionTransformerDistilled:
+def deit_runs_distilled_patch4_16(
+    pretrained: bool = False, **kwargs: Any
+) -> VisionTransformerDistilled:
     """The smallest student with a distillation token."""
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         kwargs.pop(name, None)
@@ -44,7 +49,8 @@ def deit_runs_distilled_patch4_16(pretrained: bool = False, **kwargs: Any) -> Vi
 
 
 class Outcome(NamedTuple):
-    """What a command line came to. `trainings` are the objects behind it, to look at what was trained."""
+    """What a command line came to. `trainings` are the objects behind it, to look at what was
+    trained."""
 
     code: int
     out: str
@@ -60,7 +66,9 @@ class Outcome(NamedTuple):
 
 def split(*words: str | Path) -> list[str]:
     """Texts are split at white space, paths are kept whole."""
-    return [part for word in words for part in ([str(word)] if isinstance(word, Path) else word.split())]
+    return [
+        part for word in words for part in ([str(word)] if isinstance(word, Path) else word.split())
+    ]
 
 
 def run_main(*words: str | Path) -> Outcome:
@@ -75,7 +83,9 @@ def run_main(*words: str | Path) -> Outcome:
     argv, out, err = split(*words), io.StringIO(), io.StringIO()
     keep = patch.object(engine.Training, "__post_init__", remember)
     with keep, redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Unable to enable fault handler")  # it wants a file, not a text
+        warnings.filterwarnings(
+            "ignore", "Unable to enable fault handler"
+        )  # it wants a file, not a text
         try:
             code = utils.run_command(lambda: main.main(argv))
         except SystemExit as leaving:  # the parser's way out
@@ -88,12 +98,18 @@ def run_small(*words: str | Path) -> Outcome:
 
 
 def finish(*command: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own, from the project's root. Whatever it started is ended after `timeout`."""
+    """A command in a process of its own, from the project's root. Whatever it started is ended
+    after `timeout`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         out, err = started.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -103,7 +119,9 @@ def finish(*command: str, timeout: float = 150) -> subprocess.CompletedProcess[s
     return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
-def torchrun(*words: str | Path, processes: int = 2, timeout: float = 150) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    *words: str | Path, processes: int = 2, timeout: float = 150
+) -> subprocess.CompletedProcess[str]:
     """`main.py` under torchrun."""
     launcher = split(f"-m torch.distributed.run --standalone --nproc_per_node={processes} main.py")
     return finish(sys.executable, *launcher, *split(*words), timeout=timeout)
@@ -111,10 +129,12 @@ def torchrun(*words: str | Path, processes: int = 2, timeout: float = 150) -> su
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of `log.txt`."""
-    return [json.loads(line) for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()
+    ]
 
 
-# ------------------------------------------------------------------------------------------------ comparing
+# ---------------------------------------------------------------------------------------- comparing
 
 
 def tensors_in(value: Any, name: str = "") -> dict[str, Tensor]:
@@ -123,7 +143,11 @@ def tensors_in(value: Any, name: str = "") -> dict[str, Tensor]:
         return {name: value.detach().clone()}
     if isinstance(value, (dict, list, tuple)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: leaf for at, item in items for key, leaf in tensors_in(item, f"{name}/{at}").items()}
+        return {
+            key: leaf
+            for at, item in items
+            for key, leaf in tensors_in(item, f"{name}/{at}").items()
+        }
     return {name: torch.tensor(float(value))} if isinstance(value, (int, float)) else {}
 
 
@@ -132,31 +156,52 @@ CLOCKS = ("train_images_per_second", "train_data_wait", "data_wait", "peak_memor
 
 def without_clocks(folder: Path) -> list[dict[str, Any]]:
     """The lines of `log.txt` but for what depends on the machine."""
-    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in read_log(folder)]
+    return [
+        {name: value for name, value in line.items() if name not in CLOCKS}
+        for line in read_log(folder)
+    ]
 
 
 def scalars_in(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """TensorBoard's scalars of one of its runs, but for clocks, as it would show them.
 
-    A file hides what those before it have from its step on. Read by hand, because TensorBoard orders the files of one
-    second by name.
+    A file hides what those before it have from its step on. Read by hand, because TensorBoard
+    orders the files of one second by name.
     """
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     files = [list(LegacyEventFileLoader(str(path)).Load()) for path in folder.glob("events*")]
     shown: dict[str, list[tuple[int, float]]] = {}
-    for event in (event for file in sorted(files, key=lambda file: file[0].wall_time) for event in file):
+    for event in (
+        event for file in sorted(files, key=lambda file: file[0].wall_time) for event in file
+    ):
         if event.HasField("session_log"):
-            shown = {tag: [one for one in values if one[0] < event.step] for tag, values in shown.items()}
+            shown = {
+                tag: [one for one in values if one[0] < event.step] for tag, values in shown.items()
+            }
         for value in (
-            value for value in event.summary.value if value.HasField("simple_value") and value.tag not in CLOCKS
+            value
+            for value in event.summary.value
+            if value.HasField("simple_value") and value.tag not in CLOCKS
         ):
             shown.setdefault(value.tag, []).append((event.step, value.simple_value))
     return shown
 
 
-PARTS = ("model", "ema", "optimizer", "scaler", "epoch", "step", "samples_in_epoch", "best_acc1", "first_rate",
-         "meters", "skipped_steps", "bad_images")  # fmt: skip
+PARTS = (
+    "model",
+    "ema",
+    "optimizer",
+    "scaler",
+    "epoch",
+    "step",
+    "samples_in_epoch",
+    "best_acc1",
+    "first_rate",
+    "meters",
+    "skipped_steps",
+    "bad_images",
+)
 
 
 def digest(value: Any) -> str:
@@ -165,10 +210,13 @@ def digest(value: Any) -> str:
     if isinstance(value, Tensor):
         plain = value.detach().cpu().contiguous()
         summed.update(
-            f"{plain.dtype} {tuple(plain.shape)}".encode() + plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+            f"{plain.dtype} {tuple(plain.shape)}".encode()
+            + plain.reshape(-1).view(torch.uint8).numpy().tobytes()
         )
     elif isinstance(value, dict):
-        summed.update(repr(sorted((repr(key), digest(item)) for key, item in value.items())).encode())
+        summed.update(
+            repr(sorted((repr(key), digest(item)) for key, item in value.items())).encode()
+        )
     elif isinstance(value, (list, tuple)):
         summed.update(repr([digest(item) for item in value]).encode())
     else:
@@ -177,7 +225,8 @@ def digest(value: Any) -> str:
 
 
 def fingerprint(folder: Path, scalars: bool = True) -> dict[str, str]:
-    """The SHA-256 of everything that a finished run leaves: its checkpoints by parts, its log, its scalars."""
+    """The SHA-256 of everything that a finished run leaves: its checkpoints by parts, its log, its
+    scalars."""
     found = {}
     for name in ("checkpoint.pth", "best_checkpoint.pth"):
         state = torch.load(folder / name, weights_only=True)
@@ -211,7 +260,9 @@ def weights_of(training: engine.Training) -> dict[str, Tensor]:
 def differences(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
     """Names whose values are not equal bit for bit."""
     names = left.keys() | right.keys()
-    return sorted(n for n in names if n not in left or n not in right or not torch.equal(left[n], right[n]))
+    return sorted(
+        n for n in names if n not in left or n not in right or not torch.equal(left[n], right[n])
+    )
 
 
 def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -219,7 +270,7 @@ def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> flo
     return max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
 
 
-# ------------------------------------------------------------------------------------------------ meddling
+# ----------------------------------------------------------------------------------------- meddling
 
 
 class Killed(BaseException):

@@ -27,7 +27,9 @@ from utils import InputError
 
 CONVOLUTIONAL = ("ConvNeXt", "ResNet")
 FP16, BF16 = torch.float16, torch.bfloat16
-families = pytest.mark.parametrize("family", [family for family in TINY if family not in CONVOLUTIONAL])
+families = pytest.mark.parametrize(
+    "family", [family for family in TINY if family not in CONVOLUTIONAL]
+)
 
 
 def make(family: str, in_float32: bool) -> ImageModel:
@@ -39,7 +41,9 @@ def make(family: str, in_float32: bool) -> ImageModel:
     return model.train()
 
 
-def run(model: Any, dtype: torch.dtype | None, need_attention: AttentionOf | None = None) -> ModelOutput:
+def run(
+    model: Any, dtype: torch.dtype | None, need_attention: AttentionOf | None = None
+) -> ModelOutput:
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         return one_pass(model, need_attention)
 
@@ -49,9 +53,12 @@ def layers_of(model: nn.Module) -> list[Any]:
 
 
 def plant_huge_queries(layer: Any) -> None:
-    """Multiplies what makes the queries, so that they and their products with the keys are beyond float16."""
+    """Multiplies what makes the queries, so that they and their products with the keys are beyond
+    float16."""
     with torch.no_grad():
-        if getattr(layer, "head_first", False):  # MaxViT: queries, keys and values of a head stand together
+        if getattr(
+            layer, "head_first", False
+        ):  # MaxViT: queries, keys and values of a head stand together
             layer.qkv.weight.unflatten(0, (layer.num_heads, 3, -1))[:, 0].mul_(1e6)
         elif getattr(layer, "qkv", None) is not None:
             layer.qkv.weight[: len(layer.qkv.weight) // 3].mul_(1e6)
@@ -66,7 +73,9 @@ def test_every_attention_layer_of_a_family_is_changed(family: str) -> None:
         module
         for module in model.modules()
         if re.search("Att(n|ention)", type(module).__name__)
-        and not any(re.search("Att(n|ention)", type(part).__name__) for part in list(module.modules())[1:])
+        and not any(
+            re.search("Att(n|ention)", type(part).__name__) for part in list(module.modules())[1:]
+        )
     ]
     assert inner
     assert layers_of(model) == inner
@@ -91,7 +100,9 @@ def test_logits_that_overflow_float16_stay_finite(family: str, need_attention: A
         output = run(model, FP16, need_attention)
         fine.append(all(value.isfinite().all() for value in output if value is not None))
     assert fine == [False, True]
-    (loss_of(output) * 2**-20).backward()  # as the scaler would scale it in the end: float16 is narrow elsewhere too
+    (
+        loss_of(output) * 2**-20
+    ).backward()  # as the scaler would scale it in the end: float16 is narrow elsewhere too
     assert gradient_of(model).isfinite().all()
 
 
@@ -103,7 +114,13 @@ def test_without_autocast_nothing_changes(family: str) -> None:
         outputs.append(run(model, None, "class"))
         loss_of(outputs[-1]).backward()
         gradients.append(gradient_of(model))
-        keys.append([*model.state_dict(), *plain_weights(model), *(name for name, _ in model.named_parameters())])
+        keys.append(
+            [
+                *model.state_dict(),
+                *plain_weights(model),
+                *(name for name, _ in model.named_parameters()),
+            ]
+        )
     assert keys[0] == keys[1]
     assert torch.equal(gradients[0], gradients[1])
     for one, other in zip(*outputs, strict=True):
@@ -112,10 +129,19 @@ def test_without_autocast_nothing_changes(family: str) -> None:
 
 @families
 def test_bfloat16_comes_closer_to_float32(family: str) -> None:
-    """In what each layer gives for the same input. What is outside of attention is as rough as before."""
+    """In what each layer gives for the same input. What is outside of attention is as rough as
+    before."""
     plain, ours = make(family, False), make(family, True)
     outputs = [run(model, BF16, "image") for model in (plain, ours)]
-    assert len({tuple(value if value is None else value.dtype for value in output) for output in outputs}) == 1
+    assert (
+        len(
+            {
+                tuple(value if value is None else value.dtype for value in output)
+                for output in outputs
+            }
+        )
+        == 1
+    )
     errors: list[tuple[float, float]] = []
 
     def compare(layer: Any, given: Any, named: Any, made: Tensor) -> None:
@@ -137,7 +163,9 @@ def test_bfloat16_comes_closer_to_float32(family: str) -> None:
 @families
 def test_every_parameter_learns_and_recomputing_changes_nothing(family: str) -> None:
     gradients = []
-    for recompute in (False, True)[: 1 if family == "Twins" else 2]:  # timm's Twins cannot recompute
+    for recompute in (False, True)[
+        : 1 if family == "Twins" else 2
+    ]:  # timm's Twins cannot recompute
         model = make(family, True)
         if recompute:
             use_grad_checkpointing(model, family)
@@ -154,21 +182,31 @@ def test_copies_and_averages_and_pickles_compute_alike_and_on_their_own(family: 
     torch.save(model, buffer)
     buffer.seek(0)
     copies: list[nn.Module] = [
-        copy.deepcopy(model), ModelEmaV3(model).module, pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+        ModelEmaV3(model).module,
+        pickle.loads(pickle.dumps(model)),
         torch.load(buffer, weights_only=False),
-    ]  # fmt: skip
+    ]
     with torch.no_grad():
         wanted = run(model, BF16, "image")
         for parameter in model.parameters():
             parameter.zero_()
         for other in copies:
-            assert [type(layer) for layer in layers_of(other)] == [type(layer) for layer in layers_of(model)]
+            assert [type(layer) for layer in layers_of(other)] == [
+                type(layer) for layer in layers_of(model)
+            ]
             found = run(other.train(), BF16, "image")
-            assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True) if a is not None and b is not None)
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(wanted, found, strict=True)
+                if a is not None and b is not None
+            )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["VisionTransformer", "PyramidVisionTransformer", "SwinTransformer", "Eva"])
+@pytest.mark.parametrize(
+    "family", ["VisionTransformer", "PyramidVisionTransformer", "SwinTransformer", "Eva"]
+)
 def test_compiled_whole_it_computes_alike(family: str) -> None:
     torch._dynamo.reset()
     outputs, gradients = [], []
@@ -179,14 +217,19 @@ def test_compiled_whole_it_computes_alike(family: str) -> None:
         loss_of(outputs[-1]).backward()
         gradients.append(gradient_of(model))
     torch.testing.assert_close(outputs[1].logits, outputs[0].logits, atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(outputs[1].image_attention, outputs[0].image_attention, atol=1e-3, rtol=2e-2)
+    torch.testing.assert_close(
+        outputs[1].image_attention, outputs[0].image_attention, atol=1e-3, rtol=2e-2
+    )
     assert float((gradients[1] - gradients[0]).norm()) < 0.05 * float(gradients[0].norm())
 
 
 def test_it_passes_through_ddp(tmp_path: Path) -> None:
     dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        wrapped, alone = DistributedDataParallel(make("VisionTransformer", True)), make("VisionTransformer", True)
+        wrapped, alone = (
+            DistributedDataParallel(make("VisionTransformer", True)),
+            make("VisionTransformer", True),
+        )
         for model in (wrapped, alone):
             loss_of(run(model, BF16, "image")).backward()
         assert torch.equal(gradient_of(wrapped), gradient_of(alone))
@@ -195,7 +238,13 @@ def test_it_passes_through_ddp(tmp_path: Path) -> None:
 
 
 def test_attention_pooling_is_changed_too() -> None:
-    settings: dict[str, Any] = {"embed_dim": 24, "depth": 1, "num_heads": 3, "input_size": (32, 32), "patch_size": 8}
+    settings: dict[str, Any] = {
+        "embed_dim": 24,
+        "depth": 1,
+        "num_heads": 3,
+        "input_size": (32, 32),
+        "patch_size": 8,
+    }
     model = build_model("vit_base_patch16_siglip_224", 5, **settings)
     use_float32_attention(model, "siglip")
     assert [type(layer).__name__ for layer in layers_of(model)] == [
@@ -206,7 +255,9 @@ def test_attention_pooling_is_changed_too() -> None:
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "skresnet18"])
 def test_a_convolutional_network_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match=f"--attn-fp32: {name} has no attention; leave the flag out"):
+    with pytest.raises(
+        InputError, match=f"--attn-fp32: {name} has no attention; leave the flag out"
+    ):
         use_float32_attention(build_model(name, 5, input_size=(64, 64)), name)
 
 

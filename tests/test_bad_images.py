@@ -1,4 +1,5 @@
-"""Images that cannot be decoded: which are refused, and what training and evaluation do about them."""
+"""Images that cannot be decoded: which are refused, and what training and evaluation do about
+them."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def opened(root: Path, train: bool = True, name: str = "IMNET") -> Images:
     return images
 
 
-# ----------------------------------------------------------------------------------------- what is refused, what not
+# ------------------------------------------------------------------------ what is refused, what not
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -77,7 +78,9 @@ def test_an_odd_image_is_read(kind: str, tmp_path: Path) -> None:
     if kind == "bad EXIF":
         options = {"exif": b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff" + bytes(range(60))}
     modes = {"CMYK": "CMYK", "grey": "L"}
-    image = Image.new("RGB", (1, 1)) if kind == "one pixel" else image.convert(modes.get(kind, "RGB"))
+    image = (
+        Image.new("RGB", (1, 1)) if kind == "one pixel" else image.convert(modes.get(kind, "RGB"))
+    )
     image.save(path, **options)
     read, label = opened(root)[0]
     assert (read.mode, read.size, label) == ("RGB", image.size, 0)
@@ -93,16 +96,24 @@ def test_truncated_images_are_never_let_pass_for_all() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of TIFF files
 def test_any_other_damage_is_met_by_the_same_error(tmp_path: Path) -> None:
-    """Random bytes in files of many formats: what Pillow raises is always known, and the file is named."""
+    """Random bytes in files of many formats: what Pillow raises is always known, and the file is
+    named."""
     chance, path = random.Random(0), tmp_path / "x"
-    images, refused = Images(1, partial(read_files, [(str(path), 0)]), ["a"], name_of=lambda index: str(path)), 0
+    images, refused = (
+        Images(1, partial(read_files, [(str(path), 0)]), ["a"], name_of=lambda index: str(path)),
+        0,
+    )
     for number, kind in enumerate(("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM")):
         buffer = io.BytesIO()
         picture(number).save(buffer, kind)
         for _ in range(150):
             content = bytearray(buffer.getvalue()[: chance.randint(20, 2 * len(buffer.getvalue()))])
             for _ in range(chance.randint(0, 30)):
-                content[chance.randrange(len(content)) if chance.random() < 0.5 else chance.randrange(20)] ^= 1 << 5
+                content[
+                    chance.randrange(len(content))
+                    if chance.random() < 0.5
+                    else chance.randrange(20)
+                ] ^= 1 << 5
             path.write_bytes(content)
             try:
                 said = images[0][0].mode
@@ -113,7 +124,9 @@ def test_any_other_damage_is_met_by_the_same_error(tmp_path: Path) -> None:
     assert 200 < refused < 1000
 
 
-def test_images_without_files_of_their_own_are_named_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_without_files_of_their_own_are_named_by_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert opened(tmp_path, name="DIGITS").name_of(17) == "image 17 of DIGITS"
     make_cifar(tmp_path, "CIFAR10", monkeypatch)
     for name in ("CIFAR10", "timm/torch/cifar10"):
@@ -122,14 +135,18 @@ def test_images_without_files_of_their_own_are_named_by_number(tmp_path: Path, m
     assert opened(root, name="timm/").name_of(3) == f"bee/1.jpg (image 3 of {root / 'train.tar'})"
 
 
-# ------------------------------------------------------------------------------------------------------ substitutes
+# -------------------------------------------------------------------------------------- substitutes
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """24 training images; 2, 7 and 13 are damaged."""
     root = make_image_folder(tmp_path / "images", ("ant", "bee", "cat"), per_class=8)
-    for path, how in (("ant/2.jpg", "cut in half"), ("ant/7.jpg", "a web page"), ("bee/5.jpg", "a bomb")):
+    for path, how in (
+        ("ant/2.jpg", "cut in half"),
+        ("ant/7.jpg", "a web page"),
+        ("bee/5.jpg", "a bomb"),
+    ):
         damage(root / "train" / path, how)
     return root
 
@@ -137,9 +154,14 @@ def folder(tmp_path: Path) -> Path:
 BAD = {2, 7, 13}
 
 
-def shown(folder: Path, epochs: tuple[int, ...] = (0, 1), start: int = 0, **more) -> list[tuple[bytes, int, int]]:
-    """(image, label, index) of every sample of some epochs, in the order in which a loader gives them."""
-    samples = train_samples(opened(folder), build_train_transform(SPEC, Augment()), seed=0, skip_corrupt=True)
+def shown(
+    folder: Path, epochs: tuple[int, ...] = (0, 1), start: int = 0, **more
+) -> list[tuple[bytes, int, int]]:
+    """(image, label, index) of every sample of some epochs, in the order in which a loader gives
+    them."""
+    samples = train_samples(
+        opened(folder), build_train_transform(SPEC, Augment()), seed=0, skip_corrupt=True
+    )
     loader = build_train_loader(samples, **{"batch_size": 6, "repeats": 3, **more})
     found = []
     with closing(loader):
@@ -147,14 +169,18 @@ def shown(folder: Path, epochs: tuple[int, ...] = (0, 1), start: int = 0, **more
             set_epoch(loader, epoch, start)
             for images, labels, indices, *_ in loader:
                 triples = zip(images, labels.tolist(), indices.tolist(), strict=True)
-                found += [(image.numpy().tobytes(), label, index) for image, label, index in triples]
+                found += [
+                    (image.numpy().tobytes(), label, index) for image, label, index in triples
+                ]
     return found
 
 
 def test_substitutes_are_the_same_however_they_are_loaded(folder: Path) -> None:
     alone = shown(folder, repeats=1)
     assert {~index for *_, index in alone if index < 0} == BAD
-    assert sorted(index if index >= 0 else ~index for *_, index in alone) == sorted([*range(24)] * 2)
+    assert sorted(index if index >= 0 else ~index for *_, index in alone) == sorted(
+        [*range(24)] * 2
+    )
     for workers in (2, 3):
         assert shown(folder, repeats=1, num_workers=workers) == alone
     assert shown(folder, (1,), start=12, repeats=1) == alone[36:]  # as a resumed run would ask
@@ -164,7 +190,9 @@ def test_substitutes_are_the_same_however_they_are_loaded(folder: Path) -> None:
 def test_substitutes_are_the_same_at_every_world_size(folder: Path) -> None:
     one, two, three = (
         sorted(
-            sample for rank in range(size) for sample in shown(folder, batch_size=6 // size, rank=rank, world_size=size)
+            sample
+            for rank in range(size)
+            for sample in shown(folder, batch_size=6 // size, rank=rank, world_size=size)
         )
         for size in (1, 2, 3)
     )
@@ -175,7 +203,9 @@ def test_substitutes_are_the_same_at_every_world_size(folder: Path) -> None:
 def test_a_substitute_is_another_image_with_its_own_label(folder: Path) -> None:
     images = opened(folder)
     samples = TrainSamples(images, EVAL, seed=0, skip_corrupt=True)
-    whole = {EVAL(images[index][0]).numpy().tobytes(): index for index in range(24) if index not in BAD}
+    whole = {
+        EVAL(images[index][0]).numpy().tobytes(): index for index in range(24) if index not in BAD
+    }
     drawn = set()
     for position in range(40):
         image, label, index, *_ = samples[0, 7, position]
@@ -186,7 +216,9 @@ def test_a_substitute_is_another_image_with_its_own_label(folder: Path) -> None:
     assert samples[0, 8, 0][2] == 8
 
 
-def test_what_is_not_a_damaged_file_is_not_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_a_damaged_file_is_not_replaced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(image: Image.Image) -> torch.Tensor:
         raise OSError("a bug in a transform")
 
@@ -196,7 +228,10 @@ def test_what_is_not_a_damaged_file_is_not_replaced(folder: Path, monkeypatch: p
     def no_more_files(index: int) -> tuple[Image.Image, int]:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    for read, said in ((no_more_files, "lower --num-workers"), (lambda index: (picture(0), 9), "--nb-classes")):
+    for read, said in (
+        (no_more_files, "lower --num-workers"),
+        (lambda index: (picture(0), 9), "--nb-classes"),
+    ):
         samples = TrainSamples(Images(3, read, ["a"]), EVAL, 0, skip_corrupt=True)
         assert said in message_of(SampleError, samples.__getitem__, (0, 0, 0))
 
@@ -214,13 +249,17 @@ def test_a_set_of_damaged_images_alone_ends_after_some_tries(tmp_path: Path) -> 
 def test_streams_are_refused(tmp_path: Path) -> None:
     make_webdataset(tmp_path)
     images = open_images("timm/wds/shards", str(tmp_path), True, num_classes=3)
-    assert "--skip-corrupt is not for streams" in message_of(InputError, train_samples, images, EVAL, 0, True)
+    assert "--skip-corrupt is not for streams" in message_of(
+        InputError, train_samples, images, EVAL, 0, True
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_evaluation_never_replaces(workers: int, folder: Path) -> None:
     bad = damage(folder / "val" / "bee" / "3.jpg")
-    loader = build_eval_loader(eval_samples(opened(folder, False), EVAL), batch_size=4, num_workers=workers, timeout=60)
+    loader = build_eval_loader(
+        eval_samples(opened(folder, False), EVAL), batch_size=4, num_workers=workers, timeout=60
+    )
 
     def evaluate() -> None:
         with closing(loader):
@@ -229,7 +268,7 @@ def test_evaluation_never_replaces(workers: int, folder: Path) -> None:
     assert message_of(SampleError, evaluate).startswith(str(bad))
 
 
-# --------------------------------------------------------------------------------------------------------- counting
+# ----------------------------------------------------------------------------------------- counting
 
 
 def test_the_limit_is_a_thousandth_and_ten_of_few() -> None:
@@ -268,10 +307,12 @@ def test_one_more_than_the_limit_ends_the_run_with_the_list() -> None:
     assert all(f"\n  image {index}" in message for index in range(11))
 
 
-# -------------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_run_with_damaged_images_names_each_once_and_is_the_same_with_workers(folder: Path) -> None:
+def test_a_run_with_damaged_images_names_each_once_and_is_the_same_with_workers(
+    folder: Path,
+) -> None:
     words = "--skip-corrupt --epochs 2 --batch-size 4 --num-workers"
     runs = [run_small(f"{words} {workers} --data-path", folder) for workers in (0, 2)]
     assert differences(*(weights_of(run.training) for run in runs)) == []

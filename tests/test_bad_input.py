@@ -1,4 +1,5 @@
-"""Wrong input ends with a message that names it and the fix, exit code 2, no traceback. A failed loss ends with 3."""
+"""Wrong input ends with a message that names it and the fix, exit code 2, no traceback. A failed
+loss ends with 3."""
 
 from __future__ import annotations
 
@@ -17,7 +18,15 @@ from torch import Tensor
 
 from losses import SMMixLoss
 from tests.image_folders import make_image_folder
-from tests.runs import Outcome, differences, run_main, run_small, torchrun, watching_steps, weights_of
+from tests.runs import (
+    Outcome,
+    differences,
+    run_main,
+    run_small,
+    torchrun,
+    watching_steps,
+    weights_of,
+)
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -40,7 +49,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     def folder(name: str) -> Path:
         return make_image_folder(root / name, CLASSES, per_class=4, size=(20, 20))
 
-    found = {name: folder(name) for name in ("photos", "no_val", "no_class", "empty_class", "other_classes")}
+    found = {
+        name: folder(name)
+        for name in ("photos", "no_val", "no_class", "empty_class", "other_classes")
+    }
     shutil.rmtree(found["no_val"] / "val")
     shutil.rmtree(found["no_class"] / "train")
     (found["no_class"] / "train").mkdir()
@@ -65,19 +77,30 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     content = checkpoint.read_bytes()
     found["truncated"] = root / "truncated.pth"
     found["truncated"].write_bytes(content[: len(content) // 2])
-    found["list"], found["no_weights"], found["foreign"] = root / "list.pth", root / "epoch.pth", root / "foreign.pth"
+    found["list"], found["no_weights"], found["foreign"] = (
+        root / "list.pth",
+        root / "epoch.pth",
+        root / "foreign.pth",
+    )
     torch.save([1, 2], found["list"])
     torch.save({"epoch": 3}, found["no_weights"])
     weights = timm.create_model("vit_nano_patch4_32", num_classes=3, img_size=16).state_dict()
-    torch.save({"model": weights, "args": argparse.Namespace(model="other", lr=1.0)}, found["foreign"])
+    torch.save(
+        {"model": weights, "args": argparse.Namespace(model="other", lr=1.0)}, found["foreign"]
+    )
     found["malicious"] = root / "malicious.pth"
     found["marker"] = root / "executed"
     torch.save({"model": Malicious(found["marker"])}, found["malicious"])
     for classes in (3, 4):
         found[f"teacher{classes}"] = root / f"teacher{classes}.pth"
-        torch.save(timm.create_model("test_resnet", num_classes=classes).state_dict(), found[f"teacher{classes}"])
+        torch.save(
+            timm.create_model("test_resnet", num_classes=classes).state_dict(),
+            found[f"teacher{classes}"],
+        )
     found["vit_teacher"] = root / "vit_teacher.pth"
-    torch.save(timm.create_model("vit_nano_patch4_32", num_classes=3).state_dict(), found["vit_teacher"])
+    torch.save(
+        timm.create_model("vit_nano_patch4_32", num_classes=3).state_dict(), found["vit_teacher"]
+    )
     found["nowhere"] = root / "nowhere"
     return found
 
@@ -96,7 +119,7 @@ def fill(line: str, files: dict[str, Path]) -> list[str | Path]:
     return [Path(word.format(**files)) if "{" in word else word for word in line.split()]
 
 
-# ----------------------------------------------------------------------------------------- data, models, checkpoints
+# ------------------------------------------------------------------------ data, models, checkpoints
 
 # (flags, fragments of the message); fragments may name `files` too.
 WRONG_FILES = {
@@ -107,21 +130,37 @@ WRONG_FILES = {
     "classes without split": ("--data-path {flat}", ["{flat}", "train/", "ant", "move them"]),
     "no class folder": ("--data-path {no_class}", ["no_class", "no class folders"]),
     "empty class": ("--data-path {empty_class}", ["empty_class", "bee", "fill or remove"]),
-    "other classes": ("--data-path {other_classes}", ["only in training: cat", "only in validation: dog"]),
+    "other classes": (
+        "--data-path {other_classes}",
+        ["only in training: cat", "only in validation: dog"],
+    ),
     "too few": ("--data-path {few}", ["--batch-size 8", "3 training images", "use at most 3"]),
     "too few for accumulation": (
         "--data-path {photos} --batch-size 4 --accum-steps 4",
         ["--batch-size 4", "12 training images", "4 batches", "use at most 3"],
     ),
-    "unknown data set": ("--data-set IMAGENET --data-path {photos}", ["--data-set IMAGENET", "IMNET", "timm/<name>"]),
-    "unknown timm set": ("--data-set timm/nope/x --data-path {photos}", ["--data-set timm/nope/x", "timm/torch/"]),
-    "cifar": ("--data-set CIFAR10 --data-path {photos}", ["--data-path {photos}", "CIFAR10", "unpack"]),
+    "unknown data set": (
+        "--data-set IMAGENET --data-path {photos}",
+        ["--data-set IMAGENET", "IMNET", "timm/<name>"],
+    ),
+    "unknown timm set": (
+        "--data-set timm/nope/x --data-path {photos}",
+        ["--data-set timm/nope/x", "timm/torch/"],
+    ),
+    "cifar": (
+        "--data-set CIFAR10 --data-path {photos}",
+        ["--data-path {photos}", "CIFAR10", "unpack"],
+    ),
     "inat": ("--data-set INAT --data-path {photos}", ["train2018.json", "missing"]),
-    "near miss": ("--model vit_nano_patch4_23", ["--model vit_nano_patch4_23", "did you mean", "vit_nano_patch4_32"]),
+    "near miss": (
+        "--model vit_nano_patch4_23",
+        ["--model vit_nano_patch4_23", "did you mean", "vit_nano_patch4_32"],
+    ),
     "far miss": ("--model qqqqqq", ["--model qqqqqq", "timm.list_models()"]),
     "convolutional": ("--model vgg11", ["--model vgg11", "attention"]),
     "unreadable attention": (
-        "--model vit_pwee_patch16_reg1_gap_256 --input-size 32", ["--model vit_pwee_patch16_reg1_gap_256", "attention"],
+        "--model vit_pwee_patch16_reg1_gap_256 --input-size 32",
+        ["--model vit_pwee_patch16_reg1_gap_256", "attention"],
     ),
     "differential attention": (
         "--model vit_dpwee_patch16_reg1_gap_256 --input-size 32",
@@ -145,10 +184,17 @@ WRONG_FILES = {
     "eval a folder": ("--eval --resume {run_folder}", ["is a folder"]),
     "eval truncated": ("--eval --resume {truncated}", ["{truncated}", "truncated or corrupt"]),
     "eval foreign": (
-        "--eval --resume {foreign} --model vit_mini_patch4_32 --data-path {photos}", ["{foreign}", "does not fit"],
+        "--eval --resume {foreign} --model vit_mini_patch4_32 --data-path {photos}",
+        ["{foreign}", "does not fit"],
     ),
-    "eval foreign classes": ("--eval --resume {foreign} --data-set DIGITS", ["{foreign}", "head.weight"]),
-    "eval without weights": ("--eval --resume {no_weights} --data-path {photos}", ["no weights", "epoch"]),
+    "eval foreign classes": (
+        "--eval --resume {foreign} --data-set DIGITS",
+        ["{foreign}", "head.weight"],
+    ),
+    "eval without weights": (
+        "--eval --resume {no_weights} --data-path {photos}",
+        ["no weights", "epoch"],
+    ),
     "eval malicious": ("--eval --resume {malicious}", ["{malicious}", "nothing was executed"]),
     "eval other data": ("--eval --resume {run} --data-set DIGITS", ["same classes"]),
     "finetune nothing": ("--finetune {nowhere}", ["there is no file {nowhere}"]),
@@ -166,34 +212,65 @@ WRONG_FILES = {
     "remode": ("--remode nope", ["--remode nope", "pixel"]),
     "student": (
         "--distillation-type hard --teacher-model test_resnet --teacher-path {teacher3}",
-        ["--distillation-type", "vit_nano_patch4_32", "no distillation token", "deit_tiny_distilled"],
+        [
+            "--distillation-type",
+            "vit_nano_patch4_32",
+            "no distillation token",
+            "deit_tiny_distilled",
+        ],
     ),
-}  # fmt: skip
+}
 
 TEACHER = "--model deit_runs_distilled_patch4_16 --distillation-type soft"
 WRONG_TEACHERS = {
-    "name": ("--teacher-model test_resnt --teacher-path {teacher3}", ["--teacher-model test_resnt", "test_resnet"]),
-    "no file": ("--teacher-model test_resnet --teacher-path {nowhere}", ["there is no file {nowhere}"]),
-    "classes": ("--teacher-model test_resnet --teacher-path {teacher4}", ["--teacher-path {teacher4}", "(4,"]),
-    "network": ("--teacher-model test_resnet --teacher-path {foreign}", ["--teacher-path {foreign}", "does not fit"]),
-    "malicious": ("--teacher-model test_resnet --teacher-path {malicious}", ["{malicious}", "nothing was executed"]),
-    "size": ("--teacher-model vit_nano_patch4_32 --teacher-path {vit_teacher}", ["--teacher-model", "16", "32"]),
+    "name": (
+        "--teacher-model test_resnt --teacher-path {teacher3}",
+        ["--teacher-model test_resnt", "test_resnet"],
+    ),
+    "no file": (
+        "--teacher-model test_resnet --teacher-path {nowhere}",
+        ["there is no file {nowhere}"],
+    ),
+    "classes": (
+        "--teacher-model test_resnet --teacher-path {teacher4}",
+        ["--teacher-path {teacher4}", "(4,"],
+    ),
+    "network": (
+        "--teacher-model test_resnet --teacher-path {foreign}",
+        ["--teacher-path {foreign}", "does not fit"],
+    ),
+    "malicious": (
+        "--teacher-model test_resnet --teacher-path {malicious}",
+        ["{malicious}", "nothing was executed"],
+    ),
+    "size": (
+        "--teacher-model vit_nano_patch4_32 --teacher-path {vit_teacher}",
+        ["--teacher-model", "16", "32"],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", WRONG_FILES)
 def test_wrong_files_and_names(case: str, files: dict[str, Path]) -> None:
     line, fragments = WRONG_FILES[case]
-    data: list[str | Path] = [] if "--data" in line or "--eval" in line else ["--data-path", files["photos"]]
+    data: list[str | Path] = (
+        [] if "--data" in line or "--eval" in line else ["--data-path", files["photos"]]
+    )
     outcome = run_small(*data, *fill(line, files))
     refused(outcome, [fragment.format(**files) for fragment in fragments])
     assert not files["marker"].exists()
 
 
-def test_a_convolutional_network_is_refused_for_its_attention_at_any_size(files: dict[str, Path]) -> None:
+def test_a_convolutional_network_is_refused_for_its_attention_at_any_size(
+    files: dict[str, Path],
+) -> None:
     """Without --input-size it is built before it is refused."""
-    outcome = run_main("--model test_efficientnet --device cpu --num-workers 0 --data-path", files["photos"])
-    refused(outcome, ["--model test_efficientnet", "attention", "VisionTransformer", "--list-models"])
+    outcome = run_main(
+        "--model test_efficientnet --device cpu --num-workers 0 --data-path", files["photos"]
+    )
+    refused(
+        outcome, ["--model test_efficientnet", "attention", "VisionTransformer", "--list-models"]
+    )
 
 
 @pytest.mark.parametrize("case", WRONG_TEACHERS)
@@ -207,10 +284,16 @@ def test_wrong_teachers(case: str, files: dict[str, Path]) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("damage", ["corrupt", "truncated"])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_broken_image_is_named(split: str, damage: str, workers: int, files: dict[str, Path]) -> None:
+def test_a_broken_image_is_named(
+    split: str, damage: str, workers: int, files: dict[str, Path]
+) -> None:
     folder = files[f"{split}_{damage}"]
     words: list[str | Path] = [f"--num-workers {workers}", "--data-path", folder]
-    named = [str(folder / split / "bee" / "2.jpg"), "cannot be read as an image", "replace the file or remove it"]
+    named = [
+        str(folder / split / "bee" / "2.jpg"),
+        "cannot be read as an image",
+        "replace the file or remove it",
+    ]
     refused(run_small("--batch-size 12", *words), named)
     if split == "val":
         refused(run_main("--eval --device cpu --resume", files["run"], *words), named)
@@ -228,18 +311,25 @@ def test_a_broken_image_ends_a_run_without_harm(files: dict[str, Path], tmp_path
     assert not list((tmp_path / "run").rglob("*.pth*"))
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
+)
 def test_a_folder_without_permission(files: dict[str, Path], tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    refused(run_small("--data-path", files["photos"], "--output-dir", tmp_path / "run"), [str(tmp_path / "run")])
+    refused(
+        run_small("--data-path", files["photos"], "--output-dir", tmp_path / "run"),
+        [str(tmp_path / "run")],
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(files: dict[str, Path]) -> None:
-    refused(run_small("--device cuda --data-path", files["photos"]), ["--device cuda", "--device auto"])
+    refused(
+        run_small("--device cuda --data-path", files["photos"]), ["--device cuda", "--device auto"]
+    )
 
 
-# ---------------------------------------------------------------------------------------------- flags by themselves
+# ------------------------------------------------------------------------------ flags by themselves
 
 WRONG_FLAGS = {
     "--lr -1": ["--lr -1.0", "above 0"],
@@ -322,20 +412,29 @@ def test_wrong_flags(line: str, files: dict[str, Path]) -> None:
 
 def test_values_are_refused_before_any_work(tmp_path: Path) -> None:
     begun = time.perf_counter()
-    refused(run_small("--output-dir", tmp_path / "run", "--data-path nowhere --smoothing 2"), ["--smoothing 2.0"])
+    refused(
+        run_small("--output-dir", tmp_path / "run", "--data-path nowhere --smoothing 2"),
+        ["--smoothing 2.0"],
+    )
     assert time.perf_counter() - begun < 2
     assert not (tmp_path / "run").exists()
 
 
-# -------------------------------------------------------------------------------------------------- several ranks
+# ------------------------------------------------------------------------------------ several ranks
 
 
 @pytest.mark.slow
 def test_ranks_agree_on_an_error_and_none_waits(files: dict[str, Path]) -> None:
     """What all ranks meet is said once; what one rank meets, a broken image, ends them all."""
-    words = "--model vit_nano_patch4_32 --input-size 16 --batch-size 2 --no-repeated-aug --num-workers 0 --device cpu"
+    words = (
+        "--model vit_nano_patch4_32 --input-size 16 --batch-size 2 --no-repeated-aug "
+        "--num-workers 0 --device cpu"
+    )
     begun = time.perf_counter()
-    for path, said in ((files["other_classes"], "only in training: cat"), (files["train_corrupt"], "2.jpg: cannot be")):
+    for path, said in (
+        (files["other_classes"], "only in training: cat"),
+        (files["train_corrupt"], "2.jpg: cannot be"),
+    ):
         done = torchrun(words, "--data-path", path, timeout=100)
         assert done.returncode != 0
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -345,14 +444,15 @@ def test_ranks_agree_on_an_error_and_none_waits(files: dict[str, Path]) -> None:
     assert time.perf_counter() - begun < 120
 
 
-# ---------------------------------------------------------------------------------------- a loss that is not finite
+# ------------------------------------------------------------------------ a loss that is not finite
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_failed_loss_stops_before_the_update(
     value: float, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planted in the second epoch: exit code 3, the step, its terms and its images; weights and files stay."""
+    """Planted in the second epoch: exit code 3, the step, its terms and its images; weights and
+    files stay."""
     calls, seen, images = [0], list[dict[str, Tensor]](), list[list[int]]()
     real = SMMixLoss.__call__
 
@@ -368,8 +468,10 @@ def test_a_failed_loss_stops_before_the_update(
         images.append(training.health.unchecked[-1].indices.tolist())
 
     monkeypatch.setattr(SMMixLoss, "__call__", planted)
-    words: list[str | Path] = ["--batch-size 4 --epochs 3 --lr 0.1 --max-bad-steps 1 --log-every 1 --data-path",
-                               files["photos"]]  # fmt: skip
+    words: list[str | Path] = [
+        "--batch-size 4 --epochs 3 --lr 0.1 --max-bad-steps 1 --log-every 1 --data-path",
+        files["photos"],
+    ]
     with watching_steps(see):
         outcome = run_small(*words, "--output-dir", tmp_path)
     assert outcome.code == 3
@@ -389,7 +491,10 @@ def test_a_failed_loss_stops_before_the_update(
     assert all(tensor.isfinite().all() for tensor in seen[3].values())
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert checkpoint["epoch"] == 0
-    assert all(torch.equal(seen[2][f"/network.{name}"], value) for name, value in checkpoint["model"].items())
+    assert all(
+        torch.equal(seen[2][f"/network.{name}"], value)
+        for name, value in checkpoint["model"].items()
+    )
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
 
 

@@ -1,4 +1,5 @@
-"""The benchmarks run, compare what they say they compare, and write what they measured. No figure is looked at."""
+"""The benchmarks run, compare what they say they compare, and write what they measured. No figure
+is looked at."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def test_every_case_is_timed_in_every_round_beside_its_reference() -> None:
 
 
 def test_medians_and_quartiles_are_shown() -> None:
-    table = to_markdown([Timing("a", (0.5, 0.4, 0.6), (1.25, 1.0, 1.5)), Timing("b", (2.0, 2.0, 2.0), (4, 4, 4))])
+    table = to_markdown(
+        [Timing("a", (0.5, 0.4, 0.6), (1.25, 1.0, 1.5)), Timing("b", (2.0, 2.0, 2.0), (4, 4, 4))]
+    )
     assert "| a | 500 | 1.25 [1.00..1.50] |" in table
     assert "peak" not in table
     more = to_markdown([Timing("a", (0.5, 0.4, 0.6), (1.25, 1.0, 1.5), 12.0, 64.0)])
@@ -52,21 +55,36 @@ def test_memory_is_the_most_that_one_call_holds_at_once() -> None:
 
 def test_half_of_the_steps_by_mixup() -> None:
     seconds = {"cutmix": 1.0, "mixup": 1.0, "smmix": 1.4, "none": 0.9, steps.SPLIT: 1.1}
-    timings = [Timing(f"step with {name}", (value, value, value), (1, 1, 1)) for name, value in seconds.items()]
+    timings = [
+        Timing(f"step with {name}", (value, value, value), (1, 1, 1))
+        for name, value in seconds.items()
+    ]
     assert steps.switched(timings) == pytest.approx({"cutmix": 1.0, "smmix": 1.2, steps.SPLIT: 1.1})
 
 
 def test_the_textbook_way_pastes_the_same() -> None:
     images = torch.rand(4, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     regions = Regions(
-        torch.tensor([[0, 1], [2, 2], [1, 0], [0, 0]]), torch.tensor([[1, 1], [0, 0], [2, 3], [0, 2]]), (2, 3)
+        torch.tensor([[0, 1], [2, 2], [1, 0], [0, 0]]),
+        torch.tensor([[1, 1], [0, 0], [2, 3], [0, 2]]),
+        (2, 3),
     )
     ours = paste_regions(images, regions, (8, 8))
     assert torch.equal(steps.paste_by_unfolding(images, regions, (8, 8)), ours)
 
 
 def test_a_quick_run_writes_all_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [*TINY, "--quick", "--parts", "step", "guide", "update", "paste", "--output", str(tmp_path)]
+    flags = [
+        *TINY,
+        "--quick",
+        "--parts",
+        "step",
+        "guide",
+        "update",
+        "paste",
+        "--output",
+        str(tmp_path),
+    ]
     assert run_command(lambda: run.main(flags)) == 0
     told, written = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
     assert (tmp_path / "bench.md").read_text().strip() == told.strip()
@@ -74,9 +92,16 @@ def test_a_quick_run_writes_all_tables(tmp_path: Path, capsys: pytest.CaptureFix
     assert list(written["results"]) == ["step", "guide", "update", "paste"]
     names = [timing["name"] for timing in written["results"]["step"]]
     assert names[0] == "step with cutmix"
-    cheaper = ["--guide-amp bf16", "--guide-size 16 16", "--con-weight 0", "--con-weight 0 --score-block 2"]
+    cheaper = [
+        "--guide-amp bf16",
+        "--guide-size 16 16",
+        "--con-weight 0",
+        "--con-weight 0 --score-block 2",
+    ]
     more = ["--mix-protocol split", *cheaper]
-    assert set(names) == {f"step with {name}" for name in [*steps.METHODS, *(f"smmix {flags}" for flags in more)]}
+    assert set(names) == {
+        f"step with {name}" for name in [*steps.METHODS, *(f"smmix {flags}" for flags in more)]
+    }
     half = written["half_mixup"]
     assert half == steps.switched([Timing(**timing) for timing in written["results"]["step"]])
     shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in half.items())
@@ -86,7 +111,10 @@ def test_a_quick_run_writes_all_tables(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_an_error_in_a_later_part_loses_nothing(
-    error: type[BaseException], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: type[BaseException],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_: object) -> None:
         raise error
@@ -94,7 +122,10 @@ def test_an_error_in_a_later_part_loses_nothing(
     monkeypatch.setattr(run.pipeline, "cases", fail)
     with pytest.raises(error):
         run.main([*TINY, "--quick", "--parts", "pipeline", "paste", "--output", str(tmp_path)])
-    written, table = json.loads((tmp_path / "bench.json").read_text()), (tmp_path / "bench.md").read_text()
+    written, table = (
+        json.loads((tmp_path / "bench.json").read_text()),
+        (tmp_path / "bench.md").read_text(),
+    )
     assert list(written["results"]) == ["paste"]
     assert len(written["results"]["paste"]) == 5
     assert "| paste_regions | " in table
@@ -124,13 +155,16 @@ def test_places_are_checked_before_anything_is_measured(
 def test_a_profile_names_the_parts_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(lambda: profile_step.main([*TINY, "--steps", "1", "--rows", "3"])) == 0
     told = capsys.readouterr().out
-    rows = dict(line.strip("| ").split(" | ")[:2] for line in told.splitlines() if line.startswith("| "))
+    rows = dict(
+        line.strip("| ").split(" | ")[:2] for line in told.splitlines() if line.startswith("| ")
+    )
     assert set(profile_step.PARTS) <= rows.keys()
     assert all(float(rows[part]) >= 0 for part in profile_step.PARTS)
 
 
 class Clock:
-    """Marks whose time is how many were recorded before; like those of a device, they are read after waiting only."""
+    """Marks whose time is how many were recorded before; like those of a device, they are read
+    after waiting only."""
 
     def __init__(self) -> None:
         self.ticks, self.waited = 0, -1
@@ -171,16 +205,24 @@ def test_parts_of_a_step_are_timed_by_marks() -> None:
     forward, guide = bench.model.forward, bench.guide
     times = profile_step.time_parts(bench, 2, ByMarks(lambda: Tick(clock), clock.wait))
     assert list(times) == [*profile_step.PARTS, "step"]
-    # what holds no other part is one tick; the update is two calls; mixing has a tick before the pass and one after it
+    # what holds no other part is one tick; the update is two calls; mixing has a tick before the
+    # pass and one after it
     assert times == {
-        "motivating pass": 1, "mixing without the pass": 2, "forward": 1, "losses": 1, "backward": 1, "update": 2,
+        "motivating pass": 1,
+        "mixing without the pass": 2,
+        "forward": 1,
+        "losses": 1,
+        "backward": 1,
+        "update": 2,
         "step": 2 * 7 + 1,
-    }  # fmt: skip
+    }
     assert (torch.Tensor.backward, bench.guide) == (backward, guide)
     assert (bench.model.forward, "forward" in vars(bench.model)) == (forward, False)
 
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--rounds", "--threads"])
-def test_numbers_that_make_no_sense_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_that_make_no_sense_are_refused(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_command(lambda: run.main([flag, "0"])) == 2
     assert f"{flag} 0: must be above 0" in capsys.readouterr().err

@@ -1,5 +1,5 @@
-"""CaiT: timm's own predictions, Eq. 6 on the talking-heads map against slow loops, gradients, constant drop path,
-weights from other sizes."""
+"""CaiT: timm's own predictions, Eq. 6 on the talking-heads map against slow loops, gradients,
+constant drop path, weights from other sizes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,24 @@ from training.precision import make_autocast
 
 AUTOCASTS = {name: make_autocast(torch.device("cpu"), name) for name in ("none", "bf16")}
 
-TINY: dict[str, Any] = {"img_size": (32, 48), "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+TINY: dict[str, Any] = {
+    "img_size": (32, 48),
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "square": {"img_size": 32},
     "one_block": {"depth": 1, "depth_token_only": 1},
     "no_bias": {"qkv_bias": False},
-    "dropping": {"drop_rate": 0.2, "drop_path_rate": 0.3, "pos_drop_rate": 0.1, "attn_drop_rate": 0.1},
+    "dropping": {
+        "drop_rate": 0.2,
+        "drop_path_rate": 0.3,
+        "pos_drop_rate": 0.1,
+        "attn_drop_rate": 0.1,
+    },
 }
 case = pytest.mark.parametrize("case", CASES)
 
@@ -51,7 +62,8 @@ def some_mask(model: CaiT, count: int = 3) -> Tensor:
 
 
 def maps_used(network: Cait, images: Tensor) -> Tensor:
-    """(B, N, N, H): what timm's last self-attention block really hands from its softmax to its second mix."""
+    """(B, N, N, H): what timm's last self-attention block really hands from its softmax to its
+    second mix."""
     seen: list[Tensor] = []
     mix: Any = network.blocks[-1].attn.proj_w  # type: ignore[union-attr]
     hook = mix.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
@@ -68,11 +80,13 @@ def slow_score(network: Cait, images: Tensor) -> Tensor:
     score = torch.zeros(batch, count, dtype=torch.float64)
     for b in range(batch):
         for j in range(count):
-            score[b, j] = sum(float(used[b, :, j, h].double().sum()) for h in range(heads)) / heads / count
+            score[b, j] = (
+                sum(float(used[b, :, j, h].double().sum()) for h in range(heads)) / heads / count
+            )
     return score
 
 
-# ------------------------------------------------------------------------------------------- predictions and scores
+# --------------------------------------------------------------------------- predictions and scores
 
 
 @case
@@ -82,7 +96,9 @@ def test_predictions_tokens_and_scores_are_timms(case: str) -> None:
     for need_attention in (None, "image"):
         output = model(images, need_attention=need_attention)
         torch.testing.assert_close(output.logits, own(images), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(output.tokens, own.forward_features(images)[:, 1:], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            output.tokens, own.forward_features(images)[:, 1:], atol=1e-5, rtol=1e-5
+        )
         assert (output.image_attention is not None) == (need_attention == "image")
         assert (output.region_logits, output.distillation_logits) == (None, None)
     score = output.image_attention
@@ -119,14 +135,19 @@ def test_map_of_talking_heads_by_its_formula() -> None:
         for b in range(2):
             for h in range(3):
                 for i in range(5):
-                    similar = torch.stack([(queries[b, g, i] * keys[b, g]).sum(dim=1) / 8**0.5 for g in range(3)])
+                    similar = torch.stack(
+                        [(queries[b, g, i] * keys[b, g]).sum(dim=1) / 8**0.5 for g in range(3)]
+                    )
                     expected = ((weight[h, :, None] * similar).sum(dim=0) + bias[h]).softmax(dim=0)
-                    torch.testing.assert_close(ours[b, h, i].double(), expected, atol=1e-5, rtol=1e-5)
+                    torch.testing.assert_close(
+                        ours[b, h, i].double(), expected, atol=1e-5, rtol=1e-5
+                    )
 
 
 @case
 def test_class_score_by_its_formula(case: str) -> None:
-    """softmax over [class; images] of q k / sqrt(d) in the last class attention, in float64; its column is cut."""
+    """softmax over [class; images] of q k / sqrt(d) in the last class attention, in float64; its
+    column is cut."""
     model = build(case)
     images, network = images_for(model), model.network
     given: list[Tensor] = []
@@ -177,7 +198,9 @@ def test_the_score_finds_the_token_that_all_attend_to(cell: int) -> None:
         layer.qkv.weight.zero_()
         layer.qkv.bias.zero_()
         layer.qkv.bias[:24:8] = 50  # each query asks for the first feature of its head,
-        layer.qkv.weight[24:48:8] = normed[cell] - normed[cell - 1]  # of which the marked token's key has most
+        layer.qkv.weight[24:48:8] = (
+            normed[cell] - normed[cell - 1]
+        )  # of which the marked token's key has most
         layer.proj_l.weight.copy_(torch.eye(3))
         layer.proj_l.bias.zero_()
     score = model(images, need_attention="image").image_attention
@@ -199,7 +222,8 @@ def test_score_stays_float32_and_detached_under_autocast(case: str) -> None:
 
 
 def test_similarities_and_their_mix_are_computed_in_float32_under_autocast() -> None:
-    """Queries and keys that bfloat16 holds exactly: whatever differs from float64 was lost after them."""
+    """Queries and keys that bfloat16 holds exactly: whatever differs from float64 was lost after
+    them."""
     layer: Any = build().network.blocks[-1].attn
     with torch.no_grad():
         layer.qkv.weight.copy_(torch.randint(-2, 3, (72, 24)) / 4)
@@ -215,7 +239,7 @@ def test_similarities_and_their_mix_are_computed_in_float32_under_autocast() -> 
     torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=0)
 
 
-# -------------------------------------------------------------------------------------------------- regions, gradients
+# ------------------------------------------------------------------------------- regions, gradients
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -227,9 +251,13 @@ def test_regions_are_classified_by_their_mean_token(separate: bool) -> None:
     classify: Any = model.token_head if separate else model.network.head
     for b in range(3):
         for region, inside in enumerate((True, False)):
-            members = [output.tokens[b, n] for n in range(mask.shape[1]) if bool(mask[b, n]) is inside]
+            members = [
+                output.tokens[b, n] for n in range(mask.shape[1]) if bool(mask[b, n]) is inside
+            ]
             expected = classify(sum(members) / len(members))
-            torch.testing.assert_close(output.region_logits[b, region], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                output.region_logits[b, region], expected, atol=1e-5, rtol=1e-5
+            )
 
 
 def test_the_shared_classifier_drops_as_the_prediction_does() -> None:
@@ -245,7 +273,9 @@ def test_the_shared_classifier_drops_as_the_prediction_does() -> None:
 @pytest.mark.parametrize("amp", AUTOCASTS)
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("separate", [False, True])
-def test_every_parameter_gets_a_gradient_on_every_step(case: str, separate: bool, with_mask: bool, amp: str) -> None:
+def test_every_parameter_gets_a_gradient_on_every_step(
+    case: str, separate: bool, with_mask: bool, amp: str
+) -> None:
     model = build(case, separate).train()
     images, mask = images_for(model), some_mask(model) if with_mask else None
     make_guide(model, AUTOCASTS[amp])(images)  # as in a real step: nothing of it may linger
@@ -256,22 +286,32 @@ def test_every_parameter_gets_a_gradient_on_every_step(case: str, separate: bool
         loss = loss + output.region_logits.float().square().sum()
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert [name for name, grad in gradients.items() if grad is None or not grad.isfinite().all()] == []
+    assert [
+        name for name, grad in gradients.items() if grad is None or not grad.isfinite().all()
+    ] == []
     if model.token_head is not None:
         assert bool(gradients["token_head.weight"].any()) == with_mask  # type: ignore[union-attr]
 
 
-# ----------------------------------------------------------------------------------------------------- what timm builds
+# --------------------------------------------------------------------------------- what timm builds
 
 
-@pytest.mark.parametrize(("name", "count"), [("cait_xxs24_224", 11_956_264), ("cait_xxs36_224", 17_299_720)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("cait_xxs24_224", 11_956_264), ("cait_xxs36_224", 17_299_720)]
+)
 def test_parameter_counts(name: str, count: int) -> None:
     for separate in (False, True):
         with torch.device("meta"):
             network: Any = timm.create_model(name)
             model = CaiT(network, separate)
-        assert sum(parameter.numel() for parameter in model.parameters()) == count + separate * 193_000
-        assert (model.grid_size, model.patch_size, model.input_size) == ((14, 14), (16, 16), (224, 224))
+        assert (
+            sum(parameter.numel() for parameter in model.parameters()) == count + separate * 193_000
+        )
+        assert (model.grid_size, model.patch_size, model.input_size) == (
+            (14, 14),
+            (16, 16),
+            (224, 224),
+        )
 
 
 def test_grid_and_patch_are_the_networks() -> None:
@@ -327,7 +367,7 @@ def test_the_last_block_must_be_a_self_attention_block() -> None:
     assert CaiT(Cait(**{**TINY, "block_layers": Wrapped})).grid_size == (4, 6)
 
 
-# ------------------------------------------------------------------------------------------------ weights made to fit
+# ------------------------------------------------------------------------------ weights made to fit
 
 
 @pytest.mark.parametrize(
@@ -348,7 +388,11 @@ def test_position_embeddings_are_resized(
     new.network.load_state_dict(weights, strict=True)
     assert all(torch.equal(value, before[key]) for key, value in old.network.state_dict().items())
     grid = before["pos_embed"].unflatten(1, old.grid_size).permute(0, 3, 1, 2)
-    expected = interpolate(grid, new.grid_size, mode="bicubic", antialias=True).permute(0, 2, 3, 1).flatten(1, 2)
+    expected = (
+        interpolate(grid, new.grid_size, mode="bicubic", antialias=True)
+        .permute(0, 2, 3, 1)
+        .flatten(1, 2)
+    )
     torch.testing.assert_close(weights["pos_embed"], expected)
     assert len(notes) == 1
     assert notes[0].startswith("pos_embed resized")
@@ -361,10 +405,12 @@ def test_weights_that_fit_are_taken_as_they_are(old_grid: tuple[int, int] | None
     weights, notes = model.resize_weights(model.network.state_dict(), old_grid)
     assert notes == []
     assert weights.keys() == model.network.state_dict().keys()
-    assert all(torch.equal(weights[key], value) for key, value in model.network.state_dict().items())
+    assert all(
+        torch.equal(weights[key], value) for key, value in model.network.state_dict().items()
+    )
 
 
-# ------------------------------------------------------------------------------------- compiled, with checkpointing
+# --------------------------------------------------------------------- compiled, with checkpointing
 
 
 @pytest.mark.parametrize("need_attention", [None, "image", "class"])
@@ -386,5 +432,12 @@ def test_compiled_equals_eager_in_all_calls() -> None:
     model = build("one_block")
     compiled: Callable[..., Any] = torch.compile(model, backend="aot_eager")
     images, mask = images_for(model), some_mask(model)
-    for given in ({}, {"source_mask": mask}, {"need_attention": "image"}, {"need_attention": "class"}):
-        torch.testing.assert_close(compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5)
+    for given in (
+        {},
+        {"source_mask": mask},
+        {"need_attention": "image"},
+        {"need_attention": "class"},
+    ):
+        torch.testing.assert_close(
+            compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5
+        )

@@ -35,8 +35,12 @@ def test_every_damaged_file_is_named_with_its_reason(
 ) -> None:
     root = make_image_folder(tmp_path / "images", ("ant", "bee"), per_class=5, size=(120, 90))
     ways = list(DAMAGE)
-    names = [f"train/{name}/{number}.jpg" for name in ("ant", "bee") for number in range(5)][: len(ways) - 1]
-    bad = [damage(root / name, how) for name, how in zip([*names, "val/bee/4.jpg"], ways, strict=True)]
+    names = [f"train/{name}/{number}.jpg" for name in ("ant", "bee") for number in range(5)][
+        : len(ways) - 1
+    ]
+    bad = [
+        damage(root / name, how) for name, how in zip([*names, "val/bee/4.jpg"], ways, strict=True)
+    ]
     listed = tmp_path / "bad.txt"
     code, out, err = check(capsys, f"--num-workers {workers} --data-path", root, "--output", listed)
     assert code == 1
@@ -44,7 +48,10 @@ def test_every_damaged_file_is_named_with_its_reason(
         (line,) = [line for line in out.splitlines() if line.startswith(f"bad: {path}: ")]
         assert DAMAGE[how][1] in line
     assert out.count("bad: ") == len(bad)
-    assert f"training: 10 images of 2 classes, sides from 90 to 120 pixels, {len(bad) - 1} bad\n" in out
+    assert (
+        f"training: 10 images of 2 classes, sides from 90 to 120 pixels, {len(bad) - 1} bad\n"
+        in out
+    )
     assert "validation: 10 images of 2 classes, sides from 90 to 120 pixels, 1 bad\n" in out
     assert listed.read_text().splitlines() == [str(path) for path in bad]
     assert err.startswith(f"error: {len(bad)} images cannot be read")
@@ -52,7 +59,9 @@ def test_every_damaged_file_is_named_with_its_reason(
     assert "Traceback" not in err
 
 
-def test_a_whole_set_passes_and_empties_an_old_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_set_passes_and_empties_an_old_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, listed = make_image_folder(tmp_path / "images"), tmp_path / "bad.txt"
     listed.write_text("of yesterday\n")
     code, out, err = check(capsys, "--data-path", root, "--output", listed)
@@ -106,7 +115,9 @@ def test_a_label_outside_the_classes_is_refused(
     assert "image 0 of CIFAR10 has label 10, outside the 10 classes" in err
 
 
-def test_streams_and_wrong_values_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_streams_and_wrong_values_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_webdataset(tmp_path)
     code, _, err = check(capsys, "--data-set timm/wds/shards --nb-classes 3 --data-path", tmp_path)
     assert code == 2
@@ -127,7 +138,9 @@ def test_defaults_are_those_of_main() -> None:
 
 
 def test_every_flag_is_read() -> None:
-    assert flags_of(check_data.get_args_parser()) == names_read(Path(check_data.__file__).read_text(), "args")
+    assert flags_of(check_data.get_args_parser()) == names_read(
+        Path(check_data.__file__).read_text(), "args"
+    )
 
 
 def test_progress_is_told_of_a_long_check(

@@ -52,24 +52,47 @@ def unsafe_globals(path: Path) -> list[str]:
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(OrderedDict(body=nn.Linear(4, 3), norm=nn.BatchNorm1d(3), head=nn.Linear(3, 2)))
+    return nn.Sequential(
+        OrderedDict(body=nn.Linear(4, 3), norm=nn.BatchNorm1d(3), head=nn.Linear(3, 2))
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- to_plain
+# ----------------------------------------------------------------------------------------- to_plain
 
 
 def test_to_plain_known_values() -> None:
     value = {
-        "path": Path("a") / "b", "best": np.float64(81.5), "count": np.int64(3), "flag": np.bool_(True),
-        "dtype": torch.float16, "device": torch.device("cpu"), "color": Color.RED, "shape": torch.Size([2, 3]),
-        "many": [1, (2.5, None)], 7: OrderedDict(x="y"),
-    }  # fmt: skip
+        "path": Path("a") / "b",
+        "best": np.float64(81.5),
+        "count": np.int64(3),
+        "flag": np.bool_(True),
+        "dtype": torch.float16,
+        "device": torch.device("cpu"),
+        "color": Color.RED,
+        "shape": torch.Size([2, 3]),
+        "many": [1, (2.5, None)],
+        7: OrderedDict(x="y"),
+    }
     plain = to_plain(value)
     assert plain == {
-        "path": str(Path("a/b")), "best": 81.5, "count": 3, "flag": True, "dtype": "torch.float16", "device": "cpu",
-        "color": "red", "shape": (2, 3), "many": [1, (2.5, None)], 7: {"x": "y"},
-    }  # fmt: skip
-    assert [type(plain[key]) for key in ("best", "count", "flag", "shape", 7)] == [float, int, bool, tuple, dict]
+        "path": str(Path("a/b")),
+        "best": 81.5,
+        "count": 3,
+        "flag": True,
+        "dtype": "torch.float16",
+        "device": "cpu",
+        "color": "red",
+        "shape": (2, 3),
+        "many": [1, (2.5, None)],
+        7: {"x": "y"},
+    }
+    assert [type(plain[key]) for key in ("best", "count", "flag", "shape", 7)] == [
+        float,
+        int,
+        bool,
+        tuple,
+        dict,
+    ]
 
 
 def test_to_plain_detaches_and_shares_memory() -> None:
@@ -98,7 +121,12 @@ def test_to_plain_names_the_place(value: Any, where: str) -> None:
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 nested = st.recursive(
-    leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.tuples(inner, inner)
+    leaves,
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(st.text() | st.integers(), inner)
+        | st.tuples(inner, inner)
+    ),
 )
 
 
@@ -108,7 +136,7 @@ def test_to_plain_keeps_plain_data(value: Any) -> None:
     assert to_plain(value) == value
 
 
-# ------------------------------------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def test_round_trip_of_a_training_state(tmp_path: Path) -> None:
@@ -117,13 +145,21 @@ def test_round_trip_of_a_training_state(tmp_path: Path) -> None:
     model(torch.randn(5, 4)).sum().backward()
     optimizer.step()
     path = tmp_path / "checkpoint.pth"
-    state = {"format": checkpoints.FORMAT, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    save_checkpoint(path, {**state, "best": np.float64(1), "config": {"out": tmp_path}, "nan": float("nan")})
+    state = {
+        "format": checkpoints.FORMAT,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    save_checkpoint(
+        path, {**state, "best": np.float64(1), "config": {"out": tmp_path}, "nan": float("nan")}
+    )
     loaded = load_checkpoint(path)
     assert unsafe_globals(path) == []
     assert loaded["best"] == 1.0
     assert loaded["config"] == {"out": str(tmp_path)}
-    torch.testing.assert_close(loaded["optimizer"], to_plain(optimizer.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        loaded["optimizer"], to_plain(optimizer.state_dict()), rtol=0, atol=0
+    )
     torch.testing.assert_close(pick_weights(loaded), dict(model.state_dict()), rtol=0, atol=0)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
 
@@ -165,7 +201,9 @@ def test_failed_write_keeps_the_previous_file(
     assert os.listdir(tmp_path) == ["checkpoint.pth"]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's device that is always full")
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="needs Linux's device that is always full"
+)
 def test_real_full_device_is_recognised() -> None:
     with pytest.raises((OSError, RuntimeError)) as caught, open("/dev/full", "wb") as stream:
         torch.save({"w": torch.zeros(300_000)}, stream)
@@ -199,12 +237,16 @@ def save_for_ever(path: Path, megabytes: int) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(("kills", "megabytes"), [(10, 5), pytest.param(100, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kills", "megabytes"), [(10, 5), pytest.param(100, 20, marks=pytest.mark.slow)]
+)
 def test_p4_sigkill_never_costs_the_last_file(kills: int, megabytes: int, tmp_path: Path) -> None:
     path, rng, unfinished = tmp_path / "checkpoint.pth", random.Random(0), 0
     save_checkpoint(path, {"step": -1, "w": torch.full((megabytes * 250_000,), -1.0)})
     for _ in range(kills):
-        process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(path, megabytes), daemon=True)
+        process = multiprocessing.get_context("fork").Process(
+            target=save_for_ever, args=(path, megabytes), daemon=True
+        )
         with warnings.catch_warnings():  # the child touches no lock that a thread of ours may hold
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
@@ -244,20 +286,25 @@ def test_p4_a_full_disk_leaves_the_previous_file(small_disk: Path) -> None:
     loaded = load_checkpoint(path)
     assert loaded["step"] == 1
     assert bool((loaded["w"] == 1).all())
-    save_checkpoint(small_disk / "other.pth", {"w": torch.ones(500_000)})  # what fits is still written
+    save_checkpoint(
+        small_disk / "other.pth", {"w": torch.ones(500_000)}
+    )  # what fits is still written
 
 
-# ------------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def content_of(path: Path) -> list[int]:
-    """The places in a zip file that are somebody's content, and not headers, padding or the directory."""
+    """The places in a zip file that are somebody's content, and not headers, padding or the
+    directory."""
     places: list[int] = []
     with zipfile.ZipFile(path) as archive, open(path, "rb") as stream:
         for entry in archive.infolist():
             stream.seek(entry.header_offset + 26)
             names = sum(int.from_bytes(stream.read(2), "little") for _ in range(2))
-            places += range(entry.header_offset + 30 + names, entry.header_offset + 30 + names + entry.file_size)
+            places += range(
+                entry.header_offset + 30 + names, entry.header_offset + 30 + names + entry.file_size
+            )
     return places
 
 
@@ -266,7 +313,12 @@ def training_state() -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(5, 80)).sum().backward()
     optimizer.step()
-    return {"format": checkpoints.FORMAT, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 1}
+    return {
+        "format": checkpoints.FORMAT,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": 1,
+    }
 
 
 def test_p5_every_flipped_bit_is_found(tmp_path: Path) -> None:
@@ -317,16 +369,27 @@ def test_text_is_no_checkpoint(tmp_path: Path) -> None:
 def test_foreign_file_with_namespace_and_numpy_scalars(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "deit.pth"
     foreign = {
-        "model": network().state_dict(), "args": argparse.Namespace(lr=5e-4, names=["a"]),
-        "best": np.float64(79.9), "f": np.float32(0.5), "epoch": np.int64(3), "done": np.bool_(True),
-    }  # fmt: skip
+        "model": network().state_dict(),
+        "args": argparse.Namespace(lr=5e-4, names=["a"]),
+        "best": np.float64(79.9),
+        "f": np.float32(0.5),
+        "epoch": np.int64(3),
+        "done": np.bool_(True),
+    }
     torch.save(foreign, path, _use_new_zipfile_serialization=zipped)
     loaded = load_checkpoint(path)
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # the allowance ended with the call
+    assert (
+        argparse.Namespace not in torch.serialization.get_safe_globals()
+    )  # the allowance ended with the call
     assert type(loaded["args"]) is dict
     assert loaded["args"] == {"lr": 5e-4, "names": ["a"]}
     assert [loaded[key] for key in ("best", "f", "epoch", "done")] == [79.9, 0.5, 3, True]
-    assert [type(loaded[key]) for key in ("best", "f", "epoch", "done")] == [float, float, int, bool]
+    assert [type(loaded[key]) for key in ("best", "f", "epoch", "done")] == [
+        float,
+        float,
+        int,
+        bool,
+    ]
     save_checkpoint(tmp_path / "own.pth", loaded)
     assert unsafe_globals(tmp_path / "own.pth") == []
 
@@ -335,7 +398,10 @@ def test_foreign_file_with_namespace_and_numpy_scalars(tmp_path: Path, zipped: b
 @pytest.mark.parametrize("beside", ["nothing", "namespace"])
 def test_malicious_pickle_runs_nothing(tmp_path: Path, zipped: bool, beside: str) -> None:
     path, target = tmp_path / "evil.pth", tmp_path / "created"
-    state = {"model": Malicious(target), "args": argparse.Namespace(a=1) if beside == "namespace" else None}
+    state = {
+        "model": Malicious(target),
+        "args": argparse.Namespace(a=1) if beside == "namespace" else None,
+    }
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(InputError, match=r"mkdir.*nothing was executed"):
         load_checkpoint(path)
@@ -366,7 +432,9 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "list.pth")
 
 
-@pytest.mark.parametrize("url", ["https://host/name.pth", "http://host/name-0123abcd.pth", "ftp://host/n-0123abcd.pth"])
+@pytest.mark.parametrize(
+    "url", ["https://host/name.pth", "http://host/name-0123abcd.pth", "ftp://host/n-0123abcd.pth"]
+)
 def test_url_without_hash_or_https_is_refused(url: str) -> None:
     with pytest.raises(InputError, match="only https URLs of files whose name ends in their hash"):
         load_checkpoint(url)
@@ -394,7 +462,7 @@ def test_url_with_hash_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.Mo
         load_checkpoint(f"https://host/other-{digest}.pth")
 
 
-# ------------------------------------------------------------------------------------------------------ weights
+# ------------------------------------------------------------------------------------------ weights
 
 W = {"a": torch.zeros(1), "b.c": torch.ones(2)}
 
@@ -421,7 +489,9 @@ def test_pick_weights_keeps_a_prefix_that_is_not_uniform() -> None:
     assert list(pick_weights({"module.a": W["a"], "b": W["b.c"]})) == ["module.a", "b"]
 
 
-@pytest.mark.parametrize("checkpoint", [{"epoch": 1, "net": W}, {}, {"epoch": 1, "net": 2, "model": {"a": 1}}])
+@pytest.mark.parametrize(
+    "checkpoint", [{"epoch": 1, "net": W}, {}, {"epoch": 1, "net": 2, "model": {"a": 1}}]
+)
 def test_pick_weights_lists_what_it_found(checkpoint: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="found the keys " + ("epoch, net" if checkpoint else "")):
         pick_weights(checkpoint)
@@ -449,7 +519,9 @@ def test_load_strictly_checks_before_it_copies() -> None:
 def test_load_strictly_notes_what_is_tolerated() -> None:
     model, before = network(), network().state_dict()
     load = functools.partial(load_strictly, model, changed_weights(), source="file.pth")
-    notes = load(tolerate_missing={"norm.bias", "head.weight"}, tolerate_unexpected={"extra", "head.weight"})
+    notes = load(
+        tolerate_missing={"norm.bias", "head.weight"}, tolerate_unexpected={"extra", "head.weight"}
+    )
     assert [note.split(":")[0] for note in notes] == ["extra", "head.weight", "norm.bias"]
     kept = {"norm.bias", "head.weight"}
     for name, value in model.state_dict().items():
@@ -471,20 +543,35 @@ def test_load_strictly_accepts_an_exact_fit() -> None:
     torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
 
 
-# ----------------------------------------------------------------------------------------------- state of an optimizer
+# ---------------------------------------------------------------------------- state of an optimizer
 
-OPTIMIZERS = ("adamw", "sgd", "lamb", "lion", "adafactor", "adan", "nadamw", "muon", "rmsproptf", "lookahead_adamw")
+OPTIMIZERS = (
+    "adamw",
+    "sgd",
+    "lamb",
+    "lion",
+    "adafactor",
+    "adan",
+    "nadamw",
+    "muon",
+    "rmsproptf",
+    "lookahead_adamw",
+)
 
 
 def trainer(opt: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = nn.Sequential(OrderedDict(body=nn.Linear(4, 3), norm=nn.LayerNorm(3), head=nn.Linear(3, 2)))
+    model = nn.Sequential(
+        OrderedDict(body=nn.Linear(4, 3), norm=nn.LayerNorm(3), head=nn.Linear(3, 2))
+    )
     return model, optim.make_optimizer(model, {"opt": opt, "lr": 1e-2, "weight_decay": 0.05})
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         optimizer.zero_grad()
-        model(torch.randn(5, 4, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        model(
+            torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+        ).square().sum().backward()
         optimizer.step()
 
 
@@ -492,7 +579,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 def test_an_optimizer_goes_on_exactly_with_its_own_settings(opt: str, tmp_path: Path) -> None:
     model, optimizer = trainer(opt)
     train(model, optimizer, range(3))
-    save_checkpoint(tmp_path / "x.pth", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    save_checkpoint(
+        tmp_path / "x.pth", {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    )
     saved = load_checkpoint(tmp_path / "x.pth")
     again, other = trainer(opt)
     other.param_groups[0]["lr"] = 0.5
@@ -533,13 +622,16 @@ WRONG_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("wrong", WRONG_STATES)
 def test_a_state_that_does_not_fit_is_refused(wrong: str) -> None:
-    """torch takes the first of them, and then its fused step reads and writes beyond the tensor's end."""
+    """torch takes the first of them, and then its fused step reads and writes beyond the tensor's
+    end."""
     model, optimizer = trainer("adamw")
     train(model, optimizer, range(2))
     saved = copy.deepcopy(optimizer.state_dict())
     WRONG_STATES[wrong](saved)
     _, other = trainer("adamw")
-    with pytest.raises(InputError, match=r"^x\.pth: its optimizer state (does not fit|is of another)"):
+    with pytest.raises(
+        InputError, match=r"^x\.pth: its optimizer state (does not fit|is of another)"
+    ):
         load_optimizer(other, saved, "x.pth")
 
 

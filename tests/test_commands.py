@@ -1,7 +1,9 @@
-"""Every command we show is one that its program takes, and every flag a program takes is one that it reads.
+"""Every command we show is one that its program takes, and every flag a program takes is one that
+it reads.
 
-Commands come from the fenced bash blocks of the documents, from docstrings, from the headers of scripts, and from what
-the scripts print with DRY_RUN=1. What is not understood here fails, so that nothing is passed over.
+Commands come from the fenced bash blocks of the documents, from docstrings, from the headers of
+scripts, and from what the scripts print with DRY_RUN=1. What is not understood here fails, so that
+nothing is passed over.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ OTHER_PROGRAMS = {"source", "pip", "ruff", "mypy", "pre-commit", "tensorboard"} 
 
 
 class Row(NamedTuple):
-    """A row of Table 1 of the paper, and where its recipe departs from DeiT's (None: the flag is left out)."""
+    """A row of Table 1 of the paper, and where its recipe departs from DeiT's (None: the flag is
+    left out)."""
 
     name: str
     model: str
@@ -54,14 +57,24 @@ CAIT = {"eval_crop_ratio": 1.0}
 PVT = {"model_ema": False, "model_ema_decay": None}
 PVT_LARGE = {**PVT, "drop_path": 0.3, "clip_grad": 1.0}
 SWIN = {
-    **PVT, "drop_path": 0.2, "clip_grad": 5.0, "warmup_epochs": 20, "warmup_lr": 5e-7, "min_lr": 5e-6,
-    "repeated_aug": False, "repeats": None, "sched_on_updates": True, "scale_schedule": True,
-}  # fmt: skip
+    **PVT,
+    "drop_path": 0.2,
+    "clip_grad": 5.0,
+    "warmup_epochs": 20,
+    "warmup_lr": 5e-7,
+    "min_lr": 5e-6,
+    "repeated_aug": False,
+    "repeats": None,
+    "sched_on_updates": True,
+    "scale_schedule": True,
+}
 TABLE_1 = {
     "deit_tiny": Row("DeiT-T", "deit_tiny_patch16_224", 72.2, 73.6, 256, {}),
     "deit_small": Row("DeiT-S", "deit_small_patch16_224", 79.8, 81.1, 256, {}),
     "deit_base": Row("DeiT-B", "deit_base_patch16_224", 81.8, 82.9, 64, {}),
-    "cait_xxs24": Row("CaiT-XXS-24", "cait_xxs24_224", 77.6, 78.9, 256, {**CAIT, "drop_path": 0.05}),
+    "cait_xxs24": Row(
+        "CaiT-XXS-24", "cait_xxs24_224", 77.6, 78.9, 256, {**CAIT, "drop_path": 0.05}
+    ),
     "cait_xxs36": Row("CaiT-XXS-36", "cait_xxs36_224", 79.1, 80.2, 256, CAIT),
     "pvt_tiny": Row("PVT-T", "pvt_tiny", 75.1, 76.4, 128, PVT),
     "pvt_small": Row("PVT-S", "pvt_small", 79.8, 81.0, 128, PVT),
@@ -69,25 +82,58 @@ TABLE_1 = {
     "pvt_large": Row("PVT-L", "pvt_large", 81.7, 82.7, 128, PVT_LARGE),
     "swin_tiny": Row("Swin-T", "swin_tiny_patch4_window7_224", 81.2, 81.8, 128, SWIN),
 }
-# DeiT's recipe (arXiv 2012.12877, Table 9, and its code) as every script of Table 1 must spell it out.
+# DeiT's recipe (arXiv 2012.12877, Table 9, and its code) as every script of Table 1 must spell it
+# out.
 RECIPE: dict[str, Any] = {
-    "data_set": "IMNET", "input_size": [224], "eval_crop_ratio": 0.875, "epochs": 300, "seed": 0, "amp": "fp16",
-    "opt": "adamw", "opt_eps": 1e-8, "weight_decay": 0.05, "lr": 5e-4, "sched": "cosine", "warmup_epochs": 5,
-    "warmup_lr": 1e-6, "min_lr": 1e-5, "drop": 0.0, "drop_path": 0.1, "model_ema": True, "model_ema_decay": 0.99996,
-    "aa": "rand-m9-mstd0.5-inc1", "train_interpolation": "bicubic", "repeated_aug": True, "repeats": 3, "reprob": 0.25,
-    "remode": "pixel", "recount": 1, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0,
-    "mixup_switch_prob": 0.5, "mixup_mode": "batch", "mixer": "smmix", "variant": "paper", "side_ratio": [0.25, 0.75],
+    "data_set": "IMNET",
+    "input_size": [224],
+    "eval_crop_ratio": 0.875,
+    "epochs": 300,
+    "seed": 0,
+    "amp": "fp16",
+    "opt": "adamw",
+    "opt_eps": 1e-8,
+    "weight_decay": 0.05,
+    "lr": 5e-4,
+    "sched": "cosine",
+    "warmup_epochs": 5,
+    "warmup_lr": 1e-6,
+    "min_lr": 1e-5,
+    "drop": 0.0,
+    "drop_path": 0.1,
+    "model_ema": True,
+    "model_ema_decay": 0.99996,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "train_interpolation": "bicubic",
+    "repeated_aug": True,
+    "repeats": 3,
+    "reprob": 0.25,
+    "remode": "pixel",
+    "recount": 1,
+    "smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "mixup_prob": 1.0,
+    "mixup_switch_prob": 0.5,
+    "mixup_mode": "batch",
+    "mixer": "smmix",
+    "variant": "paper",
+    "side_ratio": [0.25, 0.75],
     "auto_resume": True,
-}  # fmt: skip
+}
 
 
-# ------------------------------------------------------------------------------------------- finding commands
+# --------------------------------------------------------------------------------- finding commands
 
 
 def joined(lines: list[str]) -> Iterator[str]:
     """Lines with their continuations, comments and empty lines left out."""
     text = "\n".join(lines).replace("\\\n", " ")
-    yield from (line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#"))
+    yield from (
+        line.strip()
+        for line in text.splitlines()
+        if line.strip() and not line.strip().startswith("#")
+    )
 
 
 def commands_of_document(text: str) -> list[str]:
@@ -99,12 +145,15 @@ def commands_of_docstring(text: str) -> list[str]:
     """Indented lines that start like a command."""
     starts = ("python ", "torchrun ", "bash ")
     return [
-        line for line in joined(text.splitlines()) if f"    {line.split('  ')[0]}" in text and line.startswith(starts)
+        line
+        for line in joined(text.splitlines())
+        if f"    {line.split('  ')[0]}" in text and line.startswith(starts)
     ]
 
 
 def commands_of_header(text: str) -> list[str]:
-    """Indented lines of a script's comment; a gap ends the command, and a usage line with [] is none."""
+    """Indented lines of a script's comment; a gap ends the command, and a usage line with [] is
+    none."""
     lines = re.findall(r"^#   (bash .*)$", text, flags=re.M)
     return [re.split(r" {3,}", line)[0] for line in lines if "[" not in line]
 
@@ -112,19 +161,38 @@ def commands_of_header(text: str) -> list[str]:
 def all_commands() -> list[tuple[str, str]]:
     found = [(path, commands_of_document(path.read_text())) for path in DOCUMENTS]
     for path in MODULES:
-        found.append((path, commands_of_docstring(ast.get_docstring(ast.parse(path.read_text()), clean=False) or "")))
+        found.append(
+            (
+                path,
+                commands_of_docstring(
+                    ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
+                ),
+            )
+        )
     found += [(path, commands_of_header(path.read_text())) for path in SCRIPTS]
-    return [(path.relative_to(ROOT).as_posix(), command) for path, commands in found for command in commands]
+    return [
+        (path.relative_to(ROOT).as_posix(), command)
+        for path, commands in found
+        for command in commands
+    ]
 
 
-# ------------------------------------------------------------------------------------------- parsing commands
+# --------------------------------------------------------------------------------- parsing commands
 
 
 def dry_run(words: list[str], **environment: str) -> str:
     """What a script prints with DRY_RUN=1; its messages of refusal as an AssertionError."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("NNODES", "NODE_", "MASTER_"))}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("NNODES", "NODE_", "MASTER_"))
+    }
     done = subprocess.run(
-        ["bash", *words], cwd=ROOT, env={**clean, **environment, "DRY_RUN": "1"}, capture_output=True, text=True
+        ["bash", *words],
+        cwd=ROOT,
+        env={**clean, **environment, "DRY_RUN": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -182,8 +250,16 @@ def test_every_command_shown_is_accepted(where: str, command: str) -> None:
 
 def test_commands_are_found_in_all_the_places_that_have_them() -> None:
     places = {where for where, _ in all_commands()}
-    assert {"README.md", "CONTRIBUTING.md", "main.py", "tools/show_mixing.py", "scripts/deit_tiny.sh"} <= places
-    assert any("--finetune" in command and "--input-size 384" in command for _, command in all_commands())
+    assert {
+        "README.md",
+        "CONTRIBUTING.md",
+        "main.py",
+        "tools/show_mixing.py",
+        "scripts/deit_tiny.sh",
+    } <= places
+    assert any(
+        "--finetune" in command and "--input-size 384" in command for _, command in all_commands()
+    )
 
 
 @pytest.mark.parametrize(
@@ -214,20 +290,37 @@ def test_a_script_that_is_not_there_is_found() -> None:
         check_command("bash scripts/deit_huge.sh --data-path /imagenet")
 
 
-# ------------------------------------------------------------------------------------------------- no dead flag
+# ------------------------------------------------------------------------------------- no dead flag
 
 
 def names_read(source: str, variable: str) -> set[str]:
-    """Attributes of `variable` that the source reads, also through getattr with a written-out name."""
+    """Attributes of `variable` that the source reads, also through getattr with a written-out
+    name."""
     found = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and isinstance(node.ctx, ast.Load)
+        ):
             found |= {node.attr} if node.value.id == variable else set()
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == variable:
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Attribute)
+            and node.value.attr == variable
+        ):
             found.add(node.attr)  # self.args.name
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "getattr"
+        ):
             owner, name = node.args[:2]
-            if isinstance(owner, ast.Name) and owner.id == variable and isinstance(name, ast.Constant):
+            if (
+                isinstance(owner, ast.Name)
+                and owner.id == variable
+                and isinstance(name, ast.Constant)
+            ):
                 found.add(str(name.value))
     return found
 
@@ -237,7 +330,8 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def unread(parser: argparse.ArgumentParser) -> set[str]:
-    """Flags of main.py that nothing reads: neither the files that see the namespace, nor what these hand it to."""
+    """Flags of main.py that nothing reads: neither the files that see the namespace, nor what these
+    hand it to."""
     main = (ROOT / "main.py").read_text() + (ROOT / "config/build.py").read_text().replace(
         "from __future__ import annotations", ""
     )
@@ -265,7 +359,7 @@ def test_a_planted_dead_flag_is_found() -> None:
     assert unread(parser) == {"multi_reso"}
 
 
-# ----------------------------------------------------------------------------------------------------- spelling
+# ----------------------------------------------------------------------------------------- spelling
 
 
 def example(action: argparse.Action) -> list[str]:
@@ -302,7 +396,9 @@ def test_underscores_in_values_stay() -> None:
 
 @pytest.mark.parametrize("spelling", ["{}", "{} 1", "{}=1", "underscores"])
 @pytest.mark.parametrize("flag", GONE)
-def test_flags_that_are_gone_say_what_to_use(flag: str, spelling: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_are_gone_say_what_to_use(
+    flag: str, spelling: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = "--" + flag[2:].replace("-", "_") if spelling == "underscores" else spelling.format(flag)
     with pytest.raises(SystemExit) as stopped:
         get_args_parser().parse_args(text.split())
@@ -313,7 +409,9 @@ def test_flags_that_are_gone_say_what_to_use(flag: str, spelling: str, capsys: p
 @pytest.mark.parametrize("flag", GONE)
 def test_what_a_gone_flag_advises_exists(flag: str) -> None:
     options = {option for action in get_args_parser()._actions for option in action.option_strings}
-    advised = set(re.findall(r"--[a-z][a-z-]*(?![a-z_-])", GONE[flag])) - {flag}  # torchrun's have underscores
+    advised = set(re.findall(r"--[a-z][a-z-]*(?![a-z_-])", GONE[flag])) - {
+        flag
+    }  # torchrun's have underscores
     assert advised <= options
     assert flag not in options
 
@@ -324,13 +422,18 @@ def test_deits_own_spelling_of_three_augment_is_known(capsys: pytest.CaptureFixt
     assert "--aa 3a" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------- scripts of Table 1
+# ------------------------------------------------------------------------------- scripts of Table 1
 
 
 def run_of(size: str, *words: str, **environment: str) -> tuple[argparse.Namespace, str]:
     """The one call of main.py that a script of Table 1 shows, parsed, and all that it prints."""
     printed = dry_run([f"scripts/{size}.sh", "--data-path", "/imagenet", *words], **environment)
-    (args,) = [args for line in printed.splitlines() if line.startswith("torchrun") for args in check_command(line)]
+    (args,) = [
+        args
+        for line in printed.splitlines()
+        if line.startswith("torchrun")
+        for args in check_command(line)
+    ]
     return args, printed
 
 
@@ -350,8 +453,14 @@ def refusal(words: list[str], **environment: str) -> str:
 def test_a_script_spells_out_its_recipe(size: str) -> None:
     args, printed = run_of(size, "--nproc", "4")
     line = next(line for line in printed.splitlines() if line.startswith("torchrun"))
-    written = explicit_flags(get_args_parser(), parse_torchrun(shlex.split(line)[1:]).training_script_args)
-    wanted = {name: value for name, value in {**RECIPE, **TABLE_1[size].differs}.items() if value is not None}
+    written = explicit_flags(
+        get_args_parser(), parse_torchrun(shlex.split(line)[1:]).training_script_args
+    )
+    wanted = {
+        name: value
+        for name, value in {**RECIPE, **TABLE_1[size].differs}.items()
+        if value is not None
+    }
     own = {"model", "batch_size", "accum_steps", "data_path", "output_dir"}
     assert {name: value for name, value in written.items() if name not in own} == wanted
     assert args.model == TABLE_1[size].model
@@ -359,20 +468,29 @@ def test_a_script_spells_out_its_recipe(size: str) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16, 64])
 @pytest.mark.parametrize("size", TABLE_1)
-def test_the_total_batch_is_1024_whatever_the_number_of_processes(size: str, processes: int) -> None:
+def test_the_total_batch_is_1024_whatever_the_number_of_processes(
+    size: str, processes: int
+) -> None:
     args, printed = run_of(size, "--nproc", str(processes))
     total = args.batch_size * processes * args.accum_steps
     assert total == 1024
     assert processes_of(printed) == processes
     assert args.batch_size <= TABLE_1[size].largest
-    assert args.accum_steps == 1 or args.batch_size == TABLE_1[size].largest  # accumulates only what has to be
+    assert (
+        args.accum_steps == 1 or args.batch_size == TABLE_1[size].largest
+    )  # accumulates only what has to be
     assert optim.scale_rate(args.lr, total) == pytest.approx(1e-3)
-    assert f"{args.batch_size} per process x {processes} processes x {args.accum_steps} accumulated = 1024" in printed
+    assert (
+        f"{args.batch_size} per process x {processes} processes x {args.accum_steps} accumulated = "
+        "1024" in printed
+    )
 
 
 def test_the_papers_hardware_needs_no_accumulation() -> None:
     assert vars(run_of("deit_tiny", "--nproc", "4")[0])["batch_size"] == 256
-    args, printed = run_of("deit_base", "--nproc", "8", NNODES="2", NODE_RANK="1", MASTER_ADDR="node0")
+    args, printed = run_of(
+        "deit_base", "--nproc", "8", NNODES="2", NODE_RANK="1", MASTER_ADDR="node0"
+    )
     assert (args.batch_size, args.accum_steps, processes_of(printed)) == (64, 1, 16)
     for word in ("--nnodes=2", "--node_rank=1", "--master_addr=node0", "--master_port=29500"):
         assert word in printed
@@ -389,7 +507,9 @@ def test_the_papers_hardware_needs_no_accumulation() -> None:
         (["--accum_steps=8", "--batch-size", "16"], 16, 8, 512),
     ],
 )
-def test_ones_own_batch_size_is_taken_and_the_total_said(words: list[str], batch: int, accum: int, total: int) -> None:
+def test_ones_own_batch_size_is_taken_and_the_total_said(
+    words: list[str], batch: int, accum: int, total: int
+) -> None:
     args, printed = run_of("deit_small", "--nproc", "4", *words)
     assert (args.batch_size, args.accum_steps) == (batch, accum)
     assert f"= {total}\n" in printed
@@ -412,8 +532,12 @@ def test_ones_own_batch_size_is_taken_and_the_total_said(words: list[str], batch
         (["--nproc", "8"], {"NNODES": "two"}, "NNODES=two"),
     ],
 )
-def test_a_script_refuses_what_it_cannot_share_out(words: list[str], environment: dict[str, str], message: str) -> None:
-    assert message in refusal(["scripts/deit_base.sh", "--data-path", "/imagenet", *words], **environment)
+def test_a_script_refuses_what_it_cannot_share_out(
+    words: list[str], environment: dict[str, str], message: str
+) -> None:
+    assert message in refusal(
+        ["scripts/deit_base.sh", "--data-path", "/imagenet", *words], **environment
+    )
 
 
 def test_a_script_without_data_says_so() -> None:
@@ -421,7 +545,9 @@ def test_a_script_without_data_says_so() -> None:
 
 
 def test_a_scripts_other_arguments_win_over_the_recipe() -> None:
-    args, _ = run_of("deit_tiny", "--nproc", "4", "--variant", "released", "--no-repeated-aug", "--reprob", "0")
+    args, _ = run_of(
+        "deit_tiny", "--nproc", "4", "--variant", "released", "--no-repeated-aug", "--reprob", "0"
+    )
     assert (args.variant, args.repeated_aug, args.reprob) == ("released", False, 0.0)
     args, _ = run_of("deit_tiny", "--nproc", "4", "--mixer", "cutmix")
     assert args.mixer == "cutmix"
@@ -451,22 +577,39 @@ def test_headers_and_readme_quote_the_papers_table(size: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_bash_without_mistakes_and_explain_themselves(script: Path) -> None:
-    for path in (script, ROOT / "scripts/_common.sh", ROOT / "scripts/_imagenet.sh", ROOT / ".ci/run"):
+    for path in (
+        script,
+        ROOT / "scripts/_common.sh",
+        ROOT / "scripts/_imagenet.sh",
+        ROOT / ".ci/run",
+    ):
         subprocess.run(["bash", "-n", str(path)], check=True)
         assert ";;&" not in path.read_text()  # bash 3.2 of macOS
     if script.name != "test.sh":
-        asked = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True, check=True)
+        asked = subprocess.run(
+            ["bash", str(script), "--help"], capture_output=True, text=True, check=True
+        )
         assert f"bash scripts/{script.name}" in asked.stdout
 
 
-# ------------------------------------------------------------------------------- quickstart, test.sh, .ci/run
+# --------------------------------------------------------------------- quickstart, test.sh, .ci/run
 
 
 def test_quickstart_trains_on_two_processes_and_evaluates_what_it_trained() -> None:
     printed = dry_run(["scripts/quickstart.sh", "--epochs", "1"])
-    trained, evaluated = (args for line in printed.splitlines() if " main.py" in line for args in check_command(line))
-    assert "torch.distributed.run --standalone --local_addr=127.0.0.1 --nproc_per_node=2 main.py" in printed
-    assert (trained.data_set, trained.mixer, trained.epochs, trained.device) == ("DIGITS", "smmix", 1, "cpu")
+    trained, evaluated = (
+        args for line in printed.splitlines() if " main.py" in line for args in check_command(line)
+    )
+    assert (
+        "torch.distributed.run --standalone --local_addr=127.0.0.1 --nproc_per_node=2 main.py"
+        in printed
+    )
+    assert (trained.data_set, trained.mixer, trained.epochs, trained.device) == (
+        "DIGITS",
+        "smmix",
+        1,
+        "cpu",
+    )
     assert evaluated.eval
     assert evaluated.resume == f"{trained.output_dir}/checkpoint.pth"
 
@@ -478,7 +621,8 @@ def test_quickstart_has_one_place_to_write_to(words: list[str]) -> None:
 
 @pytest.fixture
 def bare_project(tmp_path: Path) -> Path:
-    """A folder with our shell files and an environment whose python only notes what it was asked for."""
+    """A folder with our shell files and an environment whose python only notes what it was asked
+    for."""
     project = tmp_path / "a project"
     shutil.copytree(ROOT / "scripts", project / "scripts")
     shutil.copytree(ROOT / ".ci", project / ".ci")
@@ -497,14 +641,23 @@ def test_a_mistyped_flag_does_not_cost_the_last_quickstart(bare_project: Path) -
     kept.parent.mkdir(parents=True)
     kept.touch()
     command = ["bash", str(bare_project / "scripts/quickstart.sh"), "--nosuch"]
-    assert subprocess.run(command, env={**os.environ, "DRY_RUN": "0"}, capture_output=True).returncode != 0
+    assert (
+        subprocess.run(command, env={**os.environ, "DRY_RUN": "0"}, capture_output=True).returncode
+        != 0
+    )
     assert kept.exists()
 
 
-def use_environment(project: Path, *files: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    script = f'set -euo pipefail; source "{project}/scripts/_common.sh"; use_environment {" ".join(files)}'
+def use_environment(
+    project: Path, *files: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    common = f'source "{project}/scripts/_common.sh"'
+    script = f"set -euo pipefail; {common}; use_environment {' '.join(files)}"
     return subprocess.run(
-        ["bash", "-c", script], env={**os.environ, "DRY_RUN": "0", **environment}, capture_output=True, text=True
+        ["bash", "-c", script],
+        env={**os.environ, "DRY_RUN": "0", **environment},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -533,12 +686,17 @@ def test_an_installation_that_fails_is_not_taken_for_done(bare_project: Path) ->
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ('[ "$1" = --version ] && echo Python 3.9.1 && exit 0\nexit 1', "is Python 3.9.1; Python 3.10 or later"),
+        (
+            '[ "$1" = --version ] && echo Python 3.9.1 && exit 0\nexit 1',
+            "is Python 3.9.1; Python 3.10 or later",
+        ),
         (None, "not found; install Python 3.10"),
         ('[ "$1" != -m ] || exit 1\necho Python 3.12.0', "cannot make an environment"),
     ],
 )
-def test_an_interpreter_that_will_not_do_is_refused(bare_project: Path, body: str | None, message: str) -> None:
+def test_an_interpreter_that_will_not_do_is_refused(
+    bare_project: Path, body: str | None, message: str
+) -> None:
     shutil.rmtree(bare_project / ".venv")
     python = bare_project / "python"
     if body is not None:
@@ -564,7 +722,12 @@ def test_the_test_script_checks_before_it_tests_and_passes_arguments_on() -> Non
     ("printed", "status", "last", "wanted"),
     [
         ("3 passed in 0.10s", 0, "3 passed in 0.10s", 0),
-        ("====== 3 passed, 1 warning in 61.20s (0:01:01) ======\nlate words", 0, "3 passed, 1 warning in 61.20s", 0),
+        (
+            "====== 3 passed, 1 warning in 61.20s (0:01:01) ======\nlate words",
+            0,
+            "3 passed, 1 warning in 61.20s",
+            0,
+        ),
         ("1 failed, 2 passed in 0.10s", 1, "1 failed, 2 passed in 0.10s", 1),
         ("no tests ran in 0.01s", 5, "0 tests ran", 5),
         ("2 skipped in 0.01s", 0, "2 skipped in 0.01s", 1),
@@ -577,7 +740,9 @@ def test_ci_ends_with_the_count_of_tests_and_with_their_status(
 ) -> None:
     (bare_project / "scripts/test.sh").write_text(f"echo '{printed}'\nexit {status}\n")
     environment = {**os.environ, "CI_BROWSER": "0"}  # nothing is installed for this test
-    done = subprocess.run([str(bare_project / ".ci/run")], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [str(bare_project / ".ci/run")], capture_output=True, text=True, env=environment
+    )
     assert last in done.stdout.splitlines()[-1]
     assert done.returncode == wanted
 

@@ -1,5 +1,5 @@
-"""Convolutional networks: timm's own predictions, the energy of the final map against a slow loop, regions, sizes, and
-running statistics that the motivating pass leaves alone."""
+"""Convolutional networks: timm's own predictions, the energy of the final map against a slow loop,
+regions, sizes, and running statistics that the motivating pass leaves alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 case = pytest.mark.parametrize("case", CASES)
 
 
-def build(case: str = "resnet", separate: bool = False, size: tuple[int, int] | None = SIZE, **more: Any) -> ConvNet:
+def build(
+    case: str = "resnet", separate: bool = False, size: tuple[int, int] | None = SIZE, **more: Any
+) -> ConvNet:
     """A tiny model of 7 classes in evaluation mode, weights and running statistics drawn anew."""
     name, overrides = CASES[case]
     torch.manual_seed(1)
@@ -43,7 +45,11 @@ def build(case: str = "resnet", separate: bool = False, size: tuple[int, int] | 
     model = ConvNet(cast(Any, network), separate, input_size=size)
     randomise(model)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+        if (
+            isinstance(module, nn.BatchNorm2d)
+            and module.running_mean is not None
+            and module.running_var is not None
+        ):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
     return model.eval()
@@ -66,7 +72,7 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.named_buffers()}
 
 
-# -------------------------------------------------------------------------------------------------------- the score
+# ---------------------------------------------------------------------------------------- the score
 
 
 def slow_energy(features: Tensor) -> Tensor:
@@ -113,7 +119,7 @@ def test_regions_are_picked_where_the_energy_is(monkeypatch: pytest.MonkeyPatch)
     assert pick_regions(windows, largest=True)[0].tolist() == [0, 3]
 
 
-# ----------------------------------------------------------------------------------------------------- one contract
+# ------------------------------------------------------------------------------------- one contract
 
 
 @case
@@ -157,7 +163,9 @@ def test_regions_are_classified_by_their_mean_cell(case: str, separate: bool) ->
                 expected = model.token_head(pooled)
             # weights drawn anew give logits in the thousands, of terms that cancel in some of them
             close = 1e-5 * max(1.0, float(expected.detach().abs().max()))
-            torch.testing.assert_close(output.region_logits[b, region], expected, atol=close, rtol=0)
+            torch.testing.assert_close(
+                output.region_logits[b, region], expected, atol=close, rtol=0
+            )
 
 
 def slow_classifier(case: str, network: Any, pooled: Tensor) -> Tensor:
@@ -167,7 +175,9 @@ def slow_classifier(case: str, network: Any, pooled: Tensor) -> Tensor:
     if case == "convnext_norm_first":
         return network.head.fc(pooled)
     norm = network.head.norm
-    pooled = (pooled - pooled.mean()) / (pooled.var(correction=0) + norm.eps).sqrt() * norm.weight + norm.bias
+    pooled = (pooled - pooled.mean()) / (
+        pooled.var(correction=0) + norm.eps
+    ).sqrt() * norm.weight + norm.bias
     if case == "convnext_hidden":
         pooled = nn.functional.gelu(network.head.pre_logits.fc(pooled))
     return network.head.fc(pooled)
@@ -216,14 +226,18 @@ def test_the_guide_leaves_running_statistics_alone() -> None:
     images, before = images_for(model) + 3, running_statistics(model)
     assert before
     seen = make_guide(model, NO_AMP)(images)
-    assert all(torch.equal(value, before[name]) for name, value in running_statistics(model).items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in running_statistics(model).items()
+    )
     assert all(module.training for module in model.modules())
     torch.testing.assert_close(seen.logits, model.eval()(images).logits)
     model.train()(images)  # a step does change them
-    assert any(not torch.equal(value, before[name]) for name, value in running_statistics(model).items())
+    assert any(
+        not torch.equal(value, before[name]) for name, value in running_statistics(model).items()
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 def test_the_grid_follows_from_the_input() -> None:
@@ -237,9 +251,16 @@ def test_the_grid_follows_from_the_input() -> None:
     assert fine(images_for(fine), need_attention="image").tokens.shape == (3, 96, 96)
 
 
-@pytest.mark.parametrize(("size", "near"), [((64, 80), "64 64"), ((33, 64), "32 64"), ((16, 16), "32 32")])
-def test_a_size_that_the_stride_does_not_divide_is_refused_with_the_fix(size: tuple[int, int], near: str) -> None:
-    with pytest.raises(ValueError, match=rf"--input-size {size[0]} {size[1]}: .*stride of 32 pixels, such as {near}$"):
+@pytest.mark.parametrize(
+    ("size", "near"), [((64, 80), "64 64"), ((33, 64), "32 64"), ((16, 16), "32 32")]
+)
+def test_a_size_that_the_stride_does_not_divide_is_refused_with_the_fix(
+    size: tuple[int, int], near: str
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=rf"--input-size {size[0]} {size[1]}: .*stride of 32 pixels, such as {near}$",
+    ):
         build(size=size)
 
 

@@ -45,7 +45,7 @@ def labels_of(images: Images) -> list[int]:
     return [images[index][1] for index in range(len(images))]
 
 
-# ------------------------------------------------------------------------------------------------ every data set
+# ----------------------------------------------------------------------------------- every data set
 
 
 def test_digits_are_split_once_for_all_seeds() -> None:
@@ -55,15 +55,23 @@ def test_digits_are_split_once_for_all_seeds() -> None:
     assert set(Counter(labels_of(held_out)).values()) <= {35, 36, 37}
     image, _ = train[0]
     assert image.size == (8, 8)
-    scans = [np.asarray(images[i][0]).tobytes() for images in (train, held_out) for i in range(len(images))]
+    scans = [
+        np.asarray(images[i][0]).tobytes()
+        for images in (train, held_out)
+        for i in range(len(images))
+    ]
     assert len(set(scans)) > 1790  # two scans may look alike, two halves may not
     assert max(np.asarray(train[i][0]).max() for i in range(50)) == 255
     again = opened("DIGITS", seed=9)
     assert [np.asarray(again[i][0]).tobytes() for i in range(1437)] == scans[:1437]
 
 
-@pytest.mark.parametrize(("name", "kind", "classes"), [("CIFAR", "CIFAR100", 100), ("CIFAR10", "CIFAR10", 10)])
-def test_cifar(name: str, kind: str, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "classes"), [("CIFAR", "CIFAR100", 100), ("CIFAR10", "CIFAR10", 10)]
+)
+def test_cifar(
+    name: str, kind: str, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_cifar(tmp_path, kind, monkeypatch)
     train, val = opened(name, tmp_path), opened(name, tmp_path, train=False)
     assert len(train.class_names) == classes
@@ -75,7 +83,9 @@ def test_cifar(name: str, kind: str, classes: int, tmp_path: Path, monkeypatch: 
 def test_image_folder_in_the_order_of_names(tmp_path: Path) -> None:
     root = make_image_folder(tmp_path, ("wasp", "Bee", "ant"), per_class=2)
     (root / "train" / "ant" / "deeper").mkdir()
-    (root / "train" / "ant" / "deeper" / "x.PNG").write_bytes(jpeg_bytes(0))  # a JPEG by another name
+    (root / "train" / "ant" / "deeper" / "x.PNG").write_bytes(
+        jpeg_bytes(0)
+    )  # a JPEG by another name
     (root / "train" / "ant" / "notes.txt").write_text("no image")
     train, val = opened("IMNET", root), opened("IMNET", root, train=False)
     assert train.class_names == val.class_names == ["Bee", "ant", "wasp"]
@@ -86,7 +96,11 @@ def test_image_folder_in_the_order_of_names(tmp_path: Path) -> None:
 def test_any_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
     root = make_image_folder(tmp_path, per_class=1)
     ending = "jpg" if mode == "CMYK" else "png"
-    image = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)) if mode == "I;16" else picture(0, mode=mode)
+    image = (
+        Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8))
+        if mode == "I;16"
+        else picture(0, mode=mode)
+    )
     (root / "train" / "ant" / "0.jpg").unlink()
     image.save(root / "train" / "ant" / f"0.{ending}")
     opened("IMNET", root)
@@ -94,7 +108,9 @@ def test_any_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "year"), [("INAT", 2018), ("INAT19", 2019)])
 @pytest.mark.parametrize("flat", [False, True])
-def test_inat_numbers_classes_as_training_meets_them(name: str, year: int, flat: bool, tmp_path: Path) -> None:
+def test_inat_numbers_classes_as_training_meets_them(
+    name: str, year: int, flat: bool, tmp_path: Path
+) -> None:
     make_inat(tmp_path, year, flat=flat)
     train, val = opened(name, tmp_path), opened(name, tmp_path, train=False)
     assert (
@@ -134,7 +150,7 @@ def test_timm_grey_images_become_rgb(tmp_path: Path) -> None:
     assert labels_of(opened("timm/torch/mnist", tmp_path)) == [3, 9]
 
 
-# ---------------------------------------------------------------------------------------------- what errors say
+# ---------------------------------------------------------------------------------- what errors say
 
 
 def test_unknown_names_list_the_choices(tmp_path: Path) -> None:
@@ -145,16 +161,22 @@ def test_unknown_names_list_the_choices(tmp_path: Path) -> None:
     assert "timm/torch/" in message_of(InputError, open_images, "timm/foo/bar", str(tmp_path), True)
 
 
-@pytest.mark.parametrize("name", ["CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19", "timm/", "timm/torch/cifar10"])
+@pytest.mark.parametrize(
+    "name", ["CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19", "timm/", "timm/torch/cifar10"]
+)
 def test_a_missing_path_is_named(name: str, tmp_path: Path) -> None:
     missing = str(tmp_path / "nowhere")
     assert f"--data-path {missing}" in message_of(InputError, open_images, name, missing, True)
-    assert str(tmp_path) in message_of(InputError, open_images, name, str(tmp_path), True)  # there, but empty
+    assert str(tmp_path) in message_of(
+        InputError, open_images, name, str(tmp_path), True
+    )  # there, but empty
 
 
 def test_missing_parts_of_each_layout_are_named(tmp_path: Path) -> None:
     assert "cifar-100-python" in message_of(InputError, open_images, "CIFAR", str(tmp_path), True)
-    assert "cifar-10-batches-py" in message_of(InputError, open_images, "CIFAR10", str(tmp_path), True)
+    assert "cifar-10-batches-py" in message_of(
+        InputError, open_images, "CIFAR10", str(tmp_path), True
+    )
     assert "train2018.json" in message_of(InputError, open_images, "INAT", str(tmp_path), True)
     assert "train.tar" in message_of(InputError, open_images, "timm/", str(tmp_path), True)
     root = make_inat(tmp_path / "inat")
@@ -174,11 +196,15 @@ def test_inat_without_its_images_or_with_a_new_class_says_so(tmp_path: Path) -> 
     train["annotations"] = [one for one in train["annotations"] if one["category_id"] != 1]
     train["images"] = [one for one in train["images"] if "/1/" not in one["file_name"]]
     (root / "train2018.json").write_text(json.dumps(train))
-    assert "wren has no training image" in message_of(InputError, open_images, "INAT", str(root), False)
+    assert "wren has no training image" in message_of(
+        InputError, open_images, "INAT", str(root), False
+    )
     val["images"] = [{**one, "file_name": "lost/" + one["file_name"]} for one in val["images"]]
     val["annotations"] = [one for one in val["annotations"] if one["category_id"] != 1]
     (root / "val2018.json").write_text(json.dumps({**val, "images": val["images"][-2:]}))
-    assert "no images as val2018.json" in message_of(InputError, open_images, "INAT", str(root), False)
+    assert "no images as val2018.json" in message_of(
+        InputError, open_images, "INAT", str(root), False
+    )
 
 
 def test_folder_mistakes_are_named(tmp_path: Path) -> None:
@@ -187,10 +213,14 @@ def test_folder_mistakes_are_named(tmp_path: Path) -> None:
     assert "train/" in message
     assert "ant, bee" in message
     only_train = make_image_folder(tmp_path / "only", splits=("train",))
-    assert "the folder val/ is missing" in message_of(InputError, open_images, "IMNET", str(only_train), False)
+    assert "the folder val/ is missing" in message_of(
+        InputError, open_images, "IMNET", str(only_train), False
+    )
     assert "val/" in message_of(InputError, open_images, "timm/", str(only_train), False)
     (only_train / "val").mkdir()
-    assert "no class folders" in message_of(InputError, open_images, "IMNET", str(only_train), False)
+    assert "no class folders" in message_of(
+        InputError, open_images, "IMNET", str(only_train), False
+    )
     (only_train / "train" / "cow").mkdir()
     (only_train / "train" / "cow" / "list.txt").touch()
     assert "no image in cow" in message_of(InputError, open_images, "IMNET", str(only_train), True)
@@ -226,19 +256,27 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_class_counts_come_from_the_data_where_it_knows_them(tmp_path: Path) -> None:
     root = make_image_folder(tmp_path / "folder")
-    assert "--nb-classes 7" in message_of(InputError, open_images, "timm/", str(root), True, num_classes=7)
+    assert "--nb-classes 7" in message_of(
+        InputError, open_images, "timm/", str(root), True, num_classes=7
+    )
     shards = make_webdataset(tmp_path / "shards")
     message = message_of(InputError, open_images, "timm/wds/shards", str(shards), True)
     assert "--nb-classes" in message
 
 
 def test_what_timm_cannot_open_says_why(tmp_path: Path) -> None:
-    message = message_of(InputError, open_images, "timm/wds/shards", str(tmp_path), False, num_classes=3)
+    message = message_of(
+        InputError, open_images, "timm/wds/shards", str(tmp_path), False, num_classes=3
+    )
     assert f"--data-path {tmp_path}" in message
     assert "split validation not found" in message
     message = message_of(InputError, open_images, "timm/torch/nothing", str(tmp_path), True)
     assert message.count("Unknown torchvision dataset nothing") == 1
-    for name in ("timm/hfds", "timm/torch/", "timm/wds"):  # timm itself would take these for folders of classes
+    for name in (
+        "timm/hfds",
+        "timm/torch/",
+        "timm/wds",
+    ):  # timm itself would take these for folders of classes
         assert "hfds/" in message_of(InputError, open_images, name, str(tmp_path), True)
 
 
@@ -248,7 +286,7 @@ def test_a_label_outside_the_classes_is_named(tmp_path: Path) -> None:
     assert "--nb-classes" in message_of(SampleError, list, images)
 
 
-# ---------------------------------------------------------------------------------------------- per-data-set facts
+# ------------------------------------------------------------------------------- per-data-set facts
 
 
 def test_mirroring_is_left_out_where_it_would_change_the_class() -> None:
@@ -259,7 +297,11 @@ def test_mirroring_is_left_out_where_it_would_change_the_class() -> None:
 
 def test_the_crop_is_the_data_sets_own_unless_it_is_given() -> None:
     for name in ("IMNET", "CIFAR", "timm/torch/mnist"):
-        assert image_spec_for(name, 224) == image_spec_for(name, 224, None) == ImageSpec((224, 224), crop_ratio=0.875)
+        assert (
+            image_spec_for(name, 224)
+            == image_spec_for(name, 224, None)
+            == ImageSpec((224, 224), crop_ratio=0.875)
+        )
     assert image_spec_for("DIGITS", (48, 32)) == image_spec_for("DIGITS", (48, 32), None)
     assert image_spec_for("DIGITS", (48, 32), None) == ImageSpec((48, 32), crop_ratio=1.0)
     assert image_spec_for("DIGITS", 64, 0.9) == ImageSpec((64, 64), crop_ratio=0.9)

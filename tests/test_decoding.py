@@ -15,17 +15,34 @@ from PIL import Image
 
 from datasets import open_images
 from pipeline import images as pipeline_images
-from pipeline.images import Images, UnreadableSampleError, decode_pillow, decode_simplejpeg, pick_decoder
+from pipeline.images import (
+    Images,
+    UnreadableSampleError,
+    decode_pillow,
+    decode_simplejpeg,
+    pick_decoder,
+)
 from pipeline.samples import TrainSamples
 from pipeline.spec import Augment, ImageSpec
 from pipeline.transforms import build_train_transform
-from tests.image_folders import DAMAGE, damage, make_image_folder, make_tar_pair, message_of, picture
+from tests.image_folders import (
+    DAMAGE,
+    damage,
+    make_image_folder,
+    make_tar_pair,
+    message_of,
+    picture,
+)
 from utils import InputError
 
-needs_it = pytest.mark.skipif(pipeline_images.simplejpeg is None, reason="simplejpeg is not installed")
+needs_it = pytest.mark.skipif(
+    pipeline_images.simplejpeg is None, reason="simplejpeg is not installed"
+)
 
 
-def jpeg(number: int = 0, mode: str = "RGB", size: tuple[int, int] = (90, 61), **settings: Any) -> bytes:
+def jpeg(
+    number: int = 0, mode: str = "RGB", size: tuple[int, int] = (90, 61), **settings: Any
+) -> bytes:
     buffer = io.BytesIO()
     picture(number, size).convert(mode).save(buffer, "JPEG", **settings)
     return buffer.getvalue()
@@ -34,11 +51,16 @@ def jpeg(number: int = 0, mode: str = "RGB", size: tuple[int, int] = (90, 61), *
 ROTATED = Image.Exif()
 ROTATED[0x0112] = 6
 KINDS: dict[str, bytes] = {
-    "4:2:0": jpeg(0), "4:4:4": jpeg(1, subsampling=0), "4:2:2": jpeg(2, subsampling=1), "grey": jpeg(3, "L"),
-    "progressive": jpeg(4, progressive=True), "restarts": jpeg(5, restart_marker_rows=1),
-    "low quality": jpeg(6, quality=8), "one pixel": jpeg(7, size=(1, 1)),
+    "4:2:0": jpeg(0),
+    "4:4:4": jpeg(1, subsampling=0),
+    "4:2:2": jpeg(2, subsampling=1),
+    "grey": jpeg(3, "L"),
+    "progressive": jpeg(4, progressive=True),
+    "restarts": jpeg(5, restart_marker_rows=1),
+    "low quality": jpeg(6, quality=8),
+    "one pixel": jpeg(7, size=(1, 1)),
     "rotated by EXIF": jpeg(8, exif=ROTATED),
-}  # fmt: skip
+}
 
 
 @needs_it
@@ -53,11 +75,17 @@ def test_pixels_are_pillows_bit_for_bit(kind: str, tmp_path: Path) -> None:
 
 
 @needs_it
-@pytest.mark.parametrize("kind", ["CMYK", "RGB without YCbCr", "PNG", "too large for Pillow's liking"])
+@pytest.mark.parametrize(
+    "kind", ["CMYK", "RGB without YCbCr", "PNG", "too large for Pillow's liking"]
+)
 def test_what_only_pillow_knows_goes_to_pillow(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     png = io.BytesIO()
     picture(0).save(png, "PNG")
-    content = {"CMYK": jpeg(0, "CMYK"), "RGB without YCbCr": jpeg(0, keep_rgb=True), "PNG": png.getvalue()}
+    content = {
+        "CMYK": jpeg(0, "CMYK"),
+        "RGB without YCbCr": jpeg(0, keep_rgb=True),
+        "PNG": png.getvalue(),
+    }
     if kind.startswith("too"):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90 * 61 - 1)
         with pytest.warns(Image.DecompressionBombWarning):
@@ -70,14 +98,17 @@ def test_what_only_pillow_knows_goes_to_pillow(kind: str, monkeypatch: pytest.Mo
 
 @needs_it
 def test_damaged_files_are_refused_or_read_as_pillow_does() -> None:
-    """Bits flipped and ends cut at random: what simplejpeg takes, Pillow takes too and sees the same in it."""
+    """Bits flipped and ends cut at random: what simplejpeg takes, Pillow takes too and sees the
+    same in it."""
     chance, taken, left = random.Random(0), 0, 0
     for number in range(3000):
         content = bytearray(chance.choice([*KINDS.values()]))
         if chance.random() < 0.3:
             del content[chance.randint(4, len(content)) :]
         for _ in range(chance.choice((0, 1, 1, 2, 5))):
-            reach = len(content) if number % 2 else min(len(content), 700)  # half of them in the header
+            reach = (
+                len(content) if number % 2 else min(len(content), 700)
+            )  # half of them in the header
             content[chance.randrange(reach)] ^= 1 << chance.randrange(8)
         pixels = pipeline_images._decode_strictly(bytes(content))
         taken, left = taken + (pixels is not None), left + (pixels is None)
@@ -89,7 +120,9 @@ def test_damaged_files_are_refused_or_read_as_pillow_does() -> None:
 @needs_it
 @pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize("name", ["IMNET", "timm/"])
-def test_an_image_that_cannot_be_read_is_named_as_with_pillow(how: str, name: str, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_named_as_with_pillow(
+    how: str, name: str, tmp_path: Path
+) -> None:
     root = make_image_folder(tmp_path, per_class=1, size=(120, 90))
     bad = damage(root / "train" / "bee" / "0.jpg", how)
     said = []
@@ -106,7 +139,9 @@ def test_an_image_that_cannot_be_read_is_named_as_with_pillow(how: str, name: st
 @pytest.mark.parametrize("resize", ["pillow", "torch"])
 @pytest.mark.parametrize("side", [32, 64])
 @pytest.mark.parametrize("name", ["IMNET", "timm/", "tar"])
-def test_training_batches_do_not_depend_on_the_decoder(name: str, side: int, resize: str, tmp_path: Path) -> None:
+def test_training_batches_do_not_depend_on_the_decoder(
+    name: str, side: int, resize: str, tmp_path: Path
+) -> None:
     root = make_tar_pair(tmp_path) if name == "tar" else make_image_folder(tmp_path)
     transform, batches = build_train_transform(ImageSpec((side, side)), Augment(resize=resize)), []
     for decode in (decode_pillow, decode_simplejpeg):

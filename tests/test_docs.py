@@ -1,4 +1,5 @@
-"""What the documents say of the code is so: links, functions, flags, equations, the ten lines of the README."""
+"""What the documents say of the code is so: links, functions, flags, equations, the ten lines of
+the README."""
 
 from __future__ import annotations
 
@@ -22,13 +23,42 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 TEXTS = sorted(
     path
-    for pattern in ("*.md", "*.py", "*.toml", "*.txt", "NOTICE", ".pre-commit-config.yaml", ".ci/*", "docs/*.md",
-                    "scripts/*", "models/*.py", "mixers/*.py", "evaluation/*.py", "tests/*.py", "benchmarks/**/*.*")
-    for path in ROOT.glob(pattern) if path.is_file()
-)  # fmt: skip
+    for pattern in (
+        "*.md",
+        "*.py",
+        "*.toml",
+        "*.txt",
+        "NOTICE",
+        ".pre-commit-config.yaml",
+        ".ci/*",
+        "docs/*.md",
+        "scripts/*",
+        "models/*.py",
+        "mixers/*.py",
+        "evaluation/*.py",
+        "tests/*.py",
+        "benchmarks/**/*.*",
+    )
+    for path in ROOT.glob(pattern)
+    if path.is_file()
+)
 FLAGS_PAGE = ROOT / "docs/flags.md"
-OTHER_FLAGS = {"--nproc", "--output", "--list", "--row", "--small", "--steps", "--list-tsv", "--motivator-tiny",
-               "--motivator-small", "--force-exclude", "--hook-type", "--check", "--logdir", "--help"}  # fmt: skip
+OTHER_FLAGS = {
+    "--nproc",
+    "--output",
+    "--list",
+    "--row",
+    "--small",
+    "--steps",
+    "--list-tsv",
+    "--motivator-tiny",
+    "--motivator-small",
+    "--force-exclude",
+    "--hook-type",
+    "--check",
+    "--logdir",
+    "--help",
+}
 NOT_OFFERED = {"--src", "--cosub", "--attn-only", "--multi-reso", "--wandb-project", "--wandb-name"}
 
 
@@ -48,7 +78,7 @@ def code_spans(text: str) -> list[str]:
 document = pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 
 
-# -------------------------------------------------------------------------------------------------------- links
+# -------------------------------------------------------------------------------------------- links
 
 
 def slugs(text: str) -> set[str]:
@@ -75,11 +105,18 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 
 
 def test_a_planted_broken_link_is_found() -> None:
-    text = "[a](docs/flags.md) [b](docs/nosuch.md) ![c](nosuch.png) [d](docs/flags.md#gone) [e](docs/flags.md#nosuch)"
-    assert broken_links(ROOT / "README.md", text) == ["docs/nosuch.md", "nosuch.png", "docs/flags.md#nosuch"]
+    text = (
+        "[a](docs/flags.md) [b](docs/nosuch.md) ![c](nosuch.png) [d](docs/flags.md#gone) "
+        "[e](docs/flags.md#nosuch)"
+    )
+    assert broken_links(ROOT / "README.md", text) == [
+        "docs/nosuch.md",
+        "nosuch.png",
+        "docs/flags.md#nosuch",
+    ]
 
 
-# --------------------------------------------------------------------------------------- files and their functions
+# ------------------------------------------------------------------------ files and their functions
 
 
 NOT_OURS = {"log.txt", "__init__.py"}  # of a run; of any package
@@ -95,7 +132,9 @@ def definitions(path: Path) -> set[str]:
                 found.add(prefix + node.name)
             if isinstance(node, ast.ClassDef):
                 collect(node.body, f"{prefix}{node.name}.")
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            targets = (
+                node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            )
             found.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
 
     collect(ast.parse(path.read_text()).body, "")
@@ -106,7 +145,9 @@ def wrong_references(text: str) -> list[str]:
     """Code spans that look like `file.py`, `file.py:name` or `folder/file` and name nothing."""
     wrong = []
     for span in code_spans(text):
-        match = re.fullmatch(r"((?:[\w.-]+/)*[\w-]+\.(?:py|sh|md|txt|toml)|\.ci/run)(?::([\w.]+))?", span)
+        match = re.fullmatch(
+            r"((?:[\w.-]+/)*[\w-]+\.(?:py|sh|md|txt|toml)|\.ci/run)(?::([\w.]+))?", span
+        )
         if match is None or match[1].startswith("output/") or match[1] in NOT_OURS:
             continue
         path = ROOT / match[1]
@@ -128,17 +169,25 @@ def test_a_planted_wrong_reference_is_found() -> None:
 
 def test_every_equation_has_its_function() -> None:
     text = (ROOT / "docs/paper_to_code.md").read_text()
-    rows = [line for line in text.partition("## Tables")[0].splitlines() if line.startswith("| Eq.")]
-    equations = {int(number) for row in rows for number in re.findall(r"Eq\. (\d+)", row.split("|")[1])}
+    rows = [
+        line for line in text.partition("## Tables")[0].splitlines() if line.startswith("| Eq.")
+    ]
+    equations = {
+        int(number) for row in rows for number in re.findall(r"Eq\. (\d+)", row.split("|")[1])
+    }
     assert equations == set(range(1, 16))
     assert all(re.search(r"`[\w/]+\.py:\w+", row.split("|")[3]) for row in rows)
 
 
 def test_a_function_that_names_its_equation_agrees_with_the_page() -> None:
-    """Docstrings that begin with "Eq. 7: ..." belong to functions that the page lists under that equation."""
+    """Docstrings that begin with "Eq. 7: ..." belong to functions that the page lists under that
+    equation."""
     page = (ROOT / "docs/paper_to_code.md").read_text().partition("## Tables")[0]
     named = 0
-    for path in (ROOT / name for name in ("smmix.py", "losses.py", "models/interface.py", "mixers/interface.py")):
+    for path in (
+        ROOT / name
+        for name in ("smmix.py", "losses.py", "models/interface.py", "mixers/interface.py")
+    ):
         for node in ast.walk(ast.parse(path.read_text())):
             text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
             if text is None or not re.match(r"Eq\. \d+", text):
@@ -155,18 +204,31 @@ def test_a_function_that_names_its_equation_agrees_with_the_page() -> None:
     assert named >= 6
 
 
-# -------------------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------- flags
 
 
 def known_flags() -> set[str]:
     tools = (show_mixing, check_data, export, run, profile_step, chaos, fuzz)
-    parsers = [get_args_parser(), get_torchrun_parser(), *(tool.get_args_parser() for tool in tools)]
-    return {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    parsers = [
+        get_args_parser(),
+        get_torchrun_parser(),
+        *(tool.get_args_parser() for tool in tools),
+    ]
+    return {
+        option
+        for parser in parsers
+        for action in parser._actions
+        for option in action.option_strings
+    }
 
 
 def unknown_flags(text: str) -> set[str]:
     """Flags in code spans that nothing here takes."""
-    spelled = {flag for span in code_spans(text) for flag in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", span)}
+    spelled = {
+        flag
+        for span in code_spans(text)
+        for flag in re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", span)
+    }
     known = known_flags() | set(GONE) | OTHER_FLAGS | NOT_OFFERED
     return {flag for flag in spelled if not {flag, flag.replace("_", "-"), flag.lower()} & known}
 
@@ -177,7 +239,9 @@ def test_flags_in_prose_exist(path: Path) -> None:
 
 
 def test_a_planted_unknown_flag_is_found() -> None:
-    assert unknown_flags("`--batch_size 3`, `--nosuch`, `--no-repeated-aug`, `--nproc_per_node`") == {"--nosuch"}
+    assert unknown_flags(
+        "`--batch_size 3`, `--nosuch`, `--no-repeated-aug`, `--nproc_per_node`"
+    ) == {"--nosuch"}
 
 
 def sections(text: str) -> dict[str, list[list[str]]]:
@@ -186,7 +250,9 @@ def sections(text: str) -> dict[str, list[list[str]]]:
     tables = {}
     for heading, body in zip(parts[::2], parts[1::2], strict=True):
         rows = [
-            line for line in body.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| flag"))
+            line
+            for line in body.splitlines()
+            if line.startswith("| ") and not line.startswith(("| ---", "| flag"))
         ]
         tables[heading] = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     return tables
@@ -198,7 +264,11 @@ def shown(default: Any) -> str:
         return "none"
     if isinstance(default, bool):
         return "on" if default else "off"
-    return " ".join(str(item) for item in default) if isinstance(default, (tuple, list)) else str(default)
+    return (
+        " ".join(str(item) for item in default)
+        if isinstance(default, (tuple, list))
+        else str(default)
+    )
 
 
 def same_default(written: str, default: Any) -> bool:
@@ -209,18 +279,32 @@ def same_default(written: str, default: Any) -> bool:
 
 def test_the_page_of_flags_has_every_flag_once_with_its_default() -> None:
     tables = sections(FLAGS_PAGE.read_text())
-    rows = [row for title in ("Same as in DeiT", "Another default or meaning", "New here") for row in tables[title]]
+    rows = [
+        row
+        for title in ("Same as in DeiT", "Another default or meaning", "New here")
+        for row in tables[title]
+    ]
     written = [row[0].strip("`") for row in rows]
-    actions = {action.option_strings[0]: action for action in get_args_parser()._actions if action.dest != "help"}
+    actions = {
+        action.option_strings[0]: action
+        for action in get_args_parser()._actions
+        if action.dest != "help"
+    }
     assert len(written) == len(set(written))
     assert set(written) == set(actions)
-    wrong = [row[:2] for row in rows if not same_default(row[1], actions[row[0].strip("`")].default)]
+    wrong = [
+        row[:2] for row in rows if not same_default(row[1], actions[row[0].strip("`")].default)
+    ]
     assert not wrong
 
 
 def test_the_page_of_flags_has_every_gone_flag() -> None:
     rows = sections(FLAGS_PAGE.read_text())["Gone"]
-    written = {flag.replace("_", "-").lower() for row in rows for flag in re.findall(r"`(--\w[\w-]*)`", row[0])}
+    written = {
+        flag.replace("_", "-").lower()
+        for row in rows
+        for flag in re.findall(r"`(--\w[\w-]*)`", row[0])
+    }
     assert written == set(GONE)
 
 
@@ -230,18 +314,22 @@ def test_what_is_said_to_be_refused_is(flag: str) -> None:
         get_args_parser().parse_args([flag])
 
 
-# ------------------------------------------------------------------------------------------------ README's lines
+# ----------------------------------------------------------------------------------- README's lines
 
 
 def readme_block() -> str:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S
+    )
     (block,) = [block for block in blocks if "SMMixLoss" in block]
     return block
 
 
 def test_smmix_in_ones_own_loop_is_ten_lines_that_train() -> None:
     block = readme_block()
-    lines = [line for line in block.splitlines() if line and not line.startswith(("import ", "from "))]
+    lines = [
+        line for line in block.splitlines() if line and not line.startswith(("import ", "from "))
+    ]
     assert len(lines) <= 11
     images = torch.randn(3, 5, 3, 32, 32, generator=keyed_generator("readme"))  # three odd batches
     loader = [(batch, torch.arange(5)) for batch in images]
@@ -260,12 +348,19 @@ def test_smmix_in_ones_own_loop_is_ten_lines_that_train() -> None:
     assert model.training
 
 
-# --------------------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------------------- words
 
 # Absolute folders of one machine, and where packages come from: neither belongs into a project.
 FOLDERS = ("work", "root", "home", "tmp", "mnt", "opt", "Users")
-SOURCES = ("-".join(("index", "url")), "-".join(("find", "links")), "file:" + "///", ".".join(("pypi", "org")))
-PRIVATE = re.compile(rf"(?<![\w.}}])/(?:{'|'.join(FOLDERS)})/\w|" + "|".join(map(re.escape, SOURCES)))
+SOURCES = (
+    "-".join(("index", "url")),
+    "-".join(("find", "links")),
+    "file:" + "///",
+    ".".join(("pypi", "org")),
+)
+PRIVATE = re.compile(
+    rf"(?<![\w.}}])/(?:{'|'.join(FOLDERS)})/\w|" + "|".join(map(re.escape, SOURCES))
+)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)
@@ -274,9 +369,17 @@ def test_nothing_names_somebodys_machine(path: Path) -> None:
 
 
 def test_a_planted_machine_is_found() -> None:
-    planted = [f"see /{folder}/me/data" for folder in FOLDERS] + [f"--extra-{SOURCES[0]} x", SOURCES[-1]]
+    planted = [f"see /{folder}/me/data" for folder in FOLDERS] + [
+        f"--extra-{SOURCES[0]} x",
+        SOURCES[-1],
+    ]
     assert all(PRIVATE.search(line) for line in planted)
-    fine = ("/imagenet", "output/tmp/x", "https://github.com/facebookresearch/deit", "/path/to/python3")
+    fine = (
+        "/imagenet",
+        "output/tmp/x",
+        "https://github.com/facebookresearch/deit",
+        "/path/to/python3",
+    )
     assert not any(PRIVATE.search(line) for line in fine)
 
 
@@ -285,7 +388,9 @@ def test_what_was_not_run_says_so() -> None:
     results = text.split("## Results")[1].split("\n## ")[0]
     rows = [line for line in results.splitlines() if line.startswith("|") and "%" in line]
     assert rows
-    assert all(re.match(r"\| `(bash|python|torchrun) ", row) for row in rows), "a figure names the command that gave it"
+    assert all(re.match(r"\| `(bash|python|torchrun) ", row) for row in rows), (
+        "a figure names the command that gave it"
+    )
     table = [line for line in text.splitlines() if line.startswith("| DeiT-")]
     assert len(table) == 3
     assert all("[deit_" in line for line in table)

@@ -1,4 +1,5 @@
-"""Several ranks: another number of them, one that fails or dies, values that are not finite, DDP's first step."""
+"""Several ranks: another number of them, one that fails or dies, values that are not finite, DDP's
+first step."""
 
 from __future__ import annotations
 
@@ -39,32 +40,41 @@ from tests.runs import (
 )
 from utils import InputError
 
-ENDS_WITHIN = 30.0  # seconds until a rank whose peer is gone has ended; on one machine its connection tells it at once
+# seconds until a rank whose peer is gone has ended; on one machine its connection tells it at once
+ENDS_WITHIN = 30.0
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_image_folder(tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(20, 20))
+    return make_image_folder(
+        tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(20, 20)
+    )
 
 
-# ------------------------------------------------------------------------------------------- another number of ranks
+# -------------------------------------------------------------------------- another number of ranks
 
-# Three steps of eight images per epoch. Nothing is drawn per rank: no mixing, no drop path, no noise where images are
-# erased.
+# Three steps of eight images per epoch. Nothing is drawn per rank: no mixing, no drop path, no
+# noise where images are erased.
 PLAIN = (
-    "--mixer none --drop-path 0 --remode const --aa rand-m9-mstd0.5-inc1 --repeated-aug --batch-size 4 --epochs 2 "
-    "--warmup-epochs 0 --lr 0.1 --sched-on-updates --model-ema-decay 0.9 --save-steps 1 --auto-resume"
+    "--mixer none --drop-path 0 --remode const --aa rand-m9-mstd0.5-inc1 --repeated-aug "
+    "--batch-size 4 --epochs 2 "
+    "--warmup-epochs 0 --lr 0.1 --sched-on-updates --model-ema-decay 0.9 --save-steps 1 "
+    "--auto-resume"
 )
 
 
 @contextmanager
 def noting(folder: Path, last_step: int | None, rank: int) -> Iterator[None]:
-    """Each rank writes down the images it sees, as they are, and the rate; all are asked to stop in `last_step`."""
+    """Each rank writes down the images it sees, as they are, and the rate; all are asked to stop in
+    `last_step`."""
     real = engine.train_step
 
     def note(training: engine.Training, micro_batches: Any, step: int, meters: Any) -> None:
         seen = [
-            [int(batch[2][row]), digest([part[row] for part in batch])]  # the index, and all that the loader gives
+            [
+                int(batch[2][row]),
+                digest([part[row] for part in batch]),
+            ]  # the index, and all that the loader gives
             for batch in micro_batches
             for row in range(len(batch[2]))
         ]
@@ -92,12 +102,17 @@ def noted_in(folder: Path) -> tuple[dict[int, list[Any]], dict[int, set[str]]]:
 
 def weights_in(folder: Path) -> dict[str, Tensor]:
     checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
-    return {f"{part} {name}": value for part in ("model", "ema") for name, value in checkpoint[part].items()}
+    return {
+        f"{part} {name}": value
+        for part in ("model", "ema")
+        for name, value in checkpoint[part].items()
+    }
 
 
 @pytest.mark.slow
 def test_p10_another_number_of_ranks_takes_the_same_steps(photos: Path, tmp_path: Path) -> None:
-    """Two ranks, then from within the first epoch one, from within the second four, or first four and then one."""
+    """Two ranks, then from within the first epoch one, from within the second four, or first four
+    and then one."""
     words = split(PLAIN, "--data-path", photos, "--output-dir")
     run_ranks(2, tmp_path, *words, tmp_path / "whole", meddle=partial(noting, tmp_path, None))
     wanted_images, wanted_rates = noted_in(tmp_path)
@@ -105,7 +120,9 @@ def test_p10_another_number_of_ranks_takes_the_same_steps(photos: Path, tmp_path
     for sizes in ([2, 1, 4], [2, 4, 1]):
         folder = tmp_path / "-".join(map(str, sizes))
         folder.mkdir()
-        for size, last_step in zip(sizes, (0, 2, None), strict=True):  # with several ranks one step more is done
+        for size, last_step in zip(
+            sizes, (0, 2, None), strict=True
+        ):  # with several ranks one step more is done
             last = last_step if last_step is None else last_step + (size == 1)
             run_ranks(size, folder, *words, folder, meddle=partial(noting, folder, last))
         assert read_status(folder)["state"] == "done"
@@ -114,9 +131,14 @@ def test_p10_another_number_of_ranks_takes_the_same_steps(photos: Path, tmp_path
         assert rates == wanted_rates
         assert all(len(values) == 1 for values in rates.values())
         left, right = weights_in(tmp_path / "whole"), weights_in(folder)
-        for part in ("model", "ema"):  # all together: Adam makes much of a gradient that is 0 but for rounding
+        for part in (
+            "model",
+            "ema",
+        ):  # all together: Adam makes much of a gradient that is 0 but for rounding
             one, other = (
-                torch.cat([value.flatten() for name, value in weights.items() if name.startswith(part)])
+                torch.cat(
+                    [value.flatten() for name, value in weights.items() if name.startswith(part)]
+                )
                 for weights in (left, right)
             )
             assert (one - other).norm() / one.norm() < 1e-5
@@ -137,13 +159,16 @@ def test_p10_the_total_batch_stays(photos: Path, tmp_path: Path) -> None:
         with noting(tmp_path, 3, 0):
             stopped = run_small(*words)
         assert stopped.code == 0, stopped.err
-        assert "1 processes instead of 2: --accum_steps is now 2" in stopped.out or "resumed" in stopped.out
+        assert (
+            "1 processes instead of 2: --accum_steps is now 2" in stopped.out
+            or "resumed" in stopped.out
+        )
     whole = run_small(*words, "--batch-size 8")
     assert whole.code == 0, whole.err
     assert "8 per process x 1 processes x 1 accumulated = 8" in whole.out
 
 
-# ------------------------------------------------------------------------------------------------- the control for DDP
+# ------------------------------------------------------------------------------ the control for DDP
 
 
 @contextmanager
@@ -158,27 +183,36 @@ def cold(folder: Path, rank: int) -> Iterator[None]:
 def test_p1_three_ranks_go_on_exactly_if_ddp_is_warmed_up(
     meddle: Callable[..., Any] | None, photos: Path, tmp_path: Path
 ) -> None:
-    words = split("--batch-size 2 --epochs 2 --lr 0.1 --save-steps 2 --auto-resume --data-path", photos, "--output-dir")
+    words = split(
+        "--batch-size 2 --epochs 2 --lr 0.1 --save-steps 2 --auto-resume --data-path",
+        photos,
+        "--output-dir",
+    )
     chosen = None if meddle is None else partial(meddle, tmp_path)
     run_ranks(3, tmp_path, *words, tmp_path / "whole", meddle=chosen)
-    run_ranks(3, tmp_path, *words, tmp_path / "parts", "--epochs 1 --accept-changes epochs", meddle=chosen)
+    run_ranks(
+        3, tmp_path, *words, tmp_path / "parts", "--epochs 1 --accept-changes epochs", meddle=chosen
+    )
     run_ranks(3, tmp_path, *words, tmp_path / "parts", "--accept-changes epochs", meddle=chosen)
     found = changed(fingerprint(tmp_path / "whole"), fingerprint(tmp_path / "parts"))
     assert ("checkpoint.pth model" in found) == (meddle is cold)
 
 
-# -------------------------------------------------------------------------------------------------- not finite values
+# -------------------------------------------------------------------------------- not finite values
 
 
 @contextmanager
 def spoiled_on_one_rank(folder: Path, first: int, last: int, rank: int) -> Iterator[None]:
-    """Rank 1's loss is not a number in these steps. Every rank writes down its state after each step."""
+    """Rank 1's loss is not a number in these steps. Every rank writes down its state after each
+    step."""
     good: list[Any] = []
     noted: list[str] = []
 
     def see(training: engine.Training, step: int) -> None:
         parts = ("/model", "/ema", "/optimizer/state")
-        state = {name: value for name, value in state_of(training).items() if name.startswith(parts)}
+        state = {
+            name: value for name, value in state_of(training).items() if name.startswith(parts)
+        }
         noted.append(digest(state))
         (folder / f"states{rank}").write_text(json.dumps(noted))
         if rank == 1 and step + 1 == first:
@@ -193,8 +227,13 @@ def spoiled_on_one_rank(folder: Path, first: int, last: int, rank: int) -> Itera
 
 @pytest.mark.slow
 @pytest.mark.parametrize("amp", ["none", "fp16"])
-def test_p12_a_loss_on_one_rank_changes_nothing_on_any(amp: str, photos: Path, tmp_path: Path) -> None:
-    words = split(f"--amp {amp} --batch-size 2 --lr 0.1 --model-ema-decay 0.5 --log-every 1 --data-path", photos)
+def test_p12_a_loss_on_one_rank_changes_nothing_on_any(
+    amp: str, photos: Path, tmp_path: Path
+) -> None:
+    words = split(
+        f"--amp {amp} --batch-size 2 --lr 0.1 --model-ema-decay 0.5 --log-every 1 --data-path",
+        photos,
+    )
     meddle = partial(spoiled_on_one_rank, tmp_path, 3, 3)
     run_ranks(2, tmp_path, *words, "--output-dir", tmp_path / "run", meddle=meddle)
     states = [json.loads((tmp_path / f"states{rank}").read_text()) for rank in range(2)]
@@ -208,7 +247,9 @@ def test_p12_a_loss_on_one_rank_changes_nothing_on_any(amp: str, photos: Path, t
 
 @pytest.mark.slow
 def test_p12_twenty_in_a_row_stop_all_ranks(photos: Path, tmp_path: Path) -> None:
-    words = split("--batch-size 1 --epochs 3 --lr 0.1 --log-every 1 --save-minutes 1e-9 --data-path", photos)
+    words = split(
+        "--batch-size 1 --epochs 3 --lr 0.1 --log-every 1 --save-minutes 1e-9 --data-path", photos
+    )
     meddle = partial(spoiled_on_one_rank, tmp_path, 6, 99)
     ranks = Ranks(2, tmp_path, SMALL, *words, "--output-dir", tmp_path / "run", meddle=meddle)
     assert ranks.wait() == [3, 3]
@@ -224,10 +265,13 @@ def test_p12_twenty_in_a_row_stop_all_ranks(photos: Path, tmp_path: Path) -> Non
     assert len(states) == 26
     assert len(set(states[5:])) == 1
     newest = candidates(tmp_path / "run")[0]  # written while it lasted, and good all the same
-    assert (int(newest.stem), run_state.find(str(tmp_path / "run"), "", True)) == (25, (str(newest), []))
+    assert (int(newest.stem), run_state.find(str(tmp_path / "run"), "", True)) == (
+        25,
+        (str(newest), []),
+    )
 
 
-# --------------------------------------------------------------------------------------------------- one that is gone
+# --------------------------------------------------------------------------------- one that is gone
 
 
 @contextmanager
@@ -244,8 +288,15 @@ def lost(how: str, rank: int) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [("killed", -signal.SIGKILL), ("failing", 1)])
-def test_p13_a_rank_without_its_peer_ends_soon(how: str, code: int, photos: Path, tmp_path: Path) -> None:
-    words = split("--batch-size 2 --num-workers 1 --save-steps 1 --data-path", photos, "--output-dir", tmp_path / "run")
+def test_p13_a_rank_without_its_peer_ends_soon(
+    how: str, code: int, photos: Path, tmp_path: Path
+) -> None:
+    words = split(
+        "--batch-size 2 --num-workers 1 --save-steps 1 --data-path",
+        photos,
+        "--output-dir",
+        tmp_path / "run",
+    )
     ranks = Ranks(2, tmp_path, SMALL, *words, meddle=partial(lost, how))
     ranks.processes[1].join(60)
     begun = time.monotonic()
@@ -261,15 +312,24 @@ def test_p13_a_rank_without_its_peer_ends_soon(how: str, code: int, photos: Path
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are looked up in /proc")
-def test_p13_p14_two_runs_at_once_and_the_first_cause_is_last_on_the_screen(photos: Path, tmp_path: Path) -> None:
-    """One meets an image that cannot be read, on one rank; the other neither collides with it nor hears of it."""
+@pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="processes are looked up in /proc"
+)
+def test_p13_p14_two_runs_at_once_and_the_first_cause_is_last_on_the_screen(
+    photos: Path, tmp_path: Path
+) -> None:
+    """One meets an image that cannot be read, on one rank; the other neither collides with it nor
+    hears of it."""
     bad = make_image_folder(tmp_path / "bad", ("ant", "bee", "cat"), per_class=8, size=(20, 20))
     broken = damage(bad / "train" / "cat" / "5.jpg")
     words = split(SMALL, "--batch-size 2 --num-workers 1 --data-path")
     with (
-        Launch([*words, str(bad), "--output-dir", str(tmp_path / "b")], 2, tmp_path / "b.log") as failing,
-        Launch([*words, str(photos), "--output-dir", str(tmp_path / "g")], 2, tmp_path / "g.log") as good,
+        Launch(
+            [*words, str(bad), "--output-dir", str(tmp_path / "b")], 2, tmp_path / "b.log"
+        ) as failing,
+        Launch(
+            [*words, str(photos), "--output-dir", str(tmp_path / "g")], 2, tmp_path / "g.log"
+        ) as good,
     ):
         assert good.wait(90) == 0, (tmp_path / "g.log").read_text()[-2000:]
         assert failing.wait(90) == 1
@@ -283,7 +343,7 @@ def test_p13_p14_two_runs_at_once_and_the_first_cause_is_last_on_the_screen(phot
     assert str(broken) in last, (tmp_path / "b.log").read_text()[-3000:]
 
 
-# ------------------------------------------------------------------------------------------------------ bad images
+# --------------------------------------------------------------------------------------- bad images
 
 
 @contextmanager
@@ -303,20 +363,28 @@ def noting_bad(folder: Path, rank: int) -> Iterator[None]:
 @pytest.mark.slow
 def test_p11_a_checkpoint_knows_every_bad_image_up_to_its_step(tmp_path: Path) -> None:
     """Of any rank. Ranks tell each other one step late, and a kill may come in between."""
-    photos = make_image_folder(tmp_path / "photos", ("ant", "bee", "cat"), per_class=8, size=(20, 20))
+    photos = make_image_folder(
+        tmp_path / "photos", ("ant", "bee", "cat"), per_class=8, size=(20, 20)
+    )
     for number in range(8):
         damage(photos / "train" / "cat" / f"{number}.jpg")
-    words = split("--skip-corrupt --batch-size 1 --save-steps 1 --keep-checkpoints 99 --data-path", photos)
-    run_ranks(2, tmp_path, *words, "--output-dir", tmp_path / "run", meddle=partial(noting_bad, tmp_path))
+    words = split(
+        "--skip-corrupt --batch-size 1 --save-steps 1 --keep-checkpoints 99 --data-path", photos
+    )
+    run_ranks(
+        2, tmp_path, *words, "--output-dir", tmp_path / "run", meddle=partial(noting_bad, tmp_path)
+    )
     bad, _ = noted_in(tmp_path)
     assert sum(map(len, bad.values())) == 8
     for path in candidates(tmp_path / "run"):
         checkpoint = torch.load(path, weights_only=True)
-        known = sorted(index for step, met in bad.items() for index in met if step < checkpoint["step"])
+        known = sorted(
+            index for step, met in bad.items() for index in met if step < checkpoint["step"]
+        )
         assert checkpoint["bad_images"] == known
 
 
-# ------------------------------------------------------------------------------------------ one that goes no further
+# ------------------------------------------------------------------------- one that goes no further
 
 
 @contextmanager
@@ -328,13 +396,20 @@ def stuck(rank: int) -> Iterator[None]:
         time.sleep(60 * rank)
         return real(*args)
 
-    with patch.object(utils, "PEER_TIMEOUT", timedelta(seconds=4)), patch.object(engine, "evaluate", evaluate):
+    with (
+        patch.object(utils, "PEER_TIMEOUT", timedelta(seconds=4)),
+        patch.object(engine, "evaluate", evaluate),
+    ):
         yield
 
 
 @pytest.mark.slow
-def test_p13_a_rank_whose_peer_is_stuck_ends_within_the_timeout(photos: Path, tmp_path: Path) -> None:
-    words = split("--batch-size 2 --data-timeout 1 --data-path", photos, "--output-dir", tmp_path / "run")
+def test_p13_a_rank_whose_peer_is_stuck_ends_within_the_timeout(
+    photos: Path, tmp_path: Path
+) -> None:
+    words = split(
+        "--batch-size 2 --data-timeout 1 --data-path", photos, "--output-dir", tmp_path / "run"
+    )
     ranks = Ranks(2, tmp_path, SMALL, *words, meddle=stuck)
     begun = time.monotonic()
     ranks.processes[0].join(60)
@@ -355,16 +430,24 @@ def full_disk(rank: int) -> Iterator[None]:
             raise InputError(f"cannot write {path}: disk full (or over quota)")
         real(path, *rest)
 
-    with patch.object(files, "write_atomically", write), patch.object(log, "write_atomically", write):
+    with (
+        patch.object(files, "write_atomically", write),
+        patch.object(log, "write_atomically", write),
+    ):
         yield
 
 
 @pytest.mark.slow
 def test_p4_p13_a_full_disk_ends_all_ranks_and_costs_nothing(photos: Path, tmp_path: Path) -> None:
-    words = split("--batch-size 2 --save-steps 2 --data-path", photos, "--output-dir", tmp_path / "run")
+    words = split(
+        "--batch-size 2 --save-steps 2 --data-path", photos, "--output-dir", tmp_path / "run"
+    )
     ranks = Ranks(2, tmp_path, SMALL, *words, meddle=full_disk)
     assert ranks.wait(60) == [2, 1]
     assert "error: cannot write" in ranks.said(0)
     assert "0000000004.pth: disk full" in ranks.said(0)
-    assert run_state.find(str(tmp_path / "run"), "", True) == (str(candidates(tmp_path / "run")[0]), [])
+    assert run_state.find(str(tmp_path / "run"), "", True) == (
+        str(candidates(tmp_path / "run")[0]),
+        [],
+    )
     assert int(candidates(tmp_path / "run")[0].stem) == 2

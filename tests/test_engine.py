@@ -1,4 +1,5 @@
-"""The step's promises that no other file tests: no hidden read, finiteness, precision, exact evaluation."""
+"""The step's promises that no other file tests: no hidden read, finiteness, precision, exact
+evaluation."""
 
 from __future__ import annotations
 
@@ -31,19 +32,33 @@ CPU = utils.Processes(0, 1, torch.device("cpu"))
 
 def make_training(amp: str = "none", opt: str = "adamw", **settings: Any) -> engine.Training:
     utils.seed_globals("init", 0)
-    model = build_model("vit_nano_patch4_32", CLASSES, input_size=(16, 16), embed_dim=16, depth=2, num_heads=2)
+    model = build_model(
+        "vit_nano_patch4_32", CLASSES, input_size=(16, 16), embed_dim=16, depth=2, num_heads=2
+    )
     autocast = precision.make_autocast(CPU.device, amp)
     mixer = make_switch(CLASSES, model.grid_size)
     return engine.Training(
-        module=model, model=model, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
-        optimizer=optim.make_optimizer(model, {"opt": opt, "lr": 1e-3}), scaler=precision.make_scaler(CPU.device, amp),
-        autocast=autocast, processes=CPU, fixed_scale=amp != "fp16", **settings,
-    )  # fmt: skip
+        module=model,
+        model=model,
+        criterion=SMMixLoss(),
+        mixer=mixer,
+        guide=engine.make_guide(model, autocast),
+        optimizer=optim.make_optimizer(model, {"opt": opt, "lr": 1e-3}),
+        scaler=precision.make_scaler(CPU.device, amp),
+        autocast=autocast,
+        processes=CPU,
+        fixed_scale=amp != "fp16",
+        **settings,
+    )
 
 
 def batch_of(step: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(4, 3, 16, 16, generator=generator), torch.arange(4), torch.arange(4) + 10 * step
+    return (
+        torch.randn(4, 3, 16, 16, generator=generator),
+        torch.arange(4),
+        torch.arange(4) + 10 * step,
+    )
 
 
 def weights_of(model: nn.Module) -> Tensor:
@@ -53,7 +68,11 @@ def weights_of(model: nn.Module) -> Tensor:
 def epoch_of(training: engine.Training, steps: int, **settings: Any) -> dict[str, float]:
     """The means of an epoch of so many steps."""
     batches, meters = [batch_of(step) for step in range(steps)], Meters()
-    defaults: dict[str, Any] = {"first_step": 0, "on_log": lambda step, means, trouble: None, "meters": meters}
+    defaults: dict[str, Any] = {
+        "first_step": 0,
+        "on_log": lambda step, means, trouble: None,
+        "meters": meters,
+    }
     engine.train_one_epoch(training, batches, **{**defaults, **settings})
     return meters.read()
 
@@ -61,7 +80,13 @@ def epoch_of(training: engine.Training, steps: int, **settings: Any) -> dict[str
 class CountReads(TorchDispatchMode):
     """Counts the operations that make the host wait for a device value."""
 
-    READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal", "aten.masked_select")
+    READS = (
+        "aten._local_scalar_dense",
+        "aten.is_nonzero",
+        "aten.nonzero",
+        "aten.equal",
+        "aten.masked_select",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +106,9 @@ def test_a_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch, first: bool,
     training = make_training(amp, clip_grad=1.0)
     training.model.train()
     meters = Meters()
-    engine.train_step(training, [batch_of(0)], 0, meters)  # the optimizer's state exists from now on
+    engine.train_step(
+        training, [batch_of(0)], 0, meters
+    )  # the optimizer's state exists from now on
     monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, first))
     monkeypatch.setattr(SMMix, "draw", lambda self, *args: Drawn((2, 1)))
     monkeypatch.setattr("mixers.mixup.Mixup.draw", lambda self, count, *args: [0.3] * count)
@@ -94,11 +121,16 @@ def test_a_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch, first: bool,
 
 
 STUDIED: list[dict[str, Any]] = [
-    {"source_region": "random"}, {"target_region": "corr"}, {"score": "random"}, {"mixer": "cutmix", "con_weight": 1.0},
-]  # fmt: skip
+    {"source_region": "random"},
+    {"target_region": "corr"},
+    {"score": "random"},
+    {"mixer": "cutmix", "con_weight": 1.0},
+]
 
 
-@pytest.mark.parametrize("flags", [*({"mixer": name} for name in METHODS if name != "smmix"), *STUDIED], ids=str)
+@pytest.mark.parametrize(
+    "flags", [*({"mixer": name} for name in METHODS if name != "smmix"), *STUDIED], ids=str
+)
 def test_no_mixer_reads_the_device(flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     switch = make_switch(CLASSES, (4, 4), fake_teacher, mix_protocol="single", **flags)
     training = make_training()
@@ -122,7 +154,8 @@ def test_an_optimizer_without_a_fused_form_still_skips_a_failed_step() -> None:
 
 
 def planted_loss(training: engine.Training, term: str, bad_calls: set[int]) -> list[Tensor]:
-    """Turns a term into NaN on some calls of the loss; returns the list of the weights that each call meets."""
+    """Turns a term into NaN on some calls of the loss; returns the list of the weights that each
+    call meets."""
     good = SMMixLoss()
     kept: list[Tensor] = []
 
@@ -139,7 +172,9 @@ def planted_loss(training: engine.Training, term: str, bad_calls: set[int]) -> l
 
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 @pytest.mark.parametrize("term", ["cls", "fine", "con"])
-def test_a_loss_that_is_not_finite_changes_nothing(amp: str, term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_changes_nothing(
+    amp: str, term: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No weight, no average, no state of the optimizer; the steps before and after it do."""
     monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, True))
     training = make_training(amp)
@@ -154,10 +189,21 @@ def test_a_loss_that_is_not_finite_changes_nothing(amp: str, term: str, monkeypa
         states.append(torch.cat([weights_of(training.ema.module), *moments, *counts]))
         return False
 
-    epoch_of(training, 5, log_every=1, after_step=see, on_log=lambda step, means, trouble: said.append(trouble))
+    epoch_of(
+        training,
+        5,
+        log_every=1,
+        after_step=see,
+        on_log=lambda step, means, trouble: said.append(trouble),
+    )
     changes = [not torch.equal(kept[i], kept[i + 1]) for i in range(4)]
     assert changes == [True, True, False, True]
-    assert [not torch.equal(states[i], states[i + 1]) for i in range(4)] == [True, False, True, True]
+    assert [not torch.equal(states[i], states[i + 1]) for i in range(4)] == [
+        True,
+        False,
+        True,
+        True,
+    ]
     assert training.health.told == 1
     report = said[2]
     assert [trouble is None for trouble in said] == [True, True, False, True, True]
@@ -175,7 +221,9 @@ def test_too_many_in_a_row_stop_the_run_with_the_evidence() -> None:
     training.mixer = cast(Any, training.mixer).first
     with pytest.raises(NonFiniteLoss) as failure:
         epoch_of(training, 20, log_every=2)
-    assert "5 steps in a row were not finite" in str(failure.value)  # steps 3 to 7, read after step 7
+    assert "5 steps in a row were not finite" in str(
+        failure.value
+    )  # steps 3 to 7, read after step 7
     assert "rank 0: step 3, total nan" in str(failure.value)
     assert "--amp bf16, --clip-grad 1.0, --attn-fp32, a lower --lr" in str(failure.value)
     assert len(kept) == 8
@@ -195,15 +243,21 @@ def test_the_evidence_is_of_the_micro_batch_that_failed() -> None:
     meters = Meters()
     with pytest.raises(NonFiniteLoss) as failure:
         engine.train_one_epoch(
-            training, [batch_of(number) for number in range(12)], first_step=0, meters=meters, log_every=100,
+            training,
+            [batch_of(number) for number in range(12)],
+            first_step=0,
+            meters=meters,
+            log_every=100,
             on_log=lambda step, means, trouble: None,
-        )  # fmt: skip
+        )
     evidence = failure.value.evidence
     assert evidence is not None
     assert torch.equal(evidence["images"], batch_of(6)[0])
     assert torch.equal(evidence["indices"], batch_of(6)[2])
     assert str(batch_of(6)[2].tolist()) in evidence["report"]
-    assert "mixed_images" not in evidence  # another micro-batch has needed the device's memory since
+    assert (
+        "mixed_images" not in evidence
+    )  # another micro-batch has needed the device's memory since
 
 
 def test_what_was_mixed_leaves_the_device_before_the_next_batch() -> None:
@@ -271,7 +325,11 @@ def test_clipping_bounds_the_gradient_the_optimizer_meets() -> None:
     norms: list[float] = []
     training.optimizer.register_step_pre_hook(
         lambda *args: norms.append(
-            float(torch.nn.utils.get_total_norm([p.grad for p in training.module.parameters() if p.grad is not None]))
+            float(
+                torch.nn.utils.get_total_norm(
+                    [p.grad for p in training.module.parameters() if p.grad is not None]
+                )
+            )
         )
     )
     logged = epoch_of(training, 2)["grad_norm"]
@@ -300,7 +358,11 @@ def test_the_log_has_each_term_over_the_steps_that_had_it(monkeypatch: pytest.Mo
 
 def test_every_step_has_draws_of_its_own_and_repeats_them() -> None:
     training = make_training()
-    draws = [torch.rand(3, generator=training.random(step, micro).own) for step in range(3) for micro in range(2)]
+    draws = [
+        torch.rand(3, generator=training.random(step, micro).own)
+        for step in range(3)
+        for micro in range(2)
+    ]
     again = torch.rand(3, generator=training.random(1, 1).own)
     assert torch.equal(draws[3], again)
     assert len({tuple(draw.tolist()) for draw in draws}) == len(draws)
@@ -321,13 +383,20 @@ class Planted(nn.Module):
 def test_evaluation_counts_each_image_once(world_size: int) -> None:
     """Planted logits, 17 images, unequal shares: hits over all ranks equal a plain loop's."""
     generator = torch.Generator().manual_seed(0)
-    images, labels = torch.randn(17, 1, 1, 8, generator=generator), torch.randint(CLASSES, (17,), generator=generator)
+    images, labels = (
+        torch.randn(17, 1, 1, 8, generator=generator),
+        torch.randint(CLASSES, (17,), generator=generator),
+    )
     model: Any = Planted()
     figures = []
     for rank in range(world_size):
         shard = list(EvalShard(17, rank, world_size))
-        loader = [(images[shard[i : i + 4]], labels[shard[i : i + 4]]) for i in range(0, len(shard), 4)]
-        figures.append(engine.evaluate(model, loader, CPU, precision.make_autocast(CPU.device, "none")))
+        loader = [
+            (images[shard[i : i + 4]], labels[shard[i : i + 4]]) for i in range(0, len(shard), 4)
+        ]
+        figures.append(
+            engine.evaluate(model, loader, CPU, precision.make_autocast(CPU.device, "none"))
+        )
     assert sum(part["images"] for part in figures) == 17
     hits = sum(part["acc1"] * part["images"] / 100 for part in figures)
     logits = images[:, 0, 0, :CLASSES]

@@ -21,8 +21,11 @@ CPU = Processes(0, 1, torch.device("cpu"))
 
 
 def boxes_of_timm(probability: float, count: int, size: tuple[int, int]) -> list[Box]:
-    """Where timm's own class, in const mode, leaves zeros in an image of ones: one box per image in these tests."""
-    image = RandomErasing(probability, mode="const", max_count=count, device="cpu")(torch.ones(1, *size))[0]
+    """Where timm's own class, in const mode, leaves zeros in an image of ones: one box per image in
+    these tests."""
+    image = RandomErasing(probability, mode="const", max_count=count, device="cpu")(
+        torch.ones(1, *size)
+    )[0]
     rows, columns = (image == 0).nonzero(as_tuple=True)
     if not len(rows):
         return [erasing.NOTHING]
@@ -56,7 +59,9 @@ def test_several_boxes_are_timms_too_and_always_as_many_rows() -> None:
         random.seed(number)
         boxes = Erasing(0.7, 3).draw((40, 30))
         random.seed(number)
-        image = RandomErasing(0.7, mode="const", max_count=3, device="cpu")(torch.ones(1, 40, 30))[0]
+        image = RandomErasing(0.7, mode="const", max_count=3, device="cpu")(torch.ones(1, 40, 30))[
+            0
+        ]
         assert len(boxes) == 3
         assert torch.equal(union(boxes, (40, 30)), image == 0)
         seen.add(sum(box != erasing.NOTHING for box in boxes))
@@ -88,7 +93,11 @@ def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch, whole_batch: bool) -> 
 @pytest.mark.parametrize("mode", ERASE_MODES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_filling_equals_a_slow_loop(
-    mode: str, count: int, whole_batch: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    mode: str,
+    count: int,
+    whole_batch: bool,
+    layout: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Noise stands where the boxes are and nowhere else; its law is looked at below."""
     torch.manual_seed(0)
@@ -103,7 +112,9 @@ def test_filling_equals_a_slow_loop(
         if mode == "const":
             assert bool((image[:, inside] == 0).all())
         if mode == "pixel" and inside.any():
-            assert len(image[:, inside].unique()) == 3 * inside.sum()  # each pixel and channel for itself
+            assert (
+                len(image[:, inside].unique()) == 3 * inside.sum()
+            )  # each pixel and channel for itself
         if mode == "rand" and edges[-1] != list(erasing.NOTHING):
             top, bottom, left, right = edges[-1]  # the last lies above the others
             assert all(len(channel.unique()) == 1 for channel in image[:, top:bottom, left:right])
@@ -113,7 +124,9 @@ def test_filling_equals_a_slow_loop(
 
 @pytest.mark.parametrize("whole_batch", [False, True])
 @pytest.mark.parametrize("mode", ["pixel", "rand"])
-def test_noise_is_normal_and_independent(mode: str, whole_batch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_is_normal_and_independent(
+    mode: str, whole_batch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(1)
     boxes = torch.tensor([0, 8, 0, 8]).expand(3000, 1, 4)
     with as_on_an_accelerator(monkeypatch, whole_batch):
@@ -135,14 +148,20 @@ def training_with(mode: str = "pixel", seed: int = 0, **settings: object) -> eng
 
 def batch_of_pixels() -> tuple[torch.Tensor, ...]:
     torch.manual_seed(5)
-    images = torch.randint(0, 256, (12, 3, 20, 24), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    images = torch.randint(0, 256, (12, 3, 20, 24), dtype=torch.uint8).contiguous(
+        memory_format=torch.channels_last
+    )
     return images, torch.arange(12), torch.arange(12), some_boxes(2)
 
 
 def test_the_step_finishes_pixels_with_noise_of_its_own_key() -> None:
     batch = batch_of_pixels()
     images, labels = engine.receive(training_with(), batch, 3, 1)
-    assert (images.dtype, images.is_contiguous(), labels.tolist()) == (torch.float32, True, [*range(12)])
+    assert (images.dtype, images.is_contiguous(), labels.tolist()) == (
+        torch.float32,
+        True,
+        [*range(12)],
+    )
     seed_globals("erase", 0, 3, 1, 0)
     expected = erase(normalise(batch[0].contiguous(), ImageSpec((20, 24))), batch[3], "pixel")
     assert torch.equal(images, expected)

@@ -1,4 +1,5 @@
-"""Every mixer through `main.py`: on two processes, on both kinds of data; where mixing ends; and what the log says."""
+"""Every mixer through `main.py`: on two processes, on both kinds of data; where mixing ends; and
+what the log says."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from tests.runs import finish, read_log, run_small, split, watching_steps
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_image_folder(tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(40, 40))
+    return make_image_folder(
+        tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(40, 40)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +31,18 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["DIGITS", "folder"])
-def test_every_mixer_trains_on_two_processes(tmp_path: Path, photos: Path, teacher: str, data: str) -> None:
-    flags = split("--data-set DIGITS --batch-size 96 --epochs 1") if data == "DIGITS" else ["--data-path", str(photos)]
+def test_every_mixer_trains_on_two_processes(
+    tmp_path: Path, photos: Path, teacher: str, data: str
+) -> None:
+    flags = (
+        split("--data-set DIGITS --batch-size 96 --epochs 1")
+        if data == "DIGITS"
+        else ["--data-path", str(photos)]
+    )
     flags += split("--input-size 32 --patch-size 8 --mixup-switch-prob 0.5 --log-every 1")
-    launcher = split("-m torch.distributed.run --standalone --nproc_per_node=2 tests/every_mixer.py")
+    launcher = split(
+        "-m torch.distributed.run --standalone --nproc_per_node=2 tests/every_mixer.py"
+    )
     done = finish(sys.executable, *launcher, str(tmp_path), teacher, *flags, timeout=280)
     assert done.returncode == 0, done.stderr
     for name in (*METHODS, "smmix_transmix"):
@@ -39,12 +50,16 @@ def test_every_mixer_trains_on_two_processes(tmp_path: Path, photos: Path, teach
         assert torch.isfinite(torch.tensor([line["train_loss"], line["test_loss"]])).all(), name
         assert (tmp_path / name / "mixing.png").exists() == (name != "none")
     if data == "DIGITS":  # the same run but for the mixer: each must have left its mark
-        losses = [read_log(tmp_path / name)[0]["test_loss"] for name in (*METHODS, "smmix_transmix")]
+        losses = [
+            read_log(tmp_path / name)[0]["test_loss"] for name in (*METHODS, "smmix_transmix")
+        ]
         assert len(set(losses)) == len(losses)
 
 
 @pytest.mark.parametrize("mixer", [name for name in METHODS if name not in ("none", "mixup")])
-def test_a_mixer_gets_the_steps_that_the_protocol_gives_it(photos: Path, teacher: str, mixer: str) -> None:
+def test_a_mixer_gets_the_steps_that_the_protocol_gives_it(
+    photos: Path, teacher: str, mixer: str
+) -> None:
     own = ["--attentive-teacher", teacher] if mixer == "attentivemix" else []
     for protocol, expected in (("single", 1), ("switch", 2)):
         words = ["--data-path", str(photos), "--mixer", mixer, "--mix-protocol", protocol, *own]
@@ -63,7 +78,9 @@ def test_mixing_ends_at_its_epoch_and_not_before(photos: Path) -> None:
         mixed.append((step, training.mixer.__class__.__name__ == "Switch"))  # type: ignore[attr-defined]
 
     with watching_steps(see):
-        outcome = run_small("--data-path", photos, "--mixer cutmix --mix-off-epoch 2 --epochs 4 --no-model-ema")
+        outcome = run_small(
+            "--data-path", photos, "--mixer cutmix --mix-off-epoch 2 --epochs 4 --no-model-ema"
+        )
     assert outcome.code == 0, outcome.err
     assert mixed == [(step, step < 6) for step in range(12)]  # 3 steps per epoch
     assert "cutmix at 0.5, else Mixup; nothing from epoch 2 on" in outcome.out
@@ -74,24 +91,48 @@ def test_mixing_ends_at_its_epoch_and_not_before(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--mixer fmix --resize-scope 0.2 0.3", "--resize-scope 0.2 0.3 (for resizemix): --mixer fmix has no"),
-        ("--mixer cutmix --mix-alpha 0.2", "--mix-alpha 0.2 (for fmix or attentivemix or saliencymix): --mixer cutmix"),
+        (
+            "--mixer fmix --resize-scope 0.2 0.3",
+            "--resize-scope 0.2 0.3 (for resizemix): --mixer fmix has no",
+        ),
+        (
+            "--mixer cutmix --mix-alpha 0.2",
+            "--mix-alpha 0.2 (for fmix or attentivemix or saliencymix): --mixer cutmix",
+        ),
         ("--mixer fmix --mix-alpha 1 2", "--mix-alpha 1.0 2.0: takes one number above 0"),
         ("--mixer fmix --mix-alpha 0", "--mix-alpha 0.0: takes one number above 0"),
         ("--mixer attentivemix", "--mixer attentivemix needs --attentive-teacher NAME=CHECKPOINT"),
-        ("--mixer attentivemix --attentive-teacher x --attentive-cells 0", "--attentive-cells 0: must be above 0"),
-        ("--mixer attentivemix --attentive-teacher x --attentive-cells 6 --mix-alpha 2", "give one of them"),
-        ("--attentive-teacher resnet50", "--attentive-teacher resnet50 (for attentivemix): --mixer smmix"),
+        (
+            "--mixer attentivemix --attentive-teacher x --attentive-cells 0",
+            "--attentive-cells 0: must be above 0",
+        ),
+        (
+            "--mixer attentivemix --attentive-teacher x --attentive-cells 6 --mix-alpha 2",
+            "give one of them",
+        ),
+        (
+            "--attentive-teacher resnet50",
+            "--attentive-teacher resnet50 (for attentivemix): --mixer smmix",
+        ),
         ("--mixer mixup --relabel transmix", "--relabel transmix (for smmix or cutmix or"),
-        ("--relabel-ratio 0.2", "--relabel-ratio 0.2 is for --relabel transmix or --mixer transmix only"),
+        (
+            "--relabel-ratio 0.2",
+            "--relabel-ratio 0.2 is for --relabel transmix or --mixer transmix only",
+        ),
         ("--mixer transmix --relabel-ratio 1.2", "--relabel-ratio 1.2: must lie between 0 and 1"),
         ("--mixer transmix --cutmix 0", "--cutmix 0.0: --mixer transmix needs an alpha above 0"),
         ("--mixer transmix --bce-loss --smoothing 0", "shares set anew change nothing"),
-        ("--mixer resizemix --resize-scope 0.5 0.2", "--resize-scope 0.5 0.2: must be two shares, the lower first"),
+        (
+            "--mixer resizemix --resize-scope 0.5 0.2",
+            "--resize-scope 0.5 0.2: must be two shares, the lower first",
+        ),
         ("--mixer fmix --fmix-decay -1", "--fmix-decay -1.0: must not be negative"),
         ("--mix-off-epoch -1", "--mix-off-epoch -1: must not be negative"),
         ("--mixer puzzlemix", "invalid choice: 'puzzlemix'"),
-        ("--mixer cutmix --variant released", "--variant released (for smmix): --mixer cutmix has no use for it"),
+        (
+            "--mixer cutmix --variant released",
+            "--variant released (for smmix): --mixer cutmix has no use for it",
+        ),
     ],
 )
 def test_flags_of_other_methods_are_refused(flags: str, message: str) -> None:
@@ -101,6 +142,8 @@ def test_flags_of_other_methods_are_refused(flags: str, message: str) -> None:
 
 
 def test_the_classifier_of_attentivemix_is_checked_before_training(photos: Path) -> None:
-    outcome = run_small("--data-path", photos, "--mixer attentivemix --attentive-teacher resnet5O=x.pth")
+    outcome = run_small(
+        "--data-path", photos, "--mixer attentivemix --attentive-teacher resnet5O=x.pth"
+    )
     assert outcome.code == 2
     assert "--attentive-teacher resnet5O: no such model; did you mean" in outcome.err

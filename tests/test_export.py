@@ -1,4 +1,5 @@
-"""Exports of a checkpoint, read by those they are for: timm, onnxruntime and torch.hub; and what is refused."""
+"""Exports of a checkpoint, read by those they are for: timm, onnxruntime and torch.hub; and what is
+refused."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ NAMES = ["ant", "bee", "wasp, or häst"]
 
 
 def write_checkpoint(path: Path, name: str = "vit_nano_patch4_32", **changes: Any) -> Path:
-    """A checkpoint as main.py writes it, as far as this tool reads it: 24 x 40 pixels, 3 classes."""
+    """A checkpoint as main.py writes it, as far as this tool reads it: 24 x 40 pixels, 3
+    classes."""
     config: dict[str, Any] = {
         "name": name,
         "num_classes": 3,
@@ -71,7 +73,7 @@ def run(*words: str | Path) -> int:
     return run_command(lambda: export.main([str(word) for word in words]))
 
 
-# ------------------------------------------------------------------------------------------------------ safetensors
+# -------------------------------------------------------------------------------------- safetensors
 
 
 @pytest.mark.parametrize("ema", [False, True])
@@ -85,7 +87,9 @@ def test_timm_reads_the_safetensors_file_and_gives_the_same_logits(
     assert f"{'averaged' if ema else 'trained'} weights" in told
     call = re.search(r"read it with (timm\.create_model\(.*)checkpoint_path=\.\.\.\)", told)
     assert call is not None
-    network = eval(f"{call[1]}checkpoint_path={str(output)!r})", {"timm": timm}).eval()  # as one would type it
+    network = eval(
+        f"{call[1]}checkpoint_path={str(output)!r})", {"timm": timm}
+    ).eval()  # as one would type it
     shown = images()
     with torch.no_grad():
         assert torch.equal(network(shown), logits_of(checkpoint, shown, ema))
@@ -101,20 +105,30 @@ def test_safetensors_hold_timms_keys_and_say_where_they_are_from(checkpoint: Pat
         keys, metadata = set(file.keys()), file.metadata()
     assert keys == set(restore_model(load_checkpoint(checkpoint)).network.state_dict())
     assert json.loads(metadata.pop("class_names")) == NAMES
-    assert ImageSpec.from_plain(json.loads(metadata.pop("image_spec"))) == ImageSpec(SIZE, crop_ratio=1.0)
+    assert ImageSpec.from_plain(json.loads(metadata.pop("image_spec"))) == ImageSpec(
+        SIZE, crop_ratio=1.0
+    )
     assert metadata == {
-        "format": "pt", "model": "vit_nano_patch4_32", "num_classes": "3", "weights": "trained", "commit": "0123abcd",
-    }  # fmt: skip
+        "format": "pt",
+        "model": "vit_nano_patch4_32",
+        "num_classes": "3",
+        "weights": "trained",
+        "commit": "0123abcd",
+    }
 
 
-def test_the_released_codes_name_becomes_timms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_released_codes_name_becomes_timms(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_checkpoint(tmp_path / "checkpoint.pth", "vit_deit_tiny_patch16_224", versions=None)
     assert run("--resume", path, "--output", tmp_path / "MODEL.SAFETENSORS") == 0
     assert "timm.create_model('deit_tiny_patch16_224'" in capsys.readouterr().out
     assert export.read_plain(str(path), ema=False).metadata["commit"] == "unknown"
 
 
-def test_a_failed_write_leaves_what_was_there(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_what_was_there(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = checkpoint.with_name("model.safetensors")
     output.write_bytes(b"before")
 
@@ -124,13 +138,18 @@ def test_a_failed_write_leaves_what_was_there(checkpoint: Path, monkeypatch: pyt
     monkeypatch.setattr("os.replace", fail)
     assert run("--resume", checkpoint, "--output", output) == 2
     assert output.read_bytes() == b"before"
-    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["checkpoint.pth", "model.safetensors"]
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == [
+        "checkpoint.pth",
+        "model.safetensors",
+    ]
 
 
-# ------------------------------------------------------------------------------------------------------------- ONNX
+# --------------------------------------------------------------------------------------------- ONNX
 
 
-def test_onnx_takes_any_number_of_images_and_agrees(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_onnx_takes_any_number_of_images_and_agrees(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     import onnx
@@ -141,28 +160,40 @@ def test_onnx_takes_any_number_of_images_and_agrees(checkpoint: Path, capsys: py
     told = capsys.readouterr().out
     assert "onnxruntime agrees" in told
     assert "left out: token_head.bias, token_head.weight\n" in told
-    assert [path.name for path in checkpoint.parent.glob("model*")] == ["model.onnx"]  # weights are inside
+    assert [path.name for path in checkpoint.parent.glob("model*")] == [
+        "model.onnx"
+    ]  # weights are inside
 
     onnx.checker.check_model(str(output), full_check=True)
     session = onnxruntime.InferenceSession(str(output), providers=["CPUExecutionProvider"])
-    assert [(item.name, item.shape[1:]) for item in session.get_inputs()] == [("images", [3, *SIZE])]
+    assert [(item.name, item.shape[1:]) for item in session.get_inputs()] == [
+        ("images", [3, *SIZE])
+    ]
     assert [(item.name, item.shape[1:]) for item in session.get_outputs()] == [("logits", [3])]
     for count in (1, 4):
         shown = images(count)
         (logits,) = session.run(None, {"images": shown.numpy()})
-        torch.testing.assert_close(torch.from_numpy(logits), logits_of(checkpoint, shown, ema=True), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.from_numpy(logits), logits_of(checkpoint, shown, ema=True), atol=1e-4, rtol=0
+        )
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["class_names"]) == NAMES
     assert metadata["commit"] == "0123abcd"
 
-    plain = export.read_plain(str(checkpoint), ema=False)  # the file holds the averaged weights: that is noticed
+    plain = export.read_plain(
+        str(checkpoint), ema=False
+    )  # the file holds the averaged weights: that is noticed
     with pytest.raises(RuntimeError, match="differ"):
         export.check_onnx(plain, output.read_bytes())
 
 
 @pytest.mark.parametrize(
     ("output", "missing"),
-    [("model.onnx", ["onnx", "onnxscript"]), ("model.onnx", ["onnxscript"]), ("model.safetensors", ["safetensors"])],
+    [
+        ("model.onnx", ["onnx", "onnxscript"]),
+        ("model.onnx", ["onnxscript"]),
+        ("model.safetensors", ["safetensors"]),
+    ],
 )
 def test_missing_packages_are_named_with_the_command(
     checkpoint: Path,
@@ -182,7 +213,7 @@ def test_a_package_that_is_not_there_is_noticed(monkeypatch: pytest.MonkeyPatch)
     assert not export.is_installed("json")
 
 
-# -------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -194,12 +225,24 @@ def test_a_package_that_is_not_there_is_noticed(monkeypatch: pytest.MonkeyPatch)
         ({"ema": None}, "model.safetensors", "checkpoint.pth: the checkpoint holds no ema"),
         ({"data": {}}, "model.safetensors", "holds no image_spec and class_names"),
         ({"data": None}, "model.safetensors", "holds no image_spec and class_names"),
-        ({"data": {"class_names": NAMES, "image_spec": {"size": 3}}}, "model.safetensors", "damaged"),
-        ({"model_config": {"name": "vit_nano_patch4_32"}}, "model.safetensors", "model_config is damaged"),
+        (
+            {"data": {"class_names": NAMES, "image_spec": {"size": 3}}},
+            "model.safetensors",
+            "damaged",
+        ),
+        (
+            {"model_config": {"name": "vit_nano_patch4_32"}},
+            "model.safetensors",
+            "model_config is damaged",
+        ),
     ],
 )
 def test_wrong_input_gives_a_message_and_code_2(
-    tmp_path: Path, changes: dict[str, Any], output: str, message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    changes: dict[str, Any],
+    output: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = write_checkpoint(tmp_path / "checkpoint.pth", **changes)
     assert run("--resume", path, "--output", tmp_path / output, "--ema") == 2
@@ -209,7 +252,9 @@ def test_wrong_input_gives_a_message_and_code_2(
     assert [item.name for item in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
-def test_missing_and_foreign_checkpoints_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_and_foreign_checkpoints_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "model.safetensors"
     assert run("--resume", tmp_path / "missing.pth", "--output", output) == 2
     assert "there is no file" in capsys.readouterr().err
@@ -228,7 +273,7 @@ def test_both_files_have_to_be_named() -> None:
         assert stop.value.code == 2
 
 
-# -------------------------------------------------------------------------------------------------------- torch.hub
+# ---------------------------------------------------------------------------------------- torch.hub
 
 
 def load(name: str, *words: Any, **settings: Any) -> Any:
@@ -240,9 +285,13 @@ def test_the_hub_offers_what_the_scripts_train() -> None:
     for script in (ROOT / "scripts").glob("*.sh"):
         trained |= set(re.findall(r"--model ([\w.]+)", script.read_text(encoding="utf-8")))
     assert trained <= set(hubconf.MODELS)
-    assert {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and name[0] != "_"} == set(hubconf.MODELS)
+    assert {
+        name for name in dir(hubconf) if callable(getattr(hubconf, name)) and name[0] != "_"
+    } == set(hubconf.MODELS)
     for name in hubconf.MODELS:
-        assert getattr(hubconf, name).__doc__.startswith(f"{name}. The plain network in evaluation mode.")
+        assert getattr(hubconf, name).__doc__.startswith(
+            f"{name}. The plain network in evaluation mode."
+        )
 
 
 def test_every_entry_builds_its_network() -> None:
@@ -260,7 +309,9 @@ def test_the_hub_reads_a_checkpoint(checkpoint: Path, ema: bool) -> None:
     shown = images()
     with torch.no_grad():
         assert torch.equal(network(shown), logits_of(checkpoint, shown, ema))
-    assert set(network.state_dict()) == set(restore_model(load_checkpoint(checkpoint)).network.state_dict())
+    assert set(network.state_dict()) == set(
+        restore_model(load_checkpoint(checkpoint)).network.state_dict()
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,7 +324,9 @@ def test_the_hub_reads_a_checkpoint(checkpoint: Path, ema: bool) -> None:
         ({"checkpoint": "HERE"}, "holds a vit_nano_patch4_32, not a deit_tiny_patch16_224"),
     ],
 )
-def test_the_hub_refuses_with_the_reason(checkpoint: Path, settings: dict[str, Any], message: str) -> None:
+def test_the_hub_refuses_with_the_reason(
+    checkpoint: Path, settings: dict[str, Any], message: str
+) -> None:
     if settings.get("checkpoint") == "HERE":
         settings = {**settings, "checkpoint": str(checkpoint)}
     with pytest.raises(Exception, match=message) as stop:
@@ -281,12 +334,17 @@ def test_the_hub_refuses_with_the_reason(checkpoint: Path, settings: dict[str, A
     assert type(stop.value).__name__ == "InputError"
 
 
-@pytest.mark.parametrize("place", [Path("/elsewhere"), ROOT / ".venv" / "lib"], ids=["elsewhere", "environment"])
+@pytest.mark.parametrize(
+    "place", [Path("/elsewhere"), ROOT / ".venv" / "lib"], ids=["elsewhere", "environment"]
+)
 def test_the_hub_takes_our_modules_whatever_the_caller_has_by_their_names(
     checkpoint: Path, place: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """`utils`, `models` and `datasets` are everybody's names: theirs stay theirs, and ours are used meanwhile."""
-    from timm.models import _registry  # our models are registered a second time inside: not for the tests that follow
+    """`utils`, `models` and `datasets` are everybody's names: theirs stay theirs, and ours are used
+    meanwhile."""
+    from timm.models import (
+        _registry,
+    )  # our models are registered a second time inside: not for the tests that follow
 
     monkeypatch.setattr(_registry, "_model_entrypoints", dict(_registry._model_entrypoints))
     theirs: dict[str, ModuleType] = {}

@@ -1,4 +1,5 @@
-"""One contract over every family: SMMix and Mixup steps teach every parameter, and the guide leaves no trace."""
+"""One contract over every family: SMMix and Mixup steps teach every parameter, and the guide leaves
+no trace."""
 
 from __future__ import annotations
 
@@ -33,35 +34,53 @@ CLASSES, SIDE = 5, 64
 # A tiny member of each family: name and keywords. 2 x 2 tokens or more at 64 pixels.
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "VisionTransformer": ("deit_tiny_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
-    "VisionTransformerDistilled": ("deit_tiny_distilled_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
+    "VisionTransformerDistilled": (
+        "deit_tiny_distilled_patch16_224",
+        {"embed_dim": 24, "depth": 2, "num_heads": 3},
+    ),
     "Cait": ("cait_xxs24_224", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
     "PyramidVisionTransformer": (
-        "pvt_tiny", {"embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1)},
+        "pvt_tiny",
+        {"embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1)},
     ),
     "SwinTransformer": (
-        "swin_tiny_patch4_window7_224", {"embed_dim": 8, "depths": (1, 1, 1, 2), "num_heads": (1, 1, 2, 2)},
+        "swin_tiny_patch4_window7_224",
+        {"embed_dim": 8, "depths": (1, 1, 1, 2), "num_heads": (1, 1, 2, 2)},
     ),
     "Beit": ("beit_base_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
-    "Eva": ("eva02_tiny_patch14_224", {"patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3}),
+    "Eva": (
+        "eva02_tiny_patch14_224",
+        {"patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 3},
+    ),
     "SwinTransformerV2": (
-        "swinv2_tiny_window8_256", {"embed_dim": 8, "depths": (1, 1, 1, 2), "num_heads": (1, 1, 2, 2)},
+        "swinv2_tiny_window8_256",
+        {"embed_dim": 8, "depths": (1, 1, 1, 2), "num_heads": (1, 1, 2, 2)},
     ),
     "PyramidVisionTransformerV2": (
-        "pvt_v2_b0", {"embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1)},
+        "pvt_v2_b0",
+        {"embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1)},
     ),
     "Twins": (
-        "twins_pcpvt_small", {"embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1)},
+        "twins_pcpvt_small",
+        {"embed_dims": (8, 8, 16, 16), "num_heads": (1, 1, 2, 2), "depths": (1, 1, 1, 1)},
     ),
     "MaxxVit": ("test_maxvit", {}),
     "ConvNeXt": ("test_convnext", {}),
     "ResNet": ("test_resnet", {}),
-}  # fmt: skip
+}
 WITH_CLASS_TOKEN = [
-    "VisionTransformer", "VisionTransformerDistilled", "Cait", "PyramidVisionTransformer", "Beit", "Eva",
-]  # fmt: skip
+    "VisionTransformer",
+    "VisionTransformerDistilled",
+    "Cait",
+    "PyramidVisionTransformer",
+    "Beit",
+    "Eva",
+]
 
 
-def make_model(family: str, num_classes: int = CLASSES, separate: bool = False, **more: Any) -> ImageModel:
+def make_model(
+    family: str, num_classes: int = CLASSES, separate: bool = False, **more: Any
+) -> ImageModel:
     name, settings = TINY[family]
     settings = {"input_size": (SIDE, SIDE), "separate_region_head": separate, **settings, **more}
     utils.seed_globals("init", num_classes)
@@ -73,10 +92,16 @@ def make_training(family: str, variant: str) -> engine.Training:
     autocast = precision.make_autocast(CPU.device, "none")
     mixer = make_switch(CLASSES, model.grid_size, variant=variant)
     return engine.Training(
-        module=model, model=model, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
+        module=model,
+        model=model,
+        criterion=SMMixLoss(),
+        mixer=mixer,
+        guide=engine.make_guide(model, autocast),
         optimizer=optim.make_optimizer(model, {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05}),
-        scaler=precision.make_scaler(CPU.device, "none"), autocast=autocast, processes=CPU,
-    )  # fmt: skip
+        scaler=precision.make_scaler(CPU.device, "none"),
+        autocast=autocast,
+        processes=CPU,
+    )
 
 
 def batch_of(step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,28 +120,36 @@ def test_every_family_is_in_this_contract() -> None:
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("family", TINY)
-def test_two_steps_reach_every_parameter(family: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_steps_reach_every_parameter(
+    family: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     choices = iter([True, False])
     monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, next(choices)))
     training = make_training(family, variant)
     training.model.train()
     idle: list[str] = []
     training.optimizer.register_step_pre_hook(
-        lambda *args: idle.extend(name for name, p in training.module.named_parameters() if p.grad is None)
+        lambda *args: idle.extend(
+            name for name, p in training.module.named_parameters() if p.grad is None
+        )
     )
     before = [p.detach().clone() for p in training.module.parameters()]
     for step in range(2):
         engine.train_step(training, [batch_of(step)], step, meters := Meters())
         assert all(torch.isfinite(torch.tensor(value)) for value in meters.read().values())
     assert idle == []
-    moved = [not torch.equal(old, new) for old, new in zip(before, training.module.parameters(), strict=True)]
+    moved = [
+        not torch.equal(old, new)
+        for old, new in zip(before, training.module.parameters(), strict=True)
+    ]
     assert all(moved)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", TINY)
 def test_a_compiled_model_takes_the_same_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced whole by dynamo and autograd's own tracer; the code generator behind them is torch's affair."""
+    """Traced whole by dynamo and autograd's own tracer; the code generator behind them is torch's
+    affair."""
     monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, True))
     losses, gradients = [], []
     for compiled in (False, True):
@@ -154,7 +187,9 @@ def test_channels_last_takes_the_same_step(family: str, monkeypatch: pytest.Monk
         formats: list[bool] = []
         training.module.register_forward_pre_hook(
             lambda module, given, named, formats=formats: formats.append(
-                (*given, *named.values())[0].is_contiguous(memory_format=torch.channels_last)  # the images
+                (*given, *named.values())[0].is_contiguous(
+                    memory_format=torch.channels_last
+                )  # the images
             ),
             with_kwargs=True,
         )
@@ -185,7 +220,12 @@ def test_a_family_without_checkpointing_says_so() -> None:
 @pytest.mark.parametrize("family", [family for family in TINY if family != "Twins"])
 def test_recomputed_activations_give_the_same_gradients(family: str) -> None:
     gradients, kept = [], []
-    passes: list[tuple[bool, AttentionOf | None]] = [(False, None), (True, None), (True, "image"), (True, "class")]
+    passes: list[tuple[bool, AttentionOf | None]] = [
+        (False, None),
+        (True, None),
+        (True, "image"),
+        (True, "class"),
+    ]
     for recompute, asked in passes:
         model = make_dropping(family)
         sizes: list[int] = []
@@ -207,11 +247,12 @@ def test_recomputed_activations_give_the_same_gradients(family: str) -> None:
     assert max(kept[2:]) < 1.02 * kept[1]  # the score does not put an end to it
 
 
-# ------------------------------------------------------------------------------------------------ the scores
+# --------------------------------------------------------------------------------------- the scores
 
 
 def make_dropping(family: str) -> ImageModel:
-    """In training mode, with dropout and drop path before the last block too, and attention that is not uniform."""
+    """In training mode, with dropout and drop path before the last block too, and attention that is
+    not uniform."""
     depth: dict[str, Any] = {"depth": 3} if "depth" in TINY[family][1] else {}
     model = make_model(family, drop=0.1, drop_path=0.5, **depth)
     randomise(model)
@@ -229,7 +270,10 @@ def one_pass(model: Any, need_attention: AttentionOf | None, seed: int = 3) -> M
 
 def loss_of(output: ModelOutput) -> Tensor:
     assert output.region_logits is not None
-    return output.logits.float().log_softmax(1).square().sum() + output.region_logits.float().square().sum()
+    return (
+        output.logits.float().log_softmax(1).square().sum()
+        + output.region_logits.float().square().sum()
+    )
 
 
 def gradient_of(model: nn.Module) -> Tensor:
@@ -247,11 +291,17 @@ def check_score(score: Tensor | None, model: ImageModel) -> None:
 
 @pytest.mark.parametrize("need_attention", ["image", "class"])
 @pytest.mark.parametrize("family", TINY)
-def test_the_score_is_asked_for_without_changing_the_prediction(family: str, need_attention: AttentionOf) -> None:
+def test_the_score_is_asked_for_without_changing_the_prediction(
+    family: str, need_attention: AttentionOf
+) -> None:
     model = make_model(family).eval()
     images = batch_of(1)[0]
     with torch.no_grad():
-        plain, scored, network = model(images), model(images, need_attention=need_attention), model.network(images)
+        plain, scored, network = (
+            model(images),
+            model(images, need_attention=need_attention),
+            model.network(images),
+        )
     torch.testing.assert_close(plain.logits, network, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scored.logits, network, atol=1e-5, rtol=1e-5)
     scores = {"image": scored.image_attention, "class": scored.class_attention}
@@ -263,8 +313,11 @@ def test_the_score_is_asked_for_without_changing_the_prediction(family: str, nee
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 @pytest.mark.parametrize("need_attention", ["image", "class"])
 @pytest.mark.parametrize("family", TINY)
-def test_a_training_pass_learns_the_same_with_the_score(family: str, need_attention: AttentionOf, amp: str) -> None:
-    """Also under autocast, where older torch keeps what is cast without gradient for the score, see `features`."""
+def test_a_training_pass_learns_the_same_with_the_score(
+    family: str, need_attention: AttentionOf, amp: str
+) -> None:
+    """Also under autocast, where older torch keeps what is cast without gradient for the score, see
+    `features`."""
     autocast = precision.make_autocast(CPU.device, amp)
     outputs, gradients = [], []
     for asked in (None, need_attention):
@@ -273,7 +326,10 @@ def test_a_training_pass_learns_the_same_with_the_score(family: str, need_attent
             outputs.append(one_pass(model, asked))
         loss_of(outputs[-1]).backward()
         gradients.append(gradient_of(model))
-    check_score(outputs[1].class_attention if need_attention == "class" else outputs[1].image_attention, model)
+    check_score(
+        outputs[1].class_attention if need_attention == "class" else outputs[1].image_attention,
+        model,
+    )
     for ours, plain in zip(outputs[1][:2], outputs[0][:2], strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
     assert outputs[1].logits.dtype == (torch.float32 if amp == "none" else torch.bfloat16)
@@ -281,22 +337,31 @@ def test_a_training_pass_learns_the_same_with_the_score(family: str, need_attent
 
 
 def slow_class_score(model: ImageModel, seed: int) -> Tensor:
-    """The class token's row of the map that an unfused plain training pass uses; prefix tokens' columns are cut."""
+    """The class token's row of the map that an unfused plain training pass uses; prefix tokens'
+    columns are cut."""
     plain = copy.deepcopy(model)
     network: Any = plain.network
     parts: list[Tensor] = []
     if isinstance(model, PVT):  # knows the fused kernel only: from its queries, keys and values
         layer = network.blocks_of(3)[-1].attn
         for linear in (layer.q, layer.kv):
-            linear.register_forward_hook(lambda module, given, made: parts.append(made.detach().double()))
+            linear.register_forward_hook(
+                lambda module, given, made: parts.append(made.detach().double())
+            )
     else:
-        layer = (network.blocks_token_only if hasattr(network, "blocks_token_only") else network.blocks)[-1].attn
+        layer = (
+            network.blocks_token_only if hasattr(network, "blocks_token_only") else network.blocks
+        )[-1].attn
         layer.fused_attn = False
-        layer.attn_drop.register_forward_pre_hook(lambda module, given: parts.append(given[0].detach().double()))
+        layer.attn_drop.register_forward_pre_hook(
+            lambda module, given: parts.append(given[0].detach().double())
+        )
     one_pass(plain, None, seed)
     if isinstance(model, PVT):
         queries, keys = (part.unflatten(2, (-1, 8)) for part in parts)  # heads are 8 wide
-        similarity = torch.einsum("bhd,bthd->bht", queries[:, 0], keys[:, :, : layer.num_heads]) / 8**0.5
+        similarity = (
+            torch.einsum("bhd,bthd->bht", queries[:, 0], keys[:, :, : layer.num_heads]) / 8**0.5
+        )
         parts = [similarity.softmax(dim=-1)[:, :, None]]
     (attention,) = parts  # (B, H, T, T), or (B, H, 1, T)
     prefix = getattr(network, "num_prefix_tokens", 1)
@@ -312,13 +377,17 @@ def test_the_class_score_is_that_of_this_very_training_pass(family: str) -> None
         assert score is not None
         seen.append(score)
         if not model.has_class_token:  # the substitute
-            torch.testing.assert_close(score, one_pass(copy.deepcopy(model), "image", seed).image_attention)
+            torch.testing.assert_close(
+                score, one_pass(copy.deepcopy(model), "image", seed).image_attention
+            )
             continue
         torch.testing.assert_close(score.double(), slow_class_score(model, seed), atol=1e-5, rtol=0)
         assert (score.sum(dim=1) <= 1 + 1e-5).all()
         assert score.std() > 1e-3  # not the uniform score that would agree with anything
     if model.has_class_token:
-        assert not torch.allclose(seen[0], seen[1], atol=1e-3)  # other drops, other tokens in the last block
+        assert not torch.allclose(
+            seen[0], seen[1], atol=1e-3
+        )  # other drops, other tokens in the last block
 
 
 def test_which_families_have_a_class_token() -> None:
@@ -326,7 +395,9 @@ def test_which_families_have_a_class_token() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", WITH_CLASS_TOKEN)  # the others read the image tokens' score, as the step above does
+@pytest.mark.parametrize(
+    "family", WITH_CLASS_TOKEN
+)  # the others read the image tokens' score, as the step above does
 def test_a_compiled_training_pass_gives_the_same_class_score(family: str) -> None:
     outputs, gradients = [], []
     for compiled in (False, True):
@@ -340,14 +411,17 @@ def test_a_compiled_training_pass_gives_the_same_class_score(family: str) -> Non
         loss_of(outputs[-1]).backward()
         gradients.append(gradient_of(model))
     check_score(outputs[1].class_attention, model)
-    torch.testing.assert_close(outputs[1].class_attention, outputs[0].class_attention, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        outputs[1].class_attention, outputs[0].class_attention, atol=1e-5, rtol=1e-4
+    )
     torch.testing.assert_close(outputs[1].logits, outputs[0].logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", WITH_CLASS_TOKEN)
 def test_the_class_score_passes_through_ddp(family: str, tmp_path: Path) -> None:
-    """One process: what counts is that the wrapper takes outputs without gradient, and finds every parameter."""
+    """One process: what counts is that the wrapper takes outputs without gradient, and finds every
+    parameter."""
     dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model, alone = DistributedDataParallel(make_dropping(family)), make_dropping(family)
@@ -363,7 +437,9 @@ def test_the_class_score_passes_through_ddp(family: str, tmp_path: Path) -> None
 
 
 def test_attention_across_channels_gives_no_score() -> None:
-    with pytest.raises(utils.InputError, match=r"--model xcit_nano_12_p16_224: a Xcit .*across channels"):
+    with pytest.raises(
+        utils.InputError, match=r"--model xcit_nano_12_p16_224: a Xcit .*across channels"
+    ):
         build_model("xcit_nano_12_p16_224", CLASSES, input_size=(SIDE, SIDE))
 
 

@@ -1,4 +1,5 @@
-"""`--finetune`: weights of another run, of timm and of DeiT, made to fit, with every change said."""
+"""`--finetune`: weights of another run, of timm and of DeiT, made to fit, with every change
+said."""
 
 from __future__ import annotations
 
@@ -17,19 +18,26 @@ FROZEN = "--lr 1e-30 --unscale-lr --weight-decay 0"  # the weights stay what the
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_image_folder(tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=3, size=(20, 20))
+    return make_image_folder(
+        tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=3, size=(20, 20)
+    )
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four classes."""
-    return make_image_folder(tmp_path_factory.mktemp("others"), ("a", "b", "c", "d"), per_class=3, size=(20, 20))
+    return make_image_folder(
+        tmp_path_factory.mktemp("others"), ("a", "b", "c", "d"), per_class=3, size=(20, 20)
+    )
 
 
 @pytest.fixture(scope="module")
 def pretrained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained")
-    assert run_small("--lr 0.1 --variant released --data-path", photos, "--output-dir", folder).code == 0
+    assert (
+        run_small("--lr 0.1 --variant released --data-path", photos, "--output-dir", folder).code
+        == 0
+    )
     return folder / "checkpoint.pth"
 
 
@@ -44,7 +52,9 @@ def test_the_same_model_takes_all_weights(photos: Path, pretrained: Path) -> Non
     for name, value in saved_weights(pretrained).items():
         name = name if name.startswith("token_head") else f"network.{name}"
         assert torch.allclose(weights[f"/{name}"], value, atol=1e-7), name
-    assert all(state["step"] == 1 for state in run.training.optimizer.state_dict()["state"].values())  # anew
+    assert all(
+        state["step"] == 1 for state in run.training.optimizer.state_dict()["state"].values()
+    )  # anew
 
 
 def test_the_average_starts_from_the_loaded_weights(photos: Path, pretrained: Path) -> None:
@@ -53,21 +63,31 @@ def test_the_average_starts_from_the_loaded_weights(photos: Path, pretrained: Pa
     assert torch.allclose(average, saved_weights(pretrained)["head.weight"], atol=1e-6)
 
 
-def test_another_input_size_resizes_the_positions(photos: Path, pretrained: Path, tmp_path: Path) -> None:
-    """Square to not square, and from there, whose grid no longer shows in the number of tokens, on to another shape."""
+def test_another_input_size_resizes_the_positions(
+    photos: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    """Square to not square, and from there, whose grid no longer shows in the number of tokens, on
+    to another shape."""
     first = run_small(
-        FROZEN, "--variant released --input-size 16 24 --data-path", photos, "--finetune", pretrained,
-        "--output-dir", tmp_path,
-    )  # fmt: skip
+        FROZEN,
+        "--variant released --input-size 16 24 --data-path",
+        photos,
+        "--finetune",
+        pretrained,
+        "--output-dir",
+        tmp_path,
+    )
     assert first.code == 0, first.err
     assert "pos_embed resized from (1, 17, 64) to (1, 25, 64)" in first.out
     second = run_small(
         FROZEN, "--input-size 24 16 --data-path", photos, "--finetune", tmp_path / "checkpoint.pth"
-    )  # fmt: skip
+    )
     assert second.code == 0, second.err
     assert "pos_embed resized from (1, 25, 64) to (1, 25, 64)" in second.out
     assert "token_head.weight dropped" in second.out
-    grids = [run.training.module.network.get_parameter("pos_embed")[:, 1:] for run in (first, second)]
+    grids = [
+        run.training.module.network.get_parameter("pos_embed")[:, 1:] for run in (first, second)
+    ]
     assert not torch.equal(grids[0], grids[1])
     upright = grids[0].reshape(4, 6, 64).mean(dim=(0, 1))
     assert torch.allclose(upright, grids[1].mean(dim=(0, 1)), atol=0.05)
@@ -77,7 +97,10 @@ def test_another_number_of_classes_starts_the_head_anew(others: Path, pretrained
     run = run_small(FROZEN, "--variant released --data-path", others, "--finetune", pretrained)
     assert run.code == 0, run.err
     for head in ("head", "token_head"):
-        assert f"{head}.weight has shape (3, 64) in the file: starts anew with shape (4, 64)" in run.out
+        assert (
+            f"{head}.weight has shape (3, 64) in the file: starts anew with shape (4, 64)"
+            in run.out
+        )
         assert f"{head}.bias has shape (3,) in the file" in run.out
     kept = weights_of(run.training)["/network.blocks.0.mlp.fc1.weight"]
     assert torch.allclose(kept, saved_weights(pretrained)["blocks.0.mlp.fc1.weight"], atol=1e-7)
@@ -85,12 +108,18 @@ def test_another_number_of_classes_starts_the_head_anew(others: Path, pretrained
 
 @pytest.mark.parametrize("kind", ["plain", "deit", "ddp"])
 def test_foreign_files_load(photos: Path, tmp_path: Path, kind: str) -> None:
-    """timm's bare state dict, DeiT's file with the parsed flags in it, and one saved from DistributedDataParallel."""
+    """timm's bare state dict, DeiT's file with the parsed flags in it, and one saved from
+    DistributedDataParallel."""
     torch.manual_seed(11)
     weights = timm.create_model("vit_nano_patch4_32", num_classes=3, img_size=16).state_dict()
     file = {
         "plain": weights,
-        "deit": {"model": weights, "epoch": 3, "args": argparse.Namespace(model="deit", lr=1e-3), "max_accuracy": 81.8},
+        "deit": {
+            "model": weights,
+            "epoch": 3,
+            "args": argparse.Namespace(model="deit", lr=1e-3),
+            "max_accuracy": 81.8,
+        },
         "ddp": {"state_dict": {f"module.{name}": value for name, value in weights.items()}},
     }[kind]
     torch.save(file, tmp_path / "weights.pth")
@@ -102,7 +131,10 @@ def test_foreign_files_load(photos: Path, tmp_path: Path, kind: str) -> None:
 
 
 def test_a_missing_second_head_starts_anew(photos: Path, tmp_path: Path) -> None:
-    torch.save(timm.create_model("vit_nano_patch4_32", num_classes=3, img_size=16).state_dict(), tmp_path / "plain.pth")
+    torch.save(
+        timm.create_model("vit_nano_patch4_32", num_classes=3, img_size=16).state_dict(),
+        tmp_path / "plain.pth",
+    )
     run = run_small("--variant released --data-path", photos, "--finetune", tmp_path / "plain.pth")
     assert run.code == 0, run.err
     assert "token_head.weight is missing in the file: starts anew" in run.out
@@ -117,9 +149,14 @@ def test_another_architecture_is_refused(photos: Path, pretrained: Path, model: 
     assert "blocks." in run.err
 
 
-def test_going_on_with_a_fine_tune_leaves_its_start_alone(photos: Path, pretrained: Path, tmp_path: Path) -> None:
-    """--auto-resume --finetune, as a job script repeats it: the weights are taken the first time only."""
-    words = split("--auto-resume --data-path", photos, "--finetune", pretrained, "--output-dir", tmp_path)
+def test_going_on_with_a_fine_tune_leaves_its_start_alone(
+    photos: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    """--auto-resume --finetune, as a job script repeats it: the weights are taken the first time
+    only."""
+    words = split(
+        "--auto-resume --data-path", photos, "--finetune", pretrained, "--output-dir", tmp_path
+    )
     assert "weights from" in run_small(*words).out
     second = run_small(*words, "--epochs 2 --accept-changes epochs")
     assert second.code == 0, second.err
@@ -127,7 +164,9 @@ def test_going_on_with_a_fine_tune_leaves_its_start_alone(photos: Path, pretrain
     assert "weights from" not in second.out
 
 
-def test_a_fine_tune_is_evaluated_without_its_start(photos: Path, pretrained: Path, tmp_path: Path) -> None:
+def test_a_fine_tune_is_evaluated_without_its_start(
+    photos: Path, pretrained: Path, tmp_path: Path
+) -> None:
     words = split("--data-path", photos, "--finetune", pretrained, "--output-dir", tmp_path)
     assert run_small(*words).code == 0
     evaluated = run_main("--eval --resume", tmp_path / "checkpoint.pth")

@@ -37,7 +37,8 @@ def write_weights(path: Path, name: str = "test_resnet", num_classes: int = 3) -
 
 
 def again(images: Tensor, shown: ImageSpec, own: ImageSpec) -> Tensor:
-    """Images (B, 3, height, width) that are normalised as `shown`, as `own` has them: by way of their pixels."""
+    """Images (B, 3, height, width) that are normalised as `shown`, as `own` has them: by way of
+    their pixels."""
     result = torch.empty_like(images)
     for channel in range(3):
         pixels = images[:, channel] * shown.std[channel] + shown.mean[channel]
@@ -67,17 +68,23 @@ def test_a_checkpoint_of_main_brings_its_own_network(tmp_path: Path) -> None:
 
 def test_channels_that_come_last_are_moved(tmp_path: Path) -> None:
     name = "swin_tiny_patch4_window7_224"
-    features = second_networks.FeatureMap(timm.create_model(name, img_size=64, embed_dim=8, depths=(1, 1, 1, 1)).eval())
+    features = second_networks.FeatureMap(
+        timm.create_model(name, img_size=64, embed_dim=8, depths=(1, 1, 1, 1)).eval()
+    )
     images = torch.randn(1, 3, 64, 64)
     expected = features.network.forward_features(images)  # type: ignore[operator]
     assert features(images).shape == (1, 64, 2, 2)
     assert torch.equal(features(images)[0, :, 0, 1], expected[0, 0, 1])
 
 
-def test_a_name_alone_has_its_weights_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_alone_has_its_weights_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network: Any = timm.create_model("test_resnet").eval()
     save_file(network.state_dict(), tmp_path / "model.safetensors")
-    monkeypatch.setattr(second_networks.downloads, "from_hub", lambda *asked: tmp_path / "model.safetensors")
+    monkeypatch.setattr(
+        second_networks.downloads, "from_hub", lambda *asked: tmp_path / "model.safetensors"
+    )
     features: Any = second_networks.build_feature_map("test_resnet", SIZE, HALF)
     images = torch.randn(2, 3, *SIZE)
     with torch.no_grad():
@@ -88,10 +95,16 @@ def test_a_name_alone_has_its_weights_fetched(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("resnet5O=weights.pth", "--attentive-teacher resnet5O: no such model; did you mean resnet50"),
+        (
+            "resnet5O=weights.pth",
+            "--attentive-teacher resnet5O: no such model; did you mean resnet50",
+        ),
         ("missing.pth", "--attentive-teacher missing.pth: no such model"),
         ("test_resnet=", "--attentive-teacher test_resnet=: names no file behind the ="),
-        ("test_resnet.old=weights.pth", "Invalid pretrained tag (old) for test_resnet. It has test_resnet.r160_in1k"),
+        (
+            "test_resnet.old=weights.pth",
+            "Invalid pretrained tag (old) for test_resnet. It has test_resnet.r160_in1k",
+        ),
         ("test_resnet=missing.pth", "there is no file missing.pth"),
         ("test_convnext=weights.pth", "--attentive-teacher test_convnext=weights.pth"),
         ("vit_nano_patch4_32=nano.pth", "cannot take the student's images of 64 x 96 pixels"),
@@ -115,13 +128,16 @@ def test_weights_that_cannot_be_fetched_ask_for_a_file(monkeypatch: pytest.Monke
         raise OSError("no route to host")
 
     monkeypatch.setattr(second_networks.downloads, "from_hub", offline)
-    with pytest.raises(InputError, match=r"could not get its weights \(no route to host\); give a file: test_resnet="):
+    with pytest.raises(
+        InputError,
+        match=r"could not get its weights \(no route to host\); give a file: test_resnet=",
+    ):
         second_networks.build_feature_map("test_resnet", SIZE)
     with pytest.raises(InputError, match=r"could not get its weights \(timm knows none\)"):
         second_networks.build_feature_map("cspresnet50d", SIZE)
 
 
-# ----------------------------------------------------------------------------------- the images as a network knows them
+# --------------------------------------------------------------- the images as a network knows them
 
 
 def test_images_are_normalised_anew_by_way_of_their_pixels() -> None:
@@ -133,7 +149,8 @@ def test_images_are_normalised_anew_by_way_of_their_pixels() -> None:
     torch.testing.assert_close(back, images, rtol=1e-4, atol=1e-5)
     for changed in (replace(OF_STUDENT, mean=OTHER.mean), replace(OF_STUDENT, std=OTHER.std)):
         torch.testing.assert_close(
-            second_networks.renormaliser(OF_STUDENT, changed)(images), again(images, OF_STUDENT, changed)
+            second_networks.renormaliser(OF_STUDENT, changed)(images),
+            again(images, OF_STUDENT, changed),
         )
 
 
@@ -145,7 +162,10 @@ def test_what_it_takes_moves_with_it_and_is_no_weight() -> None:
 
 def test_images_that_are_known_are_left_as_they_are() -> None:
     images = torch.randn(2, 3, 4, 5)
-    assert second_networks.renormaliser(OF_STUDENT, ImageSpec((8, 8), crop_ratio=1.0))(images) is images
+    assert (
+        second_networks.renormaliser(OF_STUDENT, ImageSpec((8, 8), crop_ratio=1.0))(images)
+        is images
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,15 +193,23 @@ def test_a_checkpoint_says_itself_what_it_knows() -> None:
         "model_config": {"name": "test_resnet"},
         "data": {"image_spec": OTHER.to_plain()},
     }
-    assert second_networks._own_spec(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator") == OTHER
+    assert (
+        second_networks._own_spec(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator")
+        == OTHER
+    )
     said["data"] = {}
-    assert second_networks._own_spec(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator") == OF_STUDENT
+    assert (
+        second_networks._own_spec(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator")
+        == OF_STUDENT
+    )
     with pytest.raises(InputError, match="has format 2, this version reads format 1"):
         second_networks._said_in({"model_config": {"name": "test_resnet"}, "format": 2})
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_a_feature_map_is_that_of_the_images_as_the_network_knows_them(ours: bool, tmp_path: Path) -> None:
+def test_a_feature_map_is_that_of_the_images_as_the_network_knows_them(
+    ours: bool, tmp_path: Path
+) -> None:
     path, network = write_weights(tmp_path / "weights.pth")
     choice, own, images = f"test_resnet={path}", HALF, torch.randn(2, 3, *SIZE)
     if ours:
@@ -193,15 +221,23 @@ def test_a_feature_map_is_that_of_the_images_as_the_network_knows_them(ours: boo
         choice, SIZE
     )  # the student's are ImageNet's where nothing else is said
     with torch.no_grad():
-        expected, unchanged = network.forward_features(again(images, OF_STUDENT, own)), network.forward_features(images)
+        expected, unchanged = (
+            network.forward_features(again(images, OF_STUDENT, own)),
+            network.forward_features(images),
+        )
         torch.testing.assert_close(features(images), expected, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(features(images), unchanged, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("shown", [None, OTHER, HALF])
-def test_a_teacher_is_shown_the_images_as_it_knows_them(shown: ImageSpec | None, tmp_path: Path) -> None:
+def test_a_teacher_is_shown_the_images_as_it_knows_them(
+    shown: ImageSpec | None, tmp_path: Path
+) -> None:
     path, network = write_weights(tmp_path / "weights.pth")
-    teacher, images = second_networks.build_teacher("test_resnet", str(path), 3, SIZE, shown), torch.randn(2, 3, *SIZE)
+    teacher, images = (
+        second_networks.build_teacher("test_resnet", str(path), 3, SIZE, shown),
+        torch.randn(2, 3, *SIZE),
+    )
     with torch.no_grad():
         expected, unchanged = network(again(images, shown or OF_STUDENT, HALF)), network(images)
         torch.testing.assert_close(teacher(images), expected, rtol=1e-3, atol=1e-4)
@@ -213,16 +249,26 @@ def test_a_teacher_is_shown_the_images_as_it_knows_them(shown: ImageSpec | None,
 def test_a_run_hands_down_how_its_images_are_normalised(
     role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    photos = make_image_folder(tmp_path / "photos", ("ant", "bee", "cat"), per_class=8, size=(36, 36))
+    photos = make_image_folder(
+        tmp_path / "photos", ("ant", "bee", "cat"), per_class=8, size=(36, 36)
+    )
     path, network = write_weights(tmp_path / "weights.pth")
     words = {
         "motivator": f"--motivator test_resnet={path}",
         "classifier": f"--mixer attentivemix --attentive-teacher test_resnet={path}",
-        "teacher": "--model deit_runs_distilled_patch4_16 --distillation-type hard --teacher-model test_resnet "
-        f"--teacher-path {path}",
-    }[role]  # fmt: skip
-    monkeypatch.setattr(datasets, "image_spec_for", lambda name, size, crop: replace(OTHER, input_size=as_pair(size)))
-    training: Any = run_small("--input-size 32 --mix-protocol single --max-steps 1 --data-path", photos, words).training
+        "teacher": (
+            "--model deit_runs_distilled_patch4_16 --distillation-type hard "
+            f"--teacher-model test_resnet --teacher-path {path}"
+        ),
+    }[role]
+    monkeypatch.setattr(
+        datasets,
+        "image_spec_for",
+        lambda name, size, crop: replace(OTHER, input_size=as_pair(size)),
+    )
+    training: Any = run_small(
+        "--input-size 32 --mix-protocol single --max-steps 1 --data-path", photos, words
+    ).training
     images = torch.randn(2, 3, 32, 32)
     seen = {
         "motivator": lambda: training.guide(images).logits,

@@ -1,4 +1,5 @@
-"""A few hundred of the cases of `tests/fuzz.py`, some for hypothesis to choose, and faults that it has to find."""
+"""A few hundred of the cases of `tests/fuzz.py`, some for hypothesis to choose, and faults that it
+has to find."""
 
 from __future__ import annotations
 
@@ -22,7 +23,14 @@ from storage.checkpoints import load_checkpoint
 from tests import fuzz, junk
 from utils import InputError
 
-COUNTS = {"checkpoint": 50, "image": 120, "flags": 80, "saved flags": 40, "run folder": 60, "tools": 60}
+COUNTS = {
+    "checkpoint": 50,
+    "image": 120,
+    "flags": 80,
+    "saved flags": 40,
+    "run folder": 60,
+    "tools": 60,
+}
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
@@ -33,7 +41,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> fuzz.World:
 
 def counterexamples(results: list[fuzz.Result]) -> list[str]:
     steps = [step for one in results for step in one.outcomes]
-    return [f"{step}: {kind}\n{detail}" for step, kind, detail in steps if kind not in ("done", "refused")]
+    return [
+        f"{step}: {kind}\n{detail}"
+        for step, kind, detail in steps
+        if kind not in ("done", "refused")
+    ]
 
 
 @needs_fork
@@ -47,7 +59,8 @@ def test_cases_end_well_or_with_a_message(area: str, world: fuzz.World) -> None:
     assert kinds >= {"done", "refused"}  # else the cases are too tame, or too wild
 
 
-# In each area something of the project that its cases lead to, and a name that a counterexample has for it.
+# In each area something of the project that its cases lead to, and a name that a counterexample has
+# for it.
 PLANTED: dict[str, tuple[Any, str]] = {
     "checkpoint": (state, "keep_total_batch"),
     "image": (Image, "open"),
@@ -68,7 +81,9 @@ def kill(*args: Any, **keywords: Any) -> None:
 
 @needs_fork
 @pytest.mark.parametrize("area", fuzz.SHARES)
-@pytest.mark.parametrize(("fault", "found"), [(fail, "KeyError in "), (kill, "the process died with code -9")])
+@pytest.mark.parametrize(
+    ("fault", "found"), [(fail, "KeyError in "), (kill, "the process died with code -9")]
+)
 def test_a_fault_planted_in_an_area_is_found(
     area: str, fault: Any, found: str, world: fuzz.World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +99,7 @@ def test_a_case_repeats(world: fuzz.World, tmp_path: Path) -> None:
         assert [(one.step, one.kind) for one in first] == [(one.step, one.kind) for one in second]
 
 
-# ------------------------------------------------------------------------------------------------- hypothesis chooses
+# ------------------------------------------------------------------------------- hypothesis chooses
 
 quick = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -99,7 +114,9 @@ def test_bytes_are_no_checkpoint(tmp_path: Path, content: bytes) -> None:
 
 @quick
 @given(st.data())
-def test_a_checkpoint_cut_anywhere_is_refused(world: fuzz.World, tmp_path: Path, data: st.DataObject) -> None:
+def test_a_checkpoint_cut_anywhere_is_refused(
+    world: fuzz.World, tmp_path: Path, data: st.DataObject
+) -> None:
     cut = data.draw(st.integers(0, len(world.content) - 1))
     (tmp_path / "x.pth").write_bytes(world.content[:cut])
     with pytest.raises(InputError, match=r"x\.pth is truncated or corrupt"):
@@ -107,13 +124,19 @@ def test_a_checkpoint_cut_anywhere_is_refused(world: fuzz.World, tmp_path: Path,
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-nests = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=6)
-parts = st.sampled_from(["model", "ema", "args", "format", "model_config", "data", "optimizer", "meters", "x"])
+nests = st.recursive(
+    leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=6
+)
+parts = st.sampled_from(
+    ["model", "ema", "args", "format", "model_config", "data", "optimizer", "meters", "x"]
+)
 
 
 @quick
 @given(st.dictionaries(parts, nests))
-def test_plain_data_is_read_as_it_was_written_or_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+def test_plain_data_is_read_as_it_was_written_or_refused(
+    tmp_path: Path, content: dict[str, Any]
+) -> None:
     torch.save(content, tmp_path / "x.pth")
     read: list[Any] = []
     outcome = fuzz.attempt("load", lambda: read.append(load_checkpoint(tmp_path / "x.pth")))
@@ -122,8 +145,15 @@ def test_plain_data_is_read_as_it_was_written_or_refused(tmp_path: Path, content
     assert (outcome.kind, read) in [("done", [content]), ("refused", [])]
 
 
-flags = st.sampled_from([text for action in get_args_parser()._actions for text in action.option_strings])
-words = st.sampled_from(junk.WORDS) | st.floats().map(str) | st.integers(-9, 999).map(str) | st.text(max_size=5)
+flags = st.sampled_from(
+    [text for action in get_args_parser()._actions for text in action.option_strings]
+)
+words = (
+    st.sampled_from(junk.WORDS)
+    | st.floats().map(str)
+    | st.integers(-9, 999).map(str)
+    | st.text(max_size=5)
+)
 
 
 @settings(max_examples=150)
@@ -133,7 +163,7 @@ def test_command_lines_are_taken_or_refused(line: list[str]) -> None:
     assert outcome.kind in ("done", "refused"), outcome.detail
 
 
-# --------------------------------------------------------------------------------------------------- faults are found
+# --------------------------------------------------------------------------------- faults are found
 
 
 class Faulty:
@@ -196,6 +226,10 @@ def test_the_next_case_follows_one_that_died(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fuzz, "SECONDS", 5.0)
     world: Any = Faulty(kill)
     results = list(fuzz.run_all(world, 0, [("image", 0), ("image", 1), ("flags", 0)]))
-    assert [one.outcomes[0].kind[:8] for one in results] == ["the proc"] * 3  # each is the first of a new child
+    assert [one.outcomes[0].kind[:8] for one in results] == [
+        "the proc"
+    ] * 3  # each is the first of a new child
     fine: Any = Faulty(lambda: None)
-    assert [one.outcomes[0].kind for one in fuzz.run_all(fine, 0, [("image", 0), ("image", 1)])] == ["done"] * 2
+    assert [
+        one.outcomes[0].kind for one in fuzz.run_all(fine, 0, [("image", 0), ("image", 1)])
+    ] == ["done"] * 2

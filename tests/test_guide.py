@@ -1,4 +1,5 @@
-"""The motivating pass: the same prediction and score for less work, no trace, and the flags that make it cheaper."""
+"""The motivating pass: the same prediction and score for less work, no trace, and the flags that
+make it cheaper."""
 
 from __future__ import annotations
 
@@ -27,40 +28,76 @@ from models.weights import adapt_weights, load_strictly, plain_weights
 from tests.conftest import randomise
 from tests.image_folders import make_image_folder
 from tests.runs import run_small
-from tests.test_families import CPU, TINY, batch_of, check_score, gradient_of, loss_of, make_model, one_pass
+from tests.test_families import (
+    CPU,
+    TINY,
+    batch_of,
+    check_score,
+    gradient_of,
+    loss_of,
+    make_model,
+    one_pass,
+)
 from training import precision
 from utils import InputError
 
 SMALL_VIT = {"embed_dim": 24, "depth": 2, "num_heads": 3}
-# Every family, and the blocks and attention layers that differ within one: family (or timm's name) and keywords.
+# Every family, and the blocks and attention layers that differ within one: family (or timm's name)
+# and keywords.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in TINY},
     "ViT, everything": (
         "VisionTransformer",
-        {"qk_norm": True, "scale_attn_norm": True, "init_values": 0.1, "reg_tokens": 3, "no_embed_class": True},
+        {
+            "qk_norm": True,
+            "scale_attn_norm": True,
+            "init_values": 0.1,
+            "reg_tokens": 3,
+            "no_embed_class": True,
+        },
     ),
-    "ViT, mean": ("vit_tiny_patch16_224", {**SMALL_VIT, "global_pool": "avg", "class_token": False}),
+    "ViT, mean": (
+        "vit_tiny_patch16_224",
+        {**SMALL_VIT, "global_pool": "avg", "class_token": False},
+    ),
     "ViT, pooled": ("VisionTransformer", {"global_pool": "map"}),
     "BEiT, token": ("Beit", {"global_pool": "token", "init_values": 0.1}),
     "BEiT, token, shared": (
         "Beit",
-        {"global_pool": "token", "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "init_values": None},
+        {
+            "global_pool": "token",
+            "use_rel_pos_bias": False,
+            "use_shared_rel_pos_bias": True,
+            "init_values": None,
+        },
     ),
     "EVA, token": ("Eva", {"global_pool": "token", "qkv_fused": True, "scale_attn_inner": True}),
     "EVA, token, split": ("Eva", {"global_pool": "token", "qkv_fused": False, "init_values": 0.1}),
-    "EVA, token, rope": ("Eva", {"global_pool": "token", "attn_type": "rope", "qk_norm": True, "num_reg_tokens": 2}),
+    "EVA, token, rope": (
+        "Eva",
+        {"global_pool": "token", "attn_type": "rope", "qk_norm": True, "num_reg_tokens": 2},
+    ),
     "EVA, token, grouped": (
-        "Eva", {"global_pool": "token", "attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1},
+        "Eva",
+        {"global_pool": "token", "attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1},
     ),
     "EVA, token, mixed": ("vit_small_patch16_rope_mixed_224", SMALL_VIT),
     "EVA, token, post-norm": ("Eva", {"global_pool": "token", "use_post_norm": True}),
-}  # fmt: skip
+}
 # Those whose last MLP sees the class token (and its like) only: how many tokens that are.
 SHORT = {
-    "VisionTransformer": 1, "VisionTransformerDistilled": 2, "PyramidVisionTransformer": 1, "ViT, everything": 4,
-    "BEiT, token": 1, "BEiT, token, shared": 1, "EVA, token": 1, "EVA, token, split": 1, "EVA, token, rope": 3,
-    "EVA, token, grouped": 1, "EVA, token, mixed": 1,
-}  # fmt: skip
+    "VisionTransformer": 1,
+    "VisionTransformerDistilled": 2,
+    "PyramidVisionTransformer": 1,
+    "ViT, everything": 4,
+    "BEiT, token": 1,
+    "BEiT, token, shared": 1,
+    "EVA, token": 1,
+    "EVA, token, split": 1,
+    "EVA, token, rope": 3,
+    "EVA, token, grouped": 1,
+    "EVA, token, mixed": 1,
+}
 CONVOLUTIONAL = ("ConvNeXt", "ResNet")
 cases = pytest.mark.parametrize("case", CASES)
 AUTOCASTS = {name: precision.make_autocast(CPU.device, name) for name in ("none", "bf16", "fp16")}
@@ -95,14 +132,15 @@ def prediction(model: ImageModel, images: Tensor, size: tuple[int, int] | None =
 
 
 def same(ours: Glance, theirs: Any) -> None:
-    """Equal; logits in half precision to a rounding or two, because kernels differ in where they round."""
+    """Equal; logits in half precision to a rounding or two, because kernels differ in where they
+    round."""
     assert ours.logits is not None
     within = 1e-5 if ours.logits.dtype == torch.float32 else 2 * torch.finfo(ours.logits.dtype).eps
     torch.testing.assert_close(ours.logits, theirs.logits, atol=within, rtol=within)
     torch.testing.assert_close(ours.image_attention, theirs.image_attention, atol=1e-6, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------ the same for less
+# -------------------------------------------------------------------------------- the same for less
 
 
 @pytest.mark.parametrize("amp", ["none", "bf16"])
@@ -152,7 +190,9 @@ def test_a_block_of_an_unknown_kind_is_passed_as_a_whole() -> None:
         same(model.look(images), model(images, need_attention="image"))
 
 
-@pytest.mark.parametrize("case", ["VisionTransformer", "PyramidVisionTransformer", "BEiT, token, shared", "EVA, token"])
+@pytest.mark.parametrize(
+    "case", ["VisionTransformer", "PyramidVisionTransformer", "BEiT, token, shared", "EVA, token"]
+)
 def test_attention_in_float32_gives_the_rest_what_its_layer_would(case: str) -> None:
     model, seen = make(case), []  # type: ignore[var-annotated]
     use_float32_attention(model, case)
@@ -161,7 +201,9 @@ def test_attention_in_float32_gives_the_rest_what_its_layer_would(case: str) -> 
     with torch.no_grad(), AUTOCASTS["bf16"]():
         model(batch_of(1)[0])
         model.look(batch_of(1)[0])
-    both = seen if case != "PyramidVisionTransformer" else seen[::2]  # there one module drops both branches
+    both = (
+        seen if case != "PyramidVisionTransformer" else seen[::2]
+    )  # there one module drops both branches
     assert [part.dtype for part in both] == [torch.bfloat16] * 2
     torch.testing.assert_close(both[1], both[0][:, : both[1].shape[1]], atol=1e-2, rtol=1e-2)
 
@@ -197,7 +239,7 @@ def test_a_model_in_training_mode_is_not_looked_through() -> None:
         make("VisionTransformer").train().look(batch_of(1)[0])
 
 
-# ------------------------------------------------------------------------------------------------------- no trace
+# ----------------------------------------------------------------------------------------- no trace
 
 
 def mixed_modes(model: nn.Module) -> dict[str, bool]:
@@ -214,7 +256,9 @@ def test_the_guide_leaves_no_trace(case: str, size: tuple[int, int] | None) -> N
     if size is not None and not model.looks_smaller:
         pytest.skip("one size only")
     modes, state, held = mixed_modes(model), copy.deepcopy(model.state_dict()), images.clone()
-    buffers = {name: value.clone() for name, value in model.named_buffers()}  # also those that are not saved
+    buffers = {
+        name: value.clone() for name, value in model.named_buffers()
+    }  # also those that are not saved
     names, drawn = set(vars(model.network)), torch.get_rng_state()
     seen = engine.make_guide(model, AUTOCASTS["bf16"], size=size)(images)
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -249,7 +293,7 @@ def test_a_step_after_the_guide_learns_as_without_it(case: str, amp: str, tmp_pa
     torch.testing.assert_close(gradients[1], gradients[0], atol=0, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------ a smaller size
+# ----------------------------------------------------------------------------------- a smaller size
 
 
 def test_a_resized_score_is_the_bilinear_one() -> None:
@@ -275,7 +319,13 @@ def test_a_resized_score_is_the_bilinear_one() -> None:
     assert torch.equal(resize_score(score, (2, 3), (2, 3)), score)
 
 
-LOOKERS = ["VisionTransformer", "VisionTransformerDistilled", "ViT, everything", "ViT, mean", "ViT, pooled"]
+LOOKERS = [
+    "VisionTransformer",
+    "VisionTransformerDistilled",
+    "ViT, everything",
+    "ViT, mean",
+    "ViT, pooled",
+]
 
 
 @pytest.mark.parametrize("case", LOOKERS)
@@ -287,7 +337,9 @@ def test_a_smaller_look_is_that_of_a_model_built_smaller(case: str) -> None:
     load_strictly(small, weights, source="the test")
     with torch.no_grad():
         seen = model.look(images, size)
-        expected = small(interpolate(images, size, mode="bilinear", antialias=True), need_attention="image")
+        expected = small(
+            interpolate(images, size, mode="bilinear", antialias=True), need_attention="image"
+        )
     check_score(seen.image_attention, model)
     torch.testing.assert_close(seen.logits, expected.logits, atol=1e-5, rtol=1e-5)
     score = resize_score(expected.image_attention, small.grid_size, model.grid_size)
@@ -296,13 +348,17 @@ def test_a_smaller_look_is_that_of_a_model_built_smaller(case: str) -> None:
 
 
 def test_a_smaller_look_finds_what_the_full_one_finds() -> None:
-    """Planted: no positions, and pictures of four plain quarters, so that a token is its quarter's colour."""
+    """Planted: no positions, and pictures of four plain quarters, so that a token is its quarter's
+    colour."""
     model = make("VisionTransformer", patch_size=8)  # 8 x 8 tokens
     with torch.no_grad():
         parts_of(model).pos_embed.zero_()
         colours = torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(2))
         images = interpolate(colours, scale_factor=32, mode="nearest")  # 64 x 64 pixels
-        full, small = model.look(images).image_attention, model.look(images, (32, 32)).image_attention
+        full, small = (
+            model.look(images).image_attention,
+            model.look(images, (32, 32)).image_attention,
+        )
     inner = torch.ones(8, 8, dtype=torch.bool)
     inner[3:5] = inner[:, 3:5] = False  # where the quarters meet, the smaller score is in between
     for one, other in zip(full[:, inner.flatten()], small[:, inner.flatten()], strict=True):
@@ -311,16 +367,34 @@ def test_a_smaller_look_finds_what_the_full_one_finds() -> None:
 
 
 def test_which_families_look_smaller() -> None:
-    assert [case for case in CASES if make(case).looks_smaller] == sorted(LOOKERS, key=list(CASES).index)
+    assert [case for case in CASES if make(case).looks_smaller] == sorted(
+        LOOKERS, key=list(CASES).index
+    )
 
 
 REFUSED = [
-    ("BEiT, token", (32, 32), r"--guide-size 32 32: tiny, a Beit, is read at its own size only; a plain ViT"),
-    ("PyramidVisionTransformer", (32, 32), r"tiny, a PyramidVisionTransformer, is read at its own size only"),
+    (
+        "BEiT, token",
+        (32, 32),
+        r"--guide-size 32 32: tiny, a Beit, is read at its own size only; a plain ViT",
+    ),
+    (
+        "PyramidVisionTransformer",
+        (32, 32),
+        r"tiny, a PyramidVisionTransformer, is read at its own size only",
+    ),
     ("ResNet", (32, 32), r"tiny, a ResNet, is read at its own size only"),
-    ("VisionTransformer", (64, 64), r"--guide-size 64 64: must be smaller than the images, 64 x 64 pixels"),
+    (
+        "VisionTransformer",
+        (64, 64),
+        r"--guide-size 64 64: must be smaller than the images, 64 x 64 pixels",
+    ),
     ("VisionTransformer", (32, 80), r"--guide-size 32 80: must be smaller"),
-    ("VisionTransformer", (40, 32), r"multiple of the patch size 16x16 of tiny, and two patches or more, .* 32 32"),
+    (
+        "VisionTransformer",
+        (40, 32),
+        r"multiple of the patch size 16x16 of tiny, and two patches or more, .* 32 32",
+    ),
     ("VisionTransformer", (16, 48), r"two patches or more, such as 32 48"),
 ]
 
@@ -340,7 +414,7 @@ def test_a_transformer_of_another_make_does_not_look_smaller() -> None:
     assert not model.looks_smaller
 
 
-# ------------------------------------------------------------------------------------------------------- the flags
+# ---------------------------------------------------------------------------------------- the flags
 
 
 def guide_of(model: ImageModel, *words: str) -> Any:
@@ -352,10 +426,13 @@ def guide_of(model: ImageModel, *words: str) -> Any:
 @pytest.mark.parametrize(
     ("words", "dtype"),
     [
-        ("", torch.float32), ("--guide-amp bf16", torch.bfloat16), ("--guide-amp fp16", torch.float16),
-        ("--amp bf16", torch.bfloat16), ("--amp bf16 --guide-amp none", torch.float32),
+        ("", torch.float32),
+        ("--guide-amp bf16", torch.bfloat16),
+        ("--guide-amp fp16", torch.float16),
+        ("--amp bf16", torch.bfloat16),
+        ("--amp bf16 --guide-amp none", torch.float32),
     ],
-)  # fmt: skip
+)
 def test_the_pass_runs_in_its_own_precision(words: str, dtype: torch.dtype) -> None:
     model, images, seen = make("VisionTransformer", num_classes=5), batch_of(1)[0], []  # type: ignore[var-annotated]
     for block in parts_of(model).blocks:
@@ -368,7 +445,9 @@ def test_the_pass_runs_in_its_own_precision(words: str, dtype: torch.dtype) -> N
     assert {tokens.dtype for tokens in seen} == {torch.float32}
 
 
-@pytest.mark.parametrize(("words", "tokens"), [("", 17), ("--guide-size 32", 5), ("--guide-size 32 48", 7)])
+@pytest.mark.parametrize(
+    ("words", "tokens"), [("", 17), ("--guide-size 32", 5), ("--guide-size 32 48", 7)]
+)
 def test_the_pass_runs_at_its_own_size(words: str, tokens: int) -> None:
     model, seen = make("VisionTransformer"), []  # type: ignore[var-annotated]
     watch(parts_of(model).blocks[0], seen)
@@ -385,11 +464,13 @@ def test_the_pass_runs_at_its_own_size(words: str, tokens: int) -> None:
         ("--guide-size 32 32 32", "--guide-size 32 32 32: takes one side"),
         (
             "--mixer cutmix --guide-size 112",
-            r"--guide-size 112 \(for smmix, or with --con-weight above 0\): --mixer cutmix has no use for it",
+            r"--guide-size 112 \(for smmix, or with --con-weight above 0\): "
+            r"--mixer cutmix has no use for it",
         ),
         (
             "--mixer transmix --guide-amp bf16",
-            r"--guide-amp bf16 \(for smmix, or with --con-weight above 0\): --mixer transmix has no use for it",
+            r"--guide-amp bf16 \(for smmix, or with --con-weight above 0\): "
+            r"--mixer transmix has no use for it",
         ),
         ("--guide-size 40", "multiple of the patch size"),
     ],
@@ -401,25 +482,40 @@ def test_flags_that_do_not_go_together_are_refused(words: str, said: str) -> Non
 
 @pytest.mark.slow
 def test_a_run_takes_both_flags_and_keeps_them(tmp_path: Path) -> None:
-    photos = make_image_folder(tmp_path / "photos", ("ant", "bee", "cat"), per_class=8, size=(20, 20))
+    photos = make_image_folder(
+        tmp_path / "photos", ("ant", "bee", "cat"), per_class=8, size=(20, 20)
+    )
     words = "--guide-size 8 --guide-amp bf16 --mix-protocol single"
     run = run_small(words, "--data-path", photos, "--output-dir", tmp_path / "run")
     assert run.training.module.grid_size == (4, 4)
     assert all(value.isfinite().all() for value in run.training.module.state_dict().values())
-    more = run_small("--epochs 2 --accept-changes epochs --auto-resume --mix-protocol single", "--data-path", photos,
-                     "--output-dir", tmp_path / "run")  # fmt: skip
+    more = run_small(
+        "--epochs 2 --accept-changes epochs --auto-resume --mix-protocol single",
+        "--data-path",
+        photos,
+        "--output-dir",
+        tmp_path / "run",
+    )
     assert more.code == 2
     assert "--guide-size [8] -> None, --guide-amp bf16 -> None" in more.err
     refused = run_small("--guide-size 6 --data-path", photos)
     assert refused.code == 2
-    assert "--guide-size 6 6: each side must be a multiple of the patch size 4x4 of vit_nano_patch4_32" in refused.err
+    assert (
+        "--guide-size 6 6: each side must be a multiple of the patch size 4x4 of vit_nano_patch4_32"
+        in refused.err
+    )
 
 
-# ------------------------------------------------------------------------------------------------ an earlier block
+# --------------------------------------------------------------------------------- an earlier block
 
-READ_ANYWHERE = [case for case in CASES if case.split(",")[0] in ("VisionTransformer", "ViT", "BEiT", "EVA")] + [
-    "VisionTransformerDistilled", "Cait", "Beit", "Eva",
-]  # fmt: skip
+READ_ANYWHERE = [
+    case for case in CASES if case.split(",")[0] in ("VisionTransformer", "ViT", "BEiT", "EVA")
+] + [
+    "VisionTransformerDistilled",
+    "Cait",
+    "Beit",
+    "Eva",
+]
 
 
 def cut_after(model: ImageModel, block: int) -> ImageModel:
@@ -429,7 +525,9 @@ def cut_after(model: ImageModel, block: int) -> ImageModel:
     return shorter
 
 
-@pytest.mark.parametrize("case", ["VisionTransformer", "VisionTransformerDistilled", "Cait", "Beit", "ViT, everything"])
+@pytest.mark.parametrize(
+    "case", ["VisionTransformer", "VisionTransformerDistilled", "Cait", "Beit", "ViT, everything"]
+)
 def test_a_score_from_an_earlier_block_is_that_of_a_shorter_model(case: str) -> None:
     model, images = make(case), batch_of(1)[0]
     with torch.no_grad():
@@ -447,16 +545,27 @@ def test_every_block_that_is_offered_can_be_read(case: str) -> None:
     with torch.no_grad():
         last = model.look(images)
         for block in range(1, model.score_blocks + 1):
-            seen, alone = model.look(images, block=block), model.look(images, block=block, predict=False)
+            seen, alone = (
+                model.look(images, block=block),
+                model.look(images, block=block, predict=False),
+            )
             check_score(seen.image_attention, model)
             assert alone.logits is None
-            torch.testing.assert_close(alone.image_attention, seen.image_attention, atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                alone.image_attention, seen.image_attention, atol=1e-6, rtol=0
+            )
             torch.testing.assert_close(seen.logits, last.logits, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model.look(images, predict=False).image_attention, last.image_attention, atol=1e-6,
-                                   rtol=0)  # fmt: skip
+        torch.testing.assert_close(
+            model.look(images, predict=False).image_attention,
+            last.image_attention,
+            atol=1e-6,
+            rtol=0,
+        )
 
 
-@pytest.mark.parametrize("case", ["VisionTransformer", "Cait", "PyramidVisionTransformer", "SwinTransformer"])
+@pytest.mark.parametrize(
+    "case", ["VisionTransformer", "Cait", "PyramidVisionTransformer", "SwinTransformer"]
+)
 def test_without_a_prediction_the_pass_ends_where_the_score_is_read(case: str) -> None:
     model, seen = make(case), []  # type: ignore[var-annotated]
     for name, module in model.named_modules():
@@ -469,7 +578,11 @@ def test_without_a_prediction_the_pass_ends_where_the_score_is_read(case: str) -
             seen.clear()
             assert model.look(batch_of(1)[0], block=block, predict=False).logits is None
             wanted = (
-                block - 1 if block is not None else model.score_blocks - 1 if model.score_blocks else all_of_them - 1
+                block - 1
+                if block is not None
+                else model.score_blocks - 1
+                if model.score_blocks
+                else all_of_them - 1
             )
             assert len(seen) == wanted
 
@@ -479,7 +592,11 @@ def test_without_a_prediction_the_pass_ends_where_the_score_is_read(case: str) -
     [
         ("VisionTransformer", "--score-block 0", r"--score-block 0: \S+ has the blocks 1 to 2"),
         ("VisionTransformer", "--score-block 3", r"has the blocks 1 to 2"),
-        ("SwinTransformer", "--score-block 1", r"a SwinTransformer, is read in its last block only"),
+        (
+            "SwinTransformer",
+            "--score-block 1",
+            r"a SwinTransformer, is read in its last block only",
+        ),
         ("VisionTransformer", "--mixer cutmix --score-block 1", r"--score-block 1 \(for smmix\)"),
         ("VisionTransformer", "--con-weight -1", "--con-weight -1.0: must not be negative"),
         ("VisionTransformer", "--mixer cutmix --fine-weight 0", r"--fine-weight 0.0 \(for smmix\)"),
@@ -492,7 +609,9 @@ def test_a_block_or_weight_that_does_not_do_is_refused(case: str, words: str, sa
 
 @pytest.mark.slow
 def test_runs_without_a_term_leave_it_out(tmp_path: Path) -> None:
-    photos = make_image_folder(tmp_path / "photos", ("ant", "bee", "cat"), per_class=8, size=(20, 20))
+    photos = make_image_folder(
+        tmp_path / "photos", ("ant", "bee", "cat"), per_class=8, size=(20, 20)
+    )
     heads = {}
     for name in ("fine", "con"):
         words = f"--{name}-weight 0 --score-block 2 --variant released --mix-protocol single"
@@ -500,6 +619,9 @@ def test_runs_without_a_term_leave_it_out(tmp_path: Path) -> None:
         assert run.code == 0, run.err
         line = json.loads((tmp_path / name / "log.txt").read_text().splitlines()[0])
         terms = {key for key in line if key.startswith("train_loss_")}
-        assert terms == {"train_loss_cls", *({"train_loss_fine", "train_loss_con"} - {f"train_loss_{name}"})}
+        assert terms == {
+            "train_loss_cls",
+            *({"train_loss_fine", "train_loss_con"} - {f"train_loss_{name}"}),
+        }
         heads[name] = run.training.module.token_head is not None
     assert heads == {"fine": False, "con": True}  # no region, no classifier for it

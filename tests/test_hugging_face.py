@@ -1,7 +1,8 @@
-"""`timm/hfds/` and `timm/hfids/` on sets made here: Hugging Face's package of the same name as our `datasets.py`.
+"""`timm/hfds/` and `timm/hfids/` on sets made here: Hugging Face's package of the same name as our
+`datasets.py`.
 
-The package takes the place of our file in `sys.modules`, so all of it happens in processes of its own: this file is
-also the script that they run.
+The package takes the place of our file in `sys.modules`, so all of it happens in processes of its
+own: this file is also the script that they run.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ SPEC = ImageSpec((32, 32))
 CLASSES = ["wasp", "ant"]  # as the card orders them; a folder's are in the order of names
 
 
-# ------------------------------------------------------------------------------------------------- in the script
+# ------------------------------------------------------------------------------------ in the script
 
 
 def batches(name: str, path: str = "", train: bool = True, workers: int = 0) -> list[list[Any]]:
-    """[labels, digest of the pixels] of each batch of one epoch, as training and evaluation load them."""
+    """[labels, digest of the pixels] of each batch of one epoch, as training and evaluation load
+    them."""
     opened = datasets.open_images(name, path, train, batch_size=3)
     assert isinstance(opened, images.StreamedImages if "/hfids/" in name else images.Images)
     loader: Any
@@ -68,24 +70,37 @@ def forked(folder: str, shards: str) -> dict[str, Any]:
             for workers in (0, 2):
                 found[f"{kind} {half} {workers}"] = batches(name, "", train, workers)
     package = sys.modules["datasets"]
-    found["bound"] = [hasattr(package, "load_dataset"), package is not datasets, datasets.DATA_SETS[0]]
+    found["bound"] = [
+        hasattr(package, "load_dataset"),
+        package is not datasets,
+        datasets.DATA_SETS[0],
+    ]
     found["three workers"] = message(f"timm/hfids/{shards}", workers=3)
     found["no count"] = message(f"timm/hfids/{folder}/train")
     other = os.path.join(os.path.dirname(shards), "other")
     os.mkdir(other)
-    package.load_dataset(shards, split="train").rename_column("image", "img").to_parquet(f"{other}/train.parquet")
+    package.load_dataset(shards, split="train").rename_column("image", "img").to_parquet(
+        f"{other}/train.parquet"
+    )
     found["columns"] = message(f"timm/hfds/{other}")
     return found
 
 
 def spawned(shards: str) -> dict[str, Any]:
-    """Batches of no worker and of one that is spawned: it imports this file, and so our `datasets.py`, first."""
+    """Batches of no worker and of one that is spawned: it imports this file, and so our
+    `datasets.py`, first."""
     multiprocessing.set_start_method("spawn")
-    cases = {"hfds": (f"timm/hfds/{shards}", "", True), "hfids": (f"timm/hfids/{shards}", "", False)}
-    return {kind: [batches(*case, workers=workers) for workers in (0, 1)] for kind, case in cases.items()}
+    cases = {
+        "hfds": (f"timm/hfds/{shards}", "", True),
+        "hfids": (f"timm/hfids/{shards}", "", False),
+    }
+    return {
+        kind: [batches(*case, workers=workers) for workers in (0, 1)]
+        for kind, case in cases.items()
+    }
 
 
-# --------------------------------------------------------------------------------------------------- in the tests
+# ------------------------------------------------------------------------------------- in the tests
 
 
 def has_package() -> bool:
@@ -120,7 +135,9 @@ def run(part: str, *folders: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("hub")
-    return run("forked", make_image_folder(root / "folder"), make_parquet(root / "shards", classes=CLASSES))
+    return run(
+        "forked", make_image_folder(root / "folder"), make_parquet(root / "shards", classes=CLASSES)
+    )
 
 
 def test_a_set_read_by_index_gives_what_its_files_give(found: dict[str, Any]) -> None:
@@ -133,7 +150,9 @@ def test_both_halves_and_their_classes_come_from_the_set(found: dict[str, Any]) 
         for half in ("train", "val"):
             assert found[f"{kind} {half} classes"] == CLASSES
             for workers in (0, 2):
-                labels = [label for batch, _ in found[f"{kind} {half} {workers}"] for label in batch]
+                labels = [
+                    label for batch, _ in found[f"{kind} {half} {workers}"] for label in batch
+                ]
                 assert sorted(labels) == [0] * 6 + [1] * 6
         assert [labels for labels, _ in found[f"{kind} val 0"]] == [[0, 1, 0], [1, 0, 1]] * 2
     assert found["hfds val 0"] == found["hfds val 2"] == found["hfids val 0"]
@@ -147,7 +166,9 @@ def test_the_package_stays_bound_and_our_file_in_use(found: dict[str, Any]) -> N
 def test_what_cannot_be_read_says_why(found: dict[str, Any]) -> None:
     assert "Reduce the number of loader workers" in found["three workers"]
     assert "timm/hfds/ reads the same data" in found["no count"]
-    assert found["columns"].endswith("timm reads the columns image and label, this set has img, label")
+    assert found["columns"].endswith(
+        "timm reads the columns image and label, this set has img, label"
+    )
 
 
 def test_spawned_workers_import_the_package_before_what_needs_it(tmp_path: Path) -> None:

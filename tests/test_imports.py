@@ -1,4 +1,5 @@
-"""Imports point one way: the levels of the table in `docs/architecture.md`, read from the table itself. And sizes."""
+"""Imports point one way: the levels of the table in `docs/architecture.md`, read from the table
+itself. And sizes."""
 
 from __future__ import annotations
 
@@ -11,10 +12,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES, FUNCTION_LINES = 350, 60
-TOP = ("scripts/", "tests/", "benchmarks/")  # anything may be imported there, and nothing imports them
+TOP = (
+    "scripts/",
+    "tests/",
+    "benchmarks/",
+)  # anything may be imported there, and nothing imports them
 ROOMS = ("models", "mixers", "evaluation", "reporting")
 
-# What the last column says in words and a parser can see: a file (or folder) and what it must not import.
+# What the last column says in words and a parser can see: a file (or folder) and what it must not
+# import.
 FORBIDDEN = {
     "utils.py": {"timm", "models", "mixers", "transforms", "datasets", "PIL"},
     "models/interface.py": {"timm", "mixers"},
@@ -47,9 +53,14 @@ FORBIDDEN = {
 
 
 def source_files() -> list[str]:
-    """Every python file of the project outside `TOP`, as written in the table; hidden folders are not ours."""
+    """Every python file of the project outside `TOP`, as written in the table; hidden folders are
+    not ours."""
     paths = (path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
-    return sorted(path for path in paths if not path.startswith(TOP) and not path.startswith(".") and "/." not in path)
+    return sorted(
+        path
+        for path in paths
+        if not path.startswith(TOP) and not path.startswith(".") and "/." not in path
+    )
 
 
 FILES = source_files()
@@ -75,12 +86,17 @@ def level(path: str) -> int | None:
     if path in levels:
         return levels[path]
     folder = path.split("/")[0] + "/"
-    patterns = [value for key, value in levels.items() if key.startswith(folder) and ("<" in key or "*" in key)]
+    patterns = [
+        value
+        for key, value in levels.items()
+        if key.startswith(folder) and ("<" in key or "*" in key)
+    ]
     return patterns[0] if patterns and "/" in path else None
 
 
 def imports(path: str) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of everything a file imports, also inside functions; `from a import b` gives a and a.b."""
+    """(line, dotted name) of everything a file imports, also inside functions; `from a import b`
+    gives a and a.b."""
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -117,7 +133,9 @@ def test_every_row_of_the_table_exists() -> None:
 
 @files
 def test_every_file_has_a_room(path: str) -> None:
-    assert path.endswith("__init__.py") or level(path) is not None, f"docs/architecture.md has no row for {path}"
+    assert path.endswith("__init__.py") or level(path) is not None, (
+        f"docs/architecture.md has no row for {path}"
+    )
 
 
 @files
@@ -141,7 +159,11 @@ def test_nothing_imports_tests_or_scripts(path: str) -> None:
 
 @files
 def test_what_the_last_column_forbids(path: str) -> None:
-    rows = [where for where in FORBIDDEN if path == where or (where.endswith("/") and path.startswith(where))]
+    rows = [
+        where
+        for where in FORBIDDEN
+        if path == where or (where.endswith("/") and path.startswith(where))
+    ]
     rules = set().union(*(FORBIDDEN[where] for where in rows))
     bad = [
         f"{path}:{line} imports {name}"
@@ -158,7 +180,9 @@ def test_the_rules_are_about_files_that_exist() -> None:
 def test_only_the_builder_and_the_commands_import_smmix() -> None:
     """The step and the mixers do not know which method they run."""
     users = {path for path in FILES if "smmix.py" in {name for _, name in imported_files(path)}}
-    assert {path for path in users if not path.startswith("evaluation/")} == {"config/build_mixer.py"}
+    assert {path for path in users if not path.startswith("evaluation/")} == {
+        "config/build_mixer.py"
+    }
 
 
 @files
@@ -166,8 +190,18 @@ def test_commands_and_methods_do_not_import_each_other(path: str) -> None:
     folder = path.split("/")[0]
     if "/" not in path or path.endswith(("/build.py", "/interface.py", "/frozen.py")):
         return
-    shared = {"interface.py", "boxes.py", "masks.py", "saliency.py", "blocks.py", "partial.py", "precision.py",
-              "charts.py", "style.py", "__init__.py"}  # fmt: skip
+    shared = {
+        "interface.py",
+        "boxes.py",
+        "masks.py",
+        "saliency.py",
+        "blocks.py",
+        "partial.py",
+        "precision.py",
+        "charts.py",
+        "style.py",
+        "__init__.py",
+    }
     siblings = {name for _, name in imported_files(path) if name.startswith(f"{folder}/")}
     assert {name for name in siblings if name.rsplit("/", 1)[1] not in shared} == set()
 

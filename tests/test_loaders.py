@@ -15,7 +15,13 @@ from PIL import Image
 from datasets import open_images
 from pipeline.erasing import Box, Erasing
 from pipeline.images import Images, StreamedImages
-from pipeline.loaders import build_eval_loader, build_train_loader, closing, set_epoch, steps_per_epoch
+from pipeline.loaders import (
+    build_eval_loader,
+    build_train_loader,
+    closing,
+    set_epoch,
+    steps_per_epoch,
+)
 from pipeline.samples import EvalSamples, TrainSamples, eval_samples, train_samples
 from pipeline.spec import Augment, ImageSpec
 from pipeline.transforms import build_eval_transform, build_train_transform
@@ -32,7 +38,7 @@ from utils import InputError
 
 SPEC = ImageSpec((32, 32))
 
-# ------------------------------------------------------------------------------------------------- keyed samples
+# ------------------------------------------------------------------------------------ keyed samples
 
 
 @pytest.fixture
@@ -53,7 +59,9 @@ def folder_samples(
     root: Path, augment: Augment | None = None, seed: int = 0, erase: Erasing | None = None
 ) -> TrainSamples:
     transform = build_train_transform(SPEC, augment or Augment())
-    samples = train_samples(open_images("IMNET", str(root), True), transform, seed=seed, erase=erase)
+    samples = train_samples(
+        open_images("IMNET", str(root), True), transform, seed=seed, erase=erase
+    )
     assert isinstance(samples, TrainSamples)
     return samples
 
@@ -115,12 +123,18 @@ def test_spawned_workers_give_equal_batches(folder: Path, spawn: None) -> None:
 def test_a_stream_travels_into_spawned_workers(tmp_path: Path, spawn: None) -> None:
     make_webdataset(tmp_path, shards=1)
     images = open_images("timm/wds/shards", str(tmp_path), False, num_classes=3)
-    loader = build_eval_loader(eval_samples(images, build_eval_transform(SPEC)), batch_size=64, num_workers=1)
+    loader = build_eval_loader(
+        eval_samples(images, build_eval_transform(SPEC)), batch_size=64, num_workers=1
+    )
     assert sum(len(labels) for _, labels in loader) == 6
 
 
-@pytest.mark.parametrize("name", ["DIGITS", "CIFAR10", "IMNET", "INAT", "timm/", "tar", "timm/torch/cifar10"])
-def test_every_data_set_can_be_pickled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["DIGITS", "CIFAR10", "IMNET", "INAT", "timm/", "tar", "timm/torch/cifar10"]
+)
+def test_every_data_set_can_be_pickled(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_cifar(tmp_path, "CIFAR10", monkeypatch)
     make_inat(tmp_path)
     (make_tar_pair if name == "tar" else make_image_folder)(tmp_path, per_class=2)
@@ -141,7 +155,11 @@ def test_a_batch_is_its_samples_each_in_its_row(folder: Path) -> None:
     for row, place in enumerate(places):
         image, label, index, boxes, _ = samples[place]
         assert torch.equal(batch.images[row], image)
-        assert (batch.labels[row], batch.indices[row], batch.boxes[row].tolist()) == (label, index, [*map(list, boxes)])
+        assert (batch.labels[row], batch.indices[row], batch.boxes[row].tolist()) == (
+            label,
+            index,
+            [*map(list, boxes)],
+        )
     assert batch.labels.dtype == batch.indices.dtype == batch.boxes.dtype == torch.int64
 
 
@@ -155,8 +173,10 @@ def test_views_of_one_image_are_decoded_once_per_batch(folder: Path) -> None:
 
 def test_boxes_to_erase_are_the_last_of_a_samples_draws(folder: Path) -> None:
     """So images are the same with erasing and without it."""
-    plain, erased = (folder_samples(folder, erase=erase).__getitems__([(0, n, n) for n in range(10)])
-                     for erase in (None, Erasing(0.5, 2)))  # fmt: skip
+    plain, erased = (
+        folder_samples(folder, erase=erase).__getitems__([(0, n, n) for n in range(10)])
+        for erase in (None, Erasing(0.5, 2))
+    )
     assert torch.equal(plain.images, erased.images)
     assert (plain.boxes.shape, erased.boxes.shape) == ((10, 0, 4), (10, 2, 4))
     filled = (erased.boxes != torch.tensor(Box(0, 0, 0, 0))).any(dim=2).any(dim=1)
@@ -168,16 +188,24 @@ def test_world_sizes_and_layouts_see_equal_samples(folder: Path) -> None:
         found: dict[int, list[bytes]] = {}
         for rank in range(world_size):
             loader = build_train_loader(
-                folder_samples(folder, erase=Erasing(0.5, 2)), batch_size=6 // world_size, rank=rank,
-                world_size=world_size, repeats=3, layout=layout,
-            )  # fmt: skip
+                folder_samples(folder, erase=Erasing(0.5, 2)),
+                batch_size=6 // world_size,
+                rank=rank,
+                world_size=world_size,
+                repeats=3,
+                layout=layout,
+            )
             for images, _, indices, boxes, _ in loader:
                 for image, index, erased in zip(images, indices.tolist(), boxes, strict=True):
-                    found.setdefault(index, []).append(image.numpy().tobytes() + erased.numpy().tobytes())
+                    found.setdefault(index, []).append(
+                        image.numpy().tobytes() + erased.numpy().tobytes()
+                    )
         return {index: sorted(views) for index, views in found.items()}
 
     assert shown(1) == shown(2) == shown(3) == shown(2, "strided") == shown(3, "strided")
-    assert all(len(set(views)) == len(views) for views in shown(1).values())  # views of one image differ
+    assert all(
+        len(set(views)) == len(views) for views in shown(1).values()
+    )  # views of one image differ
 
 
 def test_steps_and_seeds(folder: Path) -> None:
@@ -196,7 +224,9 @@ def test_too_large_a_batch_names_the_largest_that_fits(folder: Path) -> None:
     assert "10 training images" in message
     assert "at most 5" in message
     build_train_loader(samples, batch_size=5, world_size=2)
-    assert "fewer processes" in message_of(InputError, build_train_loader, samples, batch_size=1, world_size=11)
+    assert "fewer processes" in message_of(
+        InputError, build_train_loader, samples, batch_size=1, world_size=11
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -207,7 +237,9 @@ def test_evaluation_sees_every_image_once(folder: Path, workers: int) -> None:
         for rank in range(3)
     ]
     assert [[len(labels) for _, labels in part] for part in parts] == [[3, 1], [3], [3]]
-    seen = sorted(image.numpy().tobytes() for part in parts for images, _ in part for image in images)
+    seen = sorted(
+        image.numpy().tobytes() for part in parts for images, _ in part for image in images
+    )
     assert seen == sorted(samples[index][0].numpy().tobytes() for index in range(10))
 
 
@@ -224,14 +256,18 @@ def test_errors_of_a_transform_surface_as_they_are() -> None:
         EvalSamples(images, fail)[0]
 
 
-# ------------------------------------------------------------------------------------------------------- streams
+# ------------------------------------------------------------------------------------------ streams
 
 
 def streamed(root: Path, batch_size: int = 3, workers: int = 0, seed: int = 0, **more):
-    images = open_images("timm/wds/shards", str(root), True, num_classes=3, batch_size=batch_size, seed=seed)
+    images = open_images(
+        "timm/wds/shards", str(root), True, num_classes=3, batch_size=batch_size, seed=seed
+    )
     assert isinstance(images, StreamedImages)
     samples = train_samples(images, build_train_transform(SPEC, Augment()), seed=seed)
-    return build_train_loader(samples, batch_size=batch_size, num_workers=workers, seed=seed, **more)
+    return build_train_loader(
+        samples, batch_size=batch_size, num_workers=workers, seed=seed, **more
+    )
 
 
 def test_a_stream_repeats_exactly_and_resumes_at_an_epoch(tmp_path: Path) -> None:
@@ -251,7 +287,9 @@ def test_a_stream_repeats_exactly_and_resumes_at_an_epoch(tmp_path: Path) -> Non
 
 def test_a_streams_workers_share_the_epoch(tmp_path: Path) -> None:
     make_webdataset(tmp_path, shards=2, per_shard=7)
-    loader = streamed(tmp_path, batch_size=4, workers=2)  # 14 images: 3 batches, 2 and 1 by the workers
+    loader = streamed(
+        tmp_path, batch_size=4, workers=2
+    )  # 14 images: 3 batches, 2 and 1 by the workers
     batches = epochs_of(loader, (0,))
     assert [len(batch[1]) for batch in batches] == [4, 4, 4]
     assert len({number for batch in batches for number in batch[2].tolist()}) == 12
@@ -277,4 +315,6 @@ def test_a_stream_is_evaluated_once_and_in_order(tmp_path: Path) -> None:
     images = open_images("timm/wds/shards", str(tmp_path), False, num_classes=3)
     loader = build_eval_loader(eval_samples(images, build_eval_transform(SPEC)), batch_size=5)
     for _ in range(2):
-        assert torch.cat([labels for _, labels in loader]).tolist() == [n % 3 for n in range(12, 24)]
+        assert torch.cat([labels for _, labels in loader]).tolist() == [
+            n % 3 for n in range(12, 24)
+        ]

@@ -1,4 +1,5 @@
-"""Means against plain python, one transfer per reading, one line per epoch, TensorBoard as it is read back."""
+"""Means against plain python, one transfer per reading, one line per epoch, TensorBoard as it is
+read back."""
 
 from __future__ import annotations
 
@@ -35,12 +36,22 @@ class Counting(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__", "is_nonzero", "__format__"):
+        if name in (
+            "item",
+            "tolist",
+            "numpy",
+            "cpu",
+            "__float__",
+            "__int__",
+            "__bool__",
+            "is_nonzero",
+            "__format__",
+        ):
             Counting.transfers += 1
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-# ------------------------------------------------------------------------------------------------------ meters
+# ------------------------------------------------------------------------------------------- meters
 
 
 def test_means_equal_plain_python_also_for_absent_names() -> None:
@@ -54,10 +65,16 @@ def test_means_equal_plain_python_also_for_absent_names() -> None:
         for name, value in values.items():
             seen[name].append((value, weight))
         meters.update(
-            weight, **{n: v if n == "lr" else torch.tensor(v, dtype=torch.float64) for n, v in values.items()}
+            weight,
+            **{
+                n: v if n == "lr" else torch.tensor(v, dtype=torch.float64)
+                for n, v in values.items()
+            },
         )
     for name, mean in meters.read().items():
-        expected = sum(value * weight for value, weight in seen[name]) / sum(weight for _, weight in seen[name])
+        expected = sum(value * weight for value, weight in seen[name]) / sum(
+            weight for _, weight in seen[name]
+        )
         assert mean == pytest.approx(expected, rel=1e-12)
     assert set(meters.read()) == set(seen)
 
@@ -75,7 +92,9 @@ def test_known_values_and_tensor_weights() -> None:
 def test_sums_are_wider_than_their_values() -> None:
     meters = Meters()
     for _ in range(3000):
-        meters.update(acc=torch.tensor(1.0, dtype=torch.bfloat16))  # a bfloat16 sum would stop at 256
+        meters.update(
+            acc=torch.tensor(1.0, dtype=torch.bfloat16)
+        )  # a bfloat16 sum would stop at 256
     meters.update(big=torch.tensor(2.0**24), weight=1)
     meters.update(big=torch.tensor(1.0), weight=1)  # lost in a float32 sum
     assert meters.read() == {"acc": 1.0, "big": (2**24 + 1) / 2}
@@ -95,7 +114,9 @@ def test_recent_covers_only_what_came_since() -> None:
 def test_updating_transfers_nothing_and_reading_once() -> None:
     meters, Counting.transfers = Meters(), 0
     for value in range(4):
-        scalars = {name: torch.tensor(float(value)).as_subclass(Counting) for name in ("a", "b", "c")}
+        scalars = {
+            name: torch.tensor(float(value)).as_subclass(Counting) for name in ("a", "b", "c")
+        }
         meters.update(torch.tensor(2.0).as_subclass(Counting), lr=0.1, **scalars)
     assert Counting.transfers == 0
     assert meters.read() == pytest.approx({"lr": 0.1, "a": 1.5, "b": 1.5, "c": 1.5})
@@ -107,7 +128,9 @@ def test_updating_transfers_nothing_and_reading_once() -> None:
 def test_meters_keep_no_graph_and_refuse_vectors() -> None:
     meters = Meters()
     meters.update(loss=torch.ones((), requires_grad=True) * 2)
-    assert all(not part.requires_grad for part in meters._sums["loss"].both() if isinstance(part, Tensor))
+    assert all(
+        not part.requires_grad for part in meters._sums["loss"].both() if isinstance(part, Tensor)
+    )
     with pytest.raises(ValueError, match=r"meter loss: .*\(3,\)"):
         meters.update(loss=torch.zeros(3))
 
@@ -129,7 +152,11 @@ def reduce_on_a_rank(rank: int, folder: str) -> None:
 def test_reduce_over_two_ranks(tmp_path: Path) -> None:
     mp.spawn(reduce_on_a_rank, args=(str(tmp_path),), nprocs=2)
     for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {"loss": 4.0, "only_one": 2.0, "only_zero": 8.0}
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
+            "loss": 4.0,
+            "only_one": 2.0,
+            "only_zero": 8.0,
+        }
 
 
 def test_reduce_with_one_process_changes_nothing() -> None:
@@ -138,7 +165,7 @@ def test_reduce_with_one_process_changes_nothing() -> None:
     assert meters.reduce(MAIN).read() == {"loss": 3.0}
 
 
-# -------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_json_is_valid_and_written_whole(tmp_path: Path) -> None:
@@ -166,8 +193,13 @@ def test_log_txt_has_each_epoch_once(tmp_path: Path) -> None:
         for epoch in range(2, 6):
             log.epoch({"epoch": epoch, "train_loss": 2.0})
     assert [(line["epoch"], line["train_loss"]) for line in read_lines(tmp_path)] == [
-        (0, 1.0), (1, None), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0),
-    ]  # fmt: skip
+        (0, 1.0),
+        (1, None),
+        (2, 2.0),
+        (3, 2.0),
+        (4, 2.0),
+        (5, 2.0),
+    ]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["log.txt", "train.log"]
 
 
@@ -191,25 +223,34 @@ def test_a_damaged_line_of_the_log_costs_no_other(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [to_json({"epoch": epoch, "train_loss": 1 / 3}).encode() for epoch in range(6)]
-    lines[0] = b'{"epoch":0,  "train_loss": NaN, "note": "\xc3\xbc"}'  # readable, though not as we write it
+    lines[0] = (
+        # readable, though not as we write it
+        b'{"epoch":0,  "train_loss": NaN, "note": "\xc3\xbc"}'
+    )
     path = tmp_path / "log.txt"
     path.write_bytes(b"\n".join([lines[0], UNREADABLE[name], *lines[2:], b""]))
     with RunLog(tmp_path, MAIN, tensorboard=False) as log:
         log.drop_epochs_from(5)
     assert path.read_bytes().splitlines() == [lines[0], *lines[2:5]]
     (said,) = capsys.readouterr().out.splitlines()
-    assert said == f"warning: {path}: left out what cannot be read: line 2 ({UNREADABLE[name][:40]!r})"
+    assert (
+        said == f"warning: {path}: left out what cannot be read: line 2 ({UNREADABLE[name][:40]!r})"
+    )
     assert said in (tmp_path / "train.log").read_text()
 
 
-def test_a_sound_log_is_cut_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sound_log_is_cut_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "log.txt").write_bytes(b'{"epoch": 0}\r\n\n{"epoch": 1}\n{"epoch": 2}')
     RunLog(tmp_path, MAIN, tensorboard=False).drop_epochs_from(2)
     assert (tmp_path / "log.txt").read_bytes() == b'{"epoch": 0}\n{"epoch": 1}\n'
     assert capsys.readouterr().out == ""
 
 
-def test_a_log_of_nothing_but_damage_is_told_of_shortly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_of_nothing_but_damage_is_told_of_shortly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "log.txt").write_bytes(b"\xff\n" * 1000)
     RunLog(tmp_path, MAIN, tensorboard=False).drop_epochs_from(2)
     assert (tmp_path / "log.txt").read_bytes() == b""
@@ -220,15 +261,23 @@ def test_a_log_of_nothing_but_damage_is_told_of_shortly(tmp_path: Path, capsys: 
 def test_what_stands_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
     for name in ("log.txt", "train.log"):
         (tmp_path / name).mkdir()
-    with pytest.raises(InputError, match=r"^cannot write \S*train\.log: Is a directory; move it away, or choose"):
+    with pytest.raises(
+        InputError, match=r"^cannot write \S*train\.log: Is a directory; move it away, or choose"
+    ):
         RunLog(tmp_path, MAIN)
     (tmp_path / "train.log").rmdir()
     log = RunLog(tmp_path, MAIN, tensorboard=False)
-    with pytest.raises(InputError, match=r"^cannot read \S*log\.txt: Is a directory; move it away, or choose"):
+    with pytest.raises(
+        InputError, match=r"^cannot read \S*log\.txt: Is a directory; move it away, or choose"
+    ):
         log.drop_epochs_from(0)
-    with pytest.raises(InputError, match=r"^cannot write \S*log\.txt: Is a directory; move it away, or choose"):
+    with pytest.raises(
+        InputError, match=r"^cannot write \S*log\.txt: Is a directory; move it away, or choose"
+    ):
         log.epoch({"epoch": 0})
-    with pytest.raises(InputError, match=r"^cannot write .*: File name too long; make room for it, or choose"):
+    with pytest.raises(
+        InputError, match=r"^cannot write .*: File name too long; make room for it, or choose"
+    ):
         RunLog(tmp_path / ("x" * 300), MAIN)
 
 
@@ -243,7 +292,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         RunLog(tmp_path / "file" / "run", MAIN)
 
 
-# --------------------------------------------------------------------------------------------------- TensorBoard
+# -------------------------------------------------------------------------------------- TensorBoard
 
 
 def read_events(folder: Path) -> Any:
@@ -264,7 +313,9 @@ def test_tensorboard_has_the_same_scalars_and_the_picture(tmp_path: Path) -> Non
     assert set(events.Tags()["scalars"]) == set(read_lines(tmp_path)[0]) - {"epoch", "note"}
     (image,) = events.Images("mixed")
     assert (image.step, image.height, image.width) == (1, 8, 12)
-    assert [(e.step, round(e.value, 6)) for e in read_events(tmp_path / "steps").Scalars("lr")] == [(300, 0.001)]
+    assert [(e.step, round(e.value, 6)) for e in read_events(tmp_path / "steps").Scalars("lr")] == [
+        (300, 0.001)
+    ]
 
 
 def test_resumed_run_hides_what_is_run_again(tmp_path: Path) -> None:
@@ -276,14 +327,25 @@ def test_resumed_run_hides_what_is_run_again(tmp_path: Path) -> None:
         log.drop_epochs_from(2, step=20)
         log.epoch({"epoch": 2, "a": 3.0})
         log.scalars(20, {"lr": 3.0})
-    assert [(e.step, e.value) for e in read_events(tmp_path).Scalars("a")] == [(0, 1), (1, 1), (2, 3)]
-    assert [(e.step, e.value) for e in read_events(tmp_path / "steps").Scalars("lr")] == [(0, 1), (10, 1), (20, 3)]
+    assert [(e.step, e.value) for e in read_events(tmp_path).Scalars("a")] == [
+        (0, 1),
+        (1, 1),
+        (2, 3),
+    ]
+    assert [(e.step, e.value) for e in read_events(tmp_path / "steps").Scalars("lr")] == [
+        (0, 1),
+        (10, 1),
+        (20, 3),
+    ]
 
 
 def test_a_file_in_the_place_of_tensorboards_folder_is_named(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     (tmp_path / "steps").touch()
-    with RunLog(tmp_path, MAIN) as log, pytest.raises(InputError, match=r"^cannot write into \S*steps: File exists; "):
+    with (
+        RunLog(tmp_path, MAIN) as log,
+        pytest.raises(InputError, match=r"^cannot write into \S*steps: File exists; "),
+    ):
         log.scalars(0, {"lr": 1.0})
 
 
@@ -291,7 +353,10 @@ def hide_package(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     real_import = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.split(".")[0] == package or name == "torch.utils.tensorboard" == f"torch.utils.{package}":
+        if (
+            name.split(".")[0] == package
+            or name == "torch.utils.tensorboard" == f"torch.utils.{package}"
+        ):
             raise ImportError(f"No module named '{package}'")
         return real_import(name, *args, **kwargs)
 
@@ -310,10 +375,12 @@ def test_without_tensorboard_there_is_one_notice(
     assert read_lines(tmp_path) == [{"epoch": 0, "a": 1.0}]
 
 
-# ------------------------------------------------------------------------------------------------------- console
+# ------------------------------------------------------------------------------------------ console
 
 
-def test_plain_lines_and_their_copy_in_train_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines_and_their_copy_in_train_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with RunLog(tmp_path, MAIN, tensorboard=False) as log:
         log.say("first\nsecond")
         log.table([("model", "deit_tiny"), ("lr", "0.001")])
@@ -321,7 +388,14 @@ def test_plain_lines_and_their_copy_in_train_log(tmp_path: Path, capsys: pytest.
             if item == "b":
                 log.note({"loss": 1.23456789, "n": 7})
         log.note({"acc1": 80.0})
-    expected = ["first", "second", "model  deit_tiny", "lr     0.001", "epoch 0 [2/3] loss 1.235  n 7", "acc1 80"]
+    expected = [
+        "first",
+        "second",
+        "model  deit_tiny",
+        "lr     0.001",
+        "epoch 0 [2/3] loss 1.235  n 7",
+        "acc1 80",
+    ]
     assert capsys.readouterr().out.splitlines() == expected
     kept = (tmp_path / "train.log").read_text().splitlines()
     assert [line[20:] for line in kept] == expected
@@ -361,7 +435,13 @@ def test_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         log.note({"loss": 0.5})
         log.say("a line")
     (bar,) = Bar.made
-    assert (bar.total, bar.desc, bar.count, bar.shown, bar.closed) == (3, "epoch 0", 3, {"loss": "0.5"}, True)
+    assert (bar.total, bar.desc, bar.count, bar.shown, bar.closed) == (
+        3,
+        "epoch 0",
+        3,
+        {"loss": "0.5"},
+        True,
+    )
     assert bar.lines == ["a line"] * 3
     assert "epoch 0 [3/3] loss 0.5" in (tmp_path / "train.log").read_text()
 
@@ -388,7 +468,9 @@ def test_real_bar_closes_when_the_loop_is_left(monkeypatch: pytest.MonkeyPatch) 
         assert log._bar is None
 
 
-def test_other_ranks_say_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_say_and_write_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with RunLog(tmp_path / "run", OTHER) as log:
         log.say("x")
         log.table([("a", "b")])
@@ -417,4 +499,8 @@ def test_nothing_is_written_without_a_folder(
 
 def test_meters_agree_with_their_dtype_rule() -> None:
     assert meters_module._dtype_on(torch.device("mps")) is torch.float32
-    assert meters_module._dtype_on(torch.device("cuda")) is meters_module._dtype_on(CPU) is torch.float64
+    assert (
+        meters_module._dtype_on(torch.device("cuda"))
+        is meters_module._dtype_on(CPU)
+        is torch.float64
+    )

@@ -1,4 +1,5 @@
-"""Every loss term against a loop over samples in float64, and what must stay out of the gradient."""
+"""Every loss term against a loop over samples in float64, and what must stay out of the
+gradient."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def loop_ce(logits: Tensor, labels: Tensor) -> float:
 def loop_bce(logits: Tensor, labels: Tensor) -> float:
     """A class is present if it has any share in the label."""
     total = 0.0
-    for z, share in zip(logits.double().flatten().tolist(), labels.double().flatten().tolist(), strict=True):
+    for z, share in zip(
+        logits.double().flatten().tolist(), labels.double().flatten().tolist(), strict=True
+    ):
         y = 1.0 if share > 0 else 0.0
         total -= y * -math.log1p(math.exp(-z)) + (1 - y) * (-z - math.log1p(math.exp(-z)))
     return total / logits.numel()
@@ -59,52 +62,72 @@ def loop_kl(reference: Tensor, logits: Tensor) -> float:
     """KL(reference || prediction), mean over the batch."""
     total = 0.0
     for p, z in zip(reference.double(), logits, strict=True):
-        total += sum(a * (math.log(a) - b) for a, b in zip(p.tolist(), log_probs(z), strict=True) if a > 0)
+        total += sum(
+            a * (math.log(a) - b) for a, b in zip(p.tolist(), log_probs(z), strict=True) if a > 0
+        )
     return total / len(reference)
 
 
 def mixed_batch(**given: Any) -> MixedBatch:
     lam, source, target = torch.rand(B), distributions(), distributions()
     parts: dict[str, Any] = {
-        "images": torch.randn(B, 3, 4, 4), "labels": mix_labels(source, target, lam), "lam": lam,
-        "source_labels": source, "target_labels": target, "reference_probs": distributions(),
-    }  # fmt: skip
+        "images": torch.randn(B, 3, 4, 4),
+        "labels": mix_labels(source, target, lam),
+        "lam": lam,
+        "source_labels": source,
+        "target_labels": target,
+        "reference_probs": distributions(),
+    }
     return MixedBatch(**{**parts, **given})
 
 
 def output(**given: Any) -> ModelOutput:
-    parts: dict[str, Any] = {"logits": rows(), "tokens": torch.zeros(B, 1, 1), "region_logits": torch.randn(B, 2, K)}
+    parts: dict[str, Any] = {
+        "logits": rows(),
+        "tokens": torch.zeros(B, 1, 1),
+        "region_logits": torch.randn(B, 2, K),
+    }
     return ModelOutput(**{**parts, **given})
 
 
-# -------------------------------------------------------------------------------------------------------- terms
+# -------------------------------------------------------------------------------------------- terms
 
 
-@pytest.mark.parametrize(("term", "loop"), [(soft_cross_entropy, loop_ce), (binary_cross_entropy, loop_bce)])
+@pytest.mark.parametrize(
+    ("term", "loop"), [(soft_cross_entropy, loop_ce), (binary_cross_entropy, loop_bce)]
+)
 @pytest.mark.parametrize("count", [1, 2, B])
 def test_classification_terms(term: Any, loop: Any, count: int) -> None:
     logits, labels = rows(count), distributions(count)
     assert float(term(logits, labels)) == pytest.approx(loop(logits, labels), abs=1e-5)
 
 
-@pytest.mark.parametrize(("cross_entropy", "loop"), [(soft_cross_entropy, loop_ce), (binary_cross_entropy, loop_bce)])
+@pytest.mark.parametrize(
+    ("cross_entropy", "loop"), [(soft_cross_entropy, loop_ce), (binary_cross_entropy, loop_bce)]
+)
 def test_fine_grained_is_half_of_both_regions(cross_entropy: Any, loop: Any) -> None:
     region_logits, source, target = torch.randn(B, 2, K), distributions(), distributions()
     expected = 0.5 * (loop(region_logits[:, 0], source) + loop(region_logits[:, 1], target))
-    assert float(fine_grained(region_logits, source, target, cross_entropy)) == pytest.approx(expected, abs=1e-5)
+    assert float(fine_grained(region_logits, source, target, cross_entropy)) == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 def test_consistency_is_kl_of_the_reference_from_the_prediction() -> None:
     logits, reference = rows(), distributions()
     ours = float(consistency(logits, reference))
     assert ours == pytest.approx(loop_kl(reference, logits), abs=1e-5)
-    assert ours != pytest.approx(loop_kl(logits.softmax(-1), reference.log()), abs=1e-3)  # the other direction
+    assert ours != pytest.approx(
+        loop_kl(logits.softmax(-1), reference.log()), abs=1e-3
+    )  # the other direction
 
 
 def test_consistency_by_hand() -> None:
     """Reference (1/2, 1/2), prediction (3/4, 1/4): log 2 / sqrt 3."""
     logits = torch.tensor([[0.75, 0.25]]).log()
-    assert float(consistency(logits, torch.tensor([[0.5, 0.5]]))) == pytest.approx(math.log(2 / math.sqrt(3)))
+    assert float(consistency(logits, torch.tensor([[0.5, 0.5]]))) == pytest.approx(
+        math.log(2 / math.sqrt(3))
+    )
 
 
 def test_consistency_vanishes_for_equal_inputs_with_its_gradient() -> None:
@@ -154,15 +177,18 @@ def test_binary_cross_entropy_asks_which_classes_are_present() -> None:
 
 
 def test_mixed_labels_give_the_mixed_loss() -> None:
-    """CE is linear in its labels: CE(Y, lam y_A + (1 - lam) y_B) = lam CE(Y, y_A) + (1 - lam) CE(Y, y_B)."""
+    """CE is linear in its labels: CE(Y, lam y_A + (1 - lam) y_B) = lam CE(Y, y_A) + (1 - lam) CE(Y,
+    y_B)."""
     source, target = (soft_labels(torch.randint(K, (B,)), K, 0.1) for _ in range(2))
     logits, lam = rows(), 0.3
     mixed = soft_cross_entropy(logits, mix_labels(source, target, torch.full((B,), lam)))
-    apart = lam * soft_cross_entropy(logits, source) + (1 - lam) * soft_cross_entropy(logits, target)
+    apart = lam * soft_cross_entropy(logits, source) + (1 - lam) * soft_cross_entropy(
+        logits, target
+    )
     assert float(mixed) == pytest.approx(float(apart), abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------ their sum
+# ---------------------------------------------------------------------------------------- their sum
 
 
 @pytest.mark.parametrize("bce", [False, True])
@@ -188,9 +214,13 @@ def test_the_total_is_the_sum_of_what_there_is(bce: bool, with_fine: bool, with_
 
 @pytest.mark.parametrize("culprit", ["cls", "fine", "con"])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_number_that_is_not_finite_shows_in_its_term_and_the_total(culprit: str, value: float) -> None:
+def test_a_number_that_is_not_finite_shows_in_its_term_and_the_total(
+    culprit: str, value: float
+) -> None:
     given, batch = output(), mixed_batch()
-    planted = {"cls": batch.labels, "fine": batch.source_labels, "con": batch.reference_probs}[culprit]
+    planted = {"cls": batch.labels, "fine": batch.source_labels, "con": batch.reference_probs}[
+        culprit
+    ]
     assert planted is not None
     planted[1, 2] = value
     terms = SMMixLoss()(given, batch)
@@ -214,7 +244,7 @@ def test_gradients_reach_logits_and_region_logits_only() -> None:
     torch.testing.assert_close(logits.grad, expected)
 
 
-# --------------------------------------------------------------------------------------------------- distillation
+# ------------------------------------------------------------------------------------- distillation
 
 
 def loop_soft(student: Tensor, teacher: Tensor, tau: float) -> float:
@@ -247,8 +277,12 @@ def test_distillation_as_in_deit(
     terms = DistillationLoss(SMMixLoss(), asked, kind, alpha, tau)(given, batch)
     base, distillation = SMMixLoss()(given, batch), loop(student, teacher, tau)
     assert float(terms["distill"]) == pytest.approx(distillation, rel=1e-5, abs=1e-6)
-    assert float(terms["total"]) == pytest.approx((1 - alpha) * float(base["total"]) + alpha * distillation, rel=1e-5)
-    assert {name: terms[name] for name in ("cls", "fine", "con")} == {n: v for n, v in base.items() if n != "total"}
+    assert float(terms["total"]) == pytest.approx(
+        (1 - alpha) * float(base["total"]) + alpha * distillation, rel=1e-5
+    )
+    assert {name: terms[name] for name in ("cls", "fine", "con")} == {
+        n: v for n, v in base.items() if n != "total"
+    }
     assert len(seen) == 1
     assert seen[0] is batch.images  # the teacher sees the mixed images
 

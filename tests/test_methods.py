@@ -35,7 +35,9 @@ K, SIZE = 5, (12, 20)
 
 def batch_of(count: int, size: tuple[int, int] = SIZE) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(count)
-    return torch.rand(count, 3, *size, generator=generator), torch.randint(K, (count,), generator=generator)
+    return torch.rand(count, 3, *size, generator=generator), torch.randint(
+        K, (count,), generator=generator
+    )
 
 
 def no_guide(images: Tensor) -> ModelOutput:
@@ -46,7 +48,7 @@ def random_of(key: int) -> StepRandom:
     return StepRandom(keyed_generator("shared", key), keyed_generator("own", key))
 
 
-# ---------------------------------------------------------------------------------------------------- shared parts
+# ------------------------------------------------------------------------------------- shared parts
 
 
 def test_top_mask_takes_each_rows_own_count() -> None:
@@ -56,7 +58,10 @@ def test_top_mask_takes_each_rows_own_count() -> None:
     for row, count, mask in zip(scores.tolist(), counts.tolist(), chosen.tolist(), strict=True):
         best = sorted(range(9), key=[-value for value in row].__getitem__)[:count]
         assert [i for i in range(9) if mask[i]] == sorted(best)
-    assert top_mask(torch.zeros(2, 6), torch.tensor([2, 5])).sum(dim=1).tolist() == [2, 5]  # ties add none
+    assert top_mask(torch.zeros(2, 6), torch.tensor([2, 5])).sum(dim=1).tolist() == [
+        2,
+        5,
+    ]  # ties add none
 
 
 def test_the_first_of_equal_maxima_is_picked() -> None:
@@ -64,7 +69,9 @@ def test_the_first_of_equal_maxima_is_picked() -> None:
     assert first_argmax(scores).tolist() == [[0, 1], [0, 0], [1, 2]]
 
 
-@pytest.mark.parametrize(("grid", "size"), [((2, 3), (8, 9)), ((7, 7), (224, 224)), ((3, 2), (7, 5))])
+@pytest.mark.parametrize(
+    ("grid", "size"), [((2, 3), (8, 9)), ((7, 7), (224, 224)), ((3, 2), (7, 5))]
+)
 def test_cells_become_pixels_and_cells_again(grid: tuple[int, int], size: tuple[int, int]) -> None:
     cells = torch.rand(4, grid[0] * grid[1], generator=keyed_generator(1)) < 0.5
     pixels = to_pixels(cells, grid, size)
@@ -77,7 +84,7 @@ def test_cells_become_pixels_and_cells_again(grid: tuple[int, int], size: tuple[
         assert torch.equal(to_cells(pixels, grid), cells)
 
 
-# -------------------------------------------------------------------------------------------------------- ResizeMix
+# ---------------------------------------------------------------------------------------- ResizeMix
 
 
 def squeeze(image: Tensor, box: Box, size: tuple[int, int]) -> dict[tuple[int, int], Tensor]:
@@ -112,7 +119,9 @@ def test_resizemix_pastes_what_nearest_interpolation_gives() -> None:
     images, labels = batch_of(2, (32, 32))
     for box in (Box(3, 19, 8, 16), Box(0, 32, 0, 32), Box(30, 31, 0, 4)):
         mixed = ResizeMix(K).apply(images, labels, [box, Box(0, 0, 0, 0)], no_guide)
-        small = interpolate(images[1:], (box.bottom - box.top, box.right - box.left), mode="nearest")[0]
+        small = interpolate(
+            images[1:], (box.bottom - box.top, box.right - box.left), mode="nearest"
+        )[0]
         assert torch.equal(mixed.images[0, :, box.top : box.bottom, box.left : box.right], small)
         assert torch.equal(mixed.images[1], images[1])
 
@@ -120,13 +129,19 @@ def test_resizemix_pastes_what_nearest_interpolation_gives() -> None:
 @pytest.mark.parametrize(("placement", "share"), [("inside", 0.240), ("clipped", 0.172)])
 def test_resizemix_pastes_as_much_as_measured_elsewhere(placement: Any, share: float) -> None:
     """The two published placements differ in strength: mean shares of 0.240 and 0.172."""
-    boxes = ResizeMix(K, placement=placement, mode="elem").draw(8000, (224, 224), keyed_generator("share"))
+    boxes = ResizeMix(K, placement=placement, mode="elem").draw(
+        8000, (224, 224), keyed_generator("share")
+    )
     shares = [box.share((224, 224)) for box in boxes]
-    assert np.mean(shares) == pytest.approx(share, abs=0.004 + 4 * float(np.std(shares)) / math.sqrt(8000))
+    assert np.mean(shares) == pytest.approx(
+        share, abs=0.004 + 4 * float(np.std(shares)) / math.sqrt(8000)
+    )
 
 
 def test_resizemix_draws_within_its_scope_and_inside_the_image() -> None:
-    boxes = ResizeMix(K, scope=(0.2, 0.5), mode="elem").draw(500, (100, 60), keyed_generator("scope"))
+    boxes = ResizeMix(K, scope=(0.2, 0.5), mode="elem").draw(
+        500, (100, 60), keyed_generator("scope")
+    )
     for box in boxes:
         assert 0 <= box.top < box.bottom <= 100
         assert 0 <= box.left < box.right <= 60
@@ -135,7 +150,9 @@ def test_resizemix_draws_within_its_scope_and_inside_the_image() -> None:
     shared = ResizeMix(K).draw(6, (100, 60), keyed_generator("one"))
     assert len({(box.bottom - box.top, box.right - box.left) for box in shared}) == 1
     assert len({(box.top, box.left) for box in shared}) > 1  # one size, places of their own
-    assert len(set(ResizeMix(K, placement="clipped").draw(6, (100, 60), keyed_generator("one")))) == 1
+    assert (
+        len(set(ResizeMix(K, placement="clipped").draw(6, (100, 60), keyed_generator("one")))) == 1
+    )
 
 
 def test_resizemix_keeps_a_pixel_of_images_smaller_than_its_scope() -> None:
@@ -143,7 +160,7 @@ def test_resizemix_keeps_a_pixel_of_images_smaller_than_its_scope() -> None:
     assert {(box.bottom - box.top, box.right - box.left) for box in boxes} == {(1, 1)}
 
 
-# ------------------------------------------------------------------------------------------------------------- FMix
+# --------------------------------------------------------------------------------------------- FMix
 
 
 def slow_field(noise: Tensor, size: tuple[int, int], decay: float) -> np.ndarray:
@@ -174,15 +191,21 @@ def test_fmix_is_its_slow_loop(size: tuple[int, int], decay: float) -> None:
             expected[b, :, row, column] = images[3 - b, :, row, column]
     assert torch.equal(mixed.images, expected)
     assert mixed.lam is not None
-    assert mixed.lam.tolist() == pytest.approx([drawn.pixels[i] / (size[0] * size[1]) for i in drawn.used])
+    assert mixed.lam.tolist() == pytest.approx(
+        [drawn.pixels[i] / (size[0] * size[1]) for i in drawn.used]
+    )
 
 
-def test_fmix_masks_have_the_drawn_share_rounded_down_or_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fmix_masks_have_the_drawn_share_rounded_down_or_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("mixers.fmix.draw_beta", lambda alpha, count, generator: [0.3] * count)
     drawn = FMix(K, mode="elem").draw(200, (5, 5), keyed_generator(3))
     assert set(drawn.pixels) == {7, 8}  # 7.5
     assert 0.35 < np.mean(np.array(drawn.pixels) == 8) < 0.65
-    assert len(FMix(K).draw(8, (5, 5), keyed_generator(3)).noise) == 1  # a mask for the batch is drawn once
+    assert (
+        len(FMix(K).draw(8, (5, 5), keyed_generator(3)).noise) == 1
+    )  # a mask for the batch is drawn once
 
 
 def components(mask: np.ndarray) -> int:
@@ -191,7 +214,12 @@ def components(mask: np.ndarray) -> int:
         count, edge = count + 1, [left.pop()]
         while edge:
             row, column = edge.pop()
-            near = {(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)} & left
+            near = {
+                (row + 1, column),
+                (row - 1, column),
+                (row, column + 1),
+                (row, column - 1),
+            } & left
             left -= near
             edge += near
     return count
@@ -209,7 +237,9 @@ def test_a_faster_decay_gives_fewer_blobs() -> None:
 
 def test_the_spectrum_of_fmix_falls_by_twice_its_decay() -> None:
     noise = torch.view_as_complex(torch.randn(40, 64, 33, 2, generator=keyed_generator(5)))
-    power = torch.fft.rfft2(shape_noise(noise, (64, 64), 3.0)).abs().square().mean(dim=0)  # (64, 33)
+    power = (
+        torch.fft.rfft2(shape_noise(noise, (64, 64), 3.0)).abs().square().mean(dim=0)
+    )  # (64, 33)
     frequency = torch.arange(2, 30)
     along = power[0, 2:30]
     slope = np.polyfit(np.log(frequency.numpy()), np.log(along.numpy()), 1)[0]
@@ -223,7 +253,7 @@ def test_fmix_takes_plain_values() -> None:
     assert torch.equal(mixed.images, images.flip(0))
 
 
-# ----------------------------------------------------------------------------------------------------- AttentiveMix
+# ------------------------------------------------------------------------------------- AttentiveMix
 
 
 @pytest.mark.parametrize("count", [2, 5])
@@ -261,7 +291,9 @@ def test_attentivemix_pastes_whole_cells_of_32_pixels(cells: int) -> None:
 
 
 @pytest.mark.parametrize(("alphas", "mean"), [((2.0, 8.0), 9.4), ((2.0, 2.0), 23.9)])
-def test_attentivemix_draws_as_many_cells_as_measured_elsewhere(alphas: tuple[float, float], mean: float) -> None:
+def test_attentivemix_draws_as_many_cells_as_measured_elsewhere(
+    alphas: tuple[float, float], mean: float
+) -> None:
     mixer = AttentiveMix(K, fake_teacher, alpha=alphas[0], beta=alphas[1], mode="elem")
     counts = mixer.count(mixer.draw(20_000, SIZE, keyed_generator("cells")), 49)
     assert np.mean(counts) == pytest.approx(mean, abs=0.25)
@@ -269,25 +301,32 @@ def test_attentivemix_draws_as_many_cells_as_measured_elsewhere(alphas: tuple[fl
 
 
 def test_attentivemix_refuses_more_cells_than_there_are() -> None:
-    with pytest.raises(InputError, match=r"--attentive-cells 7: the teacher's map has only 6 cells"):
+    with pytest.raises(
+        InputError, match=r"--attentive-cells 7: the teacher's map has only 6 cells"
+    ):
         AttentiveMix(K, fake_teacher, cells=7)(*batch_of(2), no_guide, random_of(0))
 
 
 def test_the_classifier_is_looked_through_without_a_trace() -> None:
-    """In evaluation mode, whatever the run does: statistics, modes and gradients stay as they are."""
+    """In evaluation mode, whatever the run does: statistics, modes and gradients stay as they
+    are."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.BatchNorm2d(4), nn.Dropout(0.9)).train()
     teacher = engine.make_teacher(network, precision.make_autocast(torch.device("cpu"), "none"))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     images, labels = batch_of(2)
-    one, other = (AttentiveMix(K, teacher, cells=2)(images, labels, no_guide, random_of(0)) for _ in range(2))
+    one, other = (
+        AttentiveMix(K, teacher, cells=2)(images, labels, no_guide, random_of(0)) for _ in range(2)
+    )
     assert torch.equal(one.images, other.images)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert not any(module.training for module in network.modules())
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in network.parameters())
+    assert all(
+        parameter.grad is None and not parameter.requires_grad for parameter in network.parameters()
+    )
     assert not one.images.requires_grad
 
 
-# ------------------------------------------------------------------------------------------------------ SaliencyMix
+# -------------------------------------------------------------------------------------- SaliencyMix
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -301,7 +340,11 @@ def test_saliencymix_is_its_slow_loop(count: int) -> None:
         for b, (rows, columns) in enumerate(sides):
             source = count - 1 - b
             place = int(saliency[source].flatten().argmax())
-            best = [i for i, value in enumerate(saliency[source].flatten().tolist()) if value == saliency[source].max()]
+            best = [
+                i
+                for i, value in enumerate(saliency[source].flatten().tolist())
+                if value == saliency[source].max()
+            ]
             assert place in best
             row, column = divmod(best[0], SIZE[1])
             top, bottom = max(row - rows // 2, 0), min(row + (rows + 1) // 2, SIZE[0])
@@ -313,22 +356,28 @@ def test_saliencymix_is_its_slow_loop(count: int) -> None:
 def test_saliencymix_finds_the_planted_spot() -> None:
     images = torch.full((2, 3, 64, 64), 0.2)
     images[1, :, 40:44, 20:24] = 1.0  # the source of image 0
-    mixed = SaliencyMix(K, to_bytes).apply(images, torch.tensor([0, 1]), [(10, 10), (10, 10)], no_guide)
+    mixed = SaliencyMix(K, to_bytes).apply(
+        images, torch.tensor([0, 1]), [(10, 10), (10, 10)], no_guide
+    )
     assert mixed.mask is not None
     rows, columns = mixed.mask[0, 0].nonzero().unbind(1)
     assert 40 <= (rows.min() + rows.max() + 1) // 2 < 44
     assert 20 <= (columns.min() + columns.max() + 1) // 2 < 24
-    corner = mixed.mask[1, 0].nonzero().amax(dim=0).tolist()  # a flat source: a box around its first pixel, clipped
+    corner = (
+        mixed.mask[1, 0].nonzero().amax(dim=0).tolist()
+    )  # a flat source: a box around its first pixel, clipped
     assert corner == [4, 4]
 
 
 def test_saliencymix_shares_a_size_and_not_a_place() -> None:
     sides = SaliencyMix(K, to_bytes).draw(6, (64, 48), keyed_generator(0))
     assert len(set(sides)) == 1
-    assert len(set(SaliencyMix(K, to_bytes, mode="elem").draw(6, (64, 48), keyed_generator(0)))) == 6
+    assert (
+        len(set(SaliencyMix(K, to_bytes, mode="elem").draw(6, (64, 48), keyed_generator(0)))) == 6
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- TransMix
+# ----------------------------------------------------------------------------------------- TransMix
 
 
 def test_transmix_is_its_slow_loop() -> None:
@@ -367,7 +416,9 @@ def settled_with(mixer: TransMix[Any], attention: Tensor) -> tuple[MixedBatch, M
     guide = FakeGuide(mixer.grid_size, K)
     batch = mixer(images, labels, guide, random_of(3))
     tokens = torch.zeros(*attention.shape, 1)
-    return batch, batch.after_forward(ModelOutput(torch.zeros(len(attention), K), tokens, class_attention=attention))
+    return batch, batch.after_forward(
+        ModelOutput(torch.zeros(len(attention), K), tokens, class_attention=attention)
+    )
 
 
 def test_attention_shares_at_their_limits() -> None:
@@ -390,7 +441,9 @@ def test_the_ratio_goes_from_attention_alone_to_area_alone(ratio: float) -> None
     batch, settled = settled_with(TransMix(SMMix(K, (3, 5)), (3, 5), ratio), attention)
     assert settled.lam is not None
     assert batch.source_mask is not None
-    expected = batch.lam if ratio else (attention * batch.source_mask).sum(dim=1) / attention.sum(dim=1)
+    expected = (
+        batch.lam if ratio else (attention * batch.source_mask).sum(dim=1) / attention.sum(dim=1)
+    )
     torch.testing.assert_close(settled.lam, expected)
 
 
@@ -402,7 +455,9 @@ def test_attention_counts_where_the_region_went_not_where_it_came_from() -> None
     assert moved.any()
     hot = batch.source_mask.float()  # all attention on the pasted tokens
     assert settled.relabel is not None
-    full = relabel(batch, ModelOutput(hot, hot[..., None], class_attention=hot), batch.source_mask, 0.0)
+    full = relabel(
+        batch, ModelOutput(hot, hot[..., None], class_attention=hot), batch.source_mask, 0.0
+    )
     assert full.lam is not None
     assert full.lam.tolist() == [1.0] * 4
 
@@ -415,9 +470,15 @@ def test_the_consistency_term_keeps_the_area() -> None:
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_tiny_patch16_224"])
-def test_transmix_trains_a_real_model_without_gradient_through_its_labels(make_model: Any, name: str) -> None:
+def test_transmix_trains_a_real_model_without_gradient_through_its_labels(
+    make_model: Any, name: str
+) -> None:
     """With a class token, and (second) without one, where the image score takes its place."""
-    extra = {} if name.startswith("deit") else {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    extra = (
+        {}
+        if name.startswith("deit")
+        else {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    )
     model: ImageModel = make_model(name, **extra)
     images = torch.randn(4, 3, 32, 48, generator=keyed_generator(8))
     mixer = TransMix(CutMix(7), model.grid_size)
@@ -429,6 +490,8 @@ def test_transmix_trains_a_real_model_without_gradient_through_its_labels(make_m
     assert not settled.labels.requires_grad
     SMMixLoss()(output, settled)["total"].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    looked = engine.settle_labels(model, batch, precision.make_autocast(torch.device("cpu"), "none"))
+    looked = engine.settle_labels(
+        model, batch, precision.make_autocast(torch.device("cpu"), "none")
+    )
     assert looked.lam is not None
     assert model.training

@@ -1,7 +1,8 @@
 """Toys of the mixing methods that are still to come, through the step as it is.
 
-PuzzleMix needs gradients at the pixels, AutoMix a second network that learns and a loss on the clean images too,
-TokenMix labels of its own form, TokenLabel a loss of its own. Each toy has one of these needs and nothing else.
+PuzzleMix needs gradients at the pixels, AutoMix a second network that learns and a loss on the
+clean images too, TokenMix labels of its own form, TokenLabel a loss of its own. Each toy has one of
+these needs and nothing else.
 """
 
 from __future__ import annotations
@@ -31,16 +32,27 @@ K = 5
 
 def make_training(mixer: Any, extra: nn.Module | None = None, **settings: Any) -> engine.Training:
     utils.seed_globals("init", 0)
-    model = build_model("vit_nano_patch4_32", K, input_size=(16, 16), embed_dim=16, depth=2, num_heads=2)
+    model = build_model(
+        "vit_nano_patch4_32", K, input_size=(16, 16), embed_dim=16, depth=2, num_heads=2
+    )
     autocast = precision.make_autocast(CPU.device, "none")
     optimizer = optim.make_optimizer(model, {"opt": "adamw", "lr": 1e-2})
     if extra is not None:
         optimizer.add_param_group({"params": list(extra.parameters())})
-    defaults = {"criterion": SMMixLoss(), "mixer": mixer if isinstance(mixer, Mixer) else mixer(model)}
+    defaults = {
+        "criterion": SMMixLoss(),
+        "mixer": mixer if isinstance(mixer, Mixer) else mixer(model),
+    }
     return engine.Training(
-        module=model, model=model.train(), guide=engine.make_guide(model, autocast), optimizer=optimizer,
-        scaler=precision.make_scaler(CPU.device, "none"), autocast=autocast, processes=CPU, **{**defaults, **settings},
-    )  # fmt: skip
+        module=model,
+        model=model.train(),
+        guide=engine.make_guide(model, autocast),
+        optimizer=optimizer,
+        scaler=precision.make_scaler(CPU.device, "none"),
+        autocast=autocast,
+        processes=CPU,
+        **{**defaults, **settings},
+    )
 
 
 def step(training: engine.Training) -> dict[str, float]:
@@ -94,11 +106,14 @@ def test_gradients_at_the_pixels_come_through_a_function() -> None:
     before = [p.detach().clone() for p in training.module.parameters()]
     assert step(training)["loss"] > 0
     assert seen == [True]
-    assert not any(torch.equal(old, new) for old, new in zip(before, training.module.parameters(), strict=True))
+    assert not any(
+        torch.equal(old, new) for old, new in zip(before, training.module.parameters(), strict=True)
+    )
 
 
 class Learned(Plain):
-    """A small network chooses the mask and has a loss of its own; the model sees the mask without gradient."""
+    """A small network chooses the mask and has a loss of its own; the model sees the mask without
+    gradient."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -123,7 +138,9 @@ def test_a_second_network_learns_from_its_own_term(accum_steps: int) -> None:
     network = nn.Conv2d(3, 1, 1)
     training = make_training(Learned(network), network, accum_steps=accum_steps, clip_grad=1.0)
     before, rows = network.weight.detach().clone(), []
-    training.module.register_forward_pre_hook(lambda module, args, kw: rows.append(len(kw["images"])), with_kwargs=True)
+    training.module.register_forward_pre_hook(
+        lambda module, args, kw: rows.append(len(kw["images"])), with_kwargs=True
+    )
     logged = step(training)
     assert rows == [8]
     assert logged["loss_mask"] == pytest.approx(logged["loss"] - logged["loss_cls"], abs=1e-6)
@@ -157,7 +174,9 @@ def test_a_loss_may_be_of_another_form() -> None:
 
     class PerToken(Plain):
         def apply(self, images: Tensor, labels: Tensor, drawn: None, guide: Guide) -> MixedBatch:
-            return MixedBatch(images, soft_labels(labels, K, 0.0)[:, None].expand(-1, 16, -1))  # (B, N, K)
+            return MixedBatch(
+                images, soft_labels(labels, K, 0.0)[:, None].expand(-1, 16, -1)
+            )  # (B, N, K)
 
     def maker(model: Any) -> Mixer[None]:
         training_model.append(model)

@@ -1,4 +1,5 @@
-"""One contract for every mixer, CutMix and Mixup against timm given the same draws, and the switch between methods."""
+"""One contract for every mixer, CutMix and Mixup against timm given the same draws, and the switch
+between methods."""
 
 from __future__ import annotations
 
@@ -26,7 +27,15 @@ from mixers.boxes import draw_box, draw_box_between, sides_of
 from mixers.consistent import Consistent
 from mixers.cutmix import CutMix
 from mixers.fmix import FMix
-from mixers.interface import MixedBatch, Mixer, NoMixing, Regions, StepRandom, mix_labels, soft_labels
+from mixers.interface import (
+    MixedBatch,
+    Mixer,
+    NoMixing,
+    Regions,
+    StepRandom,
+    mix_labels,
+    soft_labels,
+)
 from mixers.mixup import Mixup
 from mixers.resizemix import ResizeMix
 from mixers.saliencymix import SaliencyMix
@@ -69,11 +78,17 @@ MAKERS: dict[str, Callable[[], Mixer[Any]]] = {
     "smmix_max_max": lambda: SMMix(K, GRID, scheme=Scheme("max", "max")),
     "smmix_random_score": lambda: SMMix(K, GRID, scheme=Scheme(score="random")),
     "cutmix_with_con": lambda: Consistent(CutMix(K), partial(mix_predictions, rule="probs")),
-    "transmix_with_con": lambda: Consistent(TransMix(CutMix(K), GRID), partial(mix_predictions, rule="logits")),
+    "transmix_with_con": lambda: Consistent(
+        TransMix(CutMix(K), GRID), partial(mix_predictions, rule="logits")
+    ),
 }
 MIXING = [name for name in MAKERS if name != "none"]
 DRAWS_NOTHING = {"attentivemix_original"}  # its number of cells is fixed
-IN_PLACE = [name for name in MIXING if not name.startswith(("mixup", "smmix", "resizemix")) and "smmix" not in name]
+IN_PLACE = [
+    name
+    for name in MIXING
+    if not name.startswith(("mixup", "smmix", "resizemix")) and "smmix" not in name
+]
 
 
 def batch_of(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -91,7 +106,12 @@ def no_guide(images: Tensor) -> ModelOutput:
 def mix(mixer: Mixer[Any], images: Tensor, labels: Tensor, key: int = 0) -> MixedBatch:
     inner = mixer.mixer if isinstance(mixer, TransMix) else mixer
     guide = FakeGuide(GRID, K) if isinstance(inner, (SMMix, Consistent)) else no_guide
-    return mixer(images, labels, guide, StepRandom(keyed_generator("shared", key), keyed_generator("own", key)))
+    return mixer(
+        images,
+        labels,
+        guide,
+        StepRandom(keyed_generator("shared", key), keyed_generator("own", key)),
+    )
 
 
 def assert_equal(one: MixedBatch, other: MixedBatch) -> None:
@@ -111,10 +131,15 @@ def assert_equal(one: MixedBatch, other: MixedBatch) -> None:
 
 def global_state() -> tuple[Any, ...]:
     numpy_state: Any = np.random.get_state()
-    return random.getstate(), numpy_state[1].tobytes(), numpy_state[2], torch.get_rng_state().numpy().tobytes()
+    return (
+        random.getstate(),
+        numpy_state[1].tobytes(),
+        numpy_state[2],
+        torch.get_rng_state().numpy().tobytes(),
+    )
 
 
-# ------------------------------------------------------------------------------------------------ the contract
+# ------------------------------------------------------------------------------------- the contract
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -167,7 +192,9 @@ def test_another_key_gives_another_mix(name: str) -> None:
     assert len(shares) == 1 if name in DRAWS_NOTHING else len(shares) > 2
 
 
-@pytest.mark.parametrize("name", [name for name in MIXING if not name.startswith("mixup") and "smmix" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in MIXING if not name.startswith("mixup") and "smmix" not in name]
+)
 @pytest.mark.parametrize("count", [2, 5])
 def test_lam_is_the_share_of_the_mask_and_nothing_outside_it_changes(name: str, count: int) -> None:
     images, labels = batch_of(count)
@@ -179,7 +206,9 @@ def test_lam_is_the_share_of_the_mask_and_nothing_outside_it_changes(name: str, 
         assert mixed.lam is not None
         expected = [float(np.float32(int(one.sum()) / (SIZE[0] * SIZE[1]))) for one in mixed.mask]
         assert mixed.lam.tolist() == expected
-        assert torch.equal(torch.where(mixed.mask, 0, mixed.images), torch.where(mixed.mask, 0, images))
+        assert torch.equal(
+            torch.where(mixed.mask, 0, mixed.images), torch.where(mixed.mask, 0, images)
+        )
         if name in IN_PLACE:
             assert torch.equal(mixed.images, torch.where(mixed.mask, images.flip(0), images))
 
@@ -199,10 +228,13 @@ def test_images_may_have_any_number_of_channels(name: str) -> None:
 
 
 def test_shares_stay_with_their_samples_in_the_loss() -> None:
-    """Two samples, lam = (1, 0): a loss that averages lam and cross entropy apart would give another number."""
+    """Two samples, lam = (1, 0): a loss that averages lam and cross entropy apart would give
+    another number."""
     logits = torch.tensor([[9.0, 0.0], [0.0, 0.0]])
     labels = mix_labels(torch.eye(2), torch.eye(2).flip(0), torch.tensor([1.0, 0.0]))
-    terms = SMMixLoss()(ModelOutput(logits, torch.zeros(2, 1, 1)), MixedBatch(torch.zeros(2, 3, 1, 1), labels))
+    terms = SMMixLoss()(
+        ModelOutput(logits, torch.zeros(2, 1, 1)), MixedBatch(torch.zeros(2, 3, 1, 1), labels)
+    )
     each = -logits.log_softmax(dim=1)
     averaged = 0.5 * (each[0, 0] + each[1, 1]).div(2) + 0.5 * (each[0, 1] + each[1, 0]).div(2)
     assert float(terms["total"]) == pytest.approx(float((each[0, 0] + each[1, 0]) / 2))
@@ -223,7 +255,7 @@ def test_no_mixing_passes_the_images_on() -> None:
     torch.testing.assert_close(mixed.labels, timm_mixup.mixup_target(labels, K, 1.0, 0.2))
 
 
-# --------------------------------------------------------------------------------------------- CutMix and its box
+# ------------------------------------------------------------------------------- CutMix and its box
 
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if name.startswith("cutmix")])
@@ -259,7 +291,9 @@ def test_cutmix_pastes_the_drawn_boxes() -> None:
     assert mixed.lam.tolist() == pytest.approx([21 / 144, 72 / 144, 0, 1])
 
 
-def timm_boxes(size: tuple[int, int], share: float, monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[Box, float]]:
+def timm_boxes(
+    size: tuple[int, int], share: float, monkeypatch: pytest.MonkeyPatch
+) -> Counter[tuple[Box, float]]:
     """timm's box and source share for every centre it can draw."""
     found: Counter[tuple[Box, float]] = Counter()
     for centre in ((y, x) for y in range(size[0]) for x in range(size[1])):
@@ -272,7 +306,9 @@ def timm_boxes(size: tuple[int, int], share: float, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.25, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("size", [(4, 5), (6, 3)])
-def test_boxes_are_timms_for_every_centre(size: tuple[int, int], share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boxes_are_timms_for_every_centre(
+    size: tuple[int, int], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = timm_boxes(size, share, monkeypatch)
     generator, count = keyed_generator("boxes"), 3000
     drawn = Counter(draw_box(size, sides_of(size, share), generator) for _ in range(count))
@@ -283,14 +319,23 @@ def test_boxes_are_timms_for_every_centre(size: tuple[int, int], share: float, m
         assert abs(drawn[box] / count - probability) <= 4.5 * deviation
 
 
-@pytest.mark.parametrize(("size", "ratios"), [((6, 9), (0.3, 0.8)), ((5, 4), (0.25, 1.0)), ((4, 4), (0.5, 0.5))])
-def test_boxes_between_two_ratios_are_timms(size: tuple[int, int], ratios: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    ("size", "ratios"), [((6, 9), (0.3, 0.8)), ((5, 4), (0.25, 1.0)), ((4, 4), (0.5, 0.5))]
+)
+def test_boxes_between_two_ratios_are_timms(
+    size: tuple[int, int], ratios: tuple[float, float]
+) -> None:
     expected = set()
-    sides = [range(int(n * ratios[0]), max(int(n * ratios[1]), int(n * ratios[0]) + 1)) for n in size]
+    sides = [
+        range(int(n * ratios[0]), max(int(n * ratios[1]), int(n * ratios[0]) + 1)) for n in size
+    ]
     for height in sides[0]:
         for width in sides[1]:
             for top in range(size[0] - height + 1):
-                expected |= {Box(top, top + height, left, left + width) for left in range(size[1] - width + 1)}
+                expected |= {
+                    Box(top, top + height, left, left + width)
+                    for left in range(size[1] - width + 1)
+                }
     generator = keyed_generator("between")
     assert {draw_box_between(size, ratios, generator) for _ in range(5000)} == expected
     if ratios[0] < ratios[1]:
@@ -304,20 +349,28 @@ def test_cutmix_pastes_a_third_on_average() -> None:
     assert np.mean(shares) == pytest.approx(0.3176, abs=4 * float(np.std(shares)) / sqrt(20_000))
 
 
-# ------------------------------------------------------------------------- the same draws give timm's own results
+# ----------------------------------------------------------- the same draws give timm's own results
 
 
 def timms_own(
-    mode: str, count: int, target_shares: list[float], cutmix: list[Box] | None, monkeypatch: pytest.MonkeyPatch
+    mode: str,
+    count: int,
+    target_shares: list[float],
+    cutmix: list[Box] | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """timm's `Mixup` whose draws are given: the TARGET's shares, and the boxes."""
     mixup = timm_mixup.Mixup(mode=mode, label_smoothing=0.1, num_classes=K)
     drawn = count // 2 if mode == "pair" else count
     per_element = np.array(target_shares[:drawn], dtype=np.float32)
     monkeypatch.setattr(mixup, "_params_per_batch", lambda: (target_shares[0], cutmix is not None))
-    monkeypatch.setattr(mixup, "_params_per_elem", lambda size: (per_element, np.full(size, cutmix is not None)))
+    monkeypatch.setattr(
+        mixup, "_params_per_elem", lambda size: (per_element, np.full(size, cutmix is not None))
+    )
     if cutmix is not None:
-        given_boxes = iter([((b.top, b.bottom, b.left, b.right), 1 - b.share(SIZE)) for b in cutmix])
+        given_boxes = iter(
+            [((b.top, b.bottom, b.left, b.right), 1 - b.share(SIZE)) for b in cutmix]
+        )
         monkeypatch.setattr(timm_mixup, "cutmix_bbox_and_lam", lambda *_, **__: next(given_boxes))
     return mixup
 
@@ -342,10 +395,17 @@ def test_the_same_draws_give_timms_result(
         assert torch.equal(ours.images, their_images)
 
 
-@pytest.mark.parametrize("maker", [lambda mode: Mixup(K, mode=mode), lambda mode: CutMix(K, mode=mode)])
+@pytest.mark.parametrize(
+    "maker", [lambda mode: Mixup(K, mode=mode), lambda mode: CutMix(K, mode=mode)]
+)
 @pytest.mark.parametrize("count", [1, 5, 6])
-def test_modes_draw_once_per_batch_pair_or_image(maker: Callable[[str], Mixer[list[Any]]], count: int) -> None:
-    draws = {mode: maker(mode).draw(count, (64, 64), keyed_generator("modes")) for mode in ("batch", "pair", "elem")}
+def test_modes_draw_once_per_batch_pair_or_image(
+    maker: Callable[[str], Mixer[list[Any]]], count: int
+) -> None:
+    draws = {
+        mode: maker(mode).draw(count, (64, 64), keyed_generator("modes"))
+        for mode in ("batch", "pair", "elem")
+    }
     assert [len(drawn) for drawn in draws.values()] == [count] * 3
     assert len(set(draws["batch"])) == 1
     assert len(set(draws["pair"])) == (count + 1) // 2
@@ -355,17 +415,21 @@ def test_modes_draw_once_per_batch_pair_or_image(maker: Callable[[str], Mixer[li
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0])
 def test_mixups_shares_are_beta_distributed(alpha: float) -> None:
-    shares = np.array(Mixup(K, alpha=alpha, mode="elem").draw(20_000, SIZE, keyed_generator("beta", str(alpha))))
+    shares = np.array(
+        Mixup(K, alpha=alpha, mode="elem").draw(20_000, SIZE, keyed_generator("beta", str(alpha)))
+    )
     assert shares.mean() == pytest.approx(0.5, abs=0.015)
     assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.05)
 
 
-# -------------------------------------------------------------------------------------------------------- the switch
+# --------------------------------------------------------------------------------------- the switch
 
 
 def share_of(switch: Switch, count: int = 2000) -> tuple[float, float]:
     """Shares of the steps that are mixed at all and that the first method mixes."""
-    picks = Counter(id(switch.pick(switch.draw(keyed_generator("shared", 0, step, 0)))) for step in range(count))
+    picks = Counter(
+        id(switch.pick(switch.draw(keyed_generator("shared", 0, step, 0)))) for step in range(count)
+    )
     return 1 - picks[id(switch.plain)] / count, picks[id(switch.first)] / count
 
 
@@ -401,7 +465,10 @@ def test_ranks_choose_alike_but_draw_their_own_sizes() -> None:
     switch = Switch(SMMix(K, GRID, side_ratio=(0.0, 1.0)), Mixup(K))
     methods, sizes = [], []
     for step in range(60):
-        ranks = [StepRandom(keyed_generator("shared", step), keyed_generator("own", step, rank)) for rank in range(2)]
+        ranks = [
+            StepRandom(keyed_generator("shared", step), keyed_generator("own", step, rank))
+            for rank in range(2)
+        ]
         of_rank = [switch(images, labels, FakeGuide(GRID, K), rank).regions for rank in ranks]
         methods.append([regions is not None for regions in of_rank])
         sizes.append([regions.size for regions in of_rank if regions is not None])
@@ -410,16 +477,29 @@ def test_ranks_choose_alike_but_draw_their_own_sizes() -> None:
     assert any(len(pair) == 2 and pair[0] != pair[1] for pair in sizes)
 
 
-# -------------------------------------------------------------------------------------------------- mixers by name
+# ----------------------------------------------------------------------------------- mixers by name
 
 SETTINGS: dict[str, Any] = {
-    "smoothing": 0.2, "side_ratio": [0.3, 0.6], "mixup": 0.7, "cutmix": 0.9, "mixup_prob": 0.6,
-    "mixup_switch_prob": 0.4, "mixup_mode": "pair", "mix_off_epoch": 7,
-}  # fmt: skip
+    "smoothing": 0.2,
+    "side_ratio": [0.3, 0.6],
+    "mixup": 0.7,
+    "cutmix": 0.9,
+    "mixup_prob": 0.6,
+    "mixup_switch_prob": 0.4,
+    "mixup_mode": "pair",
+    "mix_off_epoch": 7,
+}
 CLASSES = {
-    "smmix": SMMix, "cutmix": CutMix, "mixup": Mixup, "none": NoMixing, "resizemix": ResizeMix, "fmix": FMix,
-    "attentivemix": AttentiveMix, "saliencymix": SaliencyMix, "transmix": TransMix,
-}  # fmt: skip
+    "smmix": SMMix,
+    "cutmix": CutMix,
+    "mixup": Mixup,
+    "none": NoMixing,
+    "resizemix": ResizeMix,
+    "fmix": FMix,
+    "attentivemix": AttentiveMix,
+    "saliencymix": SaliencyMix,
+    "transmix": TransMix,
+}
 
 
 def test_every_method_has_flags_and_a_maker() -> None:
@@ -437,7 +517,11 @@ def test_a_name_gives_its_method_beside_mixup(name: str, protocol: str, alpha: f
     assert (type(switch.second) is Mixup) == shares
     assert (switch.prob, switch.off_epoch) == (0.6, 7)
     assert switch.first_prob == (0.4 if switch.second is not None else 1.0)
-    assert {mixer.smoothing for mixer in (switch.first, switch.second, switch.plain) if mixer is not None} == {0.2}
+    assert {
+        mixer.smoothing
+        for mixer in (switch.first, switch.second, switch.plain)
+        if mixer is not None
+    } == {0.2}
     if isinstance(switch.second, Mixup):
         assert (switch.second.alpha, switch.second.mode) == (0.7, "pair")
     assert getattr(switch.first, "mode", "pair") == "pair"
@@ -448,17 +532,28 @@ def test_methods_get_their_own_flags() -> None:
         return make_switch(K, GRID, fake_teacher, mixer=name, **flags).first
 
     smmix = first("smmix", variant="released", side_ratio=[0.3, 0.6])
-    assert (smmix.grid_size, smmix.side_ratio, smmix.variant) == (GRID, (0.3, 0.6), VARIANTS["released"])
+    assert (smmix.grid_size, smmix.side_ratio, smmix.variant) == (
+        GRID,
+        (0.3, 0.6),
+        VARIANTS["released"],
+    )
     assert first("smmix", variant="released", region_head="shared").variant.region_head == "shared"
     cutmix = first("cutmix", cutmix=0.9, cutmix_minmax=[0.2, 0.4])
     assert (cutmix.alpha, cutmix.minmax) == (0.9, (0.2, 0.4))
     resizemix = first("resizemix", resize_scope=[0.2, 0.3], resize_placement="clipped")
     assert (resizemix.scope, resizemix.placement) == ((0.2, 0.3), "clipped")
-    assert (first("fmix").alpha, first("fmix", mix_alpha=[0.2]).alpha, first("fmix", fmix_decay=2).decay) == (1, 0.2, 2)
+    assert (
+        first("fmix").alpha,
+        first("fmix", mix_alpha=[0.2]).alpha,
+        first("fmix", fmix_decay=2).decay,
+    ) == (1, 0.2, 2)
     assert (first("saliencymix").alpha, first("saliencymix", mix_alpha=[0.2]).alpha) == (1, 0.2)
     laws = [first("attentivemix", mix_alpha=alpha) for alpha in (None, [2.0], [3.0, 4.0])]
     assert [(mixer.alpha, mixer.beta) for mixer in laws] == [(2, 8), (2, 2), (3, 4)]
-    assert (first("attentivemix").cells, first("attentivemix", attentive_cells=6).cells) == (None, 6)
+    assert (first("attentivemix").cells, first("attentivemix", attentive_cells=6).cells) == (
+        None,
+        6,
+    )
 
 
 @pytest.mark.parametrize("name", ["smmix", "resizemix"])

@@ -12,7 +12,8 @@ from tools.model_table import count_multiply_adds, render, table_1
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Parameters and G multiply-adds at 224 pixels, counted on each family's original code; side of the final grid.
+# Parameters and G multiply-adds at 224 pixels, counted on each family's original code; side of the
+# final grid.
 ORIGINAL = {
     "deit_tiny_patch16_224": (5_717_416, 1.25, 14),
     "deit_small_patch16_224": (22_050_664, 4.60, 14),
@@ -39,13 +40,17 @@ def test_sizes_and_costs_are_the_originals(name: str) -> None:
 
 
 def test_a_count_by_hand() -> None:
-    layer = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Flatten(), torch.nn.Linear(8 * 4 * 6, 5))
+    layer = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Flatten(), torch.nn.Linear(8 * 4 * 6, 5)
+    )
     assert count_multiply_adds(layer, (16, 24)) == 3 * 4 * 4 * 8 * 4 * 6 + 8 * 4 * 6 * 5
 
 
 def test_the_page_is_what_the_code_gives() -> None:
     assert [row.model for row in table_1()] == list(ORIGINAL)
-    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == render(), "python -m tools.model_table"
+    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == render(), (
+        "python -m tools.model_table"
+    )
 
 
 def test_every_family_says_what_its_score_means() -> None:

@@ -1,5 +1,6 @@
-"""One contract for every plain vision transformer: timm's own predictions, Eq. 6 and Eq. 10 to 12 against slow loops,
-gradients for every parameter, weights from other sizes; and the motivating pass of `engine.make_guide`."""
+"""One contract for every plain vision transformer: timm's own predictions, Eq. 6 and Eq. 10 to 12
+against slow loops, gradients for every parameter, weights from other sizes; and the motivating pass
+of `engine.make_guide`."""
 
 from __future__ import annotations
 
@@ -90,7 +91,9 @@ def map_used(own: nn.Module, images: Tensor) -> Tensor:
     last: Any = own.blocks[-1]  # type: ignore[index]
     last.attn.fused_attn = False
     maps: list[Tensor] = []
-    hook = last.attn.attn_drop.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].detach()))
+    hook = last.attn.attn_drop.register_forward_pre_hook(
+        lambda _, inputs: maps.append(inputs[0].detach())
+    )
     with torch.no_grad():
         own(images)
     hook.remove()
@@ -106,7 +109,11 @@ def slow_score(own: nn.Module, images: Tensor, prefix: int) -> Tensor:
     for b in range(batch):
         for j in range(prefix, total):
             column = attention[b, :, :, j].double()
-            score[b, j - prefix] = sum(float(column[h, prefix:].sum()) for h in range(heads)) / heads / (total - prefix)
+            score[b, j - prefix] = (
+                sum(float(column[h, prefix:].sum()) for h in range(heads))
+                / heads
+                / (total - prefix)
+            )
     return score
 
 
@@ -114,7 +121,7 @@ def grad_of(model: nn.Module) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-# ---------------------------------------------------------------------------------------- Eq. 6 and Eq. 10, 11 alone
+# ----------------------------------------------------------------------- Eq. 6 and Eq. 10, 11 alone
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
@@ -148,7 +155,9 @@ def test_class_score_is_the_first_rows_mean_over_heads(prefix: int, queries: int
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_score_of_a_low_precision_map_is_averaged_in_float32(dtype: torch.dtype) -> None:
     attention = torch.rand(2, 3, 65, 65).to(dtype)
-    torch.testing.assert_close(image_attention_score(attention, 1), attention[:, :, 1:, 1:].float().mean(dim=(1, 2)))
+    torch.testing.assert_close(
+        image_attention_score(attention, 1), attention[:, :, 1:, 1:].float().mean(dim=(1, 2))
+    )
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -161,11 +170,13 @@ def test_regions_are_mean_tokens_inside_and_outside(autocast: bool) -> None:
     for b in range(3):
         for region, inside in enumerate((True, False)):
             members = [tokens[b, n] for n in range(10) if bool(mask[b, n]) is inside]
-            expected = torch.stack(members).mean(dim=0) if members else torch.zeros(4)  # empty: zeros, not NaN
+            expected = (
+                torch.stack(members).mean(dim=0) if members else torch.zeros(4)
+            )  # empty: zeros, not NaN
             torch.testing.assert_close(pooled[b, region], expected)
 
 
-# ------------------------------------------------------------------------------------------- predictions and scores
+# --------------------------------------------------------------------------- predictions and scores
 
 
 @case
@@ -191,7 +202,9 @@ def test_predictions_and_scores_are_timms(make_model: MakeModel, case: str) -> N
     assert score.shape == (3, model.grid_size[0] * model.grid_size[1])
     torch.testing.assert_close(score.double(), slow_score(own, images, prefix), atol=1e-6, rtol=0)
     sums = score.sum(dim=1)
-    assert ((sums - 1).abs() < 1e-6).all() if prefix == 0 else ((sums > 0) & (sums < 1 + 1e-6)).all()
+    assert (
+        ((sums - 1).abs() < 1e-6).all() if prefix == 0 else ((sums > 0) & (sums < 1 + 1e-6)).all()
+    )
 
 
 @case
@@ -205,7 +218,9 @@ def test_class_scores_are_timms(make_model: MakeModel, case: str) -> None:
     assert score is not None
     if model.has_class_token:
         expected = map_used(own, images).double()[:, :, 0, prefix:].mean(dim=1)
-    assert model.has_class_token == ("class_token" not in CASES[case][1] and case != "registers_gap")
+    assert model.has_class_token == (
+        "class_token" not in CASES[case][1] and case != "registers_gap"
+    )
     torch.testing.assert_close(score.double(), expected, atol=1e-6, rtol=0)
 
 
@@ -232,7 +247,8 @@ def test_score_stays_float32_under_autocast(make_model: MakeModel, case: str) ->
 
 
 def test_similarities_are_computed_in_float32_under_autocast() -> None:
-    """Queries and keys that bfloat16 holds exactly: whatever differs from float64 was lost after them."""
+    """Queries and keys that bfloat16 holds exactly: whatever differs from float64 was lost after
+    them."""
     layer = Attention(16, num_heads=2, qkv_bias=True)
     with torch.no_grad():
         layer.qkv.weight.copy_(torch.randint(-2, 3, (48, 16)) / 4)
@@ -240,8 +256,13 @@ def test_similarities_are_computed_in_float32_under_autocast() -> None:
     tokens = torch.randint(-2, 3, (3, 9, 16)) / 4
     with BF16():
         ours = attention_map(layer, tokens)
-    queries_keys = tokens.double() @ layer.qkv.weight[:32].detach().double().T + layer.qkv.bias[:32].detach().double()
-    queries, keys = queries_keys.unflatten(2, (2, 2, 8)).permute(2, 0, 3, 1, 4)  # (B, H, T, D / H) each
+    queries_keys = (
+        tokens.double() @ layer.qkv.weight[:32].detach().double().T
+        + layer.qkv.bias[:32].detach().double()
+    )
+    queries, keys = queries_keys.unflatten(2, (2, 2, 8)).permute(
+        2, 0, 3, 1, 4
+    )  # (B, H, T, D / H) each
     assert torch.equal(queries_keys, queries_keys.bfloat16().double())
     expected = (queries @ keys.transpose(-2, -1) / 8**0.5).softmax(dim=-1)
     torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=0)
@@ -249,7 +270,9 @@ def test_similarities_are_computed_in_float32_under_autocast() -> None:
 
 @case
 @pytest.mark.parametrize("separate", [False, True])
-def test_regions_are_classified_by_their_mean_token(make_model: MakeModel, case: str, separate: bool) -> None:
+def test_regions_are_classified_by_their_mean_token(
+    make_model: MakeModel, case: str, separate: bool
+) -> None:
     model = build(make_model, case, separate_region_head=separate)
     images, mask = images_for(model), some_mask(model)
     output = model(images, source_mask=mask)
@@ -259,7 +282,9 @@ def test_regions_are_classified_by_their_mean_token(make_model: MakeModel, case:
     network: Any = model.network
     for b in range(3):
         for region, inside in enumerate((True, False)):
-            members = [output.tokens[b, n] for n in range(mask.shape[1]) if bool(mask[b, n]) is inside]
+            members = [
+                output.tokens[b, n] for n in range(mask.shape[1]) if bool(mask[b, n]) is inside
+            ]
             pooled = sum(members) / len(members)
             if separate:
                 assert model.token_head is not None
@@ -268,11 +293,16 @@ def test_regions_are_classified_by_their_mean_token(make_model: MakeModel, case:
                 expected = network.head(network.fc_norm(pooled))
                 if case == "distilled":  # its own prediction is the mean of two classifiers
                     expected = (expected + network.head_dist(pooled)) / 2
-            torch.testing.assert_close(output.region_logits[b, region], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                output.region_logits[b, region], expected, atol=1e-5, rtol=1e-5
+            )
 
 
-def test_a_mean_pooled_prediction_is_the_mix_of_its_regions(tiny_mean_model: ImageModel, images: Tensor) -> None:
-    """logits(M) = lam logits(A) + (1 - lam) logits(B): one linear classifier of one mean over normed tokens."""
+def test_a_mean_pooled_prediction_is_the_mix_of_its_regions(
+    tiny_mean_model: ImageModel, images: Tensor
+) -> None:
+    """logits(M) = lam logits(A) + (1 - lam) logits(B): one linear classifier of one mean over
+    normed tokens."""
     mask = some_mask(tiny_mean_model, 4)
     output = tiny_mean_model(images, source_mask=mask)
     lam = mask.float().mean(dim=1)[:, None]
@@ -304,16 +334,20 @@ def test_every_parameter_gets_a_gradient_on_every_step(
     assert model.token_head is None or bool(model.token_head.weight.grad.any()) == with_mask  # type: ignore[union-attr]
 
 
-def test_an_idle_region_head_does_not_change_the_prediction(make_model: MakeModel, images: Tensor) -> None:
+def test_an_idle_region_head_does_not_change_the_prediction(
+    make_model: MakeModel, images: Tensor
+) -> None:
     model = make_model(separate_region_head=True)
     evaluated = model(images).logits
     torch.testing.assert_close(model.train()(images).logits, evaluated)
 
 
-# --------------------------------------------------------------------------------------------------- distillation
+# ------------------------------------------------------------------------------------- distillation
 
 
-def test_distillation_gives_both_tokens_logits_while_training(make_model: MakeModel, images: Tensor) -> None:
+def test_distillation_gives_both_tokens_logits_while_training(
+    make_model: MakeModel, images: Tensor
+) -> None:
     model = make_model("deit_tiny_distilled_patch16_224")
     together = model(images).logits
     use_distillation(model, "deit_tiny_distilled_patch16_224")
@@ -336,7 +370,9 @@ def test_distillation_without_its_token_is_refused(tiny_model: ImageModel) -> No
         use_distillation(tiny_model, "deit_tiny_patch16_224")
 
 
-def test_a_teacher_is_frozen_and_answers_without_gradient(tiny_model: ImageModel, images: Tensor) -> None:
+def test_a_teacher_is_frozen_and_answers_without_gradient(
+    tiny_model: ImageModel, images: Tensor
+) -> None:
     teacher = make_teacher(tiny_model.network.train(), NO_AMP)
     assert not any(parameter.requires_grad for parameter in tiny_model.network.parameters())
     assert not any(module.training for module in tiny_model.network.modules())
@@ -344,7 +380,7 @@ def test_a_teacher_is_frozen_and_answers_without_gradient(tiny_model: ImageModel
     assert teacher(images).shape == (4, 7)
 
 
-# ----------------------------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 @pytest.mark.parametrize(
@@ -355,8 +391,15 @@ def test_parameter_counts(name: str, count: int, region_head: int) -> None:
     for separate in (False, True):
         with torch.device("meta"):
             model = build_model(f"deit_{name}_patch16_224", 1000, separate_region_head=separate)
-        assert sum(parameter.numel() for parameter in model.parameters()) == count + separate * region_head
-        assert (model.grid_size, model.patch_size, model.input_size) == ((14, 14), (16, 16), (224, 224))
+        assert (
+            sum(parameter.numel() for parameter in model.parameters())
+            == count + separate * region_head
+        )
+        assert (model.grid_size, model.patch_size, model.input_size) == (
+            (14, 14),
+            (16, 16),
+            (224, 224),
+        )
 
 
 @case
@@ -382,18 +425,22 @@ def test_the_released_codes_names_are_aliases() -> None:
             shapes = [
                 {
                     key: tuple(value.shape)
-                    for key, value in build_model(model, 7, input_size=(32, 48)).state_dict().items()
+                    for key, value in build_model(model, 7, input_size=(32, 48))
+                    .state_dict()
+                    .items()
                 }
                 for model in (alias, name)
             ]
         assert shapes[0] == shapes[1]
 
 
-# ---------------------------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 def test_an_unknown_name_lists_near_misses() -> None:
-    with pytest.raises(InputError, match=r"--model deit_tinny_patch16_224: no such model.*deit_tiny_patch16_224"):
+    with pytest.raises(
+        InputError, match=r"--model deit_tinny_patch16_224: no such model.*deit_tiny_patch16_224"
+    ):
         build_model("deit_tinny_patch16_224", 7)
     with pytest.raises(InputError, match="vit_deit_base_patch16_224"):
         build_model("vit_deit_bas_patch16_224", 7)
@@ -409,15 +456,22 @@ def test_a_network_without_attention_is_refused_with_the_reason(settings: dict[s
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("vit_small_patch16_18x2_224", "ModuleList|Parallel"), ("vit_dpwee_patch16_reg1_gap_256", "Diff")],
+    [
+        ("vit_small_patch16_18x2_224", "ModuleList|Parallel"),
+        ("vit_dpwee_patch16_reg1_gap_256", "Diff"),
+    ],
 )
 def test_unreadable_attention_is_refused_with_the_reason(name: str, kind: str) -> None:
     with pytest.raises(InputError, match=rf"--model {name} cannot be trained with SMMix.*({kind})"):
         build_model(name, 7, **TINY)
 
 
-@pytest.mark.parametrize(("size", "smaller"), [((32, 50), "32 48"), ((33, 48), "32 48"), ((30, 30), "24 24")])
-def test_a_size_that_patches_do_not_divide_is_refused_with_the_fix(size: tuple[int, int], smaller: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "smaller"), [((32, 50), "32 48"), ((33, 48), "32 48"), ((30, 30), "24 24")]
+)
+def test_a_size_that_patches_do_not_divide_is_refused_with_the_fix(
+    size: tuple[int, int], smaller: str
+) -> None:
     wanted = rf"--input-size {size[0]} {size[1]}.*8x8.*{smaller}.*--patch-size"
     with pytest.raises(InputError, match=wanted):
         build_model("deit_tiny_patch16_224", 7, **{**TINY, "input_size": size})
@@ -435,13 +489,14 @@ def test_a_setting_that_timm_refuses_is_told_as_such() -> None:
         build_model("deit_tiny_patch16_224", 7, no_such_setting=1)
 
 
-# ------------------------------------------------------------------------------------------------ weights made to fit
+# ------------------------------------------------------------------------------ weights made to fit
 
 
 def adapted(
     old: ImageModel, new: ImageModel, old_grid: tuple[int, int] | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The new model with the old one's weights, and the notes; nothing may be left over or missing."""
+    """The new model with the old one's weights, and the notes; nothing may be left over or
+    missing."""
     before = {key: value.clone() for key, value in plain_weights(old).items()}
     weights, notes = adapt_weights(new, plain_weights(old), old_grid)
     assert load_strictly(new, weights, source="test") == []
@@ -449,7 +504,9 @@ def adapted(
     return plain_weights(new), notes
 
 
-def resized(position: Tensor, prefix: int, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+def resized(
+    position: Tensor, prefix: int, old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Tensor:
     """Bicubic, antialiased, image part only: what timm and DeiT do."""
     grid = position[:, prefix:].unflatten(1, old_grid).permute(0, 3, 1, 2)
     grid = interpolate(grid, new_grid, mode="bicubic", antialias=True)
@@ -468,13 +525,22 @@ def resized(position: Tensor, prefix: int, old_grid: tuple[int, int], new_grid: 
     ],
 )
 def test_position_embeddings_are_resized(
-    make_model: MakeModel, case: str, old_size: tuple[int, int], new_size: tuple[int, int], old_grid: Any
+    make_model: MakeModel,
+    case: str,
+    old_size: tuple[int, int],
+    new_size: tuple[int, int],
+    old_grid: Any,
 ) -> None:
-    old, new = build(make_model, case, input_size=old_size), build(make_model, case, input_size=new_size)
+    old, new = (
+        build(make_model, case, input_size=old_size),
+        build(make_model, case, input_size=new_size),
+    )
     weights, notes = adapted(old, new, old_grid)
     position = plain_weights(old)["pos_embed"]
     prefix = position.shape[1] - old.grid_size[0] * old.grid_size[1]
-    torch.testing.assert_close(weights["pos_embed"], resized(position, prefix, old.grid_size, new.grid_size))
+    torch.testing.assert_close(
+        weights["pos_embed"], resized(position, prefix, old.grid_size, new.grid_size)
+    )
     assert len(notes) == 1
     assert notes[0].startswith("pos_embed resized")
     same = set(weights) - {"pos_embed"}
@@ -482,7 +548,9 @@ def test_position_embeddings_are_resized(
 
 
 @pytest.mark.parametrize("old_grid", [None, (4, 6)])
-def test_weights_that_fit_are_taken_as_they_are(make_model: MakeModel, images: Tensor, old_grid: Any) -> None:
+def test_weights_that_fit_are_taken_as_they_are(
+    make_model: MakeModel, images: Tensor, old_grid: Any
+) -> None:
     old, new = make_model(), build_model("deit_tiny_patch16_224", 7, **TINY).eval()
     weights, notes = adapted(old, new, old_grid)
     assert notes == []
@@ -522,7 +590,10 @@ def test_a_region_head_is_dropped_or_starts_anew_with_a_note(make_model: MakeMod
 
 def test_a_larger_patch_sees_an_enlarged_image_as_before(make_model: MakeModel) -> None:
     """FlexiViT's defining property: new kernel on the enlarged patch = old kernel on the patch."""
-    old, new = make_model(patch_size=4, input_size=(16, 24)), make_model(patch_size=8, input_size=(32, 48))
+    old, new = (
+        make_model(patch_size=4, input_size=(16, 24)),
+        make_model(patch_size=8, input_size=(32, 48)),
+    )
     weights, notes = adapted(old, new)
     assert len(notes) == 1
     assert notes[0].startswith("patch_embed.proj.weight resized")
@@ -546,7 +617,9 @@ def test_deit3s_names_of_layer_scale_are_understood(make_model: MakeModel) -> No
 
 
 @pytest.mark.parametrize("other", [{"embed_dim": 48}, {"depth": 3}])
-def test_weights_of_another_architecture_do_not_load(make_model: MakeModel, other: dict[str, Any]) -> None:
+def test_weights_of_another_architecture_do_not_load(
+    make_model: MakeModel, other: dict[str, Any]
+) -> None:
     model = make_model()
     weights, _ = adapt_weights(model, plain_weights(make_model(**other)))
     with pytest.raises(InputError, match="does not fit"):
@@ -555,8 +628,17 @@ def test_weights_of_another_architecture_do_not_load(make_model: MakeModel, othe
 
 def test_our_own_checkpoints_restore_their_model(make_model: MakeModel, images: Tensor) -> None:
     model = make_model(separate_region_head=True)
-    config = {"name": "deit_tiny_patch16_224", "num_classes": 7, "separate_region_head": True, **TINY}
-    checkpoint = {"model": plain_weights(model), "model_config": {**config, "input_size": [32, 48]}, "ema": None}
+    config = {
+        "name": "deit_tiny_patch16_224",
+        "num_classes": 7,
+        "separate_region_head": True,
+        **TINY,
+    }
+    checkpoint = {
+        "model": plain_weights(model),
+        "model_config": {**config, "input_size": [32, 48]},
+        "ema": None,
+    }
     restored = restore_model(checkpoint).eval()
     mask = some_mask(model, 4)
     ours, theirs = model(images, source_mask=mask), restored(images, source_mask=mask)
@@ -568,17 +650,26 @@ def test_our_own_checkpoints_restore_their_model(make_model: MakeModel, images: 
         restore_model({"model": plain_weights(model)})
 
 
-# ------------------------------------------------------------------------------------- compiled, with checkpointing
+# --------------------------------------------------------------------- compiled, with checkpointing
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_equals_eager_in_all_calls(make_model: MakeModel, images: Tensor, backend: str) -> None:
+def test_compiled_equals_eager_in_all_calls(
+    make_model: MakeModel, images: Tensor, backend: str
+) -> None:
     torch.compiler.reset()
     model = make_model(separate_region_head=True, depth=1)
     compiled = torch.compile(model, backend=backend)
     mask = some_mask(model, 4)
-    for given in ({}, {"source_mask": mask}, {"need_attention": "image"}, {"need_attention": "class"}):
-        torch.testing.assert_close(compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5)
+    for given in (
+        {},
+        {"source_mask": mask},
+        {"need_attention": "image"},
+        {"need_attention": "class"},
+    ):
+        torch.testing.assert_close(
+            compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5
+        )
 
 
 @case
@@ -598,7 +689,7 @@ def test_gradient_checkpointing_changes_nothing(make_model: MakeModel, case: str
     torch.testing.assert_close(without[0].logits, without[1].logits)
 
 
-# ------------------------------------------------------------------------------------------------ the motivating pass
+# ------------------------------------------------------------------------------ the motivating pass
 
 
 class Watching(nn.Module):
@@ -614,13 +705,16 @@ class Watching(nn.Module):
 
 
 def mixed_modes(model: nn.Module) -> dict[str, bool]:
-    """Puts every third module into evaluation mode, parents apart from children; returns all flags."""
+    """Puts every third module into evaluation mode, parents apart from children; returns all
+    flags."""
     for number, module in enumerate(model.modules()):
         module.training = number % 3 != 1
     return {name: module.training for name, module in model.named_modules()}
 
 
-def test_the_guide_sees_the_images_in_evaluation_mode_without_gradient(make_model: MakeModel, images: Tensor) -> None:
+def test_the_guide_sees_the_images_in_evaluation_mode_without_gradient(
+    make_model: MakeModel, images: Tensor
+) -> None:
     model = make_model(drop=0.5, drop_path=0.5)
     expected = model(images, need_attention="image")
     watching = Watching()
@@ -633,7 +727,9 @@ def test_the_guide_sees_the_images_in_evaluation_mode_without_gradient(make_mode
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_guide_puts_every_modules_mode_back(tiny_model: ImageModel, images: Tensor, fails: bool) -> None:
+def test_the_guide_puts_every_modules_mode_back(
+    tiny_model: ImageModel, images: Tensor, fails: bool
+) -> None:
     flags = mixed_modes(tiny_model)
     guide = make_guide(tiny_model, NO_AMP)
     if fails:
@@ -669,7 +765,9 @@ def test_the_guide_runs_under_the_runs_autocast(tiny_model: ImageModel, images: 
     assert exact.dtype == torch.float32
 
 
-def test_the_guide_calls_the_compiled_form_if_given_one(tiny_model: ImageModel, images: Tensor) -> None:
+def test_the_guide_calls_the_compiled_form_if_given_one(
+    tiny_model: ImageModel, images: Tensor
+) -> None:
     asked = []
 
     def call(images: Tensor, *more: Any) -> Glance:

@@ -1,5 +1,6 @@
-"""One contract for BEiT, EVA and the hierarchical families: timm's own predictions, Eq. 6 and Eq. 10 to 12 against slow
-loops, gradients for every parameter, weights from other sizes, and what is refused."""
+"""One contract for BEiT, EVA and the hierarchical families: timm's own predictions, Eq. 6 and Eq.
+10 to 12 against slow loops, gradients for every parameter, weights from other sizes, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -23,23 +24,52 @@ from models.swin_v2 import SwinV2
 from models.twins import TwinsModel
 from tests.conftest import randomise
 
-PLAIN: dict[str, Any] = {"img_size": (32, 48), "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-PVT: dict[str, Any] = {"depths": (1, 2), "embed_dims": (8, 24), "num_heads": (1, 3), "mlp_ratios": (2, 2)}
-SWIN: dict[str, Any] = {"img_size": (64, 96), "embed_dim": 12, "depths": (1, 2), "num_heads": (1, 3)}
+PLAIN: dict[str, Any] = {
+    "img_size": (32, 48),
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+}
+PVT: dict[str, Any] = {
+    "depths": (1, 2),
+    "embed_dims": (8, 24),
+    "num_heads": (1, 3),
+    "mlp_ratios": (2, 2),
+}
+SWIN: dict[str, Any] = {
+    "img_size": (64, 96),
+    "embed_dim": 12,
+    "depths": (1, 2),
+    "num_heads": (1, 3),
+}
 TWINS: dict[str, Any] = {**PVT, "img_size": (32, 48), "sr_ratios": (2, 1)}
-MAX: dict[str, Any] = {"img_size": (64, 96), "embed_dim": (16, 24), "depths": (1, 2), "stem_width": 8}
+MAX: dict[str, Any] = {
+    "img_size": (64, 96),
+    "embed_dim": (16, 24),
+    "depths": (1, 2),
+    "stem_width": 8,
+}
 MAX = {**MAX, "transformer_dim_head": 8}
 COAT: dict[str, Any] = {**MAX, "block_type": ("C", "T")}
 
 CASES: dict[str, tuple[Callable[..., ImageModel], str, dict[str, Any]]] = {
     "beit": (BEiT, "beit_base_patch16_224", PLAIN),
-    "beit_dropping": (BEiT, "beit_base_patch16_224", {**PLAIN, "drop_rate": 0.2, "drop_path_rate": 0.3}),
+    "beit_dropping": (
+        BEiT,
+        "beit_base_patch16_224",
+        {**PLAIN, "drop_rate": 0.2, "drop_path_rate": 0.3},
+    ),
     "beit_shared_bias": (
         BEiT,
         "beit_base_patch16_224",
         {**PLAIN, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "qkv_bias": False},
     ),
-    "beit_token": (BEiT, "beit_base_patch16_224", {**PLAIN, "global_pool": "token", "use_abs_pos_emb": True}),
+    "beit_token": (
+        BEiT,
+        "beit_base_patch16_224",
+        {**PLAIN, "global_pool": "token", "use_abs_pos_emb": True},
+    ),
     "beitv2": (BEiT, "beitv2_base_patch16_224", PLAIN),
     "eva": (EVA, "eva_giant_patch14_224", PLAIN),
     "eva02": (EVA, "eva02_tiny_patch14_224", PLAIN),
@@ -72,7 +102,11 @@ CASES: dict[str, tuple[Callable[..., ImageModel], str, dict[str, Any]]] = {
     "twins_svt": (TwinsModel, "twins_svt_small", {**TWINS, "depths": (2, 2), "wss": (2, 2)}),
     "maxvit": (MaxViT, "maxvit_pico_rw_256", {**MAX, "transformer_partition_ratio": 8}),
     "maxvit_grids": (MaxViT, "maxvit_pico_rw_256", MAX),
-    "maxvit_tf": (MaxViT, "maxvit_tiny_tf_224", {**MAX, "head_hidden_size": 24, "transformer_partition_ratio": 8}),
+    "maxvit_tf": (
+        MaxViT,
+        "maxvit_tiny_tf_224",
+        {**MAX, "head_hidden_size": 24, "transformer_partition_ratio": 8},
+    ),
     "coatnet": (MaxViT, "coatnet_0_rw_224", COAT),
     "coatnet_first_block": (MaxViT, "coatnet_rmlp_0_rw_224", {**COAT, "depths": (1, 1)}),
 }
@@ -110,7 +144,8 @@ def some_mask(model: ImageModel, count: int = 3) -> Tensor:
 
 
 def last_block(network: Any) -> Any:
-    """The last block by its place in timm's class, and for MaxViT the half of it that attends last."""
+    """The last block by its place in timm's class, and for MaxViT the half of it that attends
+    last."""
     for stages in ("layers", "stages"):
         if hasattr(network, stages):
             block = getattr(network, stages)[-1].blocks[-1]
@@ -129,11 +164,15 @@ def places(model: ImageModel) -> list[tuple[int, int]]:
             if isinstance(model, SwinV2):
                 (high, wide), (down, right) = block.window_size, block.shift_size
                 r, c = (row - down) % rows, (column - right) % columns
-                found.append((r // high * math.ceil(columns / wide) + c // wide, r % high * wide + c % wide))
+                found.append(
+                    (r // high * math.ceil(columns / wide) + c // wide, r % high * wide + c % wide)
+                )
             elif hasattr(block, "partition_size"):
                 high, wide = block.partition_size
                 step, stride = rows // high, columns // wide
-                found.append((row % step * stride + column % stride, row // step * wide + column // stride))
+                found.append(
+                    (row % step * stride + column % stride, row // step * wide + column // stride)
+                )
             else:
                 found.append((0, prefix + row * columns + column))
     return found
@@ -158,7 +197,9 @@ def map_used(model: ImageModel, images: Tensor) -> Tensor:
     layer = last_block(network).attn
     layer.fused_attn = False
     maps: list[Tensor] = []
-    layer.attn_drop.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0].detach().double()))
+    layer.attn_drop.register_forward_pre_hook(
+        lambda _, inputs: maps.append(inputs[0].detach().double())
+    )
     with torch.no_grad():
         network(images)
     (attention,) = maps
@@ -207,7 +248,7 @@ def classified(model: ImageModel, pooled: Tensor, features: Tensor) -> Tensor:
     return network.forward_head(pooled[:, :, None, None].expand_as(features))
 
 
-# ------------------------------------------------------------------------------------------- predictions and scores
+# --------------------------------------------------------------------------- predictions and scores
 
 
 @case
@@ -278,17 +319,23 @@ def test_regions_are_classified_by_their_mean_token(case: str, separate: bool) -
     for region, inside in enumerate((True, False)):
         means = []
         for b in range(3):
-            members = [output.tokens[b, n] for n in range(mask.shape[1]) if bool(mask[b, n]) is inside]
+            members = [
+                output.tokens[b, n] for n in range(mask.shape[1]) if bool(mask[b, n]) is inside
+            ]
             means.append(torch.stack(members).mean(dim=0))
         pooled = torch.stack(means)
-        expected = model.token_head(pooled) if model.token_head else classified(model, pooled, features)
+        expected = (
+            model.token_head(pooled) if model.token_head else classified(model, pooled, features)
+        )
         torch.testing.assert_close(output.region_logits[:, region], expected, atol=1e-4, rtol=1e-4)
 
 
 @case
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("separate", [False, True])
-def test_every_parameter_gets_a_gradient_on_every_step(case: str, separate: bool, with_mask: bool) -> None:
+def test_every_parameter_gets_a_gradient_on_every_step(
+    case: str, separate: bool, with_mask: bool
+) -> None:
     model = build(case, separate).train()
     images, labels = images_for(model), torch.arange(3)
     output = model(images, source_mask=some_mask(model) if with_mask else None)
@@ -307,7 +354,9 @@ CHECKPOINTING = [name for name in CASES if IS_RECENT or not name.startswith(("pv
 
 @pytest.mark.parametrize("case", CHECKPOINTING)
 def test_checkpointing_gives_the_same_gradients(case: str) -> None:
-    more: dict[str, Any] = {key: 0.0 for key in ("drop_rate", "drop_path_rate") if key in CASES[case][2]}
+    more: dict[str, Any] = {
+        key: 0.0 for key in ("drop_rate", "drop_path_rate") if key in CASES[case][2]
+    }
     plain, saving = build(case, **more).train(), build(case, **more).train()
     network: Any = saving.network
     if isinstance(saving, TwinsModel):
@@ -325,7 +374,7 @@ def test_checkpointing_gives_the_same_gradients(case: str) -> None:
         torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-4, msg=name)
 
 
-# ----------------------------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 @case
@@ -339,8 +388,12 @@ def test_own_weights_stay_as_they_are(case: str) -> None:
         assert all(torch.equal(new[key], value) for key, value in weights.items())
 
 
-SIZES = [(name, (64, 64)) for name in CASES if name.startswith(("beit", "eva", "maxvit", "coatnet"))]
-SIZES += [(name, (32, 64)) for name, _ in SIZES if name.startswith(("beit", "eva"))]  # others: timm's rule, square only
+SIZES = [
+    (name, (64, 64)) for name in CASES if name.startswith(("beit", "eva", "maxvit", "coatnet"))
+]
+SIZES += [
+    (name, (32, 64)) for name, _ in SIZES if name.startswith(("beit", "eva"))
+]  # others: timm's rule, square only
 
 
 @pytest.mark.parametrize(("case", "size"), SIZES)
@@ -350,7 +403,9 @@ def test_weights_of_another_size_fit(case: str, size: tuple[int, int]) -> None:
     new, notes = model.resize_weights(other.network.state_dict(), old_grid)
     model.network.load_state_dict(new, strict=True)
     own = other.network.state_dict()
-    changed = [key for key in new if new[key].shape != own[key].shape and not key.endswith("_index")]
+    changed = [
+        key for key in new if new[key].shape != own[key].shape and not key.endswith("_index")
+    ]
     assert len(notes) == len(changed)
     assert model(images_for(model), need_attention="image").image_attention.isfinite().all()
 
@@ -367,7 +422,10 @@ def test_beit_tables_are_resized_as_timm_does() -> None:
 def test_swin_v2_takes_official_names() -> None:
     model = build("swin_v2")
     weights = dict(model.network.state_dict())
-    official = {key.replace("layers.1.downsample", "layers.0.downsample"): value for key, value in weights.items()}
+    official = {
+        key.replace("layers.1.downsample", "layers.0.downsample"): value
+        for key, value in weights.items()
+    }
     official = {key.replace("head.fc.", "head."): value for key, value in official.items()}
     official["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(1)
     new, notes = model.resize_weights(official, None)
@@ -375,7 +433,7 @@ def test_swin_v2_takes_official_names() -> None:
     assert any("relative_position_index" in note for note in notes)
 
 
-# --------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -388,7 +446,9 @@ def test_swin_v2_takes_official_names() -> None:
         ("coatnet", {"block_type": ("C", "C")}, "MbConvBlock"),
     ],
 )
-def test_members_that_cannot_be_read_are_refused(case: str, more: dict[str, Any], reason: str) -> None:
+def test_members_that_cannot_be_read_are_refused(
+    case: str, more: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(ValueError, match=reason):
         build(case, **more)
 

@@ -1,4 +1,5 @@
-"""Another network in the place of the model for the motivating pass (Table 9): what it may be, and what it changes."""
+"""Another network in the place of the model for the motivating pass (Table 9): what it may be, and
+what it changes."""
 
 from __future__ import annotations
 
@@ -42,9 +43,14 @@ def network(**settings: Any) -> ImageModel:
 
 
 def saved(
-    model: ImageModel, path: Path, names: Sequence[str] = (), spec: ImageSpec = OF_STUDENT, **config: Any
+    model: ImageModel,
+    path: Path,
+    names: Sequence[str] = (),
+    spec: ImageSpec = OF_STUDENT,
+    **config: Any,
 ) -> Path:
-    """Its weights in a file; with keywords of `build_model` as in a checkpoint of ours, as far as that is read.
+    """Its weights in a file; with keywords of `build_model` as in a checkpoint of ours, as far as
+    that is read.
 
     Args:
         names: of its classes; with them the checkpoint also says what it was trained on.
@@ -71,13 +77,15 @@ def normalised(pixels: Tensor, spec: ImageSpec) -> Tensor:
     return images
 
 
-def guide_of(student: ImageModel, motivator: str, *words: str, spec: ImageSpec | None = None) -> Any:
+def guide_of(
+    student: ImageModel, motivator: str, *words: str, spec: ImageSpec | None = None
+) -> Any:
     args = get_args_parser().parse_args([*PLAIN.split(), "--motivator", motivator, *words])
     check_args(args)
     return build_guide.make_guide(args, student, CPU.device, spec=spec)
 
 
-# ----------------------------------------------------------------------------------------------- what it looks through
+# ---------------------------------------------------------------------------- what it looks through
 
 
 @pytest.mark.parametrize("how", ["a checkpoint of ours", "a name and a file"])
@@ -99,19 +107,27 @@ def test_its_score_comes_on_the_students_grid(
     config = {"drop": 0.0, **settings} if how == "a checkpoint of ours" else {}
     path = str(saved(motivator, tmp_path / "weights.pth", **config))
     choice = path if config else f"{settings.get('name', NANO['name'])}={path}"
-    seen = guide_of(student, choice, spec=OF_TEST_RESNET if choice.startswith("test_resnet=") else None)(images)
+    seen = guide_of(
+        student, choice, spec=OF_TEST_RESNET if choice.startswith("test_resnet=") else None
+    )(images)
     with torch.no_grad():
         expected = motivator.look(images)
     assert motivator.grid_size == grid
     torch.testing.assert_close(seen.logits, expected.logits)
     torch.testing.assert_close(
-        seen.image_attention, resample_score(expected.image_attention, grid, student.grid_size), rtol=1e-5, atol=1e-7
+        seen.image_attention,
+        resample_score(expected.image_attention, grid, student.grid_size),
+        rtol=1e-5,
+        atol=1e-7,
     )
     assert seen.image_attention.shape == (4, 64)
 
 
 def test_its_blocks_are_its_own(tmp_path: Path) -> None:
-    motivator, images = network(name="vit_mini_patch4_32"), images_of()  # 6 blocks, the student has 4
+    motivator, images = (
+        network(name="vit_mini_patch4_32"),
+        images_of(),
+    )  # 6 blocks, the student has 4
     choice = f"vit_mini_patch4_32={saved(motivator, tmp_path / 'weights.pth')}"
     with torch.no_grad():
         deep, mean = motivator.look(images, block=5), motivator.look(images, block="rollout")
@@ -120,7 +136,9 @@ def test_its_blocks_are_its_own(tmp_path: Path) -> None:
     torch.testing.assert_close(seen.logits, deep.logits)
     rolled = guide_of(network(), choice, "--score", "rollout")(images)
     torch.testing.assert_close(rolled.image_attention, mean.image_attention)
-    with pytest.raises(InputError, match=r"--score-block 7: vit_mini_patch4_32=.* has the blocks 1 to 6"):
+    with pytest.raises(
+        InputError, match=r"--score-block 7: vit_mini_patch4_32=.* has the blocks 1 to 6"
+    ):
         guide_of(network(), choice, "--score-block", "7")
 
 
@@ -131,7 +149,9 @@ def test_one_trained_at_another_size_is_fitted_to_the_students_images(tmp_path: 
     assert guide_of(network(), str(path))(images_of()).logits.shape == (4, 3)
 
 
-def test_it_never_learns_and_one_of_the_hub_is_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_never_learns_and_one_of_the_hub_is_taken_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     theirs = timm.create_model("vit_nano_patch4_32", num_classes=3)
     monkeypatch.setattr(second_networks, "_download", lambda name, flag: theirs)
     motivator, _ = build_motivator("vit_nano_patch4_32", 3, OF_STUDENT)
@@ -142,11 +162,13 @@ def test_it_never_learns_and_one_of_the_hub_is_taken_by_name(monkeypatch: pytest
         build_motivator("vit_nano_patch4_32", 5, OF_STUDENT)
 
 
-# --------------------------------------------------------------------------------------- images as it knows them itself
+# ------------------------------------------------------------------- images as it knows them itself
 
 
 @pytest.mark.parametrize("how", ["a checkpoint of ours", "a name and a file", "a name"])
-@pytest.mark.parametrize("student", [OF_STUDENT, ImageSpec((32, 32), mean=(0.6, 0.3, 0.4), std=(0.2, 0.5, 0.3))])
+@pytest.mark.parametrize(
+    "student", [OF_STUDENT, ImageSpec((32, 32), mean=(0.6, 0.3, 0.4), std=(0.2, 0.5, 0.3))]
+)
 def test_it_sees_the_images_as_it_knows_them(
     how: str, student: ImageSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,15 +190,23 @@ def test_it_sees_the_images_as_it_knows_them(
 
 
 @pytest.mark.parametrize(
-    ("words", "how"), [("--guide-size 16", {"size": (16, 16)}), ("--score-block 2 --con-weight 0", {"block": 2})]
+    ("words", "how"),
+    [("--guide-size 16", {"size": (16, 16)}), ("--score-block 2 --con-weight 0", {"block": 2})],
 )
-def test_its_score_is_that_of_its_own_images(words: str, how: dict[str, Any], tmp_path: Path) -> None:
+def test_its_score_is_that_of_its_own_images(
+    words: str, how: dict[str, Any], tmp_path: Path
+) -> None:
     motivator, pixels = network(), images_of().sigmoid()
     path = str(saved(motivator, tmp_path / "weights.pth", "abc", OTHER, drop=0.0))
-    shown = normalised(pixels, OF_STUDENT)  # ImageNet's, which is taken for granted where no `spec` is given
+    shown = normalised(
+        pixels, OF_STUDENT
+    )  # ImageNet's, which is taken for granted where no `spec` is given
     seen = guide_of(network(), path, *words.split())(shown)
     with torch.no_grad():
-        expected, unchanged = motivator.look(normalised(pixels, OTHER), **how), motivator.look(shown, **how)
+        expected, unchanged = (
+            motivator.look(normalised(pixels, OTHER), **how),
+            motivator.look(shown, **how),
+        )
     torch.testing.assert_close(seen.image_attention, expected.image_attention, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(seen.image_attention, unchanged.image_attention, rtol=1e-2, atol=1e-4)
 
@@ -188,7 +218,7 @@ def test_nothing_is_done_to_images_as_it_knows_them(names: str, tmp_path: Path) 
     assert look == motivator.look
 
 
-# --------------------------------------------------------------------------------------------------- classes of its own
+# ------------------------------------------------------------------------------- classes of its own
 
 
 @pytest.mark.parametrize(
@@ -201,11 +231,15 @@ def test_nothing_is_done_to_images_as_it_knows_them(names: str, tmp_path: Path) 
     ],
 )
 def test_other_classes_are_refused(names: str, said: str, tmp_path: Path) -> None:
-    path = saved(network(num_classes=len(names)), tmp_path / "weights.pth", names, num_classes=len(names))
+    path = saved(
+        network(num_classes=len(names)), tmp_path / "weights.pth", names, num_classes=len(names)
+    )
     for choice in (str(path), f"vit_nano_patch4_32={path}"):
         with pytest.raises(InputError) as caught:
             check_motivator_classes(choice, ["a", "b", "c"])
-        assert f"--motivator {choice}: predicts other classes than the data has; " in caught.value.text
+        assert (
+            f"--motivator {choice}: predicts other classes than the data has; " in caught.value.text
+        )
         assert said in caught.value.text
         assert "give one that was trained for these classes in this order" in caught.value.text
         assert "--con-weight 0" in caught.value.text
@@ -226,7 +260,9 @@ def test_where_its_score_alone_is_used_it_may_have_any_classes(
     motivator, images, path = network(num_classes=5), images_of(), tmp_path / "weights.pth"
     config: dict[str, Any] = {"num_classes": 5} if how == "a checkpoint of ours" else {}
     saved(motivator, path, "abcde" if config else "", **config)
-    choice = str(path) if config else "vit_nano_patch4_32" + f"={path}" * (how == "a name and a file")
+    choice = (
+        str(path) if config else "vit_nano_patch4_32" + f"={path}" * (how == "a name and a file")
+    )
     monkeypatch.setattr(second_networks, "_download", lambda name, flag: motivator.network)
     seen = guide_of(network(), choice, "--con-weight", "0")(images)
     with torch.no_grad():
@@ -236,7 +272,7 @@ def test_where_its_score_alone_is_used_it_may_have_any_classes(
         guide_of(network(), choice)
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_one_that_cannot_guide_is_refused(tmp_path: Path) -> None:
@@ -248,26 +284,37 @@ def test_one_that_cannot_guide_is_refused(tmp_path: Path) -> None:
             build_motivator(choice, classes, ImageSpec(size))
         return caught.value.text
 
-    assert "--motivator nosuch: neither self nor ema, nor a file, nor a model's name" in refusal("nosuch")
+    assert "--motivator nosuch: neither self nor ema, nor a file, nor a model's name" in refusal(
+        "nosuch"
+    )
     assert "nor a file" in refusal(str(tmp_path / "missing.pth"))
     assert "there is no file" in refusal(f"vit_nano_patch4_32={tmp_path / 'missing.pth'}")
     assert "names no file behind the =" in refusal("vit_nano_patch4_32=")
-    assert "Invalid pretrained tag (nosuch) for vit_base_patch16_224" in refusal("vit_base_patch16_224.nosuch")
-    assert "predicts 3 classes, the data has 10. L_con uses its predictions: give" in refusal(str(ours), classes=10)
+    assert "Invalid pretrained tag (nosuch) for vit_base_patch16_224" in refusal(
+        "vit_base_patch16_224.nosuch"
+    )
+    assert "predicts 3 classes, the data has 10. L_con uses its predictions: give" in refusal(
+        str(ours), classes=10
+    )
     assert "head.weight" in refusal(f"vit_nano_patch4_32={plain}", classes=10)
     assert "say whose weights these are: NAME=" in refusal(str(plain))
-    assert "the file holds a vit_nano_patch4_32; give the file alone" in refusal(f"vit_mini_patch4_32={ours}")
+    assert "the file holds a vit_nano_patch4_32; give the file alone" in refusal(
+        f"vit_mini_patch4_32={ours}"
+    )
     assert "cannot guide a student on 18 x 18 pixels" in refusal(str(ours), size=(18, 18))
     assert "cannot guide a student" in refusal(f"vit_mini_patch4_32={plain}")
 
 
 def test_what_it_cannot_show_is_refused(tmp_path: Path) -> None:
     path = saved(network(name="test_resnet"), tmp_path / "resnet.pth")
-    with pytest.raises(InputError, match=r"--score rollout: test_resnet=.*, a ResNet, is read in its last block only"):
+    with pytest.raises(
+        InputError,
+        match=r"--score rollout: test_resnet=.*, a ResNet, is read in its last block only",
+    ):
         guide_of(network(), f"test_resnet={path}", "--score", "rollout")
 
 
-# ----------------------------------------------------------------------------------------------------------- in a run
+# ----------------------------------------------------------------------------------------- in a run
 
 
 @pytest.fixture(scope="module")
@@ -283,35 +330,58 @@ def test_the_average_guides_as_it_is_on_each_step(photos: Path) -> None:
     def see(training: Any, step: int) -> None:
         images = images_of((16, 16))
         shown = training.guide(images)
-        of_average, own = training.ema.module.eval().look(images), training.module.eval().look(images)
+        of_average, own = (
+            training.ema.module.eval().look(images),
+            training.module.eval().look(images),
+        )
         training.module.train()
-        seen.append(torch.equal(shown.logits, of_average.logits) and not torch.equal(shown.logits, own.logits))
+        seen.append(
+            torch.equal(shown.logits, of_average.logits)
+            and not torch.equal(shown.logits, own.logits)
+        )
 
     with watching_steps(see):
-        run = run_small("--motivator ema --model-ema-decay 0.9 --mix-protocol single", "--data-path", photos)
+        run = run_small(
+            "--motivator ema --model-ema-decay 0.9 --mix-protocol single", "--data-path", photos
+        )
     assert run.code == 0, run.err
     assert seen == [True] * 3
 
 
 @pytest.mark.slow
-def test_a_run_is_guided_by_a_file_and_goes_on_where_the_file_has_moved(photos: Path, tmp_path: Path) -> None:
-    path, moved = saved(network(patch_size=2), tmp_path / "one.pth", patch_size=2), tmp_path / "two.pth"
+def test_a_run_is_guided_by_a_file_and_goes_on_where_the_file_has_moved(
+    photos: Path, tmp_path: Path
+) -> None:
+    path, moved = (
+        saved(network(patch_size=2), tmp_path / "one.pth", patch_size=2),
+        tmp_path / "two.pth",
+    )
     words = ("--mix-protocol single --data-path", photos, "--output-dir", tmp_path / "run")
     first = run_small("--motivator", path, *words)
     before = {name: value.clone() for name, value in weights_of(first.training).items()}
     path.rename(moved)
     more = run_small("--epochs 2 --accept-changes epochs --auto-resume --motivator", moved, *words)
     assert more.code == 0, more.err
-    assert any(not torch.equal(value, before[name]) for name, value in weights_of(more.training).items())
+    assert any(
+        not torch.equal(value, before[name]) for name, value in weights_of(more.training).items()
+    )
     self_again = run_small("--epochs 3 --accept-changes epochs --auto-resume", *words)
     assert self_again.code == 2
     assert "-> self" in self_again.err
     assert "--accept-changes motivator" in self_again.err
 
 
-def test_a_run_refuses_predictions_of_other_classes_but_not_their_score(photos: Path, tmp_path: Path) -> None:
+def test_a_run_refuses_predictions_of_other_classes_but_not_their_score(
+    photos: Path, tmp_path: Path
+) -> None:
     spec = ImageSpec((16, 16))
-    path = saved(network(input_size=(16, 16)), tmp_path / "weights.pth", ("ant", "bee", "dog"), spec, drop=0.0)
+    path = saved(
+        network(input_size=(16, 16)),
+        tmp_path / "weights.pth",
+        ("ant", "bee", "dog"),
+        spec,
+        drop=0.0,
+    )
     words = ("--mix-protocol single --max-steps 1 --data-path", photos, "--motivator", path)
     for method in ("--mixer smmix", "--mixer cutmix --con-weight 1"):
         refused = run_small(method, *words)

@@ -1,4 +1,5 @@
-"""Learning rates by update, as Swin trains, and going on in the middle of either kind of schedule."""
+"""Learning rates by update, as Swin trains, and going on in the middle of either kind of
+schedule."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def rates(line: str, done_epochs: int = 0) -> list[float]:
     """The rate of each update from `done_epochs` on, stepped as `main.py` and `engine.py` do."""
     args = get_args_parser().parse_args(line.split())
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
-    schedule = optim.Schedule(optimizer, scheduler_kwargs(args), STEPS, done_epochs, done_epochs * STEPS)
+    schedule = optim.Schedule(
+        optimizer, scheduler_kwargs(args), STEPS, done_epochs, done_epochs * STEPS
+    )
     seen = []
     for epoch in range(done_epochs, args.epochs):
         for step in range(epoch * STEPS, (epoch + 1) * STEPS):
@@ -46,7 +49,9 @@ def test_by_update_the_rate_is_warmup_then_cosine_one_update_late() -> None:
 @pytest.mark.parametrize("line", [BY_UPDATE, BY_UPDATE.replace("--sched-on-updates", "")])
 @pytest.mark.parametrize("done", [1, 3, 5])
 def test_going_on_continues_the_sequence(line: str, done: int) -> None:
-    assert [rate.hex() for rate in rates(line, done)] == [rate.hex() for rate in rates(line)[done * STEPS :]]
+    assert [rate.hex() for rate in rates(line, done)] == [
+        rate.hex() for rate in rates(line)[done * STEPS :]
+    ]
 
 
 def test_the_whole_schedule_scales_when_asked() -> None:
@@ -68,18 +73,25 @@ def test_swins_tables_and_one_dimensional_parameters_are_not_decayed() -> None:
     groups = optim.make_optimizer(model, optimizer_kwargs(args)).param_groups
     assert all(group["weight_decay"] == 0 for group in groups)
     model.no_weight_decay = set  # type: ignore[assignment]
-    decayed = [p for group in optim.make_optimizer(model, optimizer_kwargs(args)).param_groups
-               if group["weight_decay"] > 0 for p in group["params"]]  # fmt: skip
+    decayed = [
+        p
+        for group in optim.make_optimizer(model, optimizer_kwargs(args)).param_groups
+        if group["weight_decay"] > 0
+        for p in group["params"]
+    ]
     assert [tuple(p.shape) for p in decayed] == [(4, 4)]
 
 
 @pytest.mark.parametrize("name", ["momentum", "sgd", "adamw"])
 def test_the_very_first_update_may_be_left_out(name: str) -> None:
-    """As fp16's first ones are: torch's fused SGD then goes on with momentum that nobody has set."""
+    """As fp16's first ones are: torch's fused SGD then goes on with momentum that nobody has
+    set."""
     model = torch.nn.Linear(200, 200)
     start = model.weight.detach().clone()
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
-    optimizer = optim.make_optimizer(model, {"opt": name, "lr": 1.0, "weight_decay": 0.0, "momentum": 0.9})
+    optimizer = optim.make_optimizer(
+        model, {"opt": name, "lr": 1.0, "weight_decay": 0.0, "momentum": 0.9}
+    )
     rubbish = [torch.full((200, 200), 1e30) for _ in range(20)]
     del rubbish  # what the allocator gives next is not zero
     for gradient in (math.inf, 1.0):

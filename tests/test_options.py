@@ -10,34 +10,127 @@ from config.flags import GONE, check_args, explicit_flags, get_args_parser
 
 # Touvron et al., arXiv 2012.12877, Table 9, and the defaults of the code published with it.
 DEIT = {
-    "batch_size": 64, "epochs": 300, "opt": "adamw", "opt_eps": 1e-8, "opt_betas": None, "momentum": 0.9, "lr": 5e-4,
-    "sched": "cosine", "warmup_epochs": 5, "warmup_lr": 1e-6, "min_lr": 1e-5, "weight_decay": 0.05, "clip_grad": None,
-    "decay_epochs": 30, "decay_rate": 0.1, "drop": 0.0, "drop_path": 0.1, "model_ema": True, "model_ema_decay": 0.99996,
-    "model_ema_force_cpu": False, "color_jitter": 0.3, "aa": "rand-m9-mstd0.5-inc1", "train_interpolation": "bicubic",
-    "repeated_aug": True, "repeats": 3, "smoothing": 0.1, "reprob": 0.25, "remode": "pixel", "recount": 1,
-    "mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
-    "mixup_mode": "batch", "bce_loss": False, "unscale_lr": False, "distillation_type": "none",
-    "distillation_alpha": 0.5, "distillation_tau": 1.0, "teacher_model": "regnety_160", "teacher_path": "",
-    "model": "deit_base_patch16_224", "finetune": "", "resume": "", "eval": False, "start_epoch": 0, "seed": 0,
-    "output_dir": "", "pin_mem": True, "train_mode": True, "inat_category": "name",
-}  # fmt: skip
+    "batch_size": 64,
+    "epochs": 300,
+    "opt": "adamw",
+    "opt_eps": 1e-8,
+    "opt_betas": None,
+    "momentum": 0.9,
+    "lr": 5e-4,
+    "sched": "cosine",
+    "warmup_epochs": 5,
+    "warmup_lr": 1e-6,
+    "min_lr": 1e-5,
+    "weight_decay": 0.05,
+    "clip_grad": None,
+    "decay_epochs": 30,
+    "decay_rate": 0.1,
+    "drop": 0.0,
+    "drop_path": 0.1,
+    "model_ema": True,
+    "model_ema_decay": 0.99996,
+    "model_ema_force_cpu": False,
+    "color_jitter": 0.3,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "train_interpolation": "bicubic",
+    "repeated_aug": True,
+    "repeats": 3,
+    "smoothing": 0.1,
+    "reprob": 0.25,
+    "remode": "pixel",
+    "recount": 1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "cutmix_minmax": None,
+    "mixup_prob": 1.0,
+    "mixup_switch_prob": 0.5,
+    "mixup_mode": "batch",
+    "bce_loss": False,
+    "unscale_lr": False,
+    "distillation_type": "none",
+    "distillation_alpha": 0.5,
+    "distillation_tau": 1.0,
+    "teacher_model": "regnety_160",
+    "teacher_path": "",
+    "model": "deit_base_patch16_224",
+    "finetune": "",
+    "resume": "",
+    "eval": False,
+    "start_epoch": 0,
+    "seed": 0,
+    "output_dir": "",
+    "pin_mem": True,
+    "train_mode": True,
+    "inat_category": "name",
+}
 SMMIX: dict[str, Any] = {
-    "mixer": "smmix", "mix_protocol": "switch", "mix_alpha": None, "mix_off_epoch": None, "resize_scope": (0.1, 0.8),
-    "resize_placement": "inside", "fmix_decay": 3.0, "attentive_teacher": None, "attentive_cells": None,
-    "relabel": "none", "relabel_ratio": 0.5, "variant": "paper", "side_ratio": (0.25, 0.75),
-    "region_head": None, "consistency": None, "region_size": None, "accum_steps": 1, "compile": False,
-    "auto_resume": False, "save_steps": 0, "save_minutes": 0, "keep_checkpoints": 2, "accept_changes": None,
-    "max_bad_steps": 20, "sched_on_updates": False, "scale_schedule": False, "grad_checkpointing": False,
-    "guide_size": None, "guide_amp": None, "score_block": None, "fine_weight": 1.0, "con_weight": None,
-    "fine_temperature": 1.0, "con_temperature": 1.0, "score": "attention", "source_region": "max",
-    "target_region": "min", "motivator": "self", "subset": None, "max_steps": None,
-    "resize": "pillow", "randaugment": "cpu", "repeat_layout": "blocks",
-    "skip_corrupt": False, "data_timeout": 600, "channels_last": False, "attn_fp32": False, "list_models": False,
+    "mixer": "smmix",
+    "mix_protocol": "switch",
+    "mix_alpha": None,
+    "mix_off_epoch": None,
+    "resize_scope": (0.1, 0.8),
+    "resize_placement": "inside",
+    "fmix_decay": 3.0,
+    "attentive_teacher": None,
+    "attentive_cells": None,
+    "relabel": "none",
+    "relabel_ratio": 0.5,
+    "variant": "paper",
+    "side_ratio": (0.25, 0.75),
+    "region_head": None,
+    "consistency": None,
+    "region_size": None,
+    "accum_steps": 1,
+    "compile": False,
+    "auto_resume": False,
+    "save_steps": 0,
+    "save_minutes": 0,
+    "keep_checkpoints": 2,
+    "accept_changes": None,
+    "max_bad_steps": 20,
+    "sched_on_updates": False,
+    "scale_schedule": False,
+    "grad_checkpointing": False,
+    "guide_size": None,
+    "guide_amp": None,
+    "score_block": None,
+    "fine_weight": 1.0,
+    "con_weight": None,
+    "fine_temperature": 1.0,
+    "con_temperature": 1.0,
+    "score": "attention",
+    "source_region": "max",
+    "target_region": "min",
+    "motivator": "self",
+    "subset": None,
+    "max_steps": None,
+    "resize": "pillow",
+    "randaugment": "cpu",
+    "repeat_layout": "blocks",
+    "skip_corrupt": False,
+    "data_timeout": 600,
+    "channels_last": False,
+    "attn_fp32": False,
+    "list_models": False,
     "eval_every": 1,
-}  # fmt: skip
+}
 # Decided by the machine, the data or the model, see `config.build.resolve_defaults`.
-OPEN = {"decoder", "device", "amp", "num_workers", "data_set", "data_path", "nb_classes", "input_size",
-        "eval_crop_ratio", "patch_size", "log_every", "lr_noise", "lr_noise_pct", "lr_noise_std"}  # fmt: skip
+OPEN = {
+    "decoder",
+    "device",
+    "amp",
+    "num_workers",
+    "data_set",
+    "data_path",
+    "nb_classes",
+    "input_size",
+    "eval_crop_ratio",
+    "patch_size",
+    "log_every",
+    "lr_noise",
+    "lr_noise_pct",
+    "lr_noise_std",
+}
 
 
 def test_defaults_are_the_published_recipe() -> None:
@@ -53,9 +146,12 @@ def test_defaults_are_accepted() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["--batch-size 7 --no-repeated-aug --output-dir a_b", "--batch_size 7 --no_repeated_aug --output_dir a_b",
-     "--batch_size=7 --no-repeated_aug --output_dir=a_b"],
-)  # fmt: skip
+    [
+        "--batch-size 7 --no-repeated-aug --output-dir a_b",
+        "--batch_size 7 --no_repeated_aug --output_dir a_b",
+        "--batch_size=7 --no-repeated_aug --output_dir=a_b",
+    ],
+)
 def test_hyphens_and_underscores_are_alike(line: str) -> None:
     args = get_args_parser().parse_args(line.split())
     assert (args.batch_size, args.repeated_aug, args.output_dir) == (7, False, "a_b")
@@ -80,7 +176,9 @@ def test_flags_that_are_gone_say_what_to_do(flag: str, capsys: pytest.CaptureFix
         assert "Traceback" not in said
 
 
-def test_a_wrong_flag_is_said_by_one_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_flag_is_said_by_one_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
         get_args_parser().parse_args(["--nope"])

@@ -1,4 +1,5 @@
-"""The picture of a mix says what was done: right panels, right windows, right words, for every shape of batch."""
+"""The picture of a mix says what was done: right panels, right windows, right words, for every
+shape of batch."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def planted_guide(attention: Tensor) -> Guide:
 
     def guide(images: Tensor) -> ModelOutput:
         count = len(images)
-        return ModelOutput(torch.zeros(count, len(NAMES)), torch.zeros(count, 1, 1), attention[:count].flatten(1))
+        return ModelOutput(
+            torch.zeros(count, len(NAMES)), torch.zeros(count, 1, 1), attention[:count].flatten(1)
+        )
 
     return guide
 
@@ -48,8 +51,11 @@ def color_at(picture: Tensor, x: int, y: int) -> tuple[int, ...]:
     return tuple(picture[:, y, x].tolist())
 
 
-def has_frame(picture: Tensor, window: tuple[int, int, int, int], color: tuple[int, int, int]) -> bool:
-    """Whether a frame of `color`, with its dark line outside, runs along exactly this window's border."""
+def has_frame(
+    picture: Tensor, window: tuple[int, int, int, int], color: tuple[int, int, int]
+) -> bool:
+    """Whether a frame of `color`, with its dark line outside, runs along exactly this window's
+    border."""
     x0, y0, x1, y1 = window
     places = [(x, y) for x in range(x0, x1 + 1) for y in (y0, y1)] + [
         (x, y) for y in range(y0, y1 + 1) for x in (x0, x1)
@@ -64,7 +70,8 @@ def has_frame(picture: Tensor, window: tuple[int, int, int, int], color: tuple[i
 def smmix_picture(
     count: int, size: tuple[int, int], grid_size: tuple[int, int], region: tuple[int, int]
 ) -> tuple[Tensor, MixedBatch, Layout]:
-    """SMMix of flat images; most attention of image i at cell (0, i % columns), least at the last cell."""
+    """SMMix of flat images; most attention of image i at cell (0, i % columns), least at the last
+    cell."""
     attention = torch.full((count, *grid_size), 0.5)
     attention[torch.arange(count), 0, torch.arange(count) % grid_size[1]] = 1.0
     attention[:, -1, -1] = 0.0
@@ -77,7 +84,7 @@ def smmix_picture(
     return picture, batch, Layout(size, (count + 1) // 2, 4)
 
 
-# ------------------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
@@ -94,7 +101,9 @@ def test_windows_are_where_the_regions_are(
     assert batch.regions is not None
     cell = layout.panel[0] // grid_size[0], layout.panel[1] // grid_size[1]
     for row in range(layout.rows):
-        corners = [batch.regions.source_corners[row].tolist()] + [batch.regions.target_corners[row].tolist()] * 2
+        corners = [batch.regions.source_corners[row].tolist()] + [
+            batch.regions.target_corners[row].tolist()
+        ] * 2
         for column, (top, left), color in zip(
             (1, 2, 3), corners, (SOURCE_COLOR, TARGET_COLOR, SOURCE_COLOR), strict=True
         ):
@@ -109,7 +118,8 @@ def test_windows_are_where_the_regions_are(
 
 
 def test_planted_attention_is_framed() -> None:
-    """One hot cell and one cold cell, written by hand: their windows are known without any of the project's code."""
+    """One hot cell and one cold cell, written by hand: their windows are known without any of the
+    project's code."""
     attention = torch.full((2, 4, 4), 0.5)
     attention[1, 0, 0] = 1.0  # image 1 is the source of image 0: its window starts at cell (0, 0)
     attention[0, 3, 3] = 0.0  # the target's last window starts at cell (2, 2)
@@ -140,7 +150,11 @@ def test_heat_map_lies_over_its_own_image() -> None:
         return picture[:, y + row * cell + cell // 2, x + column * cell + cell // 2].float()
 
     grey = 64.0  # image 1, the source
-    for place, heat in (((0, 1), pictures.HEAT[4]), ((1, 1), pictures.HEAT[2]), ((3, 3), pictures.HEAT[0])):
+    for place, heat in (
+        ((0, 1), pictures.HEAT[4]),
+        ((1, 1), pictures.HEAT[2]),
+        ((3, 3), pictures.HEAT[0]),
+    ):
         expected = torch.tensor(heat) * pictures.HEAT_SHARE + grey * (1 - pictures.HEAT_SHARE)
         torch.testing.assert_close(color(*place), expected, atol=1.0, rtol=0)
 
@@ -156,16 +170,25 @@ def test_panels_are_large_enough_and_keep_their_pixels(size: tuple[int, int]) ->
     x, y = layout.corner(0, 2)
     shown = page.tensor()[:, y : y + layout.panel[0], x : x + layout.panel[1]]
     assert torch.equal(shown[:, :: layout.scale, :: layout.scale], image)
-    assert torch.equal(shown[:, layout.scale - 1 :: layout.scale, layout.scale - 1 :: layout.scale], image)
+    assert torch.equal(
+        shown[:, layout.scale - 1 :: layout.scale, layout.scale - 1 :: layout.scale], image
+    )
     assert x + layout.panel[1] < layout.page[0]
     assert y + layout.panel[0] < layout.page[1]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-@pytest.mark.parametrize("mixer", [CutMix(4), Mixup(4, mode="elem"), NoMixing(4)], ids=["cutmix", "mixup", "none"])
+@pytest.mark.parametrize(
+    "mixer", [CutMix(4), Mixup(4, mode="elem"), NoMixing(4)], ids=["cutmix", "mixup", "none"]
+)
 def test_without_regions_three_columns(mixer: CutMix | Mixup | NoMixing, count: int) -> None:
     images, labels = flat_images(count, (32, 48)), torch.arange(count)
-    batch = mixer(images, labels, planted_guide(torch.zeros(0)), StepRandom(keyed_generator(1), keyed_generator(2)))
+    batch = mixer(
+        images,
+        labels,
+        planted_guide(torch.zeros(0)),
+        StepRandom(keyed_generator(1), keyed_generator(2)),
+    )
     picture = pictures.mixing_picture(
         images, batch, labels, spec=plain_spec((32, 48)), class_names=NAMES, grid_size=(4, 6)
     )
@@ -180,7 +203,8 @@ def test_without_regions_three_columns(mixer: CutMix | Mixup | NoMixing, count: 
 
 
 def test_every_line_has_its_text() -> None:
-    """Ink in the line of titles and below each panel, and nowhere in the margins between the columns."""
+    """Ink in the line of titles and below each panel, and nowhere in the margins between the
+    columns."""
     picture, _, layout = smmix_picture(4, (32, 32), (4, 4), (2, 2))
     ink = (picture < 128).all(dim=0)
     for row in range(-1, layout.rows):
@@ -202,7 +226,9 @@ def test_attention_of_any_float_type_is_shown() -> None:
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     scores = torch.tensor([[0.0, 0.25], [0.5, 1.0]])
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        assert torch.equal(pictures.overlay_heat(image, scores.to(dtype)), pictures.overlay_heat(image, scores))
+        assert torch.equal(
+            pictures.overlay_heat(image, scores.to(dtype)), pictures.overlay_heat(image, scores)
+        )
 
 
 def test_heat_colors_go_through_their_anchors_in_order_of_brightness() -> None:
@@ -214,7 +240,7 @@ def test_heat_colors_go_through_their_anchors_in_order_of_brightness() -> None:
     assert torch.equal(pictures.heat_colors(torch.tensor([-1.0, 2.0])), colors[[0, -1]])
 
 
-# ---------------------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------------------- words
 
 
 def test_captions_say_what_was_mixed() -> None:
@@ -260,7 +286,7 @@ def test_fixed_texts_fit_the_smallest_panel() -> None:
         assert pictures.fit_text(text, layout.font, layout.panel[1]) == text
 
 
-# -------------------------------------------------------------------------------------------------------- samples
+# ------------------------------------------------------------------------------------------ samples
 
 
 class Numbers(Dataset[tuple[Tensor, int]]):
@@ -299,7 +325,9 @@ def test_samples_differ_in_class_where_others_are_near() -> None:
     assert len(samples.read) <= 4 * (pictures.TRIES + 1)
 
 
-@pytest.mark.parametrize(("length", "count", "expected"), [(3, 8, 3), (1, 4, 1), (8, 8, 8), (5, 2, 2)])
+@pytest.mark.parametrize(
+    ("length", "count", "expected"), [(3, 8, 3), (1, 4, 1), (8, 8, 8), (5, 2, 2)]
+)
 def test_no_sample_comes_twice(length: int, count: int, expected: int) -> None:
     images, labels = pictures.spread_samples(Numbers(list(range(length))), count)
     assert len(images) == len(labels) == expected
@@ -312,7 +340,7 @@ def test_a_stream_gives_its_first() -> None:
     assert images.shape == (3, 3, 2, 2)
 
 
-# ----------------------------------------------------------------------------------------------------------- file
+# --------------------------------------------------------------------------------------------- file
 
 
 def test_png_holds_the_picture(tmp_path: Path) -> None:
@@ -326,17 +354,26 @@ def test_png_holds_the_picture(tmp_path: Path) -> None:
 
 def test_png_into_no_folder_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no folder"):
-        pictures.save_png(torch.zeros(3, 2, 2, dtype=torch.uint8), tmp_path / "missing" / "mixed.png")
+        pictures.save_png(
+            torch.zeros(3, 2, 2, dtype=torch.uint8), tmp_path / "missing" / "mixed.png"
+        )
 
 
 def test_images_stay_as_they_are() -> None:
     images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
     before = images.clone()
-    regions = Regions(torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2, dtype=torch.long), (1, 1))
-    batch = MixedBatch(images, torch.zeros(2, 2), torch.full((2,), 0.25), regions=regions)  # no attention to overlay
+    regions = Regions(
+        torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2, dtype=torch.long), (1, 1)
+    )
+    batch = MixedBatch(
+        images, torch.zeros(2, 2), torch.full((2,), 0.25), regions=regions
+    )  # no attention to overlay
     spec = plain_spec((32, 32))
     first, second = (
-        pictures.mixing_picture(images, batch, labels, spec=spec, class_names=NAMES, grid_size=(2, 2)) for _ in range(2)
+        pictures.mixing_picture(
+            images, batch, labels, spec=spec, class_names=NAMES, grid_size=(2, 2)
+        )
+        for _ in range(2)
     )
     assert torch.equal(first, second)
     assert torch.equal(images, before)

@@ -1,4 +1,5 @@
-"""The benchmark of the input pipeline: its cases give what they say they give. No figure is looked at."""
+"""The benchmark of the input pipeline: its cases give what they say they give. No figure is looked
+at."""
 
 from __future__ import annotations
 
@@ -64,9 +65,15 @@ def test_an_empty_folder_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [32, 64])  # padded and cropped, and zoomed
-def test_stages_are_written_and_shown(size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_are_written_and_shown(
+    size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run.main(["--parts", "stages", "--quick", "--input-size", str(size), "--output", str(tmp_path)])
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| ")
+    ]
     shown = {row[0]: row[1:] for row in rows}
     assert set(stages.ORDER) <= shown.keys()
     found = json.loads((tmp_path / "bench.json").read_text())["stages"]
@@ -93,12 +100,14 @@ def test_stages_are_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(stages.time, "process_time", lambda: now[0])
     monkeypatch.setattr(stages, "pil_loader", decode)
-    assert {"decode": 1.0, "crop and resize": 0.0, stages.ALL: 1.0}.items() <= stages.measure("", 32, 2)[
-        "DeiT's"
-    ].items()
+    assert {"decode": 1.0, "crop and resize": 0.0, stages.ALL: 1.0}.items() <= stages.measure(
+        "", 32, 2
+    )["DeiT's"].items()
 
 
-def test_the_command_prints_its_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_its_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run.main(["--parts", "pipeline", "--quick", "--input-size", "32"])
     shown = capsys.readouterr().out
     assert "## pipeline" in shown

@@ -1,6 +1,8 @@
-"""What `main.py` promises of a run that is disturbed, on one process: the run that was not, bit for bit.
+"""What `main.py` promises of a run that is disturbed, on one process: the run that was not, bit for
+bit.
 
-Several processes are in `test_elastic.py` and `test_watch.py`, random disturbances in `test_chaos.py`.
+Several processes are in `test_elastic.py` and `test_watch.py`, random disturbances in
+`test_chaos.py`.
 """
 
 from __future__ import annotations
@@ -26,11 +28,23 @@ from run import state as run_state
 from run.log import RunLog
 from tests.image_folders import damage, make_image_folder
 from tests.launches import read_status
-from tests.runs import Killed, Outcome, changed, digest, fingerprint, killed_after, read_log, run_small, watching_steps
+from tests.runs import (
+    Killed,
+    Outcome,
+    changed,
+    digest,
+    fingerprint,
+    killed_after,
+    read_log,
+    run_small,
+    watching_steps,
+)
 
-# Everything that draws or carries state. An epoch has six steps, and checkpoints are at 4, 6, 8 and 12.
+# Everything that draws or carries state. An epoch has six steps, and checkpoints are at 4, 6, 8 and
+# 12.
 WORDS = (
-    "--aa rand-m9-mstd0.5-inc1 --repeated-aug --drop 0.1 --drop-path 0.2 --batch-size 4 --epochs 2 --warmup-epochs 1 "
+    "--aa rand-m9-mstd0.5-inc1 --repeated-aug --drop 0.1 --drop-path 0.2 --batch-size 4 --epochs 2 "
+    "--warmup-epochs 1 "
     "--lr 0.1 --sched-on-updates --model-ema-decay 0.9 --save-steps 4 --log-every 1 --auto-resume"
 )
 Disturbance = Callable[[], AbstractContextManager[Any]]
@@ -38,7 +52,9 @@ Disturbance = Callable[[], AbstractContextManager[Any]]
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_image_folder(tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(20, 20))
+    return make_image_folder(
+        tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(20, 20)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +66,8 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 
 @pytest.fixture(scope="module")
 def interrupted(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was killed after step 9, of which 8 were saved. Copy it before anything writes there."""
+    """The folder of a run that was killed after step 9, of which 8 were saved. Copy it before
+    anything writes there."""
     folder = tmp_path_factory.mktemp("interrupted")
     disturb(photos, folder, [lambda: killed_after(9)])
     return folder
@@ -78,7 +95,7 @@ def disturb(photos: Path, folder: Path, disturbances: list[Disturbance], *flags:
         assert read_status(folder)["state"] == "preempted"
 
 
-# ------------------------------------------------------------------------------------------ where a run may be ended
+# ------------------------------------------------------------------------- where a run may be ended
 
 
 @contextmanager
@@ -131,7 +148,9 @@ ENDINGS: dict[str, list[Disturbance]] = {
     "in two epochs": [lambda: killed_after(4), lambda: killed_after(7), lambda: killed_after(10)],
     "in the evaluation": [lambda: killed_at(engine, "evaluate", 1)],
     "with the epoch's line not written": [lambda: killed_at(RunLog, "epoch")],
-    "with the epoch's line written and nothing saved": [lambda: killed_at(RunLog, "epoch", before=False)],
+    "with the epoch's line written and nothing saved": [
+        lambda: killed_at(RunLog, "epoch", before=False)
+    ],
     "with the epoch saved but not named": [lambda: killed_at(run_folder, "_stand_for")],
     "with the epoch saved but not named the best": [lambda: killed_at(run_folder, "_stand_for", 1)],
     "with the last epoch saved but not named": [lambda: killed_at(run_folder, "_stand_for", 2)],
@@ -184,7 +203,7 @@ def test_p3_whoever_loads(photos: Path, whole: dict[str, str], tmp_path: Path) -
     assert changed(whole, run_to_the_end(photos, tmp_path, "--num-workers 2")) == []
 
 
-# ------------------------------------------------------------------------- controls: what is left out must be noticed
+# ------------------------------------------------------- controls: what is left out must be noticed
 
 
 def without_state(checkpoint: dict[str, Any]) -> None:
@@ -204,8 +223,16 @@ STEPS, EPOCHS = "scalars of steps", "scalars of epochs"  # TensorBoard's
 LEFT_OUT: dict[str, tuple[Callable[[dict[str, Any]], None], list[str], list[str]]] = {
     # a piece -> how it is lost, what differs then, and what must not
     "nothing": (put(), [], [MODEL, LOG, STEPS, EPOCHS]),
-    "the optimizer": (without_state, [MODEL, "checkpoint.pth optimizer", LOG], ["checkpoint.pth step"]),
-    "the average": (put_weights_into_average, ["checkpoint.pth ema", LOG], [MODEL, "checkpoint.pth optimizer"]),
+    "the optimizer": (
+        without_state,
+        [MODEL, "checkpoint.pth optimizer", LOG],
+        ["checkpoint.pth step"],
+    ),
+    "the average": (
+        put_weights_into_average,
+        ["checkpoint.pth ema", LOG],
+        [MODEL, "checkpoint.pth optimizer"],
+    ),
     "the place in the epoch": (put(samples_in_epoch=0), [MODEL, LOG, "checkpoint.pth step"], []),
     "the epoch": (put(epoch=-1), [MODEL, LOG], []),
     "the number of steps": (put(step=0), [MODEL, LOG, STEPS, EPOCHS], []),
@@ -233,7 +260,8 @@ def test_controls_a_piece_that_is_lost_is_noticed(
 
 
 def test_controls_a_lost_loss_scale_is_noticed(photos: Path, tmp_path: Path) -> None:
-    """The first updates of an fp16 run overflow, and the scale falls; one that starts anew overflows again."""
+    """The first updates of an fp16 run overflow, and the scale falls; one that starts anew
+    overflows again."""
     wanted = run_to_the_end(photos, tmp_path / "whole", "--amp fp16")
     assert wanted["checkpoint.pth scaler"] != digest(torch.amp.GradScaler("cpu").state_dict())
     disturb(photos, tmp_path / "parts", [lambda: killed_after(9)], "--amp fp16")
@@ -242,7 +270,7 @@ def test_controls_a_lost_loss_scale_is_noticed(photos: Path, tmp_path: Path) -> 
     assert {"checkpoint.pth scaler", MODEL, LOG} <= set(found)
 
 
-# ------------------------------------------------------------------------------------ what is gone on from, and with
+# ------------------------------------------------------------------- what is gone on from, and with
 
 
 def flip_a_bit(path: Path) -> None:
@@ -250,7 +278,9 @@ def flip_a_bit(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
     content = bytearray(path.read_bytes())
-    lengths = struct.unpack_from("<HH", content, largest.header_offset + 26)  # of the name, and of what follows it
+    lengths = struct.unpack_from(
+        "<HH", content, largest.header_offset + 26
+    )  # of the name, and of what follows it
     content[largest.header_offset + 30 + sum(lengths) + largest.file_size // 2] ^= 4
     path.write_bytes(content)
 
@@ -261,26 +291,39 @@ def plant_a_nan(path: Path) -> None:
     torch.save(checkpoint, path)
 
 
-@pytest.mark.parametrize(("spoil", "words"), [(flip_a_bit, "corrupt"), (plant_a_nan, "ema.norm.weight is not finite")])
+@pytest.mark.parametrize(
+    ("spoil", "words"), [(flip_a_bit, "corrupt"), (plant_a_nan, "ema.norm.weight is not finite")]
+)
 def test_p5_p12_a_checkpoint_that_is_spoiled_is_passed_over(
-    spoil: Callable[[Path], None], words: str, photos: Path, whole: dict[str, str], interrupted: Path, tmp_path: Path
+    spoil: Callable[[Path], None],
+    words: str,
+    photos: Path,
+    whole: dict[str, str],
+    interrupted: Path,
+    tmp_path: Path,
 ) -> None:
     folder = Path(shutil.copytree(interrupted, tmp_path / "run"))
     newest, before = run_folder.candidates(folder)[:2]
     spoil(newest)
     content = newest.read_bytes()
     said = run(photos, folder).out
-    (passed_over,) = (line for line in said.splitlines() if line.startswith("warning: passed over: "))
+    (passed_over,) = (
+        line for line in said.splitlines() if line.startswith("warning: passed over: ")
+    )
     assert words in passed_over
     assert str(newest) in passed_over
     assert f"resumed from {before}" in said
     assert changed(whole, fingerprint(folder)) == []
     assert newest.with_name(f"{newest.name}.aside").read_bytes() == content
     for path in run_folder.candidates(folder):
-        assert run_state.read(str(path))["step"] == (12 if path.name == "checkpoint.pth" else int(path.stem))
+        assert run_state.read(str(path))["step"] == (
+            12 if path.name == "checkpoint.pth" else int(path.stem)
+        )
 
 
-def test_p5_nothing_but_damage_is_said_and_left(photos: Path, interrupted: Path, tmp_path: Path) -> None:
+def test_p5_nothing_but_damage_is_said_and_left(
+    photos: Path, interrupted: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(interrupted, tmp_path / "run"))
     for path in run_folder.candidates(folder):
         flip_a_bit(path)
@@ -292,20 +335,28 @@ def test_p5_nothing_but_damage_is_said_and_left(photos: Path, interrupted: Path,
     assert {path: path.read_bytes() for path in run_folder.candidates(folder)} == content
 
 
-@pytest.mark.parametrize("schedule", ["--sched-on-updates", "--no-sched-on-updates", "--sched tanh --lr-noise 0.1 0.9"])
-def test_p7_the_rate_of_every_update_is_the_same(schedule: str, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "schedule", ["--sched-on-updates", "--no-sched-on-updates", "--sched tanh --lr-noise 0.1 0.9"]
+)
+def test_p7_the_rate_of_every_update_is_the_same(
+    schedule: str, photos: Path, tmp_path: Path
+) -> None:
     noted: list[str] = []
     real = engine.update_weights
 
     def note(training: engine.Training) -> Any:
-        noted.append(" ".join(float(group["lr"]).hex() for group in training.optimizer.param_groups))
+        noted.append(
+            " ".join(float(group["lr"]).hex() for group in training.optimizer.param_groups)
+        )
         return real(training)
 
     flags = f"{schedule} --epochs 3 --aa none --mixer none --no-model-ema --log-every 9"
     with patch.object(engine, "update_weights", note):
         run_to_the_end(photos, tmp_path / "whole", flags)
         expected, noted[:] = list(noted), []
-        disturb(photos, tmp_path / "parts", [lambda: killed_after(9), lambda: killed_after(17)], flags)
+        disturb(
+            photos, tmp_path / "parts", [lambda: killed_after(9), lambda: killed_after(17)], flags
+        )
         run_to_the_end(photos, tmp_path / "parts", flags)
     assert noted == [*expected[:10], *expected[8:18], *expected[16:]]  # 8 and 16 were saved
     assert len(set(expected)) > 1
@@ -346,8 +397,11 @@ def test_p7_other_images_are_refused(photos: Path, interrupted: Path, tmp_path: 
     assert "its data has num_images 24, this run has 25" in refused.err
 
 
-def test_p7_another_total_batch_begins_at_a_whole_step(photos: Path, interrupted: Path, tmp_path: Path) -> None:
-    """Eight images of the epoch are done: no whole number of steps of twelve, which would end in a part of one."""
+def test_p7_another_total_batch_begins_at_a_whole_step(
+    photos: Path, interrupted: Path, tmp_path: Path
+) -> None:
+    """Eight images of the epoch are done: no whole number of steps of twelve, which would end in a
+    part of one."""
     folder = Path(shutil.copytree(interrupted, tmp_path / "run"))
     refused = run(photos, folder, "--batch-size 12 --accept-changes batch-size")
     assert refused.code == 2, refused.out
@@ -383,7 +437,11 @@ def test_p12_weights_that_are_not_finite_are_never_written(photos: Path, tmp_pat
 
 
 def test_p16_each_epoch_has_one_line(photos: Path, tmp_path: Path) -> None:
-    for ending in (killed_at(RunLog, "epoch", before=False), killed_after(6), killed_at(RunLog, "epoch", before=False)):
+    for ending in (
+        killed_at(RunLog, "epoch", before=False),
+        killed_after(6),
+        killed_at(RunLog, "epoch", before=False),
+    ):
         disturb(photos, tmp_path, [lambda ending=ending: ending])  # type: ignore[misc]
     run_to_the_end(photos, tmp_path)
     assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]

@@ -1,4 +1,5 @@
-"""PVT v1: what the released code recorded, the published sizes, a slow second writing, weights of other sizes.
+"""PVT v1: what the released code recorded, the published sizes, a slow second writing, weights of
+other sizes.
 
 `tests/data/README.md` says what the recordings are.
 """
@@ -35,10 +36,24 @@ NO_AMP = make_autocast(torch.device("cpu"), "none")
 TOLERANCE = 1e-5
 close = partial(torch.testing.assert_close, atol=TOLERANCE, rtol=0)
 
-NARROW: dict[str, Any] = {"embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 2, 1, 2)}
+NARROW: dict[str, Any] = {
+    "embed_dims": (8, 16, 24, 32),
+    "num_heads": (1, 2, 3, 4),
+    "depths": (1, 2, 1, 2),
+}
 SIZE = (64, 96)
-SIZES = {"pvt_tiny": 13_229_288, "pvt_small": 24_485_864, "pvt_medium": 44_208_104, "pvt_large": 61_369_320}
-DEPTHS = {"pvt_tiny": (2, 2, 2, 2), "pvt_small": (3, 4, 6, 3), "pvt_medium": (3, 4, 18, 3), "pvt_large": (3, 8, 27, 3)}
+SIZES = {
+    "pvt_tiny": 13_229_288,
+    "pvt_small": 24_485_864,
+    "pvt_medium": 44_208_104,
+    "pvt_large": 61_369_320,
+}
+DEPTHS = {
+    "pvt_tiny": (2, 2, 2, 2),
+    "pvt_small": (3, 4, 6, 3),
+    "pvt_medium": (3, 4, 18, 3),
+    "pvt_large": (3, 8, 27, 3),
+}
 
 STEPS: list[dict[str, Any]] = torch.load(DATA / "pvt_mini_records.pt", weights_only=True)
 steps = pytest.mark.parametrize("record", STEPS, ids=lambda record: f"rect{record['rect']}")
@@ -50,10 +65,14 @@ def create(name: str, **settings: Any) -> PyramidVisionTransformer:
     return network
 
 
-def make_pvt(size: tuple[int, int] = SIZE, separate: bool = False, num_classes: int = 7, **more: Any) -> PVT:
+def make_pvt(
+    size: tuple[int, int] = SIZE, separate: bool = False, num_classes: int = 7, **more: Any
+) -> PVT:
     """A narrow PVT in evaluation mode, every weight far from its initial value."""
     torch.manual_seed(1)
-    model = PVT(create("pvt_tiny", img_size=size, num_classes=num_classes, **{**NARROW, **more}), separate)
+    model = PVT(
+        create("pvt_tiny", img_size=size, num_classes=num_classes, **{**NARROW, **more}), separate
+    )
     randomise(model)
     with torch.no_grad():  # so that attention is neither uniform nor one token's alone
         for name, parameter in model.named_parameters():
@@ -76,14 +95,16 @@ def blocks(network: nn.Module) -> list[pvt.Block]:
     return [module for module in network.modules() if isinstance(module, pvt.Block)]
 
 
-# ------------------------------------------------------------------------------------------------- released variant
+# --------------------------------------------------------------------------------- released variant
 
 
 @pytest.fixture(scope="module")
 def recorded() -> PVT:
     """The recorded network, through the same doors as any foreign checkpoint."""
     checkpoint = load_checkpoint(DATA / "pvt_mini.pth")
-    arch = {key: value for key, value in checkpoint["arch"].items() if key != "qkv_bias"}  # always on
+    arch = {
+        key: value for key, value in checkpoint["arch"].items() if key != "qkv_bias"
+    }  # always on
     model = PVT(PyramidVisionTransformer(**arch), separate_region_head=True)
     weights, notes = adapt_weights(model, pick_weights(checkpoint))
     assert notes == []
@@ -93,7 +114,9 @@ def recorded() -> PVT:
 
 
 def recorded_images(record: dict[str, Any]) -> Tensor:
-    images = torch.randn(record["x_shape"], generator=torch.Generator().manual_seed(record["x_seed"]))
+    images = torch.randn(
+        record["x_shape"], generator=torch.Generator().manual_seed(record["x_seed"])
+    )
     close(images.flatten()[::1999], record["x_sample"])
     return images
 
@@ -106,9 +129,14 @@ def recorded_mix(record: dict[str, Any], images: Tensor) -> Tensor:
         for place, origin in enumerate(record["mixed_origins"][b].tolist()):
             owner, cell = divmod(origin, side * side)
             (row, column), (old_row, old_column) = divmod(place, side), divmod(cell, side)
-            mixed[b, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = images[
-                owner, :, old_row * patch : (old_row + 1) * patch, old_column * patch : (old_column + 1) * patch
-            ]
+            mixed[b, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = (
+                images[
+                    owner,
+                    :,
+                    old_row * patch : (old_row + 1) * patch,
+                    old_column * patch : (old_column + 1) * patch,
+                ]
+            )
     return mixed
 
 
@@ -135,7 +163,10 @@ def test_a_whole_step_is_the_recorded_one(recorded: PVT, record: dict[str, Any])
     close(mixed.reference_probs, record["consistency_logits"].softmax(dim=-1))
     output = recorded(mixed.images, source_mask=mixed.source_mask)
     close(output.logits, record["mixed_logits"])
-    close(output.region_logits, torch.stack((record["source_region_logits"], record["target_region_logits"]), dim=1))
+    close(
+        output.region_logits,
+        torch.stack((record["source_region_logits"], record["target_region_logits"]), dim=1),
+    )
     terms = SMMixLoss()(output, mixed)
     assert terms.keys() == {"total", "cls", "fine", "con"}
     for name, term in terms.items():
@@ -145,14 +176,16 @@ def test_a_whole_step_is_the_recorded_one(recorded: PVT, record: dict[str, Any])
 @steps
 def test_the_papers_consistency_term_is_another_one(recorded: PVT, record: dict[str, Any]) -> None:
     mixed = apply(
-        record, lambda images: ModelOutput(record["logits"], images.new_zeros(0), record["attention"]), "paper"
+        record,
+        lambda images: ModelOutput(record["logits"], images.new_zeros(0), record["attention"]),
+        "paper",
     )
     terms = SMMixLoss()(recorded(mixed.images, source_mask=mixed.source_mask), mixed)
     close(terms["cls"], record["loss_cls"])
     assert (terms["con"] - record["loss_con"]).detach().abs() > 10 * TOLERANCE
 
 
-# ------------------------------------------------------------------------------------------------ published settings
+# ------------------------------------------------------------------------------- published settings
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -163,17 +196,27 @@ def test_parameter_counts_and_depths(name: str) -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) == SIZES[name]
     assert sum(parameter.numel() for parameter in separate.parameters()) == SIZES[name] + 513_000
     assert tuple(len(network.blocks_of(stage)) for stage in range(4)) == DEPTHS[name]
-    assert (separate.grid_size, separate.patch_size, separate.input_size) == ((7, 7), (32, 32), (224, 224))
+    assert (separate.grid_size, separate.patch_size, separate.input_size) == (
+        (7, 7),
+        (32, 32),
+        (224, 224),
+    )
 
 
 def test_tokens_keys_and_parts_per_stage() -> None:
-    """The table of the paper's architecture at 224 pixels, read off a running network of full width."""
+    """The table of the paper's architecture at 224 pixels, read off a running network of full
+    width."""
     network = create("pvt_tiny", depths=(1, 1, 1, 1)).eval()
     seen: dict[int, list[tuple[int, ...]]] = {stage: [] for stage in range(4)}
     for stage in range(4):
         attention = network.blocks_of(stage)[0].attn
-        for layer in (attention.q, attention.kv):  # what queries and what keys and values are made of
-            layer.register_forward_pre_hook(lambda _, inputs, s=stage: seen[s].append(tuple(inputs[0].shape)))
+        for layer in (
+            attention.q,
+            attention.kv,
+        ):  # what queries and what keys and values are made of
+            layer.register_forward_pre_hook(
+                lambda _, inputs, s=stage: seen[s].append(tuple(inputs[0].shape))
+            )
     with torch.no_grad():
         assert network(torch.randn(1, 3, 224, 224)).shape == (1, 1000)
     assert seen == {
@@ -184,30 +227,50 @@ def test_tokens_keys_and_parts_per_stage() -> None:
     }
     assert network.grid_sizes == [(56, 56), (28, 28), (14, 14), (7, 7)]
     assert [tuple(getattr(network, f"pos_embed{n}").shape[:2]) for n in range(1, 5)] == [
-        (1, 3136), (1, 784), (1, 196), (1, 50),
-    ]  # fmt: skip
+        (1, 3136),
+        (1, 784),
+        (1, 196),
+        (1, 50),
+    ]
     each = [network.blocks_of(stage)[0] for stage in range(4)]
     assert [block.attn.num_heads for block in each] == [1, 2, 5, 8]
-    assert [block.mlp.fc1.weight.shape[0] // block.mlp.fc1.weight.shape[1] for block in each] == [8, 8, 4, 4]
+    assert [block.mlp.fc1.weight.shape[0] // block.mlp.fc1.weight.shape[1] for block in each] == [
+        8,
+        8,
+        4,
+        4,
+    ]
     assert [hasattr(block.attn, "sr") for block in each] == [True, True, True, False]
     assert [block.attn.sr.kernel_size for block in each[:3]] == [(8, 8), (4, 4), (2, 2)]
     assert [block.attn.sr.stride for block in each[:3]] == [(8, 8), (4, 4), (2, 2)]
     projections = [getattr(network, f"patch_embed{n}").proj for n in range(1, 5)]
-    assert [p.kernel_size[0] for p in projections] == [p.stride[0] for p in projections] == [4, 2, 2, 2]
+    assert (
+        [p.kernel_size[0] for p in projections]
+        == [p.stride[0] for p in projections]
+        == [4, 2, 2, 2]
+    )
 
 
 def test_two_epsilons() -> None:
     norms = {
-        name: module.eps for name, module in make_pvt().network.named_modules() if isinstance(module, nn.LayerNorm)
+        name: module.eps
+        for name, module in make_pvt().network.named_modules()
+        if isinstance(module, nn.LayerNorm)
     }
     small = {name for name, eps in norms.items() if eps == 1e-6}
     assert small == {name for name in norms if name.endswith(("norm1", "norm2")) or name == "norm"}
     assert {norms[name] for name in norms.keys() - small} == {1e-5}
-    assert len(norms.keys() - small) == 4 + sum(NARROW["depths"][:3])  # patch embeddings, reductions
+    assert len(norms.keys() - small) == 4 + sum(
+        NARROW["depths"][:3]
+    )  # patch embeddings, reductions
 
 
-@pytest.mark.parametrize(("rate", "depths"), [(0.3, (2, 2, 2, 2)), (0.1, (1, 2, 3, 4)), (0.0, (1, 1, 1, 1))])
-def test_drop_path_rises_over_the_blocks_of_all_stages(rate: float, depths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("rate", "depths"), [(0.3, (2, 2, 2, 2)), (0.1, (1, 2, 3, 4)), (0.0, (1, 1, 1, 1))]
+)
+def test_drop_path_rises_over_the_blocks_of_all_stages(
+    rate: float, depths: tuple[int, ...]
+) -> None:
     network = make_pvt(depths=depths, drop_path_rate=rate).network
     rates = [float(getattr(block.drop_path, "drop_prob", 0.0)) for block in blocks(network)]
     assert rates == pytest.approx(torch.linspace(0, rate, sum(depths)).tolist())
@@ -222,8 +285,14 @@ def test_drop_path_drops_both_branches() -> None:
 
 def test_dropout_is_where_pvt_has_it() -> None:
     network = make_pvt(drop_rate=0.25).network
-    dropouts = [name for name, module in network.named_modules() if isinstance(module, nn.Dropout) and module.p == 0.25]
-    assert len(dropouts) == 1 + 3 * sum(NARROW["depths"])  # positions; attention's output; MLP twice
+    dropouts = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Dropout) and module.p == 0.25
+    ]
+    assert len(dropouts) == 1 + 3 * sum(
+        NARROW["depths"]
+    )  # positions; attention's output; MLP twice
 
 
 def test_initial_weights() -> None:
@@ -235,11 +304,15 @@ def test_initial_weights() -> None:
         elif isinstance(module, nn.LayerNorm):
             assert bool((module.weight == 1).all()), name
             assert not module.bias.any(), name
-        elif isinstance(module, nn.Conv2d):  # PyTorch's own: uniform between -1 / sqrt(fan in) and 1 / sqrt(fan in)
+        elif isinstance(
+            module, nn.Conv2d
+        ):  # PyTorch's own: uniform between -1 / sqrt(fan in) and 1 / sqrt(fan in)
             bound = module.weight[0].numel() ** -0.5
             for parameter in module.parameters():
                 assert float(parameter.detach().abs().max()) <= bound, name
-                assert float(parameter.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.2), name
+                assert float(parameter.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.2), (
+                    name
+                )
     for parameter in (network.cls_token, *(getattr(network, f"pos_embed{n}") for n in range(1, 5))):
         assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.15)
         assert float(parameter.detach().abs().max()) < 0.1
@@ -255,16 +328,21 @@ def test_a_score_of_a_fresh_model_is_about_uniform() -> None:
     assert score.sum(dim=1).tolist() == pytest.approx([6 / 7] * 3, abs=0.01)
 
 
-# ----------------------------------------------------------------------------------------- predictions and the score
+# ------------------------------------------------------------------------ predictions and the score
 
 
 def slow_network(model: PVT, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Final normed tokens and the last attention map (B, H, T, T), in float64 from the weights alone."""
+    """Final normed tokens and the last attention map (B, H, T, T), in float64 from the weights
+    alone."""
     w = {key: value.double() for key, value in model.network.state_dict().items()}
     feature_map, rows, columns = images.double(), *images.shape[-2:]
     for stage in range(1, 5):
         stride = 4 if stage == 1 else 2
-        rows, columns, kernel = rows // stride, columns // stride, w[f"patch_embed{stage}.proj.weight"]
+        rows, columns, kernel = (
+            rows // stride,
+            columns // stride,
+            w[f"patch_embed{stage}.proj.weight"],
+        )
         tokens = patches_times(feature_map, kernel, w[f"patch_embed{stage}.proj.bias"])
         tokens = normed(tokens, w, f"patch_embed{stage}.norm", 1e-5)
         if stage == 4:
@@ -276,7 +354,9 @@ def slow_network(model: PVT, images: Tensor) -> tuple[Tensor, Tensor]:
             others = seen
             if stage < 4:
                 grid = seen.reshape(len(seen), rows, columns, -1).permute(0, 3, 1, 2)
-                others = patches_times(grid, w[f"{block}.attn.sr.weight"], w[f"{block}.attn.sr.bias"])
+                others = patches_times(
+                    grid, w[f"{block}.attn.sr.weight"], w[f"{block}.attn.sr.bias"]
+                )
                 others = normed(others, w, f"{block}.attn.norm", 1e-5)
             queries = linear(seen, w[f"{block}.attn.q.weight"], w[f"{block}.attn.q.bias"])
             keys_values = linear(others, w[f"{block}.attn.kv.weight"], w[f"{block}.attn.kv.bias"])
@@ -285,23 +365,38 @@ def slow_network(model: PVT, images: Tensor) -> tuple[Tensor, Tensor]:
             mixed = torch.zeros_like(queries)
             for h in range(heads):
                 own = slice(h * 8, h * 8 + 8)  # all heads are 8 wide
-                maps.append((queries[..., own] @ keys[..., own].transpose(1, 2) / 8**0.5).softmax(dim=-1))
+                maps.append(
+                    (queries[..., own] @ keys[..., own].transpose(1, 2) / 8**0.5).softmax(dim=-1)
+                )
                 mixed[..., own] = maps[-1] @ values[..., own]
-            tokens = tokens + linear(mixed, w[f"{block}.attn.proj.weight"], w[f"{block}.attn.proj.bias"])
-            hidden = linear(
-                normed(tokens, w, f"{block}.norm2", 1e-6), w[f"{block}.mlp.fc1.weight"], w[f"{block}.mlp.fc1.bias"]
+            tokens = tokens + linear(
+                mixed, w[f"{block}.attn.proj.weight"], w[f"{block}.attn.proj.bias"]
             )
-            tokens = tokens + linear(gelu(hidden), w[f"{block}.mlp.fc2.weight"], w[f"{block}.mlp.fc2.bias"])
-        feature_map = tokens.permute(0, 2, 1).reshape(len(tokens), -1, rows, columns) if stage < 4 else feature_map
+            hidden = linear(
+                normed(tokens, w, f"{block}.norm2", 1e-6),
+                w[f"{block}.mlp.fc1.weight"],
+                w[f"{block}.mlp.fc1.bias"],
+            )
+            tokens = tokens + linear(
+                gelu(hidden), w[f"{block}.mlp.fc2.weight"], w[f"{block}.mlp.fc2.bias"]
+            )
+        feature_map = (
+            tokens.permute(0, 2, 1).reshape(len(tokens), -1, rows, columns)
+            if stage < 4
+            else feature_map
+        )
     return normed(tokens, w, "norm", 1e-6), torch.stack(maps, dim=1)
 
 
 def normed(tokens: Tensor, weights: dict[str, Tensor], name: str, eps: float) -> Tensor:
-    return layer_norm(tokens, tokens.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+    return layer_norm(
+        tokens, tokens.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps
+    )
 
 
 def patches_times(images: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-    """A convolution whose stride is its kernel's side, as patches times a matrix: (B, D, R, C) -> (B, N, D_out)."""
+    """A convolution whose stride is its kernel's side, as patches times a matrix: (B, D, R, C) ->
+    (B, N, D_out)."""
     side = kernel.shape[-1]
     patches = images.unfold(2, side, side).unfold(3, side, side)  # (B, D, R, C, side, side)
     return torch.einsum("bdrcij,odij->brco", patches, kernel).flatten(1, 2) + bias
@@ -314,7 +409,11 @@ def test_predictions_tokens_and_score_are_those_of_a_slow_loop() -> None:
     output = model(images, need_attention="image")
     close(output.tokens.double(), tokens[:, 1:])
     w = model.network.state_dict()
-    close(output.logits.double(), linear(tokens[:, 0], w["head.weight"].double(), w["head.bias"].double()), atol=1e-4)
+    close(
+        output.logits.double(),
+        linear(tokens[:, 0], w["head.weight"].double(), w["head.bias"].double()),
+        atol=1e-4,
+    )
     score = output.image_attention
     assert score.shape == (3, 6)
     assert score.dtype == torch.float32
@@ -365,7 +464,9 @@ def test_regions_are_classified_by_their_mean_token(separate: bool) -> None:
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("amp", ["none", "bf16"])
-def test_every_parameter_gets_a_gradient_on_every_step(separate: bool, with_mask: bool, amp: str) -> None:
+def test_every_parameter_gets_a_gradient_on_every_step(
+    separate: bool, with_mask: bool, amp: str
+) -> None:
     model = make_pvt(separate=separate, drop_path_rate=0.1).train()
     images, labels = images_for(model), torch.eye(7)[:3]
     autocast = make_autocast(torch.device("cpu"), amp)
@@ -380,7 +481,9 @@ def test_every_parameter_gets_a_gradient_on_every_step(separate: bool, with_mask
     assert [name for name, grad in grads.items() if grad is None] == []
     assert all(grad.isfinite().all() for grad in grads.values() if grad is not None)
     idle = [name for name, grad in grads.items() if grad is not None and not grad.any()]
-    assert {name.split(".")[0] for name in idle} == ({"token_head"} if separate and not with_mask else set())
+    assert {name.split(".")[0] for name in idle} == (
+        {"token_head"} if separate and not with_mask else set()
+    )
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
@@ -418,15 +521,19 @@ def test_compiled_equals_eager() -> None:
     compiled = torch.compile(model, backend="aot_eager")
     images, mask = images_for(model), some_mask(model)
     for given in ({}, {"source_mask": mask, "need_attention": "image"}):
-        torch.testing.assert_close(compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_builder_finds_them(name: str) -> None:
-    model = build_model(name, 7, input_size=SIZE, separate_region_head=True, **{**NARROW, "drop_path": 0.1})
+    model = build_model(
+        name, 7, input_size=SIZE, separate_region_head=True, **{**NARROW, "drop_path": 0.1}
+    )
     assert isinstance(model, PVT)
     assert (model.grid_size, model.input_size) == ((2, 3), SIZE)
     output = model(images_for(model), source_mask=some_mask(model), need_attention="image")
@@ -497,18 +604,26 @@ def resized(position: Tensor, prefix: int, old: tuple[int, int], new: tuple[int,
 def test_each_stage_is_resized_from_its_own_old_grid(
     old_size: tuple[int, int], new_size: tuple[int, int], old_grid: Any
 ) -> None:
-    more: dict[str, Any] = {"embed_dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1), "depths": (1, 1, 1, 1)}
+    more: dict[str, Any] = {
+        "embed_dims": (8, 8, 8, 8),
+        "num_heads": (1, 1, 1, 1),
+        "depths": (1, 1, 1, 1),
+    }
     old, new = make_pvt(old_size, **more), make_pvt(new_size, **more)
     before = {key: value.clone() for key, value in plain_weights(old).items()}
     weights, notes = adapt_weights(new, plain_weights(old), old_grid)
     assert load_strictly(new, weights, source="test") == []
     after = plain_weights(new)
-    for stage, (was, now) in enumerate(zip(old.network.grid_sizes, new.network.grid_sizes, strict=True)):
+    for stage, (was, now) in enumerate(
+        zip(old.network.grid_sizes, new.network.grid_sizes, strict=True)
+    ):
         key = f"pos_embed{stage + 1}"
         torch.testing.assert_close(after[key], resized(before[key], int(stage == 3), was, now))
         assert notes[stage].startswith(f"{key} resized from ")
     assert len(notes) == 4
-    assert all(torch.equal(after[key], before[key]) for key in before if not key.startswith("pos_embed"))
+    assert all(
+        torch.equal(after[key], before[key]) for key in before if not key.startswith("pos_embed")
+    )
     assert new(images_for(new, 1)).logits.isfinite().all()
 
 
@@ -530,27 +645,38 @@ def test_weights_of_another_architecture_do_not_load() -> None:
             load_strictly(model, weights, source="a file")
 
 
-# ------------------------------------------------------------------------------------------- a second implementation
+# -------------------------------------------------------------------------- a second implementation
 
 
 def names_there(key: str) -> list[str]:
     """Our key -> the same tensor's in transformers (two for the joint keys and values)."""
     part, *rest = key.split(".")
-    leaf, kind, stage = rest[-1] if rest else "", part.rstrip("1234"), int(part[-1]) - 1 if part[-1].isdigit() else 3
+    leaf, kind, stage = (
+        rest[-1] if rest else "",
+        part.rstrip("1234"),
+        int(part[-1]) - 1 if part[-1].isdigit() else 3,
+    )
     place = f"pvt.encoder.patch_embeddings.{stage}"
     if kind == "block":
         inner = f"pvt.encoder.block.{stage}.{rest[0]}"
         names = {
-            "norm1": ["layer_norm_1"], "norm2": ["layer_norm_2"], "mlp.fc1": ["mlp.dense1"], "mlp.fc2": ["mlp.dense2"],
-            "attn.q": ["attention.self.query"], "attn.kv": ["attention.self.key", "attention.self.value"],
-            "attn.sr": ["attention.self.sequence_reduction"], "attn.norm": ["attention.self.layer_norm"],
+            "norm1": ["layer_norm_1"],
+            "norm2": ["layer_norm_2"],
+            "mlp.fc1": ["mlp.dense1"],
+            "mlp.fc2": ["mlp.dense2"],
+            "attn.q": ["attention.self.query"],
+            "attn.kv": ["attention.self.key", "attention.self.value"],
+            "attn.sr": ["attention.self.sequence_reduction"],
+            "attn.norm": ["attention.self.layer_norm"],
             "attn.proj": ["attention.output.dense"],
-        }[".".join(rest[1:-1])]  # fmt: skip
+        }[".".join(rest[1:-1])]
         return [f"{inner}.{name}.{leaf}" for name in names]
     if kind == "patch_embed":
         return [f"{place}.{'projection' if rest[0] == 'proj' else 'layer_norm'}.{leaf}"]
     whole = {"pos_embed": f"{place}.position_embeddings", "cls_token": f"{place}.cls_token"}
-    return [whole.get(kind) or f"{'classifier' if kind == 'head' else 'pvt.encoder.layer_norm'}.{leaf}"]
+    return [
+        whole.get(kind) or f"{'classifier' if kind == 'head' else 'pvt.encoder.layer_norm'}.{leaf}"
+    ]
 
 
 @torch.no_grad()
@@ -567,11 +693,18 @@ def test_predictions_are_those_of_transformers() -> None:
         weights.update(zip(names, value.chunk(len(names)), strict=True))
     theirs.load_state_dict(weights, strict=True)
     for name, module in theirs.named_modules():  # it has one epsilon for all norms
-        if name.endswith("self.layer_norm") or ("patch_embeddings" in name and name.endswith("layer_norm")):
+        if name.endswith("self.layer_norm") or (
+            "patch_embeddings" in name and name.endswith("layer_norm")
+        ):
             module.eps = 1e-5
     images = torch.randn(2, 3, 224, 224)
     found, wanted = ours(images), theirs(images, output_attentions=True)
-    print(f"largest difference {float((found - wanted.logits).abs().max()):.1e} of {float(wanted.logits.std()):.2f}")
+    print(
+        f"largest difference {float((found - wanted.logits).abs().max()):.1e} of "
+        f"{float(wanted.logits.std()):.2f}"
+    )
     torch.testing.assert_close(found, wanted.logits, atol=1e-4, rtol=1e-4)
     score = PVT(ours)(images, need_attention="image").image_attention
-    torch.testing.assert_close(score, wanted.attentions[-1][:, :, 1:, 1:].mean(dim=(1, 2)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        score, wanted.attentions[-1][:, :, 1:, 1:].mean(dim=(1, 2)), atol=1e-6, rtol=0
+    )

@@ -1,4 +1,5 @@
-"""Ten training steps against a plain, slow reference written from the paper, one image and one window at a time."""
+"""Ten training steps against a plain, slow reference written from the paper, one image and one
+window at a time."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from training.meters import Meters
 CLASSES, SIDE, PATCH, BATCH, STEPS = 5, (24, 32), 8, 4, 10
 GRID = (SIDE[0] // PATCH, SIDE[1] // PATCH)
 RATE, DECAY, EMA_DECAY, SMOOTHING = 2e-3, 0.05, 0.9, 0.1
-# Above rounding errors: softmax does not see a key's bias, whose gradient is nothing but these, and Adam would scale
-# them up to whole steps.
+# Above rounding errors: softmax does not see a key's bias, whose gradient is nothing but these, and
+# Adam would scale them up to whole steps.
 EPS = 1e-5
 CPU = utils.Processes(0, 1, torch.device("cpu"))
 
@@ -33,9 +34,15 @@ CPU = utils.Processes(0, 1, torch.device("cpu"))
 def tiny(separate: bool) -> ImageModel:
     utils.seed_globals("init", 0)
     return build_model(
-        "deit_tiny_patch16_224", CLASSES, input_size=SIDE, patch_size=PATCH, embed_dim=24, depth=2, num_heads=3,
+        "deit_tiny_patch16_224",
+        CLASSES,
+        input_size=SIDE,
+        patch_size=PATCH,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
         separate_region_head=separate,
-    )  # fmt: skip
+    )
 
 
 def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -50,7 +57,7 @@ def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
     ]
 
 
-# ------------------------------------------------------------------------------------------ the slow reference
+# ------------------------------------------------------------------------------- the slow reference
 
 
 def slow_forward(model: ImageModel, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +71,9 @@ def slow_forward(model: ImageModel, images: Tensor) -> tuple[Tensor, Tensor, Ten
         width, heads = x.shape[-1], block.attn.num_heads
         size, outputs, maps = width // heads, [], []
         for head in range(heads):
-            q, k, v = (qkv[..., i * width + head * size : i * width + (head + 1) * size] for i in range(3))
+            q, k, v = (
+                qkv[..., i * width + head * size : i * width + (head + 1) * size] for i in range(3)
+            )
             attention = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(size), dim=-1)
             outputs.append(attention @ v)
             maps.append(attention[:, 1:, 1:].mean(dim=1))
@@ -88,7 +97,9 @@ def slow_window(score: Tensor, size: tuple[int, int], largest: bool) -> tuple[in
 
 
 def smooth(label: int) -> Tensor:
-    return torch.tensor([SMOOTHING / CLASSES + (1 - SMOOTHING) * (k == label) for k in range(CLASSES)])
+    return torch.tensor(
+        [SMOOTHING / CLASSES + (1 - SMOOTHING) * (k == label) for k in range(CLASSES)]
+    )
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
@@ -102,7 +113,9 @@ def slow_smmix_loss(
     arithmetic = VARIANTS[variant]
     delta = torch.rand((), generator=random.own, dtype=torch.float64).item()
     if arithmetic.region_size == "floor":
-        size = tuple(min(max(math.floor((0.25 + 0.5 * delta) * side), 1), side - 1) for side in GRID)
+        size = tuple(
+            min(max(math.floor((0.25 + 0.5 * delta) * side), 1), side - 1) for side in GRID
+        )
     else:
         spans = [(math.floor(0.25 * side), math.floor(0.75 * side)) for side in GRID]
         drawn = [low + math.floor(delta * (high - low + 1)) for low, high in spans]
@@ -119,15 +132,22 @@ def slow_smmix_loss(
         mixed = images[b].clone()
         for p in range(h * PATCH):
             for q in range(w * PATCH):
-                mixed[:, ti * PATCH + p, tj * PATCH + q] = images[a][:, si * PATCH + p, sj * PATCH + q]
+                mixed[:, ti * PATCH + p, tj * PATCH + q] = images[a][
+                    :, si * PATCH + p, sj * PATCH + q
+                ]
         logits, tokens, _ = slow_forward(model, mixed[None])
         cells = {(ti + p) * GRID[1] + tj + q for p in range(h) for q in range(w)}
         source = torch.stack([tokens[0, i] for i in sorted(cells)]).mean(0)
-        target = torch.stack([tokens[0, i] for i in range(GRID[0] * GRID[1]) if i not in cells]).mean(0)
+        target = torch.stack(
+            [tokens[0, i] for i in range(GRID[0] * GRID[1]) if i not in cells]
+        ).mean(0)
         classify: Any = model.token_head if model.token_head is not None else model.network.head
         label_a, label_b = smooth(int(labels[a])), smooth(int(labels[b]))
         terms["cls"].append(cross_entropy(logits[0], lam * label_a + (1 - lam) * label_b))
-        terms["fine"].append((cross_entropy(classify(source), label_a) + cross_entropy(classify(target), label_b)) / 2)
+        terms["fine"].append(
+            (cross_entropy(classify(source), label_a) + cross_entropy(classify(target), label_b))
+            / 2
+        )
         if arithmetic.consistency == "probs":
             reference = lam * clean_logits[a].softmax(-1) + (1 - lam) * clean_logits[b].softmax(-1)
         else:
@@ -136,13 +156,19 @@ def slow_smmix_loss(
     return {name: torch.stack(values).mean() for name, values in terms.items()}
 
 
-def slow_mixup_loss(model: ImageModel, images: Tensor, labels: Tensor, random: StepRandom) -> dict[str, Tensor]:
+def slow_mixup_loss(
+    model: ImageModel, images: Tensor, labels: Tensor, random: StepRandom
+) -> dict[str, Tensor]:
     lam = draw_beta(0.8, BATCH, random.own)[0]
     losses = []
     for b in range(BATCH):
         a = BATCH - 1 - b
         logits, _, _ = slow_forward(model, (lam * images[a] + (1 - lam) * images[b])[None])
-        losses.append(cross_entropy(logits[0], lam * smooth(int(labels[a])) + (1 - lam) * smooth(int(labels[b]))))
+        losses.append(
+            cross_entropy(
+                logits[0], lam * smooth(int(labels[a])) + (1 - lam) * smooth(int(labels[b]))
+            )
+        )
     return {"cls": torch.stack(losses).mean()}
 
 
@@ -151,9 +177,13 @@ def slow_run(
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Ten steps of AdamW and of the averaged weights, parameter by parameter."""
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    state = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
+    state = {
+        name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()
+    }
     history = []
-    for step, ((images, labels, _), random) in enumerate(zip(batches(), keys, strict=True), start=1):
+    for step, ((images, labels, _), random) in enumerate(
+        zip(batches(), keys, strict=True), start=1
+    ):
         smmix = torch.rand(2, generator=random.shared)[1].item() < 0.5
         terms = (
             slow_smmix_loss(model, images, labels, random, variant)
@@ -164,21 +194,34 @@ def slow_run(
         assert isinstance(total, Tensor)
         model.zero_grad()
         total.backward()
-        history.append({"loss": total.item(), **{f"loss_{name}": value.item() for name, value in terms.items()}})
+        history.append(
+            {
+                "loss": total.item(),
+                **{f"loss_{name}": value.item() for name, value in terms.items()},
+            }
+        )
         with torch.no_grad():
             for name, p in model.named_parameters():
-                gradient = torch.zeros_like(p) if p.grad is None else p.grad  # the second head on Mixup steps
+                gradient = (
+                    torch.zeros_like(p) if p.grad is None else p.grad
+                )  # the second head on Mixup steps
                 first, second = state[name]
-                decay = 0.0 if p.ndim <= 1 or name in ("network.pos_embed", "network.cls_token") else DECAY
+                decay = (
+                    0.0
+                    if p.ndim <= 1 or name in ("network.pos_embed", "network.cls_token")
+                    else DECAY
+                )
                 p.mul_(1 - RATE * decay)
                 first.mul_(0.9).add_(gradient, alpha=0.1)
                 second.mul_(0.999).add_(gradient * gradient, alpha=0.001)
-                p.sub_(RATE * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + EPS))
+                p.sub_(
+                    RATE * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + EPS)
+                )
                 average[name].mul_(EMA_DECAY).add_(p, alpha=1 - EMA_DECAY)
     return history, average
 
 
-# ------------------------------------------------------------------------------------------------------- the test
+# ----------------------------------------------------------------------------------------- the test
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
@@ -188,25 +231,39 @@ def test_ten_steps_equal_the_slow_reference(variant: str) -> None:
     autocast = precision.make_autocast(CPU.device, "none")
     mixer = make_switch(CLASSES, model.grid_size, smoothing=SMOOTHING, variant=variant)
     training = engine.Training(
-        module=model, model=model, criterion=SMMixLoss(), mixer=mixer, guide=engine.make_guide(model, autocast),
-        optimizer=optim.make_optimizer(model, {"opt": "adamw", "lr": RATE, "weight_decay": DECAY, "eps": EPS}),
-        scaler=precision.make_scaler(CPU.device, "none"), autocast=autocast, processes=CPU,
+        module=model,
+        model=model,
+        criterion=SMMixLoss(),
+        mixer=mixer,
+        guide=engine.make_guide(model, autocast),
+        optimizer=optim.make_optimizer(
+            model, {"opt": "adamw", "lr": RATE, "weight_decay": DECAY, "eps": EPS}
+        ),
+        scaler=precision.make_scaler(CPU.device, "none"),
+        autocast=autocast,
+        processes=CPU,
         ema=ModelEmaV3(model, decay=EMA_DECAY),
-    )  # fmt: skip
+    )
     model.train()
     plain.train()
     history = []
     for step, batch in enumerate(batches()):
         meters = Meters()
         engine.train_step(training, [batch], step, meters)
-        history.append({name: value for name, value in meters.read().items() if name.startswith("loss")})
-    expected, average = slow_run(plain, variant, [training.random(step, 0) for step in range(STEPS)])
+        history.append(
+            {name: value for name, value in meters.read().items() if name.startswith("loss")}
+        )
+    expected, average = slow_run(
+        plain, variant, [training.random(step, 0) for step in range(STEPS)]
+    )
 
     kinds = {tuple(sorted(terms)) for terms in expected}
     assert len(kinds) == 2, "the ten steps must hold both SMMix and Mixup steps"
     for step, (ours, theirs) in enumerate(zip(history, expected, strict=True)):
         assert ours == pytest.approx(theirs, abs=2e-5), f"step {step}"
     for (name, ours_p), theirs_p in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours_p, theirs_p, atol=2e-5, rtol=1e-4, msg=f"{name} differs after ten steps")
+        torch.testing.assert_close(
+            ours_p, theirs_p, atol=2e-5, rtol=1e-4, msg=f"{name} differs after ten steps"
+        )
     for name, value in training.ema.module.named_parameters():
         torch.testing.assert_close(value, average[name], atol=2e-5, rtol=1e-4)

@@ -1,4 +1,5 @@
-"""`--variant released` reproduces what the released research code computed; `tests/data/README.md` says what is there.
+"""`--variant released` reproduces what the released research code computed; `tests/data/README.md`
+says what is there.
 
 The other variant, `paper`, must differ where the paper differs.
 """
@@ -40,9 +41,15 @@ def model() -> ImageModel:
     checkpoint = load_checkpoint(DATA / "deit_mini.pth")
     arch = checkpoint["arch"]
     model = build_model(
-        "deit_tiny_patch16_224", arch["num_classes"], input_size=(arch["img_size"],) * 2, patch_size=arch["patch_size"],
-        separate_region_head=True, embed_dim=arch["embed_dim"], depth=arch["depth"], num_heads=arch["num_heads"],
-    )  # fmt: skip
+        "deit_tiny_patch16_224",
+        arch["num_classes"],
+        input_size=(arch["img_size"],) * 2,
+        patch_size=arch["patch_size"],
+        separate_region_head=True,
+        embed_dim=arch["embed_dim"],
+        depth=arch["depth"],
+        num_heads=arch["num_heads"],
+    )
     weights, notes = adapt_weights(model, pick_weights(checkpoint))
     assert notes == []
     assert load_strictly(model, weights, source="deit_mini.pth") == []
@@ -54,7 +61,12 @@ def sha256(images: Tensor) -> str:
 
 
 def apply(record: dict[str, Any], guide: Any, variant: str = "released") -> MixedBatch:
-    mixer = SMMix(record["n_classes"], (record["side"],) * 2, record["label_smoothing"], variant=VARIANTS[variant])
+    mixer = SMMix(
+        record["n_classes"],
+        (record["side"],) * 2,
+        record["label_smoothing"],
+        variant=VARIANTS[variant],
+    )
     return mixer.apply(record["x"], record["y"], Drawn((record["rect"],) * 2), guide)
 
 
@@ -62,10 +74,12 @@ def recorded_guide(record: dict[str, Any]) -> Any:
     return lambda images: ModelOutput(record["logits"], images.new_zeros(0), record["attention"])
 
 
-# ---------------------------------------------------------------------------------------------------- mixing alone
+# ------------------------------------------------------------------------------------- mixing alone
 
 
-@pytest.mark.parametrize("record", MIXES, ids=lambda record: f"side{record['side']}-rect{record['rect']}")
+@pytest.mark.parametrize(
+    "record", MIXES, ids=lambda record: f"side{record['side']}-rect{record['rect']}"
+)
 def test_images_and_masks_bit_for_bit(record: dict[str, Any]) -> None:
     grid, size = (record["side"],) * 2, (record["rect"],) * 2
     patch = record["x"].shape[-1] // record["side"]
@@ -84,7 +98,7 @@ def test_recorded_predictions_give_the_recorded_mix(record: dict[str, Any]) -> N
     close(mixed.reference_probs, record["consistency_logits"].softmax(dim=-1))
 
 
-# ------------------------------------------------------------------------------------------- end to end from weights
+# -------------------------------------------------------------------------- end to end from weights
 
 
 @steps
@@ -101,18 +115,23 @@ def test_a_whole_step_is_the_recorded_one(model: ImageModel, record: dict[str, A
     output = model(mixed.images, source_mask=mixed.source_mask)
     close(output.logits, record["mixed_logits"])
     assert output.region_logits is not None
-    close(output.region_logits, torch.stack((record["source_region_logits"], record["target_region_logits"]), dim=1))
+    close(
+        output.region_logits,
+        torch.stack((record["source_region_logits"], record["target_region_logits"]), dim=1),
+    )
     terms = SMMixLoss()(output, mixed)
     assert terms.keys() == {"total", "cls", "fine", "con"}
     for name, term in terms.items():
         close(term, record[f"loss_{name}"])
 
 
-# ------------------------------------------------------------------------------------------------ negative controls
+# -------------------------------------------------------------------------------- negative controls
 
 
 @steps
-def test_the_papers_consistency_term_is_another_one(model: ImageModel, record: dict[str, Any]) -> None:
+def test_the_papers_consistency_term_is_another_one(
+    model: ImageModel, record: dict[str, Any]
+) -> None:
     mixed = apply(record, recorded_guide(record), "paper")
     assert sha256(mixed.images) == record["mixed_sha256"]  # the regions of Eq. 7 and 8 are the same
     output = model(mixed.images, source_mask=mixed.source_mask)

@@ -75,7 +75,10 @@ class Reader(HTMLParser):
         return {line[0]: dict(zip(header, line, strict=True)) for line in body}
 
 
-FULL_TABLE, SMALL_TABLE = "Table 7, the components of SMMix", "Table 7, the components of SMMix: rehearsal on CIFAR-10"
+FULL_TABLE, SMALL_TABLE = (
+    "Table 7, the components of SMMix",
+    "Table 7, the components of SMMix: rehearsal on CIFAR-10",
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,26 +97,48 @@ def sorted_runs(root: Path) -> Sorted:
 
 def one_run(folder: Path, wanted: Row, *lines: str, **keywords: Any) -> Run:
     """A finished run of a row but for what the keywords say."""
-    accuracies = keywords.pop("accuracies", curve(80, matching.flags_of(wanted.words, "cpu")["epochs"]))
-    return folders.read_run(write_run(folder, wanted, accuracies, told=lines, **keywords), folder.name)
+    accuracies = keywords.pop(
+        "accuracies", curve(80, matching.flags_of(wanted.words, "cpu")["epochs"])
+    )
+    return folders.read_run(
+        write_run(folder, wanted, accuracies, told=lines, **keywords), folder.name
+    )
 
 
 def what_differs(run: Run, wanted: Row) -> list[str]:
     return [one.name for one in matching.differences(run, wanted)]
 
 
-# ------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 def test_means_spreads_and_differences_are_those_worked_out_by_hand(html: str) -> None:
     found = Reader(html).rows(FULL_TABLE)
-    # 80.9, 81.0, 81.3: mean 81.0667, squared distances 0.02778 + 0.00444 + 0.05444 over 2, its root 0.2082
-    seen = {name: found["all (SMMix)"][name] for name in ("model", "paper", "ours", "difference", "seeds", "EMA")}
-    assert list(seen.values()) == ["deit_tiny", "81.1", "81.07 ± 0.21", "−0.03", "3", "81.27 ± 0.21"]
+    # 80.9, 81.0, 81.3: mean 81.0667, squared distances 0.02778 + 0.00444 + 0.05444 over 2, its root
+    # 0.2082
+    seen = {
+        name: found["all (SMMix)"][name]
+        for name in ("model", "paper", "ours", "difference", "seeds", "EMA")
+    }
+    assert list(seen.values()) == [
+        "deit_tiny",
+        "81.1",
+        "81.07 ± 0.21",
+        "−0.03",
+        "3",
+        "81.27 ± 0.21",
+    ]
     assert found["all (SMMix)"]["runs"] == "seed 0, seed 1, seed 2"
     assert found["all (SMMix)"]["recipe"] == "deit_tiny_all"
-    assert [found["none (CutMix)"][name] for name in ("paper", "ours", "difference")] == ["79.8", "not run", "–"]
-    assert [found["mixing"][name] for name in ("ours", "runs")] == ["not finished", "seed 0, unfinished: epoch 3 of 4"]
+    assert [found["none (CutMix)"][name] for name in ("paper", "ours", "difference")] == [
+        "79.8",
+        "not run",
+        "–",
+    ]
+    assert [found["mixing"][name] for name in ("ours", "runs")] == [
+        "not finished",
+        "seed 0, unfinished: epoch 3 of 4",
+    ]
     assert [found["to come"][name] for name in ("paper", "ours")] == ["80.5", "not available yet"]
     assert [found["ours"][name] for name in ("paper", "ours")] == ["–", "not run"]
 
@@ -134,7 +159,12 @@ def test_a_spread_is_over_seeds_and_one_seed_has_none() -> None:
     assert described(spread_of([(3, 80.0)])) == "80.00"
     assert described(spread_of([(0, 80.0), (1, 82.0)])) == "81.00 ± 1.41"
     assert spread_of([(0, 79.0), (0, 81.0), (1, 82.0)]) == spread_of([(0, 80.0), (1, 82.0)])
-    assert [signed(value) for value in (0.3, -0.26, 0.004, -0.004)] == ["+0.30", "−0.26", "0.00", "0.00"]
+    assert [signed(value) for value in (0.3, -0.26, 0.004, -0.004)] == [
+        "+0.30",
+        "−0.26",
+        "0.00",
+        "0.00",
+    ]
 
 
 def test_a_seed_run_twice_counts_once(tmp_path: Path) -> None:
@@ -153,7 +183,7 @@ def test_the_last_epoch_counts_and_not_the_best(tmp_path: Path) -> None:
     assert "90.00 % in epoch 2; chosen on the validation set, in no table" in page
 
 
-# ------------------------------------------------------------------------------------------------ nothing mixed up
+# --------------------------------------------------------------------------------- nothing mixed up
 
 PLANTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "variant": ({"variant": "released"}, ["variant"]),
@@ -184,14 +214,18 @@ def test_a_run_of_anything_else_is_no_run_of_the_row(name: str, tmp_path: Path) 
     changes, expected = PLANTED[name]
     assert what_differs(one_run(tmp_path / "run", row("all"), **changes), row("all")) == expected
     found = sorted_runs(tmp_path)
-    assert not [result for result in found.full + found.small if result.finished or result.unfinished]
+    assert not [
+        result for result in found.full + found.small if result.finished or result.unfinished
+    ]
     assert not found.cut
     (other,) = found.others
     assert other.nearest is not None
     assert (other.nearest.name, other.nearest.small) == ("all", False)
     assert len(other.differences) == len(expected)
     page = Reader(report_command.make_report(str(tmp_path), rows())[0])
-    assert page.rows(f"{FULL_TABLE}: none of its 5 rows was run")["all (SMMix)"]["ours"] == "not run"
+    assert (
+        page.rows(f"{FULL_TABLE}: none of its 5 rows was run")["all (SMMix)"]["ours"] == "not run"
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +234,13 @@ def test_a_run_of_anything_else_is_no_run_of_the_row(name: str, tmp_path: Path) 
         {"seed": 7},
         {"batch_size": 128, "processes": 2},
         {"batch_size": 64, "accum_steps": 16},
-        {"num_workers": 31, "data_path": "elsewhere", "device": "cuda", "compile": True, "log_every": 3},
+        {
+            "num_workers": 31,
+            "data_path": "elsewhere",
+            "device": "cuda",
+            "compile": True,
+            "log_every": 3,
+        },
         {"data": ("timm/imagenet", *IMAGENET[1:])},
         {"auto_resume": False, "save_minutes": 5.0, "keep_checkpoints": 9, "decoder": "pillow"},
     ],
@@ -217,10 +257,14 @@ def test_what_only_the_log_tells_counts_too(tmp_path: Path) -> None:
     changed = one_run(tmp_path / "changed", row("all"), *again)
     assert {"total batch", "images"} <= set(what_differs(changed, row("all")))
     anew = one_run(tmp_path / "anew", row("all"), *again[:-1])
-    assert {"total batch", "data"} == set(what_differs(anew, row("all")))  # of the start that counts
+    assert {"total batch", "data"} == set(
+        what_differs(anew, row("all"))
+    )  # of the start that counts
     refused = one_run(tmp_path / "refused", row("all"))
     with (refused.picture.parent / "train.log").open("a") as log:  # type: ignore[union-attr]
-        log.writelines(f"2026-01-02 10:00:00 {line}\n" for line in (*other, "error: other settings"))
+        log.writelines(
+            f"2026-01-02 10:00:00 {line}\n" for line in (*other, "error: other settings")
+        )
     told = folders.read_run(tmp_path / "refused", "refused")
     assert what_differs(told, row("all")) == []
     assert "error: other settings" in told.warnings
@@ -231,19 +275,31 @@ def test_what_only_the_log_tells_counts_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("accuracies", "state"),
-    [(curve(80, 4)[:3], "preempted"), ([70.0, 71.0, 72.0, None], "done"), (curve(80, 4)[:1], "running")],
+    [
+        (curve(80, 4)[:3], "preempted"),
+        ([70.0, 71.0, 72.0, None], "done"),
+        (curve(80, 4)[:1], "running"),
+    ],
 )
-def test_what_is_not_finished_is_in_no_mean(accuracies: list[float | None], state: str, tmp_path: Path) -> None:
+def test_what_is_not_finished_is_in_no_mean(
+    accuracies: list[float | None], state: str, tmp_path: Path
+) -> None:
     write_run(tmp_path / "good", row("all"), curve(81, 4))
     write_run(tmp_path / "open", row("all"), accuracies, state=state, seed=1)
-    found = Reader(report_command.make_report(str(tmp_path), rows())[0]).rows(FULL_TABLE)["all (SMMix)"]
+    found = Reader(report_command.make_report(str(tmp_path), rows())[0]).rows(FULL_TABLE)[
+        "all (SMMix)"
+    ]
     assert (found["ours"], found["seeds"]) == ("81.00", "1")
-    assert re.fullmatch(r"seed 0, seed 1, (unfinished: epoch \d of 4|finished, but .* missing)", found["runs"])
+    assert re.fullmatch(
+        r"seed 0, seed 1, (unfinished: epoch \d of 4|finished, but .* missing)", found["runs"]
+    )
 
 
 def test_a_log_without_its_beginning_is_no_whole_run(tmp_path: Path) -> None:
     write_run(tmp_path / "run", row("all"), curve(81, 4))
-    (tmp_path / "run/log.txt").write_text("".join(json.dumps(log_line(epoch, 80.0)) + "\n" for epoch in (2, 3)))
+    (tmp_path / "run/log.txt").write_text(
+        "".join(json.dumps(log_line(epoch, 80.0)) + "\n" for epoch in (2, 3))
+    )
     run = folders.read_run(tmp_path / "run", "run")
     assert not run.is_finished
     assert what_differs(run, row("all")) == ["log"]
@@ -253,8 +309,13 @@ def test_a_rehearsal_is_never_shown_as_a_reproduction(html: str) -> None:
     page = Reader(html)
     found = page.rows(SMALL_TABLE)
     assert list(found["all (SMMix)"]) == [
-        "row", "ours, CIFAR-10", "seeds", "paper, ImageNet-1k (reference only)", "runs", "recipe",
-    ]  # fmt: skip
+        "row",
+        "ours, CIFAR-10",
+        "seeds",
+        "paper, ImageNet-1k (reference only)",
+        "runs",
+        "recipe",
+    ]
     head, _, rest = html.partition('<section id="rehearsals"')
     assert SMALL_TABLE not in head
     assert "vit_mini" not in head
@@ -262,7 +323,8 @@ def test_a_rehearsal_is_never_shown_as_a_reproduction(html: str) -> None:
     assert '<h2 id="rehearsals-h">Rehearsals on CIFAR-10, not a reproduction</h2>' in whole
     assert "short of data: all images, 6 epochs, vit_mini_patch4_32" in whole
     assert "another data set, ImageNet-1k, and of another model" in whole
-    # 51, 53, 52: mean 52, deviation 1; 52.5, 54.5, 53: mean 53.3333, squares 0.694 + 1.361 + 0.111 over 2, root 1.041
+    # 51, 53, 52: mean 52, deviation 1; 52.5, 54.5, 53: mean 53.3333, squares 0.694 + 1.361 + 0.111
+    # over 2, root 1.041
     assert "52.00 ± 1.00" in whole
     assert "53.33 ± 1.04" in whole
     assert "79.8 (deit_tiny)" in whole
@@ -273,7 +335,10 @@ def test_a_rehearsal_is_never_shown_as_a_reproduction(html: str) -> None:
     assert "Rehearsals cut short: 2 of 6 epochs" in short
     assert "a network this small gained from mixing only there" in whole
     assert "gained from mixing" not in short  # that was seen at the full length alone
-    assert "short of data: all images, vit_mini_patch4_32. These rehearsals are shorter than their rows ask" in short
+    assert (
+        "short of data: all images, vit_mini_patch4_32. These rehearsals are shorter than their "
+        "rows ask" in short
+    )
     assert "SMMix starts slower than other mixing" in short
     assert "a ranking at this length tells nothing about the full length" in short
     assert "another data set, ImageNet-1k, and of another model" in short
@@ -292,7 +357,11 @@ def test_rehearsals_of_each_length_stand_apart(tmp_path: Path) -> None:
     assert not found.others
     assert [[run.name for run in result.finished] for result in found.small] == [[], ["whole"]]
     names = {cut: [run.name for run in results[1].finished] for cut, results in found.cut.items()}
-    assert names == {"2 of 6 epochs": ["two"], "at most 2 steps": ["steps"], "3 of 6 epochs": ["three"]}
+    assert names == {
+        "2 of 6 epochs": ["two"],
+        "at most 2 steps": ["steps"],
+        "3 of 6 epochs": ["three"],
+    }
     assert [run.name for run in found.cut["3 of 6 epochs"][1].unfinished] == ["open"]
 
 
@@ -312,48 +381,79 @@ def test_a_network_that_rows_look_through_is_no_run_of_a_row(tmp_path: Path) -> 
     write_run(tmp_path / "small/pretrained/cutmix_vit_mini", row("none", small=True), curve(60, 6))
     write_run(tmp_path / "pretrained", row("all", small=True), curve(70, 6))  # only what lies below
     found = sorted_runs(tmp_path)
-    assert [[run.name for run in result.finished] for result in found.small] == [["small/table7/none"], ["pretrained"]]
+    assert [[run.name for run in result.finished] for result in found.small] == [
+        ["small/table7/none"],
+        ["pretrained"],
+    ]
     page = Reader(report_command.make_report(str(tmp_path), rows())[0])
     assert page.rows(SMALL_TABLE)["none (CutMix)"]["ours, CIFAR-10"] == "50.00"
     assert "was run 2 times" not in page.text
     other = page.rows("Runs that fit no row")["small/pretrained/cutmix_vit_mini"]
     assert other["nearest row"] == "–"
-    assert other["what differs from it"] == "no row: trained for rows to look through, in a folder pretrained"
+    assert (
+        other["what differs from it"]
+        == "no row: trained for rows to look through, in a folder pretrained"
+    )
 
 
 def test_the_last_block_is_the_same_whether_it_is_said_or_not(tmp_path: Path) -> None:
     (last, third) = tables.parse_rows(
-        [f"tablea5\tblock{n}\td\tvit_mini_patch4_32\t\t{SMALL} --mixer smmix --score-block {n}" for n in (6, 3)],
-        True, "Table A5", "tablea5.sh",
-    )  # fmt: skip
+        [
+            f"tablea5\tblock{n}\td\tvit_mini_patch4_32\t\t{SMALL} --mixer smmix --score-block {n}"
+            for n in (6, 3)
+        ],
+        True,
+        "Table A5",
+        "tablea5.sh",
+    )
     plain = one_run(tmp_path / "plain", row("all", small=True))
     said = one_run(tmp_path / "said", last)
     assert [what_differs(plain, last), what_differs(said, row("all", small=True))] == [[], []]
-    assert [what_differs(plain, third), what_differs(said, third)] == [["score_block"], ["score_block"]]
-    another = one_run(tmp_path / "another", last, motivator="deit_tiny_patch16_224")  # its blocks are others
+    assert [what_differs(plain, third), what_differs(said, third)] == [
+        ["score_block"],
+        ["score_block"],
+    ]
+    another = one_run(
+        tmp_path / "another", last, motivator="deit_tiny_patch16_224"
+    )  # its blocks are others
     assert what_differs(another, row("all", small=True)) == ["motivator", "score_block"]
     odd = one_run(tmp_path / "odd", last, score_block=[6])
     assert what_differs(odd, row("all", small=True)) == ["score_block"]
 
 
 @pytest.mark.parametrize("data", [("IMNET", *CIFAR10[1:]), CIFAR10])
-def test_a_rehearsal_takes_cifar_10_from_either_place(data: tuple[str, int, int, int], tmp_path: Path) -> None:
-    assert what_differs(one_run(tmp_path / "run", row("all", True), data=data), row("all", True)) == []
+def test_a_rehearsal_takes_cifar_10_from_either_place(
+    data: tuple[str, int, int, int], tmp_path: Path
+) -> None:
+    assert (
+        what_differs(one_run(tmp_path / "run", row("all", True), data=data), row("all", True)) == []
+    )
 
 
-@pytest.mark.parametrize("data", [("DIGITS", 10, 1437, 360), ("CIFAR", 100, 50_000, 10_000), ("DIGITS", *CIFAR10[1:])])
+@pytest.mark.parametrize(
+    "data", [("DIGITS", 10, 1437, 360), ("CIFAR", 100, 50_000, 10_000), ("DIGITS", *CIFAR10[1:])]
+)
 def test_a_rehearsal_on_other_data_is_none(data: tuple[str, int, int, int], tmp_path: Path) -> None:
-    assert what_differs(one_run(tmp_path / "run", row("all", True), data=data), row("all", True)) == ["data"]
+    assert what_differs(
+        one_run(tmp_path / "run", row("all", True), data=data), row("all", True)
+    ) == ["data"]
 
 
 def test_one_recipe_may_be_that_of_several_rows(tmp_path: Path) -> None:
     same = tables.parse_rows(
-        [f"table8\tdefault\tU\tdeit_tiny\t81.1\t{FULL} --mixer smmix"], False, "Table 8", "table8.sh"
+        [f"table8\tdefault\tU\tdeit_tiny\t81.1\t{FULL} --mixer smmix"],
+        False,
+        "Table 8",
+        "table8.sh",
     )
     write_run(tmp_path / "run", row("all"), curve(80, 4))
     page = report_command.make_report(str(tmp_path), [*rows(), *same])[0]
     assert "Table 7 deit_tiny_all, Table 8 deit_tiny_default" in page
-    assert Reader(page).rows("Table 8")["U"]["ours"] == Reader(page).rows(FULL_TABLE)["all (SMMix)"]["ours"] == "80.00"
+    assert (
+        Reader(page).rows("Table 8")["U"]["ours"]
+        == Reader(page).rows(FULL_TABLE)["all (SMMix)"]["ours"]
+        == "80.00"
+    )
 
 
 @pytest.mark.parametrize(
@@ -367,26 +467,69 @@ def test_one_recipe_may_be_that_of_several_rows(tmp_path: Path) -> None:
         (None, "self", False),
     ],
 )
-def test_a_network_is_the_same_wherever_its_weights_lie(one: str | None, other: str, same: bool) -> None:
+def test_a_network_is_the_same_wherever_its_weights_lie(
+    one: str | None, other: str, same: bool
+) -> None:
     assert (matching.network_of(one) == matching.network_of(other)) == same
 
 
 def test_only_recipe_flags_that_differ_from_the_defaults_are_listed(tmp_path: Path) -> None:
     run = one_run(tmp_path / "run", row("none"), clip_grad=1.0, num_workers=3, data_path="secret")
     assert matching.changed_flags(run) == [
-        ("--clip-grad", "1.0", "none"), ("--epochs", "4", "300"), ("--mixer", "cutmix", "smmix"),
+        ("--clip-grad", "1.0", "none"),
+        ("--epochs", "4", "300"),
+        ("--mixer", "cutmix", "smmix"),
         ("--model", "deit_tiny_patch16_224", "deit_base_patch16_224"),
-    ]  # fmt: skip
+    ]
 
 
-# ----------------------------------------------------------------------------------------------- nothing trusted
+# ---------------------------------------------------------------------------------- nothing trusted
 
 TAGS = {
-    "a", "article", "body", "caption", "circle", "dd", "desc", "details", "div", "dl", "dt", "figcaption", "figure",
-    "h1", "h2", "h3", "h4", "head", "header", "html", "img", "li", "line", "link", "main", "meta", "nav", "p",
-    "polyline", "section", "span", "style", "summary", "svg", "table", "tbody", "td", "text", "th", "thead", "title",
-    "tr", "ul",
-}  # fmt: skip
+    "a",
+    "article",
+    "body",
+    "caption",
+    "circle",
+    "dd",
+    "desc",
+    "details",
+    "div",
+    "dl",
+    "dt",
+    "figcaption",
+    "figure",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "head",
+    "header",
+    "html",
+    "img",
+    "li",
+    "line",
+    "link",
+    "main",
+    "meta",
+    "nav",
+    "p",
+    "polyline",
+    "section",
+    "span",
+    "style",
+    "summary",
+    "svg",
+    "table",
+    "tbody",
+    "td",
+    "text",
+    "th",
+    "thead",
+    "title",
+    "tr",
+    "ul",
+}
 NASTY = "<script>alert(1)</script>&\"'<img src=x onerror=alert(2)>|[a](b)\u202e"
 
 
@@ -401,9 +544,13 @@ def test_whatever_folders_say_is_shown_and_not_obeyed(tmp_path: Path) -> None:
         state=NASTY,
         told=[f"warning: {NASTY}"],
     )
-    (folder / "environment.json").write_text(json.dumps({"torch": NASTY, NASTY: "1", "commit": NASTY}))
+    (folder / "environment.json").write_text(
+        json.dumps({"torch": NASTY, NASTY: "1", "commit": NASTY})
+    )
     write_run(tmp_path / "failed", row("all"), curve(80, 4)[:1], state="failed")
-    (tmp_path / "failed/status.json").write_text(json.dumps({"state": "failed", "exit_code": NASTY, "error": NASTY}))
+    (tmp_path / "failed/status.json").write_text(
+        json.dumps({"state": "failed", "exit_code": NASTY, "error": NASTY})
+    )
     (tmp_path / "<table>").mkdir()
     (tmp_path / "<table>/log.txt").touch()
     nasty = Row(NASTY, NASTY, NASTY, NASTY, 1.0, (), False, NASTY, NASTY)
@@ -421,7 +568,11 @@ def test_whatever_folders_say_is_shown_and_not_obeyed(tmp_path: Path) -> None:
 
 def test_nothing_is_asked_of_a_network(html: str) -> None:
     page = Reader(html)
-    places = [value or "" for _, name, value in page.attributes if name in ("src", "href", "srcset", "action", "data")]
+    places = [
+        value or ""
+        for _, name, value in page.attributes
+        if name in ("src", "href", "srcset", "action", "data")
+    ]
     assert places
     assert all(place.startswith(("#", "data:image/", "data:,")) for place in places)
     assert not re.findall(r"url\(|@import|https?:", html)
@@ -429,32 +580,54 @@ def test_nothing_is_asked_of_a_network(html: str) -> None:
 
 
 def break_file(name: str, text: str | bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return lambda folder: (folder / name).write_bytes(
+        text if isinstance(text, bytes) else text.encode()
+    )
 
 
 def edit_args(**changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         args = {**json.loads((folder / "args.json").read_text()), **changes}
-        (folder / "args.json").write_text(json.dumps({name: value for name, value in args.items() if value != "gone"}))
+        (folder / "args.json").write_text(
+            json.dumps({name: value for name, value in args.items() if value != "gone"})
+        )
 
     return edit
 
 
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no args": (lambda folder: (folder / "args.json").unlink(), "no args.json"),
-    "no log": (lambda folder: (folder / "log.txt").unlink(), "no epoch is finished; its status is done"),
+    "no log": (
+        lambda folder: (folder / "log.txt").unlink(),
+        "no epoch is finished; its status is done",
+    ),
     "args cut short": (break_file("args.json", '{"model": '), "args.json holds no JSON object"),
-    "args of another project": (break_file("args.json", '{"arch": "resnet50"}'), "args.json has no epochs, seed"),
+    "args of another project": (
+        break_file("args.json", '{"arch": "resnet50"}'),
+        "args.json has no epochs, seed",
+    ),
     "args too deep": (break_file("args.json", "[" * 100_000), "args.json holds no JSON object"),
-    "args no bytes of text": (break_file("args.json", b"\xff\xfe\x00"), "args.json holds no JSON object"),
+    "args no bytes of text": (
+        break_file("args.json", b"\xff\xfe\x00"),
+        "args.json holds no JSON object",
+    ),
     "epochs a text": (edit_args(epochs="300"), "epochs is '300'"),
     "epochs none": (edit_args(epochs=0), "epochs is 0"),
     "seed a list": (edit_args(seed=[1]), "seed is [1]"),
     "model missing": (edit_args(model="gone"), "args.json has no model"),
     "log of something else": (break_file("log.txt", "hello\nworld\n"), "line 1 of log.txt"),
-    "log with epochs twice": (break_file("log.txt", '{"epoch": 1}\n{"epoch": 1}\n'), "epoch 1 behind epoch 1"),
-    "log with an epoch beyond all": (break_file("log.txt", '{"epoch": 99999999}\n{"epoch": 1}\n'), "line 1 of log.txt"),
-    "log with odd epochs": (break_file("log.txt", '{"epoch": -1}\n{"epoch": "x"}\n'), "line 1 of log.txt"),
+    "log with epochs twice": (
+        break_file("log.txt", '{"epoch": 1}\n{"epoch": 1}\n'),
+        "epoch 1 behind epoch 1",
+    ),
+    "log with an epoch beyond all": (
+        break_file("log.txt", '{"epoch": 99999999}\n{"epoch": 1}\n'),
+        "line 1 of log.txt",
+    ),
+    "log with odd epochs": (
+        break_file("log.txt", '{"epoch": -1}\n{"epoch": "x"}\n'),
+        "line 1 of log.txt",
+    ),
 }
 
 
@@ -477,16 +650,26 @@ def lines_of(rate: str, loss: str) -> str:
 TOLERATED: dict[str, tuple[Callable[[Path], object], str]] = {
     "status": (break_file("status.json", "["), "not recorded"),
     "versions": (break_file("environment.json", b"\xff"), "not recorded"),
-    "picture": (break_file("mixing.png", b"\x89PNG\r\n\x1a\n" + b"\0" * 99), "mixing.png cannot be shown"),
-    "picture of another kind": (break_file("mixing.png", "<svg onload='alert(1)'/>"), "mixing.png cannot be shown"),
+    "picture": (
+        break_file("mixing.png", b"\x89PNG\r\n\x1a\n" + b"\0" * 99),
+        "mixing.png cannot be shown",
+    ),
+    "picture of another kind": (
+        break_file("mixing.png", "<svg onload='alert(1)'/>"),
+        "mixing.png cannot be shown",
+    ),
     "last line": (
-        lambda folder: (folder / "log.txt").open("a").write('{"epoch": 4, "tes'), "log.txt is cut short",
+        lambda folder: (folder / "log.txt").open("a").write('{"epoch": 4, "tes'),
+        "log.txt is cut short",
     ),
     "numbers": (break_file("log.txt", lines_of('"x"', "[1]")), "nothing recorded"),
     "infinite numbers": (break_file("log.txt", lines_of("NaN", "1e999")), "nothing recorded"),
-    "numbers too large to draw": (break_file("log.txt", lines_of("1.7e308", "-1.7e308")), "nothing recorded"),
+    "numbers too large to draw": (
+        break_file("log.txt", lines_of("1.7e308", "-1.7e308")),
+        "nothing recorded",
+    ),
     "huge numbers": (break_file("log.txt", lines_of("1" * 400, "true")), "nothing recorded"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TOLERATED)
@@ -506,7 +689,9 @@ def test_an_unlikely_sign_in_a_text_ends_no_line(tmp_path: Path) -> None:
     assert (len(run.epochs), run.top1, skipped) == (4, pytest.approx(81), [])
 
 
-def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_looked_into_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_run(tmp_path / "good", row("all"), curve(81, 4))
     write_run(tmp_path / "shut", row("all"), curve(81, 4))
     look = Path.is_file
@@ -534,7 +719,10 @@ def test_a_large_picture_is_made_smaller(tmp_path: Path) -> None:
     assert picture is not None
     assert (picture.kind, picture.width, trouble) == ("jpeg", 700, "")
     assert len(picture.data) < path.stat().st_size / 2
-    for side, reason in ((7_000, "has 7000 x 7000 pixels, too many to show"), (10_000, "cannot be shown: Decompr")):
+    for side, reason in (
+        (7_000, "has 7000 x 7000 pixels, too many to show"),
+        (10_000, "cannot be shown: Decompr"),
+    ):
         Image.new("1", (side, side)).save(path)
         picture, trouble = details.read_picture(path)
         assert picture is None
@@ -547,10 +735,12 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     assert [run.name for run in folders.find_runs(tmp_path)[0]] == ["a/run"]
 
 
-# ------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
-def test_without_runs_it_says_what_it_looked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_runs_it_says_what_it_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match=r"holds no run; looked .* for log.txt and args.json"):
         folders.find_runs(tmp_path)
@@ -559,7 +749,9 @@ def test_without_runs_it_says_what_it_looked_for(tmp_path: Path, capsys: pytest.
     assert not list(tmp_path.glob("report*"))
 
 
-def test_the_same_runs_give_the_same_bytes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_runs_give_the_same_bytes(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In another place, at another time, found in another order."""
     monkeypatch.setattr(tables, "read_rows", rows)
     shutil.copytree(root, tmp_path / "one/runs")
@@ -574,7 +766,10 @@ def test_the_same_runs_give_the_same_bytes(root: Path, tmp_path: Path, monkeypat
         monkeypatch.chdir(tmp_path / folder)
         report_command.main(["runs", "--output", "somewhere/new"])
         written.append(
-            [(tmp_path / folder / "somewhere/new" / name).read_bytes() for name in ("report.html", "report.md")]
+            [
+                (tmp_path / folder / "somewhere/new" / name).read_bytes()
+                for name in ("report.html", "report.md")
+            ]
         )
     assert written[0] == written[1]
     report_command.main(["runs", "--output", "somewhere/new"])
@@ -593,7 +788,11 @@ def all_rows() -> list[Row]:
 def test_the_rows_are_those_of_the_scripts(all_rows: list[Row]) -> None:
     found = all_rows
     scripts = {path.name for path in (ROOT / "scripts/tables").glob("table*.sh")}
-    assert {one.script for one in found if not one.small} == {one.script for one in found if one.small} == scripts
+    assert (
+        {one.script for one in found if not one.small}
+        == {one.script for one in found if one.small}
+        == scripts
+    )
     assert all(one.title.startswith("Table ") for one in found)
     for one in found:
         if one.words:
@@ -609,18 +808,31 @@ def test_the_rows_are_those_of_the_scripts(all_rows: list[Row]) -> None:
 
 def test_the_page_of_tables_has_the_rows_that_are_one_recipe(all_rows: list[Row]) -> None:
     there = [one for one in all_rows if one.words]
-    made = {one: Run(one.name, dict(matching.flags_of(one.words, "cpu")), [], {}, {}, [], [], None) for one in there}
+    made = {
+        one: Run(one.name, dict(matching.flags_of(one.words, "cpu")), [], {}, {}, [], [], None)
+        for one in there
+    }
     groups = set()
     for own, run in made.items():
         alike = [one for one in there if (one.small, one.model) == (own.small, own.model)]
         free = {"data", "total batch"}  # which only the log tells
-        same = [one for one in alike if set(what_differs(run, one)) <= free and total_of(one) == total_of(own)]
+        same = [
+            one
+            for one in alike
+            if set(what_differs(run, one)) <= free and total_of(one) == total_of(own)
+        ]
         if len(same) > 1:
-            kind = "rehearsals" if own.small else {"deit_small": "DeiT-S", "deit_tiny": "DeiT-T"}[own.model]
+            kind = (
+                "rehearsals"
+                if own.small
+                else {"deit_small": "DeiT-S", "deit_tiny": "DeiT-T"}[own.model]
+            )
             groups.add((kind, *(f"{one.table} {one.name}" for one in same)))
     lines = [line.split("|") for line in (ROOT / "docs/tables.md").read_text().splitlines()]
-    told = [(kind.strip(), *re.findall(r"`(table\w+ \w+)`", names)) for _, kind, names, _ in
-            (line for line in lines if len(line) == 4)]  # fmt: skip
+    told = [
+        (kind.strip(), *re.findall(r"`(table\w+ \w+)`", names))
+        for _, kind, names, _ in (line for line in lines if len(line) == 4)
+    ]
     assert sorted(one for one in told if len(one) > 1) == sorted(groups)
 
 
@@ -637,14 +849,19 @@ def test_a_list_that_is_not_understood_is_refused(line: str) -> None:
 
 def test_a_row_that_is_not_for_this_main_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "run", row("all"), curve(80, 4))
-    (wrong,) = tables.parse_rows(["table7\tx\tx\tdeit_tiny\t80.0\t--nosuch 3"], False, "Table 7", "table7.sh")
+    (wrong,) = tables.parse_rows(
+        ["table7\tx\tx\tdeit_tiny\t80.0\t--nosuch 3"], False, "Table 7", "table7.sh"
+    )
     with pytest.raises(InputError, match=r"not for this main\.py: --nosuch 3"):
         report_command.make_report(str(tmp_path), [wrong])
 
 
 def test_a_real_run_is_read_as_it_was(tmp_path: Path) -> None:
     """What `main.py` writes today, and not only what the recorded folders hold."""
-    recipe = "--model vit_nano_patch4_32 --input-size 16 --batch-size 240 --no-repeated-aug --aa none --epochs 1 "
+    recipe = (
+        "--model vit_nano_patch4_32 --input-size 16 --batch-size 240 --no-repeated-aug --aa none "
+        "--epochs 1 "
+    )
     recipe += "--warmup-epochs 0 --log-every 1"
     done = run_small(recipe, "--seed 3 --output-dir", tmp_path / "<b>runs" / "one")
     assert done.code == 0, done.err
@@ -653,7 +870,9 @@ def test_a_real_run_is_read_as_it_was(tmp_path: Path) -> None:
     (same,) = tables.parse_rows([f"table7\tx\tx\tm\t90.0\t{recipe}"], False, "Table 7", "table7.sh")
     assert what_differs(run, same) == ["data"]
     assert (run.is_finished, matching.total_batch(run), len(run.starts)) == (True, 240, 1)
-    assert set(run.start.head) == set(folders.HEAD.pattern.split("(", 1)[1].split(")")[0].split("|"))
+    assert set(run.start.head) == set(
+        folders.HEAD.pattern.split("(", 1)[1].split(")")[0].split("|")
+    )
     assert run.start.trained
     assert any("--model-ema-decay" in line for line in run.warnings)
     page = Reader(report_command.make_report(str(tmp_path), [same])[0])
@@ -661,13 +880,19 @@ def test_a_real_run_is_read_as_it_was(tmp_path: Path) -> None:
     other = page.rows("Runs that fit no row")["<b>runs/one"]
     assert other["top-1"] == f"{logged['test_acc1']:.2f}"
     assert other["EMA"] == f"{logged['test_ema_acc1']:.2f}"
-    assert other["what differs from it"] == "data DIGITS, 10 classes, 1,437 and 360 images (the row has ImageNet-1k)"
-    assert all(name in page.text for name in ("classification", "fine-grained", "consistency", "learning rate"))
+    assert (
+        other["what differs from it"]
+        == "data DIGITS, 10 classes, 1,437 and 360 images (the row has ImageNet-1k)"
+    )
+    assert all(
+        name in page.text
+        for name in ("classification", "fine-grained", "consistency", "learning rate")
+    )
     assert "img" in page.tags
     assert str(tmp_path) not in page.text.replace(f"Run folders in {tmp_path}", "")
 
 
-# ------------------------------------------------------------------------------------------------------- charts
+# ------------------------------------------------------------------------------------------- charts
 
 
 def test_ticks_are_round() -> None:
@@ -687,7 +912,15 @@ def test_ticks_are_round() -> None:
 
 
 def test_a_line_breaks_where_a_value_is_missing() -> None:
-    points: list[tuple[float, float | None]] = [(1, 1.0), (2, 2.0), (3, None), (4, 4.0), (5, None), (6, 3.0), (7, 2.0)]
+    points: list[tuple[float, float | None]] = [
+        (1, 1.0),
+        (2, 2.0),
+        (3, None),
+        (4, 4.0),
+        (5, None),
+        (6, 3.0),
+        (7, 2.0),
+    ]
     drawn = charts.draw(Chart("a", "%", [Series("one", points)]), "c")
     assert drawn.count("<polyline") == 2
     assert drawn.count("<circle") == 1
@@ -696,8 +929,15 @@ def test_a_line_breaks_where_a_value_is_missing() -> None:
 
 def test_a_line_is_where_its_values_are() -> None:
     drawn = charts.draw(Chart("a", "%", [Series("one", [(1, 10.0), (2, 20.0), (3, 40.0)])]), "c")
-    places = [tuple(map(float, pair.split(","))) for pair in re.findall(r'points="([^"]*)"', drawn)[0].split()]
-    assert [x for x, _ in places] == [charts.LEFT, pytest.approx((charts.LEFT + charts.WIDTH - charts.RIGHT) / 2), 406]
+    places = [
+        tuple(map(float, pair.split(",")))
+        for pair in re.findall(r'points="([^"]*)"', drawn)[0].split()
+    ]
+    assert [x for x, _ in places] == [
+        charts.LEFT,
+        pytest.approx((charts.LEFT + charts.WIDTH - charts.RIGHT) / 2),
+        406,
+    ]
     falls = [before[1] - after[1] for before, after in pairwise(places)]
     assert falls[1] == pytest.approx(2 * falls[0], abs=0.2)
     assert 'stroke-dasharray="' not in drawn
@@ -710,7 +950,7 @@ def test_long_lines_are_thinned_and_keep_their_ends() -> None:
     assert (thinned[0], thinned[-1]) == (points[0], points[-1])
 
 
-# ------------------------------------------------------------------------------------------- the browser of .ci/run
+# --------------------------------------------------------------------------- the browser of .ci/run
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -719,17 +959,27 @@ def test_ci_installs_the_browser_or_says_that_it_could_not(works: bool, tmp_path
     programs.mkdir()
     for name in ("bash", "cat", "dirname", "env", "grep", "mktemp", "rm", "tail", "tee"):
         (programs / name).symlink_to(shutil.which(name) or "")
-    fakes = {"id": "echo 0", "apt-get": f'echo "$*" >>"{tmp_path}/asked"; echo reason; exit {0 if works else 7}'}
+    fakes = {
+        "id": "echo 0",
+        "apt-get": f'echo "$*" >>"{tmp_path}/asked"; echo reason; exit {0 if works else 7}',
+    }
     for name, body in fakes.items():
         (programs / name).write_text(f"#!{programs}/bash\n{body}\n")
         (programs / name).chmod(0o755)
     project = tmp_path / "project"
     (project / "scripts").mkdir(parents=True)
     shutil.copytree(ROOT / ".ci", project / ".ci")
-    (project / "scripts/test.sh").write_text('echo "browser $CI_BROWSER"; echo "3 passed in 0.10s"\n')
-    environment = {name: value for name, value in os.environ.items() if name != "CI_BROWSER"} | {"PATH": str(programs)}
+    (project / "scripts/test.sh").write_text(
+        'echo "browser $CI_BROWSER"; echo "3 passed in 0.10s"\n'
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CI_BROWSER"} | {
+        "PATH": str(programs)
+    }
     done = subprocess.run(
-        [str(programs / "bash"), str(project / ".ci/run")], capture_output=True, text=True, env=environment
+        [str(programs / "bash"), str(project / ".ci/run")],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert "chromium chromium-driver" in (tmp_path / "asked").read_text() or not works
     if works:

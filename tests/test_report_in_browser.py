@@ -1,7 +1,8 @@
-"""The report's page as a browser shows it: there, readable, quiet, on wide and narrow screens, light, dark, on paper.
+"""The report's page as a browser shows it: there, readable, quiet, on wide and narrow screens,
+light, dark, on paper.
 
-Needs Chromium and chromedriver (Debian: chromium, chromium-driver) and selenium. Where one is missing the tests are
-skipped; with CI_BROWSER=1, as in .ci/run, that is a failure.
+Needs Chromium and chromedriver (Debian: chromium, chromium-driver) and selenium. Where one is
+missing the tests are skipped; with CI_BROWSER=1, as in .ci/run, that is a failure.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ from tools.report import __main__ as report_command
 
 pytestmark = pytest.mark.slow
 
-FLAGS = ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
-         "--no-first-run", "--hide-scrollbars")  # fmt: skip
+FLAGS = (
+    "--headless=new",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--no-first-run",
+    "--hide-scrollbars",
+)
 # Pixels of text and ground, blended down to an opaque one; WCAG 2's contrast of the two.
 CONTRASTS = """
 const numbers = color => [...color.match(/[\\d.]+/g).map(Number), 1].slice(0, 4)
@@ -51,7 +58,13 @@ def missing() -> str:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = example(tmp_path_factory.mktemp("runs"))
-    write_run(root / "<script>alert(1)<", row("all"), curve(80, 4), mixup=0.3, told=["warning: <b>bold</b>"])
+    write_run(
+        root / "<script>alert(1)<",
+        row("all"),
+        curve(80, 4),
+        mixup=0.3,
+        told=["warning: <b>bold</b>"],
+    )
     file = root / "report.html"
     file.write_text(report_command.make_report(str(root), rows())[0], encoding="utf-8")
     return file
@@ -75,7 +88,9 @@ def browser() -> Iterator[Any]:
     driver.quit()
 
 
-def show(browser: Any, page: Path, width: int = 1200, scheme: str = "light", media: str = "screen") -> None:
+def show(
+    browser: Any, page: Path, width: int = 1200, scheme: str = "light", media: str = "screen"
+) -> None:
     """Loads the page on a screen `width` pixels wide."""
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -86,12 +101,14 @@ def show(browser: Any, page: Path, width: int = 1200, scheme: str = "light", med
 
 def every(browser: Any, selector: str, expression: str) -> list[Any]:
     """A JavaScript expression of `one`, for every element of a selector."""
-    return list(browser.execute_script(f"return [...document.querySelectorAll({selector!r})].map(one => {expression})"))
+    return list(
+        browser.execute_script(
+            f"return [...document.querySelectorAll({selector!r})].map(one => {expression})"
+        )
+    )
 
 
-IS_SEEN = (
-    "one.checkVisibility({visibilityProperty: true, opacityProperty: true}) && one.getBoundingClientRect().height > 8"
-)
+IS_SEEN = "one.checkVisibility({visibilityProperty: true, opacityProperty: true}) && one.getBoundingClientRect().height > 8"
 
 
 def test_tables_figures_charts_and_pictures_are_there_and_seen(browser: Any, page: Path) -> None:
@@ -101,17 +118,32 @@ def test_tables_figures_charts_and_pictures_are_there_and_seen(browser: Any, pag
     assert len(seen) == 5
     assert all(seen)
     text = browser.execute_script("return document.body.innerText")
-    for figure in ("81.07 ± 0.21", "−0.03", "81.27 ± 0.21", "52.00 ± 1.00", "53.33 ± 1.04", "not run", "not finished",
-                   "unfinished: epoch 3 of 4", "<script>alert(1)<", "<b>bold</b>"):  # fmt: skip
+    for figure in (
+        "81.07 ± 0.21",
+        "−0.03",
+        "81.27 ± 0.21",
+        "52.00 ± 1.00",
+        "53.33 ± 1.04",
+        "not run",
+        "not finished",
+        "unfinished: epoch 3 of 4",
+        "<script>alert(1)<",
+        "<b>bold</b>",
+    ):
         assert figure in text
-    drawn = every(browser, "svg.chart", "[one.getBoundingClientRect().width, one.querySelectorAll('polyline').length]")
+    drawn = every(
+        browser,
+        "svg.chart",
+        "[one.getBoundingClientRect().width, one.querySelectorAll('polyline').length]",
+    )
     assert len(drawn) == 3 + 14 * 4
     assert all(width > 250 and lines >= 1 for width, lines in drawn)
     inside = every(
-        browser, "svg.chart polyline, svg.chart text",
+        browser,
+        "svg.chart polyline, svg.chart text",
         "((b, v) => b.x >= 0 && b.y >= 0 && b.x + b.width <= v.width && b.y + b.height <= v.height)"
         "(one.getBBox(), one.ownerSVGElement.viewBox.baseVal)",
-    )  # fmt: skip
+    )
     assert inside
     assert all(inside)
     assert every(browser, "img", "one.complete && one.naturalWidth > 0") == [True] * 14
@@ -120,13 +152,19 @@ def test_tables_figures_charts_and_pictures_are_there_and_seen(browser: Any, pag
     assert all(links)
 
 
-def test_it_runs_nothing_asks_for_nothing_and_complains_of_nothing(browser: Any, page: Path) -> None:
+def test_it_runs_nothing_asks_for_nothing_and_complains_of_nothing(
+    browser: Any, page: Path
+) -> None:
     browser.get_log("browser"), browser.get_log("performance")
     show(browser, page)
     assert browser.execute_script("return document.scripts.length") == 0
     assert not browser.get_log("browser")
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    asked = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
     assert page.as_uri() in asked
     assert [url for url in asked if url != page.as_uri() and not url.startswith("data:")] == []
 
@@ -136,9 +174,10 @@ def test_the_page_never_scrolls_sideways(browser: Any, page: Path, width: int) -
     show(browser, page, width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     wider = every(
-        browser, "h1, h2, h3, p, dl, figure, img, summary, .scroll, .warnings",
+        browser,
+        "h1, h2, h3, p, dl, figure, img, summary, .scroll, .warnings",
         "one.getBoundingClientRect().right > innerWidth + 1 ? one.outerHTML.slice(0, 80) : ''",
-    )  # fmt: skip
+    )
     assert not [one for one in wider if one]
 
 
@@ -159,8 +198,12 @@ def test_the_keyboard_reaches_what_is_folded_and_what_scrolls(browser: Any, page
     show(browser, page, 360)
     body = browser.find_element("tag name", "body")
     body.send_keys(Keys.TAB)
-    assert browser.execute_script("return document.activeElement.textContent") == "Skip to the tables"
-    assert all(every(browser, ".scroll", "one.tabIndex === 0 && one.getAttribute('aria-label') !== ''"))
+    assert (
+        browser.execute_script("return document.activeElement.textContent") == "Skip to the tables"
+    )
+    assert all(
+        every(browser, ".scroll", "one.tabIndex === 0 && one.getAttribute('aria-label') !== ''")
+    )
     folded = browser.find_element("css selector", "details:not([open]) > summary")
     browser.execute_script("arguments[0].focus()", folded)
     folded.send_keys(Keys.ENTER)
@@ -169,7 +212,10 @@ def test_the_keyboard_reaches_what_is_folded_and_what_scrolls(browser: Any, page
 
 def test_paper_shows_what_is_folded_on_the_screen(browser: Any, page: Path) -> None:
     show(browser, page, scheme="dark", media="print")
-    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert (
+        browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
     assert all(every(browser, "details:not([open]) table", IS_SEEN))
     assert not any(every(browser, "nav", IS_SEEN))
     printed = browser.execute_cdp_cmd("Page.printToPDF", {})

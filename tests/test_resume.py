@@ -1,4 +1,5 @@
-"""A run that was killed and gone on with is the run that was not, and nothing else is ever taken for it."""
+"""A run that was killed and gone on with is the run that was not, and nothing else is ever taken
+for it."""
 
 from __future__ import annotations
 
@@ -28,13 +29,18 @@ from tests.runs import (
 from utils import InputError
 
 # Everything that draws: augmentation, repeats, drop path, both mixers. An epoch has three steps.
-WORDS = "--aa rand-m9-mstd0.5-inc1 --repeated-aug --drop-path 0.2 --epochs 3 --warmup-epochs 1 --lr 0.1"
-MORE = "--epochs 2 --accept-changes epochs"  # goes on with a run of one epoch; names of more flags may follow
+WORDS = (
+    "--aa rand-m9-mstd0.5-inc1 --repeated-aug --drop-path 0.2 --epochs 3 --warmup-epochs 1 --lr 0.1"
+)
+# goes on with a run of one epoch; names of more flags may follow
+MORE = "--epochs 2 --accept-changes epochs"
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_image_folder(tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(20, 20))
+    return make_image_folder(
+        tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(20, 20)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# --------------------------------------------------------------------------------------------- going on with a run
+# ------------------------------------------------------------------------------ going on with a run
 
 
 @pytest.mark.parametrize(
@@ -54,10 +60,16 @@ def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("", "--num-workers 2", "--num-workers 2"),
         ("", "--num-workers 2", "--num-workers 0"),
         ("--amp fp16 --opt momentum --clip-grad 1", "--num-workers 0", "--num-workers 0"),
-        ("--batch-size 4 --accum-steps 2 --variant released --no-model-ema", "--num-workers 0", "--num-workers 0"),
+        (
+            "--batch-size 4 --accum-steps 2 --variant released --no-model-ema",
+            "--num-workers 0",
+            "--num-workers 0",
+        ),
     ],
 )
-def test_resumed_is_uninterrupted(photos: Path, tmp_path: Path, flags: str, before: str, after: str) -> None:
+def test_resumed_is_uninterrupted(
+    photos: Path, tmp_path: Path, flags: str, before: str, after: str
+) -> None:
     """Bit for bit: weights, average, optimizer, loss scale, log and checkpoint."""
     words = split(WORDS, flags, "--data-path", photos)
     whole = run_small(*words, before, "--output-dir", tmp_path / "whole").training
@@ -69,13 +81,21 @@ def test_resumed_is_uninterrupted(photos: Path, tmp_path: Path, flags: str, befo
     assert without_clocks(tmp_path / "whole") == without_clocks(tmp_path / "parts")
     assert [line["epoch"] for line in read_log(tmp_path / "parts")] == [0, 1, 2]
     for name in ("checkpoint.pth", "best_checkpoint.pth"):
-        left, right = (torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "parts"))
+        left, right = (
+            torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "parts")
+        )
         parts = ("model", "ema", "optimizer", "scaler", "epoch", "step", "best_acc1")
-        assert differences(*(tensors_in({part: file[part] for part in parts}) for file in (left, right))) == []
+        assert (
+            differences(
+                *(tensors_in({part: file[part] for part in parts}) for file in (left, right))
+            )
+            == []
+        )
 
 
 def test_a_kill_between_epochs_loses_nothing(photos: Path, tmp_path: Path) -> None:
-    """Killed with the epoch's line written and its checkpoint not, or twice in a row: each epoch stands there once."""
+    """Killed with the epoch's line written and its checkpoint not, or twice in a row: each epoch
+    stands there once."""
     words = split(WORDS, "--data-path", photos, "--output-dir", tmp_path)
     with pytest.raises(Killed), killed_after(3):
         run_small(*words)
@@ -114,7 +134,9 @@ def test_leftovers_of_a_kill_are_cleared(photos: Path, finished: Path, tmp_path:
     assert not leftover.exists()
 
 
-def test_a_given_checkpoint_goes_on_in_another_folder(photos: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_given_checkpoint_goes_on_in_another_folder(
+    photos: Path, finished: Path, tmp_path: Path
+) -> None:
     before = (finished / "checkpoint.pth").read_bytes()
     words = split(MORE, "--data-path", photos, "--resume", finished / "checkpoint.pth")
     run = run_small(*words, "--output-dir", tmp_path)
@@ -124,9 +146,18 @@ def test_a_given_checkpoint_goes_on_in_another_folder(photos: Path, finished: Pa
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 1
 
 
-def test_a_command_with_a_given_checkpoint_can_be_repeated(photos: Path, finished: Path, tmp_path: Path) -> None:
-    """As a job that comes back does: the checkpoint begins the run, the folder's own goes on with it."""
-    words = split(WORDS, "--accept-changes all --auto-resume --data-path", photos, "--output-dir", tmp_path / "run")
+def test_a_command_with_a_given_checkpoint_can_be_repeated(
+    photos: Path, finished: Path, tmp_path: Path
+) -> None:
+    """As a job that comes back does: the checkpoint begins the run, the folder's own goes on with
+    it."""
+    words = split(
+        WORDS,
+        "--accept-changes all --auto-resume --data-path",
+        photos,
+        "--output-dir",
+        tmp_path / "run",
+    )
     words += split("--resume", finished / "checkpoint.pth")
     with pytest.raises(Killed), killed_after(7):
         run_small(*words)
@@ -147,13 +178,23 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are_named(
     next(iter(checkpoint["model"].values())).flatten()[0] = float("nan")
     torch.save(checkpoint, tmp_path / "nan.pth")
     for flag in ("--resume", "--finetune"):
-        run = run_small(MORE, "--data-path", photos, flag, tmp_path / "nan.pth", "--output-dir", tmp_path / "run")
+        run = run_small(
+            MORE,
+            "--data-path",
+            photos,
+            flag,
+            tmp_path / "nan.pth",
+            "--output-dir",
+            tmp_path / "run",
+        )
         assert run.code == 2
         assert "nan.pth" in run.err
         assert "not finite" in run.err
 
 
-def test_other_images_of_the_same_number_are_refused(photos: Path, finished: Path, tmp_path: Path) -> None:
+def test_other_images_of_the_same_number_are_refused(
+    photos: Path, finished: Path, tmp_path: Path
+) -> None:
     moved = Path(shutil.copytree(photos, tmp_path / "moved"))
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     words = split(MORE, "--auto-resume --output-dir", folder, "--data-path", moved)
@@ -169,7 +210,9 @@ def test_other_images_of_the_same_number_are_refused(photos: Path, finished: Pat
 def test_more_epochs_go_on_with_the_optimizer(photos: Path, finished: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     old = torch.load(folder / "checkpoint.pth", weights_only=True)
-    run = run_small(MORE, "drop-path --drop-path 0.3 --auto-resume --data-path", photos, "--output-dir", folder)
+    run = run_small(
+        MORE, "drop-path --drop-path 0.3 --auto-resume --data-path", photos, "--output-dir", folder
+    )
     steps = {int(state["step"]) for state in run.training.optimizer.state_dict()["state"].values()}
     assert steps == {6}
     assert old["step"] == 3
@@ -182,19 +225,31 @@ def test_auto_resume_starts_where_there_is_nothing_yet(photos: Path, tmp_path: P
     assert (tmp_path / "a" / "b" / "checkpoint.pth").is_file()
 
 
-def test_a_finished_run_says_so_and_stays_as_it_is(photos: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_finished_run_says_so_and_stays_as_it_is(
+    photos: Path, finished: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    kept = {name: (folder / name).read_bytes() for name in ("checkpoint.pth", "best_checkpoint.pth", "log.txt")}
+    kept = {
+        name: (folder / name).read_bytes()
+        for name in ("checkpoint.pth", "best_checkpoint.pth", "log.txt")
+    }
     run = run_small("--auto-resume --data-path", photos, "--output-dir", folder)
     assert run.code == 0, run.err
     assert "nothing left to do: all 1 epochs are done" in run.out
     assert {name: (folder / name).read_bytes() for name in kept} == kept
 
 
-@pytest.mark.parametrize(("flag", "field"), [("--lr 0.25 --unscale-lr", "lr"), ("--weight-decay 0.25", "weight_decay")])
-def test_a_changed_setting_is_taken_or_refused(photos: Path, finished: Path, flag: str, field: str) -> None:
-    """A lower --lr is what a failed run is told to try: the checkpoint's old one must not win in silence."""
-    words = split("--sched step", MORE, "sched --data-path", photos, "--resume", finished / "checkpoint.pth")
+@pytest.mark.parametrize(
+    ("flag", "field"), [("--lr 0.25 --unscale-lr", "lr"), ("--weight-decay 0.25", "weight_decay")]
+)
+def test_a_changed_setting_is_taken_or_refused(
+    photos: Path, finished: Path, flag: str, field: str
+) -> None:
+    """A lower --lr is what a failed run is told to try: the checkpoint's old one must not win in
+    silence."""
+    words = split(
+        "--sched step", MORE, "sched --data-path", photos, "--resume", finished / "checkpoint.pth"
+    )
     name = flag.split()[0]
     refused = run_small(*words, flag)
     assert refused.code == 2
@@ -206,8 +261,11 @@ def test_a_changed_setting_is_taken_or_refused(photos: Path, finished: Path, fla
 
 
 @pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), ("none", "fp16")])
-def test_another_precision_has_its_own_loss_scale(photos: Path, tmp_path: Path, before: str, after: str) -> None:
-    """fp16 needs a scale, which adapts; elsewhere it is one and stays, or it grows until gradients overflow."""
+def test_another_precision_has_its_own_loss_scale(
+    photos: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    """fp16 needs a scale, which adapts; elsewhere it is one and stays, or it grows until gradients
+    overflow."""
     assert run_small(f"--amp {before} --data-path", photos, "--output-dir", tmp_path).code == 0
     words = split(f"--amp {after}", MORE, "amp --data-path", photos)
     resumed, fresh = run_small(*words, "--auto-resume --output-dir", tmp_path), run_small(*words)
@@ -216,10 +274,12 @@ def test_another_precision_has_its_own_loss_scale(photos: Path, tmp_path: Path, 
     assert left.get_growth_interval() == right.get_growth_interval()
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
-def test_a_folder_with_a_run_is_not_written_over(photos: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_folder_with_a_run_is_not_written_over(
+    photos: Path, finished: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     kept = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     run = run_small("--data-path", photos, "--output-dir", folder)
@@ -229,7 +289,9 @@ def test_a_folder_with_a_run_is_not_written_over(photos: Path, finished: Path, t
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == kept
 
 
-def test_a_folder_with_a_run_is_not_written_over_by_another_one(photos: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_folder_with_a_run_is_not_written_over_by_another_one(
+    photos: Path, finished: Path, tmp_path: Path
+) -> None:
     """--resume names one run, --output-dir holds another."""
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     kept = (folder / "checkpoint.pth").read_bytes()
@@ -251,7 +313,9 @@ def test_a_folder_with_a_run_is_not_written_over_by_another_one(photos: Path, fi
         ("--opt lion", ["--opt adamw -> lion"]),
     ],
 )
-def test_another_run_is_refused(photos: Path, finished: Path, flags: str, fragments: list[str]) -> None:
+def test_another_run_is_refused(
+    photos: Path, finished: Path, flags: str, fragments: list[str]
+) -> None:
     path = finished / "checkpoint.pth"
     run = run_small(MORE, flags, "--data-path", photos, "--resume", path)
     assert run.code == 2, run.out
@@ -261,19 +325,25 @@ def test_another_run_is_refused(photos: Path, finished: Path, flags: str, fragme
 
 
 @pytest.mark.parametrize("classes", [("ant", "bee"), ("ant", "bee", "dog")])
-def test_other_classes_are_refused(finished: Path, tmp_path: Path, classes: tuple[str, ...]) -> None:
+def test_other_classes_are_refused(
+    finished: Path, tmp_path: Path, classes: tuple[str, ...]
+) -> None:
     others = make_image_folder(tmp_path / "others", classes, per_class=8, size=(20, 20))
     run = run_small(MORE, "--data-path", others, "--resume", finished / "checkpoint.pth")
     assert run.code == 2
     assert f"--resume {finished / 'checkpoint.pth'}" in run.err
     assert "cat" in run.err or "num_classes 3" in run.err
-    evaluated = run_main("--eval --resume", finished / "checkpoint.pth", "--data-path", others, "--device cpu")
+    evaluated = run_main(
+        "--eval --resume", finished / "checkpoint.pth", "--data-path", others, "--device cpu"
+    )
     assert evaluated.code == 2, evaluated.out
     assert "classes" in evaluated.err
 
 
 @pytest.mark.parametrize("part", ["optimizer", "ema", "model", "data", "model_config"])
-def test_an_incomplete_checkpoint_is_refused(photos: Path, finished: Path, tmp_path: Path, part: str) -> None:
+def test_an_incomplete_checkpoint_is_refused(
+    photos: Path, finished: Path, tmp_path: Path, part: str
+) -> None:
     state = torch.load(finished / "checkpoint.pth", weights_only=True)
     del state[part]
     torch.save(state, tmp_path / "part.pth")
@@ -283,8 +353,17 @@ def test_an_incomplete_checkpoint_is_refused(photos: Path, finished: Path, tmp_p
     assert "--finetune" in run.err
 
 
-def test_a_run_without_an_average_can_be_gone_on_with_without_one(photos: Path, finished: Path) -> None:
-    run = run_small("--no-model-ema", MORE, "model-ema --data-path", photos, "--resume", finished / "checkpoint.pth")
+def test_a_run_without_an_average_can_be_gone_on_with_without_one(
+    photos: Path, finished: Path
+) -> None:
+    run = run_small(
+        "--no-model-ema",
+        MORE,
+        "model-ema --data-path",
+        photos,
+        "--resume",
+        finished / "checkpoint.pth",
+    )
     assert run.code == 0, run.err
     assert run.training.ema is None
 
@@ -299,18 +378,24 @@ def test_weights_of_other_shapes_are_refused(photos: Path, finished: Path, tmp_p
     assert "(3, 3)" in run.err
 
 
-def test_ranks_that_see_different_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_see_different_folders_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.pth"
     path.touch()
     processes = utils.Processes(0, 1, torch.device("cpu"))
     run_state.check_agreement(str(path), processes)
     run_state.check_agreement("", processes)
-    monkeypatch.setattr(utils.Processes, "gather", lambda self, value: [value, not value, value, not value])
-    with pytest.raises(InputError, match=r"a\.pth: ranks \[1, 3\] do not see this checkpoint; .* share"):
+    monkeypatch.setattr(
+        utils.Processes, "gather", lambda self, value: [value, not value, value, not value]
+    )
+    with pytest.raises(
+        InputError, match=r"a\.pth: ranks \[1, 3\] do not see this checkpoint; .* share"
+    ):
         run_state.check_agreement(str(path), processes)
 
 
-# ------------------------------------------------------------------------------------------------ of earlier versions
+# ------------------------------------------------------------------------------ of earlier versions
 
 
 def test_a_checkpoint_of_each_format_is_evaluated_and_gone_on_from(tmp_path: Path) -> None:
@@ -319,8 +404,13 @@ def test_a_checkpoint_of_each_format_is_evaluated_and_gone_on_from(tmp_path: Pat
     evaluated = run_main("--eval --device cpu --num-workers 0 --resume", kept)
     assert evaluated.code == 0, evaluated.err
     (top1,) = re.findall(r"\(model\): top-1 ([\d.]+) %", evaluated.out)
-    assert float(top1) == pytest.approx(10, abs=1)  # of 360 digits; a processor's rounding may move one or two
-    words = "--model deit_runs_distilled_patch4_16 --data-set DIGITS --subset 200 --batch-size 50 --lr 2e-3"
+    assert float(top1) == pytest.approx(
+        10, abs=1
+    )  # of 360 digits; a processor's rounding may move one or two
+    words = (
+        "--model deit_runs_distilled_patch4_16 --data-set DIGITS --subset 200 --batch-size 50 "
+        "--lr 2e-3"
+    )
     more = "--unscale-lr --model-ema-decay 0.5 --epochs 2"
     run = run_small(words, more, "--resume", kept, "--output-dir", tmp_path)
     assert run.code == 0, run.err

@@ -24,7 +24,16 @@ from run import folder as run_folder
 from run.folder import RunFolder
 from tests.image_folders import make_image_folder, message_of
 from tests.launches import read_status
-from tests.runs import ROOT, changed, fingerprint, read_log, run_small, split, spoil_loss, watching_steps
+from tests.runs import (
+    ROOT,
+    changed,
+    fingerprint,
+    read_log,
+    run_small,
+    split,
+    spoil_loss,
+    watching_steps,
+)
 from utils import InputError
 
 linux = pytest.mark.skipif(run_folder.fcntl is None, reason="locks are of Unix")
@@ -33,10 +42,12 @@ linux = pytest.mark.skipif(run_folder.fcntl is None, reason="locks are of Unix")
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps of eight per epoch."""
-    return make_image_folder(tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(20, 20))
+    return make_image_folder(
+        tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(20, 20)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ one writer
+# --------------------------------------------------------------------------------------- one writer
 
 
 @linux
@@ -53,14 +64,19 @@ def test_p14_a_second_run_is_refused_and_the_first_goes_on(
             before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
             with watching_steps(lambda training, step: pytest.fail("it trains")):
                 refused.append(run_small(*words, folder))
-            assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+            assert {
+                path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
+            } == before
 
     with watching_steps(begin_another):
         assert run_small(*words, folder).code == 0
     (second,) = refused
     assert second.code == 2
     owner = f"process {os.getpid()} on {socket.gethostname()}"
-    assert f"--output-dir {folder}: {owner} is writing there; stop it, or choose another folder" in second.err
+    assert (
+        f"--output-dir {folder}: {owner} is writing there; stop it, or choose another folder"
+        in second.err
+    )
     assert changed(fingerprint(tmp_path / "alone"), fingerprint(folder)) == []
 
 
@@ -79,9 +95,13 @@ def test_p14_a_run_waits_for_one_that_is_about_to_leave(tmp_path: Path) -> None:
 
 @linux
 def test_p14_a_killed_run_holds_nothing(tmp_path: Path) -> None:
-    script = f"import run_folder, time; folder = run_folder.RunFolder({str(tmp_path)!r}); folder.open()"
+    script = (
+        f"import run_folder, time; folder = run_folder.RunFolder({str(tmp_path)!r}); folder.open()"
+    )
     script += "; print(1, flush=True); time.sleep(99)"
-    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE) as owner:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE
+    ) as owner:
         assert owner.stdout is not None
         owner.stdout.readline()
         try:
@@ -113,7 +133,9 @@ def test_what_stands_in_the_place_of_the_lock_is_named(tmp_path: Path) -> None:
 
 
 @linux
-def test_a_lock_holds_whatever_is_written_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_holds_whatever_is_written_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_folder, "WAIT_FOR_LOCK", 0.0)
     first, second = RunFolder(tmp_path), RunFolder(tmp_path)
     first.open()
@@ -127,7 +149,9 @@ def test_a_lock_holds_whatever_is_written_in_it(tmp_path: Path, monkeypatch: pyt
 
 
 @linux
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="this system has no disk that is always full"
+)
 def test_a_full_disk_does_not_keep_a_folder_from_being_locked(tmp_path: Path) -> None:
     (tmp_path / ".lock").symlink_to("/dev/full")
     folder = RunFolder(tmp_path)
@@ -135,7 +159,7 @@ def test_a_full_disk_does_not_keep_a_folder_from_being_locked(tmp_path: Path) ->
     folder.close()
 
 
-# ---------------------------------------------------------------------------------------------------------- status
+# ------------------------------------------------------------------------------------------- status
 
 
 @contextmanager
@@ -157,7 +181,13 @@ def meeting(trouble: str) -> Iterator[None]:
     [
         ("", "", "done", 0, None),
         ("a signal", "", "preempted", 0, None),
-        ("", "--model vit_mini_patch4_32 --input-size 10 --patch-size 16", "failed", 2, "--input-size"),
+        (
+            "",
+            "--model vit_mini_patch4_32 --input-size 10 --patch-size 16",
+            "failed",
+            2,
+            "--input-size",
+        ),
         ("nan", "--max-bad-steps 2 --log-every 1", "failed", 3, "2 steps in a row were not finite"),
         ("a bug", "", "failed", 1, "a bug"),
     ],
@@ -199,11 +229,18 @@ def test_a_failure_is_written_over_a_damaged_status(name: str, tmp_path: Path) -
     cause = {"exit_code": 2, "error": "refused"}
     RunFolder(tmp_path).fail(cause, has_begun=False, is_consequence=False)
     status = read_status(tmp_path)
-    assert {name: status[name] for name in status if name not in ("time", "pid")} == {"state": "failed", **cause}
+    assert {name: status[name] for name in status if name not in ("time", "pid")} == {
+        "state": "failed",
+        **cause,
+    }
 
 
-@pytest.mark.parametrize("word", ['{"exit_code": 3, "error": [1]}', '{"error": "x", "state": 1}', "[" * 100_000, None])
-def test_what_another_rank_left_is_taken_only_if_it_can_be_read(word: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "word", ['{"exit_code": 3, "error": [1]}', '{"error": "x", "state": 1}', "[" * 100_000, None]
+)
+def test_what_another_rank_left_is_taken_only_if_it_can_be_read(
+    word: str | None, tmp_path: Path
+) -> None:
     if word is None:
         (tmp_path / "failed_rank1.json").mkdir()
         RunFolder(tmp_path).open()
@@ -212,7 +249,9 @@ def test_what_another_rank_left_is_taken_only_if_it_can_be_read(word: str | None
     cause = {"exit_code": 1, "error": "a peer is gone"}
     RunFolder(tmp_path).fail(cause, has_begun=True, is_consequence=True)
     assert cause.items() <= read_status(tmp_path).items()
-    (tmp_path / "failed_rank0.json").write_text('{"exit_code": 3, "error": "rank 0: x", "epoch": 5, "state": "done"}')
+    (tmp_path / "failed_rank0.json").write_text(
+        '{"exit_code": 3, "error": "rank 0: x", "epoch": 5, "state": "done"}'
+    )
     RunFolder(tmp_path).fail(cause, has_begun=True, is_consequence=True)
     status = read_status(tmp_path)
     assert (status["state"], status["exit_code"], status["error"]) == ("failed", 3, "rank 0: x")
@@ -223,10 +262,16 @@ def test_the_status_tells_how_far_a_run_is(photos: Path, tmp_path: Path) -> None
     seen = []
     with watching_steps(lambda training, step: seen.append(read_status(tmp_path))):
         run_small("--save-steps 2 --data-path", photos, "--output-dir", tmp_path)
-    assert [(status["state"], status["step"]) for status in seen] == [("running", 0), ("running", 0), ("running", 2)]
+    assert [(status["state"], status["step"]) for status in seen] == [
+        ("running", 0),
+        ("running", 0),
+        ("running", 2),
+    ]
 
 
-def test_the_evidence_of_values_that_are_not_finite_can_be_read(photos: Path, tmp_path: Path) -> None:
+def test_the_evidence_of_values_that_are_not_finite_can_be_read(
+    photos: Path, tmp_path: Path
+) -> None:
     words = "--max-bad-steps 2 --log-every 1 --num-workers 1 --data-path"
     with meeting("nan"):
         outcome = run_small(words, photos, "--output-dir", tmp_path)
@@ -238,7 +283,7 @@ def test_the_evidence_of_values_that_are_not_finite_can_be_read(photos: Path, tm
     assert "step 2" in evidence["report"]
 
 
-# ------------------------------------------------------------------------------------------------------ what is kept
+# ------------------------------------------------------------------------------------- what is kept
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -248,7 +293,12 @@ def steps_in(folder: Path) -> list[int]:
 def test_the_newest_checkpoints_are_kept(photos: Path, tmp_path: Path) -> None:
     seen = []
     with watching_steps(lambda training, step: seen.append(steps_in(tmp_path))):
-        run_small("--epochs 2 --save-steps 2 --keep-checkpoints 3 --data-path", photos, "--output-dir", tmp_path)
+        run_small(
+            "--epochs 2 --save-steps 2 --keep-checkpoints 3 --data-path",
+            photos,
+            "--output-dir",
+            tmp_path,
+        )
     assert seen == [[], [], [2], [2, 3], [2, 3, 4], [2, 3, 4]]
     assert steps_in(tmp_path) == [3, 4, 6]
     assert (tmp_path / "checkpoint.pth").samefile(tmp_path / "checkpoints" / "0000000006.pth")
@@ -264,7 +314,10 @@ def test_leftovers_are_cleared_in_both_folders(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.open()
     folder.close()
-    leftovers = [tmp_path / "a.1.unfinished.tmp", tmp_path / "checkpoints" / "0000000003.pth.1.unfinished.tmp"]
+    leftovers = [
+        tmp_path / "a.1.unfinished.tmp",
+        tmp_path / "checkpoints" / "0000000003.pth.1.unfinished.tmp",
+    ]
     for path in leftovers:
         path.touch()
     folder.open()
@@ -326,26 +379,38 @@ def test_a_run_goes_on_in_a_damaged_folder(photos: Path, tmp_path: Path) -> None
     (tmp_path / "x.unfinished.tmp").mkdir()
     run = run_small(*words, "--auto-resume")
     assert run.code == 0, run.err
-    assert f"warning: {tmp_path / 'log.txt'}: left out what cannot be read: line 2 (b'\\x80" in run.out
+    assert (
+        f"warning: {tmp_path / 'log.txt'}: left out what cannot be read: line 2 (b'\\x80" in run.out
+    )
     assert [line["epoch"] for line in read_log(tmp_path)] == [0, 2]
     assert (tmp_path / "log.txt").read_bytes().splitlines()[0] == first
     assert read_status(tmp_path)["state"] == "done"
 
 
-def test_names_are_given_where_files_cannot_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_given_where_files_cannot_be_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no links here")))
     folder = RunFolder(tmp_path)
     folder.open()
     folder.save({"x": 1}, 7, ("checkpoint.pth",))
     folder.close()
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True) == {"x": 1}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint.pth", "checkpoints"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock",
+        "checkpoint.pth",
+        "checkpoints",
+    ]
 
 
 def test_going_back_gives_up_what_came_later(photos: Path, tmp_path: Path) -> None:
-    """Gone on with from an older checkpoint, a run is never taken up again from one of the course it left."""
+    """Gone on with from an older checkpoint, a run is never taken up again from one of the course
+    it left."""
     words = split(
-        "--epochs 2 --save-steps 1 --keep-checkpoints 9 --lr 0.1 --data-path", photos, "--output-dir", tmp_path
+        "--epochs 2 --save-steps 1 --keep-checkpoints 9 --lr 0.1 --data-path",
+        photos,
+        "--output-dir",
+        tmp_path,
     )
     assert run_small(*words).code == 0
     content = (tmp_path / "checkpoints" / "0000000005.pth").read_bytes()

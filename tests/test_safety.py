@@ -1,4 +1,5 @@
-"""No file that is read runs code, nothing unverified is downloaded, and one machine's processes keep to themselves.
+"""No file that is read runs code, nothing unverified is downloaded, and one machine's processes
+keep to themselves.
 
 Longer than the working limit: the promises are about all places at once.
 """
@@ -42,12 +43,17 @@ from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# ------------------------------------------------------------------------------------- every flag that takes a file
+# --------------------------------------------------------------------- every flag that takes a file
 
 
 def programs() -> list[str]:
     """Modules with a command line."""
-    files = [*ROOT.glob("*.py"), *ROOT.glob("evaluation/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py")]
+    files = [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("evaluation/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("tools/*.py"),
+    ]
     found = [path for path in files if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
     return sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found)
 
@@ -64,7 +70,10 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         asked.append(parser)
         raise Asked
 
-    with patch.object(argparse.ArgumentParser, "parse_known_args", parse_known_args), pytest.raises(Asked):
+    with (
+        patch.object(argparse.ArgumentParser, "parse_known_args", parse_known_args),
+        pytest.raises(Asked),
+    ):
         importlib.import_module(program).main([])
     return asked[0]
 
@@ -80,11 +89,13 @@ def text_flags(program: str) -> set[str]:
 
 MIX = "--mixer attentivemix --data-path {photos}"
 TRAIN = f"{SMALL} --data-path {{photos}}"
-DISTIL = "--model deit_runs_distilled_patch4_16 --distillation-type soft --teacher-model test_resnet"
+DISTIL = (
+    "--model deit_runs_distilled_patch4_16 --distillation-type soft --teacher-model test_resnet"
+)
 SHOW = "--model vit_nano_patch4_32 --data-set DIGITS --device cpu --output {folder}/mixed.png"
 
-# Each place that takes a file, with a command line that gives it one. {file} is the file, {folder} one that holds it as
-# checkpoint.pth.
+# Each place that takes a file, with a command line that gives it one. {file} is the file, {folder}
+# one that holds it as checkpoint.pth.
 PLACES = {
     "main --resume": f"{TRAIN} --resume {{file}}",
     "main --resume with --eval": "--eval --device cpu --data-path {photos} --resume {file}",
@@ -97,19 +108,43 @@ PLACES = {
     "main --motivator NAME=": f"{TRAIN} --motivator vit_nano_patch4_32={{file}}",
     "tools.export --resume": "--resume {file} --output {folder}/model.safetensors",
     "tools.export --resume with --ema": "--resume {file} --output {folder}/model.onnx --ema",
-    "tools.show_mixing --resume": "--data-set DIGITS --device cpu --output {folder}/mixed.png --resume {file}",
+    "tools.show_mixing --resume": (
+        "--data-set DIGITS --device cpu --output {folder}/mixed.png --resume {file}"
+    ),
     "tools.show_mixing --weights": f"{SHOW} --weights {{file}}",
-    "tools.show_mixing --attentive-teacher": f"{SHOW} --mixer attentivemix --attentive-teacher {{file}}",
-    "tools.show_mixing --attentive-teacher NAME=": f"{SHOW} --mixer all --attentive-teacher test_resnet={{file}}",
+    "tools.show_mixing --attentive-teacher": (
+        f"{SHOW} --mixer attentivemix --attentive-teacher {{file}}"
+    ),
+    "tools.show_mixing --attentive-teacher NAME=": (
+        f"{SHOW} --mixer all --attentive-teacher test_resnet={{file}}"
+    ),
 }
 
 # Flags of free text from which no program reads a file of weights.
-NAMES = {"--model", "--teacher-model", "--opt", "--sched", "--data-set", "--aa", "--train-interpolation", "--remode",
-         "--accept-changes"}  # fmt: skip
+NAMES = {
+    "--model",
+    "--teacher-model",
+    "--opt",
+    "--sched",
+    "--data-set",
+    "--aa",
+    "--train-interpolation",
+    "--remode",
+    "--accept-changes",
+}
 IMAGES = {"--data-path"}  # a folder of images
 RUNS = {"root"}  # a folder of runs, of which report.py reads text and pictures
 WRITTEN = {"--output", "--output-dir", "--job-dir"}
-SLURM = {"--partition", "--comment", "--constraint", "--account", "--qos", "--sbatch", "--exclude", "--name"}
+SLURM = {
+    "--partition",
+    "--comment",
+    "--constraint",
+    "--account",
+    "--qos",
+    "--sbatch",
+    "--exclude",
+    "--name",
+}
 
 
 def test_every_flag_that_takes_a_file_is_given_malicious_ones() -> None:
@@ -136,7 +171,9 @@ def test_a_new_flag_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_image_folder(tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=4, size=(20, 20))
+    return make_image_folder(
+        tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=4, size=(20, 20)
+    )
 
 
 def outcome(program: str, words: list[str]) -> int:
@@ -169,12 +206,16 @@ def test_a_malicious_file_runs_nothing_in_torch_hubs_entries(kind: str, tmp_path
     file, marker = tmp_path / "checkpoint.pth", tmp_path / "executed"
     named = malicious.write(kind, file, marker)
     for name in hubconf.MODELS:
-        with pytest.raises(InputError, match=f"{re.escape(str(file))}.*{re.escape(named)}.*nothing was executed"):
+        with pytest.raises(
+            InputError, match=f"{re.escape(str(file))}.*{re.escape(named)}.*nothing was executed"
+        ):
             getattr(hubconf, name)(checkpoint=str(file))
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in malicious.KINDS if "pickle" not in kind])  # torch.load's own formats
+@pytest.mark.parametrize(
+    "kind", [kind for kind in malicious.KINDS if "pickle" not in kind]
+)  # torch.load's own formats
 def test_each_of_these_files_is_a_threat(kind: str, tmp_path: Path) -> None:
     malicious.write(kind, tmp_path / "evil.pth", tmp_path / "executed")
     torch.load(tmp_path / "evil.pth", weights_only=False)
@@ -183,19 +224,28 @@ def test_each_of_these_files_is_a_threat(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_what_is_no_file_of_torch_save_is_refused(tmp_path: Path) -> None:
-    """TorchScript carries code of its own; the oldest format is a tar file that is unpacked; numpy pickles objects."""
+    """TorchScript carries code of its own; the oldest format is a tar file that is unpacked; numpy
+    pickles objects."""
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pth"))
     (tmp_path / "a").write_bytes(b"\x80\x02}.")
     for name in ("storages", "tensors", "pickle"):
         shutil.copy(tmp_path / "a", tmp_path / name)
-    subprocess.run(["tar", "cf", "old.pth", "storages", "tensors", "pickle"], cwd=tmp_path, check=True)
-    (tmp_path / "array.pth").write_bytes(b"\x93NUMPY\x01\x00" + b"\x76\x00{'descr': '|O'" + b" " * 103 + b"\n\x80\x02.")
+    subprocess.run(
+        ["tar", "cf", "old.pth", "storages", "tensors", "pickle"], cwd=tmp_path, check=True
+    )
+    (tmp_path / "array.pth").write_bytes(
+        b"\x93NUMPY\x01\x00" + b"\x76\x00{'descr': '|O'" + b" " * 103 + b"\n\x80\x02."
+    )
     for name in ("script.pth", "old.pth", "array.pth"):
-        with pytest.raises(InputError, match=f"{name} (is truncated or corrupt, or no checkpoint|contains pickled)"):
+        with pytest.raises(
+            InputError, match=f"{name} (is truncated or corrupt, or no checkpoint|contains pickled)"
+        ):
             load_checkpoint(tmp_path / name)
 
 
-def test_cifars_pickles_are_those_that_were_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cifars_pickles_are_those_that_were_published(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """torchvision unpickles them, once their checksums are right."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
@@ -206,7 +256,7 @@ def test_cifars_pickles_are_those_that_were_published(tmp_path: Path, capsys: py
     assert not (tmp_path / "executed").exists()
 
 
-# ------------------------------------------------------------------------------- what a checkpoint may ask to be built
+# ------------------------------------------------------------ what a checkpoint may ask to be built
 
 
 @pytest.mark.parametrize(
@@ -227,7 +277,12 @@ def test_a_checkpoint_has_no_say_in_where_weights_come_from(
     def fetch(*_: Any, **__: Any) -> Any:
         pytest.fail("it was going to be read or fetched")
 
-    for name in ("load_state_dict", "load_state_dict_from_hf", "load_state_dict_from_url", "download_cached_file"):
+    for name in (
+        "load_state_dict",
+        "load_state_dict_from_hf",
+        "load_state_dict_from_url",
+        "download_cached_file",
+    ):
         monkeypatch.setattr(f"timm.models._builder.{name}", fetch)
     model = build_model("vit_nano_patch4_32", 2, input_size=(16, 16))
     config = {"name": "vit_nano_patch4_32", "num_classes": 2, "input_size": [16, 16], **planted}
@@ -249,9 +304,13 @@ def test_every_part_of_a_checkpoint_has_a_layout(checkpoint: dict[str, Any]) -> 
     assert checkpoint_schema.wrong_parts(checkpoint) == []
 
 
-@pytest.mark.parametrize("wrong", ["x", {"x": "y"}, [["x"]], torch.zeros(2, 2)], ids=["text", "dict", "list", "tensor"])
+@pytest.mark.parametrize(
+    "wrong", ["x", {"x": "y"}, [["x"]], torch.zeros(2, 2)], ids=["text", "dict", "list", "tensor"]
+)
 @pytest.mark.parametrize("part", checkpoint_schema.PARTS)
-def test_an_altered_part_is_named(part: str, wrong: Any, checkpoint: dict[str, Any], tmp_path: Path) -> None:
+def test_an_altered_part_is_named(
+    part: str, wrong: Any, checkpoint: dict[str, Any], tmp_path: Path
+) -> None:
     if (part, type(wrong)) in [("args", dict), ("versions", dict)]:  # that might be one
         wrong = {"x": torch.zeros(2)}
     torch.save({**checkpoint, part: wrong}, tmp_path / "x.pth")
@@ -259,14 +318,17 @@ def test_an_altered_part_is_named(part: str, wrong: Any, checkpoint: dict[str, A
         load_checkpoint(tmp_path / "x.pth")
 
 
-def test_a_checkpoint_names_no_other_file_of_its_folder(checkpoint: dict[str, Any], tmp_path: Path) -> None:
-    """A run that goes on lets its checkpoint stand for these names: they must not lead elsewhere."""
+def test_a_checkpoint_names_no_other_file_of_its_folder(
+    checkpoint: dict[str, Any], tmp_path: Path
+) -> None:
+    """A run that goes on lets its checkpoint stand for these names: they must not lead
+    elsewhere."""
     torch.save({**checkpoint, "names": ["../log.txt"]}, tmp_path / "x.pth")
     with pytest.raises(InputError, match=r"x\.pth: damaged or altered in names; use another"):
         load_checkpoint(tmp_path / "x.pth")
 
 
-# -------------------------------------------------------------------------------------------- files that hold too much
+# ------------------------------------------------------------------------- files that hold too much
 
 
 def ring() -> list[Any]:
@@ -296,7 +358,10 @@ def deep() -> list[Any]:
         (ring(), "nested more than 50 deep"),
         (deep(), "nested more than 50 deep"),
         (many_times(), "more than 1,000,000 parts"),
-        (torch.zeros(1).expand(1 << 40), r"a tensor of shape \(1099511627776,\) is larger than its file"),
+        (
+            torch.zeros(1).expand(1 << 40),
+            r"a tensor of shape \(1099511627776,\) is larger than its file",
+        ),
         (torch.empty(1 << 40, device="meta"), "is larger than its file"),
     ],
     ids=["ring", "deep", "many times", "expanded", "meta"],
@@ -310,11 +375,17 @@ def test_a_file_cannot_keep_its_reader_busy(content: Any, message: str, tmp_path
 def test_a_packed_file_is_not_unpacked(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "plain.pth", {"w": torch.zeros(1_000_000)})
     subprocess.run(
-        [sys.executable, "-c", "import sys, zipfile\n"
-         "with zipfile.ZipFile('plain.pth') as a, zipfile.ZipFile('packed.pth', 'w', zipfile.ZIP_DEFLATED) as b:\n"
-         "    [b.writestr(n.replace('plain/', 'packed/'), a.read(n)) for n in a.namelist()]"],
-        cwd=tmp_path, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sys, zipfile\n"
+            "with zipfile.ZipFile('plain.pth') as a, zipfile.ZipFile('packed.pth', 'w', "
+            "zipfile.ZIP_DEFLATED) as b:\n"
+            "    [b.writestr(n.replace('plain/', 'packed/'), a.read(n)) for n in a.namelist()]",
+        ],
+        cwd=tmp_path,
+        check=True,
+    )
     with pytest.raises(InputError, match=r"packed\.pth .* would unpack to more than its size"):
         load_checkpoint(tmp_path / "packed.pth")
 
@@ -336,7 +407,9 @@ def test_only_ordinary_tensors_are_weights(weight: Any) -> None:
     with pytest.raises(InputError, match="weight: no ordinary tensor of numbers"):
         load_strictly(model, {"weight": weight, "bias": torch.ones(2)}, source="x")
     assert torch.equal(model.weight, before)
-    with pytest.raises(InputError, match=r"no ordinary tensors of numbers: weight|no weights in this checkpoint"):
+    with pytest.raises(
+        InputError, match=r"no ordinary tensors of numbers: weight|no weights in this checkpoint"
+    ):
         pick_weights({"model": {"weight": weight, "bias": torch.ones(2)}})
 
 
@@ -345,7 +418,7 @@ def test_names_of_weights_are_text() -> None:
         pick_weights({"model": {0: torch.ones(1)}})
 
 
-# ------------------------------------------------------------------------------------------------------ what we write
+# ------------------------------------------------------------------------------------ what we write
 
 
 def pickles_in(folder: Path) -> list[Path]:
@@ -359,7 +432,9 @@ def test_p6_every_file_of_a_run_is_plain_data(photos: Path, tmp_path: Path) -> N
     assert run.code == 0, run.err
     names = {path.name for path in pickles_in(tmp_path)}
     assert {"checkpoint.pth", "best_checkpoint.pth"} <= names
-    words = split("--resume", tmp_path / "run" / "checkpoint.pth", "--output", tmp_path / "model.safetensors")
+    words = split(
+        "--resume", tmp_path / "run" / "checkpoint.pth", "--output", tmp_path / "model.safetensors"
+    )
     assert outcome("tools.export", words) == 0
     assert (tmp_path / "model.safetensors").is_file()
     assert {path.name for path in pickles_in(tmp_path)} == names
@@ -368,15 +443,38 @@ def test_p6_every_file_of_a_run_is_plain_data(photos: Path, tmp_path: Path) -> N
         torch.load(path, weights_only=True)
 
 
-# ---------------------------------------------------------------------------------------- calls that would run content
+# --------------------------------------------------------------------- calls that would run content
 
 # Calls that nothing here needs. A name that ends in * stands for all that begin like it.
 FORBIDDEN = (
-    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler",
-    "dill.*", "cloudpickle.*", "joblib.load", "marshal.*", "shelve.*", "pandas.read_pickle", "torch.jit.load",
-    "torch.package.*", "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.utils.model_zoo.*", "timm.*load*",
-    "torch.utils.cpp_extension.*", "urllib.request.*", "requests.*", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
-)  # fmt: skip
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "pickle.load",
+    "pickle.loads",
+    "pickle.Unpickler",
+    "dill.*",
+    "cloudpickle.*",
+    "joblib.load",
+    "marshal.*",
+    "shelve.*",
+    "pandas.read_pickle",
+    "torch.jit.load",
+    "torch.package.*",
+    "torch.hub.load",
+    "torch.hub.load_state_dict_from_url",
+    "torch.utils.model_zoo.*",
+    "timm.*load*",
+    "torch.utils.cpp_extension.*",
+    "urllib.request.*",
+    "requests.*",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+)
 
 
 def full_names(tree: ast.AST) -> dict[str, str]:
@@ -388,21 +486,29 @@ def full_names(tree: ast.AST) -> dict[str, str]:
                 bound = alias.asname or alias.name.partition(".")[0]
                 names[bound] = alias.name if alias.asname else bound
         elif isinstance(node, ast.ImportFrom):
-            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+            }
     return names
 
 
 def unsafe_calls(source: str) -> list[str]:
-    """What in a python file could run code that comes with data, load unverified data, or run a shell."""
+    """What in a python file could run code that comes with data, load unverified data, or run a
+    shell."""
     tree = ast.parse(source)
     names, found = full_names(tree), []
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         first, dot, rest = ast.unparse(call.func).partition(".")
         name = names.get(first, first) + dot + rest
         given = {word.arg: getattr(word.value, "value", ...) for word in call.keywords}
-        fetches = given.get("pretrained", False) is not False and "pretrained_cfg_overlay" not in given
+        fetches = (
+            given.get("pretrained", False) is not False and "pretrained_cfg_overlay" not in given
+        )
         wrong = [
-            any(re.fullmatch(pattern.replace(".", r"\.").replace("*", ".*"), name) for pattern in FORBIDDEN),
+            any(
+                re.fullmatch(pattern.replace(".", r"\.").replace("*", ".*"), name)
+                for pattern in FORBIDDEN
+            ),
             name == "torch.load" and given.get("weights_only") is not True,
             name == "numpy.load" and given.get("allow_pickle", False) is not False,
             name.startswith("subprocess.") and given.get("shell", False) is not False,
@@ -416,9 +522,14 @@ def unsafe_calls(source: str) -> list[str]:
 def sources() -> Iterator[Path]:
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    yield from (ROOT / name for name in listed if not name.startswith("tests/") and (ROOT / name).exists())
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    yield from (
+        ROOT / name for name in listed if not name.startswith("tests/") and (ROOT / name).exists()
+    )
 
 
 def test_no_source_file_runs_what_it_reads() -> None:
@@ -457,8 +568,12 @@ def test_a_planted_unsafe_call_is_found(planted: str) -> None:
 
 
 def test_what_is_safe_is_passed_over() -> None:
-    assert not unsafe_calls("import torch\ntorch.load(f, weights_only=True)\nmodel.eval()\ntorch.compile(model)")
-    assert not unsafe_calls("import json, re\njson.load(f)\nre.compile(text)\nimport numpy as np\nnp.load(f)")
+    assert not unsafe_calls(
+        "import torch\ntorch.load(f, weights_only=True)\nmodel.eval()\ntorch.compile(model)"
+    )
+    assert not unsafe_calls(
+        "import json, re\njson.load(f)\nre.compile(text)\nimport numpy as np\nnp.load(f)"
+    )
 
 
 def test_shell_scripts_fetch_and_evaluate_nothing() -> None:
@@ -473,7 +588,7 @@ def test_no_document_shows_an_unsafe_call() -> None:
             assert "weights_only=True" in line, path
 
 
-# ---------------------------------------------------------------------------------------------------------- downloads
+# ---------------------------------------------------------------------------------------- downloads
 
 
 @pytest.mark.parametrize(
@@ -488,13 +603,19 @@ def test_no_document_shows_an_unsafe_call() -> None:
         "https://host/name-0123abcd.pth/",
     ],
 )
-def test_what_cannot_be_verified_is_not_asked_for(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("asked for it"))
+def test_what_cannot_be_verified_is_not_asked_for(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("asked for it")
+    )
     with pytest.raises(InputError, match="cannot download"):
         load_checkpoint(url)
 
 
-def hub_file(folder: Path, content: bytes, blob: str | None = None, name: str = "model.safetensors") -> Path:
+def hub_file(
+    folder: Path, content: bytes, blob: str | None = None, name: str = "model.safetensors"
+) -> Path:
     """A file as the hub's cache holds it: a link to a file named by its hash."""
     blobs, snapshot = folder / "blobs", folder / "snapshots" / "0123"
     blobs.mkdir(parents=True, exist_ok=True)
@@ -520,25 +641,35 @@ def give(monkeypatch: pytest.MonkeyPatch, *files: Path) -> list[tuple[Any, ...]]
     return asked
 
 
-def test_a_file_of_the_hub_is_what_the_hub_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_the_hub_is_what_the_hub_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = hub_file(tmp_path, b"weights")
     asked = give(monkeypatch, file)
     assert downloads.from_hub("timm/x@v2") == file
     assert asked == [("timm/x", "model.safetensors", "v2")]
     file.resolve().write_bytes(b"Weights")
-    with pytest.raises(ValueError, match=r"is damaged: its SHA-256 is [0-9a-f]{64}, the hub's is [0-9a-f]{64}"):
+    with pytest.raises(
+        ValueError, match=r"is damaged: its SHA-256 is [0-9a-f]{64}, the hub's is [0-9a-f]{64}"
+    ):
         downloads.from_hub("timm/x")
 
 
-def test_a_store_behind_the_hubs_cache_is_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_behind_the_hubs_cache_is_looked_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = hub_file(tmp_path, b"weights")
     file.resolve().rename(tmp_path / "another hash")
-    (tmp_path / "blobs" / hashlib.sha256(b"weights").hexdigest()).symlink_to(tmp_path / "another hash")
+    (tmp_path / "blobs" / hashlib.sha256(b"weights").hexdigest()).symlink_to(
+        tmp_path / "another hash"
+    )
     give(monkeypatch, file)
     assert downloads.from_hub("timm/x") == file
 
 
-@pytest.mark.parametrize("blob", [hashlib.sha1(b"weights").hexdigest(), "latest", "../../x" + "0" * 57])
+@pytest.mark.parametrize(
+    "blob", [hashlib.sha1(b"weights").hexdigest(), "latest", "../../x" + "0" * 57]
+)
 def test_a_file_of_the_hub_without_a_hash_is_refused(
     blob: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -553,7 +684,11 @@ def test_a_file_of_the_hub_without_a_hash_is_refused(
 
 @pytest.mark.parametrize(
     ("pickled", "safe"),
-    [(None, "model.safetensors"), ("open_clip_pytorch_model.bin", "open_clip_model.safetensors"), ("x.pth", "x.pth")],
+    [
+        (None, "model.safetensors"),
+        ("open_clip_pytorch_model.bin", "open_clip_model.safetensors"),
+        ("x.pth", "x.pth"),
+    ],
 )
 def test_pickles_of_the_hub_come_second(
     pickled: str | None, safe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -565,7 +700,10 @@ def test_pickles_of_the_hub_come_second(
 
 
 def show_by_name(tmp_path: Path) -> int:
-    words = f"--model vit_nano_patch4_32 --data-set DIGITS --device cpu --mixer attentivemix --output {tmp_path}/m.png"
+    words = (
+        "--model vit_nano_patch4_32 --data-set DIGITS --device cpu --mixer attentivemix --output "
+        f"{tmp_path}/m.png"
+    )
     return outcome("tools.show_mixing", split(words, "--attentive-teacher test_resnet"))
 
 
@@ -574,7 +712,9 @@ def test_a_malicious_file_of_the_hub_runs_nothing(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     named = malicious.write(kind, tmp_path / "evil", tmp_path / "executed")
-    give(monkeypatch, hub_file(tmp_path, (tmp_path / "evil").read_bytes(), name="pytorch_model.bin"))
+    give(
+        monkeypatch, hub_file(tmp_path, (tmp_path / "evil").read_bytes(), name="pytorch_model.bin")
+    )
     assert show_by_name(tmp_path) == 2
     told = capsys.readouterr().err
     assert "pytorch_model.bin contains pickled objects" in told
@@ -591,7 +731,9 @@ def test_weights_come_from_the_hub_verified(
     asked = give(monkeypatch, file)
     features = second_networks.build_feature_map("test_resnet", (32, 32))
     assert asked == [("timm/test_resnet.r160_in1k", "model.safetensors", None)]
-    torch.testing.assert_close(dict(features.network.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        dict(features.network.state_dict()), dict(network.state_dict()), rtol=0, atol=0
+    )
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.resolve().write_bytes(content)
@@ -612,16 +754,22 @@ def test_weights_that_have_a_url_alone_need_its_hash(
     source = dataclasses.replace(known, hf_hub_id=None, url=f"https://host/{name}")
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: source)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, dst, **_: Path(dst).write_bytes(content))
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda url, dst, **_: Path(dst).write_bytes(content)
+    )
     if hashed:
         built: Any = second_networks.build_feature_map("test_resnet", (32, 32)).network
-        torch.testing.assert_close(dict(built.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
+        torch.testing.assert_close(
+            dict(built.state_dict()), dict(network.state_dict()), rtol=0, atol=0
+        )
     else:
-        with pytest.raises(InputError, match=r"name ends in their hash.*give a file: test_resnet=CHECKPOINT"):
+        with pytest.raises(
+            InputError, match=r"name ends in their hash.*give a file: test_resnet=CHECKPOINT"
+        ):
             second_networks.build_feature_map("test_resnet", (32, 32))
 
 
-# ------------------------------------------------------------------------------------------- one machine's processes
+# -------------------------------------------------------------------------- one machine's processes
 
 INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 ASK = 'echo "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME $*" >>"{told}"\n'
@@ -637,18 +785,25 @@ def launch(script: str, tmp_path: Path, *words: str, **environment: str) -> str:
     clean = {name: value for name, value in os.environ.items() if name not in unset}
     path = f"{tmp_path}:{os.environ['PATH']}"
     subprocess.run(
-        ["bash", f"scripts/{script}", *words], cwd=ROOT, env={**clean, "PATH": path, "DRY_RUN": "0", **environment},
-        check=True, capture_output=True,
-    )  # fmt: skip
+        ["bash", f"scripts/{script}", *words],
+        cwd=ROOT,
+        env={**clean, "PATH": path, "DRY_RUN": "0", **environment},
+        check=True,
+        capture_output=True,
+    )
     return told.read_text(encoding="utf-8").splitlines()[0]
 
 
 def test_a_script_keeps_one_machines_processes_on_the_loopback_interface(tmp_path: Path) -> None:
     words = ("--data-path", "/imagenet", "--nproc", "4")
     told = launch("deit_tiny.sh", tmp_path, *words)
-    assert told.startswith(f"{INTERFACE} {INTERFACE} --standalone --local_addr=127.0.0.1 --nproc_per_node=4 ")
+    assert told.startswith(
+        f"{INTERFACE} {INTERFACE} --standalone --local_addr=127.0.0.1 --nproc_per_node=4 "
+    )
     (tmp_path / "told").unlink()
-    assert launch("deit_tiny.sh", tmp_path, *words, GLOO_SOCKET_IFNAME="eth7").startswith(f"eth7 {INTERFACE} ")
+    assert launch("deit_tiny.sh", tmp_path, *words, GLOO_SOCKET_IFNAME="eth7").startswith(
+        f"eth7 {INTERFACE} "
+    )
 
 
 def test_a_script_leaves_several_machines_alone(tmp_path: Path) -> None:
@@ -663,31 +818,42 @@ import torch, torch.distributed as dist
 
 dist.init_process_group("gloo")
 dist.all_reduce(torch.ones(1))
-own = {os.path.basename(os.path.realpath(f"/proc/self/fd/{fd}")) for fd in os.listdir("/proc/self/fd")}
+files = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+own = {os.path.basename(file) for file in files}
 found = []
 for table in ("tcp", "tcp6"):
     for line in open(f"/proc/self/net/{table}").readlines()[1:]:
         words = line.split()
         if words[3] == "0A" and f"socket:[{words[9]}]" in own:
             found.append(words[1].split(":")[0])
-os.write(1, f"rank on {os.environ['MASTER_ADDR']} listens on {' '.join(found)}\\n".encode())  # at once, not in pieces
+line = f"rank on {os.environ['MASTER_ADDR']} listens on {' '.join(found)}\\n"
+os.write(1, line.encode())  # at once, not in pieces
 dist.barrier()
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/net/tcp"), reason="needs Linux's table of sockets")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/net/tcp"), reason="needs Linux's table of sockets"
+)
 def test_the_ranks_of_one_machine_listen_on_the_loopback_interface_alone(tmp_path: Path) -> None:
-    """The launcher's own key store does listen on every interface: torch binds it so, see `stay_on_loopback`."""
+    """The launcher's own key store does listen on every interface: torch binds it so, see
+    `stay_on_loopback`."""
     (tmp_path / "probe.py").write_text(PROBE)
     script = 'set -eu; source scripts/_imagenet.sh; read_launch 2; "${launch[@]}" "$1"'
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", script, "bash", str(tmp_path / "probe.py")], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}, timeout=150,
-    )  # fmt: skip
+        ["bash", "-c", script, "bash", str(tmp_path / "probe.py")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        timeout=150,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["rank on 127.0.0.1 listens on 0100007F"] * 2  # that is 127.0.0.1 too
+    assert (
+        done.stdout.splitlines() == ["rank on 127.0.0.1 listens on 0100007F"] * 2
+    )  # that is 127.0.0.1 too
 
 
 def test_every_place_is_a_program() -> None:

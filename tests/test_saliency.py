@@ -1,4 +1,5 @@
-"""The saliency map against OpenCV's detector, against the formula in plain loops, and its contract as a function."""
+"""The saliency map against OpenCV's detector, against the formula in plain loops, and its contract
+as a function."""
 
 from __future__ import annotations
 
@@ -34,14 +35,20 @@ def blobs(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     image = np.full((*size, 3), 80.0)
     for _ in range(4):
         distance = (rows - rng.uniform(0, size[0])) ** 2 + (columns - rng.uniform(0, size[1])) ** 2
-        image += rng.uniform(-60, 40, 3) * np.exp(-distance / (2 * rng.uniform(2, 30) ** 2))[..., None]
+        image += (
+            rng.uniform(-60, 40, 3) * np.exp(-distance / (2 * rng.uniform(2, 30) ** 2))[..., None]
+        )
     return image
 
 
 def rectangles(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     image = np.full((*size, 3), 90)
     for _ in range(5):
-        top, left, height, width = rng.integers(0, size[0]), rng.integers(0, size[1]), *rng.integers(1, 40, 2)
+        top, left, height, width = (
+            rng.integers(0, size[0]),
+            rng.integers(0, size[1]),
+            *rng.integers(1, 40, 2),
+        )
         image[top : top + height, left : left + width] = rng.integers(0, 256, 3)
     return image
 
@@ -54,7 +61,9 @@ def make(kind: Callable[..., np.ndarray], size: tuple[int, int], seed: int = 0) 
 
 
 def tensor(*images: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)  # (B, 3, H, W): a view that is not contiguous
+    return torch.from_numpy(np.stack(images)).permute(
+        0, 3, 1, 2
+    )  # (B, 3, H, W): a view that is not contiguous
 
 
 def ours(image: np.ndarray) -> np.ndarray:
@@ -64,25 +73,41 @@ def ours(image: np.ndarray) -> np.ndarray:
 def opencv(image: np.ndarray) -> np.ndarray:
     """The detector as it is meant: uint8 and, as it assumes, BGR."""
     cv2 = pytest.importorskip("cv2")
-    found, saliency = cv2.saliency.StaticSaliencyFineGrained_create().computeSaliency(image[..., ::-1].copy())
+    found, saliency = cv2.saliency.StaticSaliencyFineGrained_create().computeSaliency(
+        image[..., ::-1].copy()
+    )
     assert found
     assert saliency.dtype == np.float32
     return saliency
 
 
 def plain(image: np.ndarray, as_opencv: bool = False) -> np.ndarray:
-    """The map in numpy, windows by clipped indices; `as_opencv`: with its sums in float32 and its wrap."""
+    """The map in numpy, windows by clipped indices; `as_opencv`: with its sums in float32 and its
+    wrap."""
     cv2 = pytest.importorskip("cv2")
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     gray = cv2.GaussianBlur(cv2.GaussianBlur(gray, (3, 3), 0), (3, 3), 0).astype(np.int64)
-    integral = np.pad(gray, ((1, 0), (1, 0))).cumsum(0).cumsum(1).astype(np.float32 if as_opencv else np.float64)
+    integral = (
+        np.pad(gray, ((1, 0), (1, 0)))
+        .cumsum(0)
+        .cumsum(1)
+        .astype(np.float32 if as_opencv else np.float64)
+    )
     on, off = np.zeros_like(gray), np.zeros_like(gray)
     for scale in SCALES:
         (top, bottom), (left, right) = (
-            (np.clip(np.arange(size) - scale + 1, 0, size), np.clip(np.arange(size) + scale + 1, 0, size))
+            (
+                np.clip(np.arange(size) - scale + 1, 0, size),
+                np.clip(np.arange(size) + scale + 1, 0, size),
+            )
             for size in gray.shape
         )
-        sums = integral[bottom][:, right] + integral[top][:, left] - integral[bottom][:, left] - integral[top][:, right]
+        sums = (
+            integral[bottom][:, right]
+            + integral[top][:, left]
+            - integral[bottom][:, left]
+            - integral[top][:, right]
+        )
         areas = (bottom - top)[:, None] * (right - left)
         difference = gray - (sums - gray) / np.maximum(areas - 1, 1)
         on += np.maximum(difference, 0).astype(np.int64)
@@ -94,7 +119,8 @@ def plain(image: np.ndarray, as_opencv: bool = False) -> np.ndarray:
 
 
 def loops(image: np.ndarray) -> np.ndarray:
-    """The whole algorithm, a pixel at a time, in integers; the last floor by the float32 quotient, as OpenCV has it."""
+    """The whole algorithm, a pixel at a time, in integers; the last floor by the float32 quotient,
+    as OpenCV has it."""
     height, width, _ = image.shape
 
     def mirror(place: int, size: int) -> int:
@@ -107,7 +133,8 @@ def loops(image: np.ndarray) -> np.ndarray:
         for y, x in pixels:
             near = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
             total = sum(
-                (2 - abs(i)) * (2 - abs(j)) * gray[mirror(y + i, height), mirror(x + j, width)] for i, j in near
+                (2 - abs(i)) * (2 - abs(j)) * gray[mirror(y + i, height), mirror(x + j, width)]
+                for i, j in near
             )
             smooth[y, x] = (total + 8) // 16
         gray = smooth
@@ -133,7 +160,9 @@ def test_it_is_opencvs(kind: Callable[..., np.ndarray], size: tuple[int, int]) -
     image = make(kind, size)
     theirs = opencv(image)
     np.testing.assert_array_equal(ours(image), theirs)
-    assert fine_grained_saliency(tensor(image)).flatten(1).argmax(1).item() == theirs.argmax()  # the first, both
+    assert (
+        fine_grained_saliency(tensor(image)).flatten(1).argmax(1).item() == theirs.argmax()
+    )  # the first, both
 
 
 def test_many_sizes_are_opencvs() -> None:
@@ -145,15 +174,17 @@ def test_many_sizes_are_opencvs() -> None:
 
 
 def rings(period: float) -> np.ndarray:
-    """Bright against the next ring, dark against the whole: pixels that both of OpenCV's maps hold."""
+    """Bright against the next ring, dark against the whole: pixels that both of OpenCV's maps
+    hold."""
     rows, columns = np.mgrid[:224, :224]
-    return np.repeat((np.cos(np.hypot(rows - 90, columns - 130) / period) * 127 + 127)[..., None], 3, 2).astype(
-        np.uint8
-    )
+    return np.repeat(
+        (np.cos(np.hypot(rows - 90, columns - 130) / period) * 127 + 127)[..., None], 3, 2
+    ).astype(np.uint8)
 
 
 def bright(seed: int) -> np.ndarray:
-    """The integral image reaches 11 million at its end, and two of its corners together pass 2**24."""
+    """The integral image reaches 11 million at its end, and two of its corners together pass
+    2**24."""
     return np.random.default_rng(seed).integers(200, 256, (224, 224, 3)).astype(np.uint8)
 
 
@@ -192,10 +223,14 @@ def test_all_that_differs_from_opencv_is_its_wrap_and_its_float32(name: str) -> 
             assert (mine[differ] == 1).all()  # where theirs wraps, ours stays at the maximum
         else:
             assert mine.argmax() == theirs.argmax()
-    assert 0 < apart < len(EXAMPLES[name]()), "some of these images were to show a difference, and some none"
+    assert 0 < apart < len(EXAMPLES[name]()), (
+        "some of these images were to show a difference, and some none"
+    )
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 7), (2, 2), (3, 5), (9, 14), (15, 4), (26, 3)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 2), (2, 1), (1, 7), (2, 2), (3, 5), (9, 14), (15, 4), (26, 3)]
+)
 def test_it_is_the_formula(size: tuple[int, int]) -> None:
     for kind in KINDS:
         image = make(kind, size, seed=3)
@@ -219,7 +254,9 @@ def test_images_do_not_touch_each_other() -> None:
 
 
 def test_layout_does_not_matter_and_the_input_stays() -> None:
-    wide = torch.randint(0, 256, (2, 3, 30, 88), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wide = torch.randint(
+        0, 256, (2, 3, 30, 88), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     images = wide[:, :, :, ::2].transpose(2, 3)
     before = images.clone()
     saliency = fine_grained_saliency(images)
@@ -242,7 +279,10 @@ def test_no_global_random_state() -> None:
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     fine_grained_saliency(tensor(make(noise, (20, 20))))
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert all(np.array_equal(now, then) for now, then in zip(np.random.get_state(), before[1], strict=True))
+    assert all(
+        np.array_equal(now, then)
+        for now, then in zip(np.random.get_state(), before[1], strict=True)
+    )
     assert random.getstate() == before[2]
 
 

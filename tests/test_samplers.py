@@ -16,7 +16,9 @@ from samplers import LAYOUTS, EpochBatches, EvalShard, Place
 from utils import keyed_generator
 
 
-def deal(num_images: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0, **more) -> EpochBatches:
+def deal(
+    num_images: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0, **more
+) -> EpochBatches:
     return EpochBatches(
         num_images=num_images,
         batch_size=batch_size,
@@ -28,13 +30,16 @@ def deal(num_images: int, batch_size: int, rank: int = 0, world_size: int = 1, s
 
 
 def all_ranks(num_images: int, batch_size: int, world_size: int, **more) -> list[list[list[Place]]]:
-    return [list(deal(num_images, batch_size, rank, world_size, **more)) for rank in range(world_size)]
+    return [
+        list(deal(num_images, batch_size, rank, world_size, **more)) for rank in range(world_size)
+    ]
 
 
 def dealt_by_hand(
     n: int, b: int, w: int, a: int, repeats: int, seed: int, epoch: int, layout: str
 ) -> list[list[list[Place]]]:
-    """Card by card: lay the whole order out, give one card to each rank in turn, drop what fills no whole step.
+    """Card by card: lay the whole order out, give one card to each rank in turn, drop what fills no
+    whole step.
 
     In blocks, a rank gets all its cards of a micro-batch at once.
     """
@@ -86,7 +91,9 @@ def test_batches_equal_dealing_by_hand(
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-@pytest.mark.parametrize(("batch_size", "world_size", "accum_steps"), [(1024, 1, 1), (256, 4, 1), (64, 8, 2)])
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "accum_steps"), [(1024, 1, 1), (256, 4, 1), (64, 8, 2)]
+)
 def test_imagenet_at_batch_1024_makes_1251_steps(
     batch_size: int, world_size: int, accum_steps: int, repeats: int
 ) -> None:
@@ -117,7 +124,8 @@ def test_without_repeats_no_image_comes_twice() -> None:
 
 
 def deit_order(n: int, world_size: int, rank: int, order: list[int]) -> list[int]:
-    """What DeiT's repeated augmentation keeps for one rank, from its published description, with our permutation."""
+    """What DeiT's repeated augmentation keeps for one rank, from its published description, with
+    our permutation."""
     per_rank = -(-n * 3 // world_size)
     tripled = [index for index in order for _ in range(3)]
     tripled += tripled[: per_rank * world_size - len(tripled)]
@@ -140,13 +148,17 @@ def test_same_images_per_step_as_deit(world_size: int, layout: str) -> None:
 def test_same_shards_as_torch_without_repeats() -> None:
     for rank in range(3):
         torchs: DistributedSampler = DistributedSampler(range(30), 3, rank, shuffle=False)  # type: ignore[arg-type]
-        assert [i for batch in deal(30, 5, rank, 3, shuffle=False) for _, i, _ in batch] == list(torchs)
+        assert [i for batch in deal(30, 5, rank, 3, shuffle=False) for _, i, _ in batch] == list(
+            torchs
+        )
 
 
 @pytest.mark.parametrize("batch_size", [6, 7, 8, 16, 33])
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_partners_are_never_two_views_of_one_image(batch_size: int, world_size: int, layout: str) -> None:
+def test_partners_are_never_two_views_of_one_image(
+    batch_size: int, world_size: int, layout: str
+) -> None:
     for rank in all_ranks(400, batch_size, world_size, repeats=3, layout=layout):
         for batch in rank:
             for place, (_, index, _) in enumerate(batch):
@@ -155,7 +167,8 @@ def test_partners_are_never_two_views_of_one_image(batch_size: int, world_size: 
 
 
 def test_the_plain_order_would_pair_views() -> None:
-    """The negative control of the test above: without the reversal the middle of some batch pairs with itself."""
+    """The negative control of the test above: without the reversal the middle of some batch pairs
+    with itself."""
     plain = [position // 3 for position in range(16)]
     assert any(plain[i] == plain[15 - i] for i in range(8))
 

@@ -36,21 +36,28 @@ def read_picture(tmp_path: Path) -> Image.Image:
 
 
 def write_checkpoint(path: Path, **changes: Any) -> Path:
-    """A checkpoint as main.py writes it, as far as this tool reads it: 24 x 40 pixels, 2 classes."""
+    """A checkpoint as main.py writes it, as far as this tool reads it: 24 x 40 pixels, 2
+    classes."""
     config = {"name": "vit_nano_patch4_32", "num_classes": 2, "input_size": [24, 40]}
     model = build_model("vit_nano_patch4_32", 2, input_size=(24, 40))
     spec = ImageSpec((24, 40), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_ratio=1.0)
     weights = plain_weights(model)
     ema = {name: value * 2 for name, value in weights.items()}
     data = {"class_names": ["ant", "bee"], "image_spec": spec.to_plain()}
-    save_checkpoint(path, {"model_config": config, "model": weights, "ema": ema, "data": data, **changes})
+    save_checkpoint(
+        path, {"model_config": config, "model": weights, "ema": ema, "data": data, **changes}
+    )
     return path
 
 
-def test_digits_give_a_picture_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_digits_give_a_picture_and_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(tmp_path, *NANO, "--data-set", "DIGITS") == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("vit_nano_patch4_32 is untrained: its attention carries no meaning yet")
+    assert told[0].startswith(
+        "vit_nano_patch4_32 is untrained: its attention carries no meaning yet"
+    )
     assert told[1].split() == ["source", "target", "share", "region"]
     assert told[-1] == f"wrote {tmp_path / 'mixed.png'}"
     rows = [line.split(maxsplit=2) for line in told[2:-1]]
@@ -72,13 +79,28 @@ def test_the_seed_also_draws_the_region(tmp_path: Path, capsys: pytest.CaptureFi
     checkpoint = write_checkpoint(tmp_path / "checkpoint.pth")  # its weights come from no seed
     told = set()
     for seed in ("0", "1", "2", "3"):
-        assert run(tmp_path, "--resume", str(checkpoint), "--seed", seed, "--count", "1", "--device", "cpu") == 0
+        assert (
+            run(
+                tmp_path,
+                "--resume",
+                str(checkpoint),
+                "--seed",
+                seed,
+                "--count",
+                "1",
+                "--device",
+                "cpu",
+            )
+            == 0
+        )
         told.add(capsys.readouterr().out)
     assert len(told) > 1
 
 
 @pytest.mark.parametrize("mixer", ["cutmix", "mixup"])
-def test_other_mixers_need_no_trained_model(tmp_path: Path, mixer: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_mixers_need_no_trained_model(
+    tmp_path: Path, mixer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(tmp_path, *NANO, "--mixer", mixer, "--count", "2") == 0
     told = capsys.readouterr().out
     assert "untrained" not in told
@@ -89,27 +111,64 @@ def test_other_mixers_need_no_trained_model(tmp_path: Path, mixer: str, capsys: 
 def test_side_ratio_and_variant_reach_the_mixer(
     tmp_path: Path, variant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--variant", variant, "--side-ratio", "0.5", "0.5", "--input-size", "32", "48", "--count", "1"]
+    flags = [
+        "--variant",
+        variant,
+        "--side-ratio",
+        "0.5",
+        "0.5",
+        "--input-size",
+        "32",
+        "48",
+        "--count",
+        "1",
+    ]
     assert run(tmp_path, *NANO, *flags) == 0
     assert "lam = 0.25 (source share)  4 x 6 of 8 x 12 tokens" in capsys.readouterr().out
 
 
 def test_flags_of_mixing_are_those_of_training() -> None:
-    args = show_mixing.read_args(["--variant", "released", "--mixup-mode", "elem", "--relabel", "transmix"])
+    args = show_mixing.read_args(
+        ["--variant", "released", "--mixup-mode", "elem", "--relabel", "transmix"]
+    )
     (flags,) = show_mixing.flags_by_method(args).values()
     settings = Settings.from_flags(flags)
     assert settings.arithmetic == VARIANTS["released"]
-    assert (settings.mixup_mode, settings.relabel, settings.mix_protocol) == ("elem", "transmix", "single")
+    assert (settings.mixup_mode, settings.relabel, settings.mix_protocol) == (
+        "elem",
+        "transmix",
+        "single",
+    )
 
 
 def test_all_methods_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(timm.create_model("test_resnet", num_classes=4).state_dict(), tmp_path / "weights.pth")
-    flags = ["--mixer", "all", "--count", "2", "--input-size", "32", "--resize-placement", "clipped"]
+    torch.save(
+        timm.create_model("test_resnet", num_classes=4).state_dict(), tmp_path / "weights.pth"
+    )
+    flags = [
+        "--mixer",
+        "all",
+        "--count",
+        "2",
+        "--input-size",
+        "32",
+        "--resize-placement",
+        "clipped",
+    ]
     assert run(tmp_path, *NANO, *flags) == 0
     told = capsys.readouterr().out
     assert "attentivemix is left out: it needs --attentive-teacher" in told
     narrow = read_picture(tmp_path).width
-    assert run(tmp_path, *NANO, *flags, "--attentive-teacher", f"test_resnet={tmp_path / 'weights.pth'}") == 0
+    assert (
+        run(
+            tmp_path,
+            *NANO,
+            *flags,
+            "--attentive-teacher",
+            f"test_resnet={tmp_path / 'weights.pth'}",
+        )
+        == 0
+    )
     told = capsys.readouterr().out
     titles = [line for line in told.splitlines() if line in show_mixing.METHODS]
     assert titles == list(show_mixing.METHODS)
@@ -121,8 +180,13 @@ def test_all_methods_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_flags_of_one_method_reach_it_alone_among_all() -> None:
-    args = show_mixing.read_args(["--mixer", "all", "--resize-placement", "clipped", "--mix-alpha", "0.2"])
-    settings = {name: Settings.from_flags(flags) for name, flags in show_mixing.flags_by_method(args).items()}
+    args = show_mixing.read_args(
+        ["--mixer", "all", "--resize-placement", "clipped", "--mix-alpha", "0.2"]
+    )
+    settings = {
+        name: Settings.from_flags(flags)
+        for name, flags in show_mixing.flags_by_method(args).items()
+    }
     assert settings["resizemix"].resize_placement == "clipped"
     assert settings["cutmix"].resize_placement == "inside"
     assert (settings["fmix"].mix_alpha, settings["smmix"].mix_alpha) == ((0.2,), None)
@@ -146,7 +210,16 @@ def test_a_checkpoint_brings_model_and_image_size(
     monkeypatch.setattr(show_mixing, "build_eval_transform", build)
     folder = make_image_folder(tmp_path / "data", per_class=2)
     checkpoint = write_checkpoint(tmp_path / "checkpoint.pth")
-    flags = ["--resume", str(checkpoint), "--data-path", str(folder), "--count", "1", "--device", "cpu"]
+    flags = [
+        "--resume",
+        str(checkpoint),
+        "--data-path",
+        str(folder),
+        "--count",
+        "1",
+        "--device",
+        "cpu",
+    ]
     assert run(tmp_path, *flags, *(["--ema"] if ema else [])) == 0
     told = capsys.readouterr().out
     assert "untrained" not in told
@@ -164,10 +237,14 @@ def test_ema_takes_the_averaged_weights(tmp_path: Path) -> None:
     assert all(torch.equal(averages[name], 2 * weights[name]) for name in weights)
 
 
-def test_foreign_weights_are_made_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreign_weights_are_made_to_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = build_model("vit_nano_patch4_32", 1000)
     torch.save({"model": plain_weights(other)}, tmp_path / "weights.pth")
-    args = show_mixing.read_args([*NANO, "--weights", str(tmp_path / "weights.pth"), "--input-size", "48"])
+    args = show_mixing.read_args(
+        [*NANO, "--weights", str(tmp_path / "weights.pth"), "--input-size", "48"]
+    )
     model, spec = show_mixing.build(args, num_classes=10)
     told = capsys.readouterr().out
     assert "untrained" not in told
@@ -196,13 +273,23 @@ def test_foreign_weights_are_made_to_fit(tmp_path: Path, capsys: pytest.CaptureF
             [*NANO, "--mixer", "mixup", "--variant", "released"],
             "--variant released (for smmix): --mixer mixup",
         ),
-        ([*NANO, "--mixer", "attentivemix"], "--mixer attentivemix needs --attentive-teacher NAME=CHECKPOINT"),
-        ([*NANO, "--mixer", "all", "--resize-scope", "0.8", "0.1"], "must be two shares, the lower first"),
+        (
+            [*NANO, "--mixer", "attentivemix"],
+            "--mixer attentivemix needs --attentive-teacher NAME=CHECKPOINT",
+        ),
+        (
+            [*NANO, "--mixer", "all", "--resize-scope", "0.8", "0.1"],
+            "must be two shares, the lower first",
+        ),
         ([*NANO, "--patch-size", "32"], "no room for two regions"),
     ],
 )
 def test_wrong_input_gives_a_message_and_code_2(
-    tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    flags: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(tmp_path, *flags) == 2
@@ -217,7 +304,9 @@ def test_only_png_files_are_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--output mixed.jpg: pictures are PNG" in capsys.readouterr().err
 
 
-def test_a_checkpoint_without_its_image_spec_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_without_its_image_spec_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_checkpoint(tmp_path / "checkpoint.pth", data={})
     assert run(tmp_path, "--resume", str(path)) == 2
     assert "no image_spec under data" in capsys.readouterr().err
@@ -229,11 +318,25 @@ def test_unknown_flags_end_with_code_2() -> None:
     assert stop.value.code == 2
 
 
-def test_names_are_those_of_the_images_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A model may be shown images of classes that it was not trained on; labels are never taken for its own."""
+def test_names_are_those_of_the_images_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model may be shown images of classes that it was not trained on; labels are never taken for
+    its own."""
     folder = make_image_folder(tmp_path / "data", classes=("wasp", "yak", "zebra"), per_class=1)
     checkpoint = write_checkpoint(tmp_path / "checkpoint.pth")
-    flags = ["--resume", str(checkpoint), "--data-path", str(folder), "--count", "2", "--device", "cpu"]
+    flags = [
+        "--resume",
+        str(checkpoint),
+        "--data-path",
+        str(folder),
+        "--count",
+        "2",
+        "--device",
+        "cpu",
+    ]
     assert run(tmp_path, *flags) == 0
     told = capsys.readouterr().out
-    assert all(name in told for name in datasets.open_images("IMNET", str(folder), train=False).class_names)
+    assert all(
+        name in told for name in datasets.open_images("IMNET", str(folder), train=False).class_names
+    )

@@ -1,4 +1,5 @@
-"""SMMix's mixing against slow loops written from the paper's formulas (Eq. 7, 8 and the reference of Eq. 14)."""
+"""SMMix's mixing against slow loops written from the paper's formulas (Eq. 7, 8 and the reference
+of Eq. 14)."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ GRIDS: list[tuple[Size, Size]] = [  # grid, region
     ((7, 7), (5, 1)),
 ]
 
-# ------------------------------------------------------------------------------------------------ slow oracles
+# ------------------------------------------------------------------------------------- slow oracles
 
 
 def slow_scores(attention: Tensor, grid: Size, size: Size) -> Tensor:
@@ -71,7 +72,9 @@ def slow_corner(scores: Tensor, largest: bool) -> tuple[int, int]:
     return where
 
 
-def slow_paste(images: Tensor, source: list[Size], target: list[Size], size: Size, patch: Size) -> Tensor:
+def slow_paste(
+    images: Tensor, source: list[Size], target: list[Size], size: Size, patch: Size
+) -> Tensor:
     """Eq. 8, patch by patch."""
     mixed = [image.clone() for image in images]
     for b, image in enumerate(mixed):
@@ -80,7 +83,9 @@ def slow_paste(images: Tensor, source: list[Size], target: list[Size], size: Siz
             for q in range(size[1]):
                 y, x = (target[b][0] + p) * patch[0], (target[b][1] + q) * patch[1]
                 sy, sx = (source[b][0] + p) * patch[0], (source[b][1] + q) * patch[1]
-                image[:, y : y + patch[0], x : x + patch[1]] = partner[:, sy : sy + patch[0], sx : sx + patch[1]]
+                image[:, y : y + patch[0], x : x + patch[1]] = partner[
+                    :, sy : sy + patch[0], sx : sx + patch[1]
+                ]
     return torch.stack(mixed)
 
 
@@ -93,7 +98,9 @@ def slow_softmax(logits: Tensor) -> Tensor:
     return powers / powers.sum()
 
 
-def slow_mix(images: Tensor, labels: Tensor, guide: FakeGuide, grid: Size, size: Size, variant: Variant) -> MixedBatch:
+def slow_mix(
+    images: Tensor, labels: Tensor, guide: FakeGuide, grid: Size, size: Size, variant: Variant
+) -> MixedBatch:
     """The whole of SMMix, image by image (smoothing 0.1)."""
     batch, patch = len(images), (images.shape[2] // grid[0], images.shape[3] // grid[1])
     scores = slow_scores(guide.attention(images), grid, size)
@@ -103,7 +110,9 @@ def slow_mix(images: Tensor, labels: Tensor, guide: FakeGuide, grid: Size, size:
         partner = batch - 1 - b
         source.append(slow_corner(scores[partner], largest=True))
         target.append(source[b] if partner == b else slow_corner(scores[b], largest=False))
-        y_a = torch.tensor(slow_labels(int(labels[partner]), guide.num_classes, 0.1), dtype=torch.float64)
+        y_a = torch.tensor(
+            slow_labels(int(labels[partner]), guide.num_classes, 0.1), dtype=torch.float64
+        )
         y_b = torch.tensor(slow_labels(int(labels[b]), guide.num_classes, 0.1), dtype=torch.float64)
         z_a, z_b = guide.logits(images[partner][None])[0], guide.logits(images[b][None])[0]
         if variant.consistency == "probs":
@@ -117,10 +126,17 @@ def slow_mix(images: Tensor, labels: Tensor, guide: FakeGuide, grid: Size, size:
         torch.stack(part) for part in zip(*rows, strict=True)
     )
     return MixedBatch(
-        slow_paste(images, source, target, size, patch), mixed_labels, torch.full((batch,), lam, dtype=torch.float64),
-        source_labels, target_labels, masks, references, guide.logits(images), guide.attention(images),
+        slow_paste(images, source, target, size, patch),
+        mixed_labels,
+        torch.full((batch,), lam, dtype=torch.float64),
+        source_labels,
+        target_labels,
+        masks,
+        references,
+        guide.logits(images),
+        guide.attention(images),
         Regions(torch.tensor(source), torch.tensor(target), size),
-    )  # fmt: skip
+    )
 
 
 def assert_same_batch(ours: MixedBatch, expected: MixedBatch, tolerance: float = 1e-6) -> None:
@@ -134,7 +150,9 @@ def assert_same_batch(ours: MixedBatch, expected: MixedBatch, tolerance: float =
         elif field.name in ("images", "source_mask"):
             assert torch.equal(got, wanted), field.name
         else:
-            torch.testing.assert_close(got, wanted, atol=tolerance, rtol=0, check_dtype=False, msg=field.name)
+            torch.testing.assert_close(
+                got, wanted, atol=tolerance, rtol=0, check_dtype=False, msg=field.name
+            )
 
 
 def batch_of(
@@ -145,7 +163,7 @@ def batch_of(
     return images, torch.randint(num_classes, (count,), generator=generator)
 
 
-# ------------------------------------------------------------------------------------------- size of the region
+# ------------------------------------------------------------------------------- size of the region
 
 FLOOR_14 = {3: 0.5 / 7, **dict.fromkeys(range(4, 10), 1 / 7), 10: 0.5 / 7}
 FLOOR_7 = {1: 0.25 / 3.5, 2: 1 / 3.5, 3: 1 / 3.5, 4: 1 / 3.5, 5: 0.25 / 3.5}
@@ -164,13 +182,19 @@ def test_sizes_have_the_stated_distribution(
     side: int, rule: Literal["floor", "integer"], probabilities: dict[int, float], mean_share: float
 ) -> None:
     count, generator = 20_000, keyed_generator("sizes")
-    drawn = Counter(draw_region_size((side, side), (0.25, 0.75), rule, generator) for _ in range(count))
+    drawn = Counter(
+        draw_region_size((side, side), (0.25, 0.75), rule, generator) for _ in range(count)
+    )
     assert set(drawn) == {(r, r) for r in probabilities}
     for r, probability in probabilities.items():
-        assert abs(drawn[r, r] / count - probability) < 4 * sqrt(probability * (1 - probability) / count), r
+        assert abs(drawn[r, r] / count - probability) < 4 * sqrt(
+            probability * (1 - probability) / count
+        ), r
     exact = sum(probability * r * r for r, probability in probabilities.items()) / side**2
     assert exact == pytest.approx(mean_share, abs=5e-4)
-    assert sum(n * h * w for (h, w), n in drawn.items()) / count / side**2 == pytest.approx(exact, abs=0.005)
+    assert sum(n * h * w for (h, w), n in drawn.items()) / count / side**2 == pytest.approx(
+        exact, abs=0.005
+    )
 
 
 @pytest.mark.parametrize("rule", ["floor", "integer"])
@@ -183,8 +207,12 @@ def test_sizes_leave_tokens_to_both_regions(grid: Size, rule: Literal["floor", "
 
 
 @pytest.mark.parametrize("rule", ["floor", "integer"])
-@pytest.mark.parametrize(("ratio", "expected"), [(0.5, (7, 3)), (0.0, (1, 1)), (1.0, (13, 6)), (0.3, (4, 2))])
-def test_a_fixed_side_ratio_gives_one_size(ratio: float, expected: Size, rule: Literal["floor", "integer"]) -> None:
+@pytest.mark.parametrize(
+    ("ratio", "expected"), [(0.5, (7, 3)), (0.0, (1, 1)), (1.0, (13, 6)), (0.3, (4, 2))]
+)
+def test_a_fixed_side_ratio_gives_one_size(
+    ratio: float, expected: Size, rule: Literal["floor", "integer"]
+) -> None:
     generator = keyed_generator("fixed")
     drawn = {draw_region_size((14, 7), (ratio, ratio), rule, generator) for _ in range(50)}
     assert drawn == {expected}
@@ -197,7 +225,7 @@ def test_one_delta_serves_both_sides() -> None:
         assert width == floor(height / 2)
 
 
-# --------------------------------------------------------------------------------------------------- Eq. 7 and 8
+# -------------------------------------------------------------------------------------- Eq. 7 and 8
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
@@ -216,13 +244,19 @@ def test_window_sums_and_picks_follow_eq_7(grid: Size, size: Size, batch: int) -
 
 @pytest.mark.parametrize(("grid", "size"), GRIDS)
 @pytest.mark.parametrize("levels", [2, 3, 10])
-def test_ties_go_to_the_first_window_in_row_major_order(grid: Size, size: Size, levels: int) -> None:
+def test_ties_go_to_the_first_window_in_row_major_order(
+    grid: Size, size: Size, levels: int
+) -> None:
     count = 40 if grid[0] * grid[1] < 100 else 4
-    attention = torch.randint(levels, (count, grid[0] * grid[1])).float()  # sums are exact, ties are frequent
+    attention = torch.randint(
+        levels, (count, grid[0] * grid[1])
+    ).float()  # sums are exact, ties are frequent
     expected = slow_scores(attention, grid, size)
     scores = region_scores(attention, grid, size)
     for largest in (True, False):
-        assert pick_regions(scores, largest).tolist() == [list(slow_corner(image, largest)) for image in expected]
+        assert pick_regions(scores, largest).tolist() == [
+            list(slow_corner(image, largest)) for image in expected
+        ]
 
 
 @pytest.mark.parametrize(("grid", "size"), GRIDS)
@@ -241,16 +275,21 @@ def test_equal_copies_of_a_window_tie_although_their_cells_are_fractions() -> No
         grid[top : top + 2, left : left + 3] = patch
     scores = region_scores(grid.flatten()[None], (8, 9), (2, 3))
     assert pick_regions(scores, largest=True).tolist() == [[1, 0]]
-    assert pick_regions(region_scores(-grid.flatten()[None], (8, 9), (2, 3)), largest=False).tolist() == [[1, 0]]
+    assert pick_regions(
+        region_scores(-grid.flatten()[None], (8, 9), (2, 3)), largest=False
+    ).tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_attention_is_summed_in_float32(dtype: torch.dtype) -> None:
     attention = torch.rand(4, 196).to(dtype)
     torch.testing.assert_close(
-        region_scores(attention, (14, 14), (10, 10)), slow_scores(attention, (14, 14), (10, 10)),
-        atol=0, rtol=1e-6, check_dtype=False,
-    )  # fmt: skip
+        region_scores(attention, (14, 14), (10, 10)),
+        slow_scores(attention, (14, 14), (10, 10)),
+        atol=0,
+        rtol=1e-6,
+        check_dtype=False,
+    )
 
 
 def test_attention_that_is_not_a_number_gives_windows_inside_the_grid() -> None:
@@ -264,15 +303,28 @@ def test_attention_that_is_not_a_number_gives_windows_inside_the_grid() -> None:
 
 @pytest.mark.parametrize(("grid", "size"), GRIDS)
 def test_region_mask_is_the_window(grid: Size, size: Size) -> None:
-    corners = torch.tensor([(i, j) for i in range(grid[0] - size[0] + 1) for j in range(grid[1] - size[1] + 1)])
+    corners = torch.tensor(
+        [(i, j) for i in range(grid[0] - size[0] + 1) for j in range(grid[1] - size[1] + 1)]
+    )
     mask = region_mask(corners, size, grid)
     assert mask.dtype == torch.bool
     for (top, left), row in zip(corners.tolist(), mask, strict=True):
-        cells = [top <= n // grid[1] < top + size[0] and left <= n % grid[1] < left + size[1] for n in range(len(row))]
+        cells = [
+            top <= n // grid[1] < top + size[0] and left <= n % grid[1] < left + size[1]
+            for n in range(len(row))
+        ]
         assert row.tolist() == cells
 
 
-DTYPES = [torch.uint8, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+DTYPES = [
+    torch.uint8,
+    torch.int64,
+    torch.bool,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+]
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda images: images.contiguous(),
     "channels_last": lambda images: images.contiguous(memory_format=torch.channels_last),
@@ -283,19 +335,27 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def corners_in(grid: Size, size: Size, count: int) -> Tensor:
-    return torch.stack([torch.randint(g - s + 1, (count,)) for g, s in zip(grid, size, strict=True)], dim=1)
+    return torch.stack(
+        [torch.randint(g - s + 1, (count,)) for g, s in zip(grid, size, strict=True)], dim=1
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
-def test_pasting_follows_eq_8_and_leaves_its_input(batch: int, layout: str, dtype: torch.dtype) -> None:
+def test_pasting_follows_eq_8_and_leaves_its_input(
+    batch: int, layout: str, dtype: torch.dtype
+) -> None:
     grid, size, patch = (4, 5), (2, 3), (3, 2)
-    images = LAYOUTS[layout](torch.randint(0, 2 if dtype == torch.bool else 256, (batch, 3, 12, 10)).to(dtype))
+    images = LAYOUTS[layout](
+        torch.randint(0, 2 if dtype == torch.bool else 256, (batch, 3, 12, 10)).to(dtype)
+    )
     before = images.clone()
     source, target = corners_in(grid, size, batch), corners_in(grid, size, batch)
     mixed = paste_regions(images, Regions(source, target, size), patch)
-    from_source, to_target = ([(int(i), int(j)) for i, j in corners] for corners in (source, target))
+    from_source, to_target = (
+        [(int(i), int(j)) for i, j in corners] for corners in (source, target)
+    )
     assert torch.equal(mixed, slow_paste(images, from_source, to_target, size, patch))
     assert mixed.dtype == dtype
     assert torch.equal(images, before)
@@ -304,13 +364,15 @@ def test_pasting_follows_eq_8_and_leaves_its_input(batch: int, layout: str, dtyp
         assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
-# --------------------------------------------------------------------------------------------- reference of Eq. 14
+# ------------------------------------------------------------------------------ reference of Eq. 14
 
 
 @pytest.mark.parametrize(("mix", "consistency"), [(mix_probs, "probs"), (mix_logits, "logits")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
-def test_reference_is_mixed_pair_by_pair(mix: Any, consistency: str, dtype: torch.dtype, batch: int) -> None:
+def test_reference_is_mixed_pair_by_pair(
+    mix: Any, consistency: str, dtype: torch.dtype, batch: int
+) -> None:
     logits, lam = (torch.randn(batch, 9) * 4).to(dtype), torch.rand(batch)
     mixed = mix(logits, lam)
     assert mixed.dtype == torch.float32
@@ -325,7 +387,8 @@ def test_reference_is_mixed_pair_by_pair(mix: Any, consistency: str, dtype: torc
 
 
 def test_the_two_references_differ_as_the_worked_example_says() -> None:
-    """Two confident images of a thousand classes, 0.8 each, lam 1/2: (.40, .40) against (.056, .056)."""
+    """Two confident images of a thousand classes, 0.8 each, lam 1/2: (.40, .40) against (.056,
+    .056)."""
     probs = torch.full((2, 1000), 0.2 / 999)
     probs[0, 0] = probs[1, 1] = 0.8
     half = torch.full((2,), 0.5)
@@ -333,13 +396,15 @@ def test_the_two_references_differ_as_the_worked_example_says() -> None:
     assert mix_logits(probs.log(), half)[0, :2].tolist() == pytest.approx([0.056, 0.056], abs=1e-3)
 
 
-# --------------------------------------------------------------------------------------------------- the whole mix
+# ------------------------------------------------------------------------------------ the whole mix
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
 @pytest.mark.parametrize(("grid", "size"), GRIDS)
-def test_the_whole_mix_is_that_of_a_loop_over_pairs(grid: Size, size: Size, batch: int, variant: str) -> None:
+def test_the_whole_mix_is_that_of_a_loop_over_pairs(
+    grid: Size, size: Size, batch: int, variant: str
+) -> None:
     images, labels = batch_of(batch, grid)
     guide = FakeGuide(grid, 5)
     mixer = SMMix(5, grid, variant=VARIANTS[variant])
@@ -371,11 +436,15 @@ sides = st.integers(2, 6)
 
 @st.composite
 def mixes(draw: st.DrawFn) -> tuple[Tensor, Tensor, Size, Size, Variant, int]:
-    grid, patch = draw(st.tuples(sides, sides)), draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    grid, patch = (
+        draw(st.tuples(sides, sides)),
+        draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
+    )
     seed = draw(st.integers(0, 10_000))
     images, labels = batch_of(draw(st.integers(1, 5)), grid, patch, seed=seed)
     variant = Variant(
-        consistency=draw(st.sampled_from(["probs", "logits"])), region_size=draw(st.sampled_from(["floor", "integer"]))
+        consistency=draw(st.sampled_from(["probs", "logits"])),
+        region_size=draw(st.sampled_from(["floor", "integer"])),
     )
     return images, labels, grid, patch, variant, seed
 
@@ -387,7 +456,12 @@ def test_properties_of_every_mix(case: tuple[Tensor, Tensor, Size, Size, Variant
     mixer, guide = SMMix(5, grid, 0.1, (0.0, 1.0), variant), FakeGuide(grid, 5)
 
     def mix(images: Tensor, labels: Tensor) -> MixedBatch:
-        return mixer(images, labels, guide, StepRandom(keyed_generator("shared", seed), keyed_generator("own", seed)))
+        return mixer(
+            images,
+            labels,
+            guide,
+            StepRandom(keyed_generator("shared", seed), keyed_generator("own", seed)),
+        )
 
     mixed = mix(images, labels)
     assert torch.equal(images, kept_images)
@@ -412,7 +486,9 @@ def test_properties_of_every_mix(case: tuple[Tensor, Tensor, Size, Size, Variant
         source = images[len(images) - 1 - b][:, top : top + height, left : left + width]
         assert torch.equal(mixed.images[b][pixels[b]], source.reshape(-1))
 
-    flipped = mix(images.flip(0), labels.flip(0))  # roles belong to images, not to places in the batch
+    flipped = mix(
+        images.flip(0), labels.flip(0)
+    )  # roles belong to images, not to places in the batch
     for field in fields(MixedBatch):
         one, other = getattr(mixed, field.name), getattr(flipped, field.name)
         if field.name == "regions":
@@ -430,7 +506,9 @@ def test_another_key_gives_another_mix() -> None:
     shared = keyed_generator("shared")
     sizes = set()
     for key in range(30):
-        mixed = mixer(images, labels, FakeGuide((6, 6), 5), StepRandom(shared, keyed_generator(key)))
+        mixed = mixer(
+            images, labels, FakeGuide((6, 6), 5), StepRandom(shared, keyed_generator(key))
+        )
         assert mixed.regions is not None
         sizes.add(mixed.regions.size)
     assert len(sizes) > 3
@@ -445,7 +523,7 @@ def test_low_precision_images_keep_full_precision_labels(dtype: torch.dtype) -> 
         assert getattr(mixed, name).dtype == torch.float32, name
 
 
-# --------------------------------------------------------------------------------------------------- torch.compile
+# ------------------------------------------------------------------------------------ torch.compile
 
 
 @pytest.mark.slow
@@ -453,9 +531,14 @@ def test_low_precision_images_keep_full_precision_labels(dtype: torch.dtype) -> 
 def test_the_pieces_are_the_same_when_compiled(backend: str) -> None:
     torch.compiler.reset()
 
-    def pieces(images: Tensor, attention: Tensor, logits: Tensor, lam: Tensor, size: Size) -> tuple[Tensor, ...]:
+    def pieces(
+        images: Tensor, attention: Tensor, logits: Tensor, lam: Tensor, size: Size
+    ) -> tuple[Tensor, ...]:
         scores = region_scores(attention, (4, 6), size)
-        source, target = pick_regions(scores, largest=True).flip(0), pick_regions(scores, largest=False)
+        source, target = (
+            pick_regions(scores, largest=True).flip(0),
+            pick_regions(scores, largest=False),
+        )
         mixed = paste_regions(images, Regions(source, target, size), (2, 3))
         mask = region_mask(target, size, (4, 6))
         return source, target, mixed, mask, mix_probs(logits, lam), mix_logits(logits, lam)
@@ -466,7 +549,9 @@ def test_the_pieces_are_the_same_when_compiled(backend: str) -> None:
         attention = torch.randint(4, (batch, 24)).float() / 7  # planted ties
         values = (images, attention, torch.randn(batch, 9), torch.rand(batch), size)
         for ours, plain in zip(compiled(*values), pieces(*values), strict=True):
-            torch.testing.assert_close(ours, plain, atol=1e-6 if ours.is_floating_point() else 0, rtol=0)
+            torch.testing.assert_close(
+                ours, plain, atol=1e-6 if ours.is_floating_point() else 0, rtol=0
+            )
 
 
 @pytest.mark.parametrize(
@@ -477,7 +562,9 @@ def test_the_pieces_are_the_same_when_compiled(backend: str) -> None:
         pytest.param("inductor", "paper", [(4, (2, 3)), (3, (3, 2))], marks=pytest.mark.slow),
     ],
 )
-def test_the_whole_mix_is_the_same_when_compiled(backend: str, variant: str, cases: list[tuple[int, Size]]) -> None:
+def test_the_whole_mix_is_the_same_when_compiled(
+    backend: str, variant: str, cases: list[tuple[int, Size]]
+) -> None:
     torch.compiler.reset()
     mixer = SMMix(5, (4, 6), variant=VARIANTS[variant])
 

@@ -1,4 +1,5 @@
-"""Two methods in each batch: the same pairs, each part as its method makes it, terms that weigh as they should."""
+"""Two methods in each batch: the same pairs, each part as its method makes it, terms that weigh as
+they should."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def output_for(batch: MixedBatch, rows: slice | list[int]) -> ModelOutput:
     return ModelOutput(logits[rows], torch.zeros(0), None, region_logits)
 
 
-@pytest.mark.parametrize(("share", "ends"), [(0.5, [0, 1, 6, 7]), (0.75, [0, 7]), (0.2, [0, 1, 2, 5, 6, 7])])
+@pytest.mark.parametrize(
+    ("share", "ends"), [(0.5, [0, 1, 6, 7]), (0.75, [0, 7]), (0.2, [0, 1, 2, 5, 6, 7])]
+)
 def test_each_part_is_what_its_method_makes_of_it(share: float, ends: list[int]) -> None:
     images, labels = batch_of(8)
     inside = [row for row in range(8) if row not in ends]
@@ -63,7 +66,9 @@ def test_each_part_is_what_its_method_makes_of_it(share: float, ends: list[int])
 def test_partners_are_those_of_an_undivided_batch() -> None:
     """An image's pixels come from itself and from image B - 1 - i, in both parts."""
     images = torch.arange(8.0)[:, None, None, None].expand(8, 3, *SIZE)
-    batch = Split(SMMix(K, GRID), Mixup(K))(images, torch.arange(8) % K, FakeGuide(GRID, K), both_random())
+    batch = Split(SMMix(K, GRID), Mixup(K))(
+        images, torch.arange(8) % K, FakeGuide(GRID, K), both_random()
+    )
     for row, mixed in enumerate(batch.images):
         low, high = sorted((row, 7 - row))
         assert mixed.min() >= low
@@ -113,14 +118,20 @@ def test_an_odd_batch_keeps_its_pairs() -> None:
     assert batch.source_mask.any(dim=1).tolist() == [False, False, True, True, True, False, False]
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if name not in ("mixup", "none", "transmix", "attentivemix")])
+@pytest.mark.parametrize(
+    "name", [name for name in MIXERS if name not in ("mixup", "none", "transmix", "attentivemix")]
+)
 def test_every_method_shares_a_batch(name: str) -> None:
     images, labels = batch_of(8)
     switch = make_switch(K, GRID, mixer=name, mix_protocol="split", mixup_switch_prob=0.5)
     assert isinstance(switch.first, Split)
     assert switch.second is None
-    batch = switch(images, labels, lambda shown: Glance(torch.zeros(len(shown), K), torch.rand(len(shown), N)),
-                   both_random())  # fmt: skip
+    batch = switch(
+        images,
+        labels,
+        lambda shown: Glance(torch.zeros(len(shown), K), torch.rand(len(shown), N)),
+        both_random(),
+    )
     assert batch.images.shape == images.shape
     torch.testing.assert_close(batch.labels.sum(dim=1), torch.ones(8))
     assert (batch.source_mask is not None) == (name == "smmix")

@@ -1,4 +1,5 @@
-"""The switches of the paper's study change what they should and nothing else: schemes, scores, terms, temperatures."""
+"""The switches of the paper's study change what they should and nothing else: schemes, scores,
+terms, temperatures."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def scheme_of(source: Any, target: Any, score: Any = "guide") -> Scheme:
     return Scheme(source, target, score)
 
 
-# ------------------------------------------------------------------------------------------ Table A4: mixing schemes
+# ------------------------------------------------------------------------- Table A4: mixing schemes
 
 
 def slow_regions(scheme: Scheme, drawn: Drawn, score: Tensor) -> tuple[list[Any], list[Any]]:
@@ -61,20 +62,34 @@ def slow_regions(scheme: Scheme, drawn: Drawn, score: Tensor) -> tuple[list[Any]
 @pytest.mark.parametrize("score", ["guide", "random"])
 @pytest.mark.parametrize("count", [1, 4, 5])
 @schemes
-def test_a_scheme_is_that_of_a_loop_over_pairs(source: str, target: str, count: int, score: str) -> None:
+def test_a_scheme_is_that_of_a_loop_over_pairs(
+    source: str, target: str, count: int, score: str
+) -> None:
     images, labels = batch_of(count)
     guide, scheme = FakeGuide(GRID, K), scheme_of(source, target, score)
     mixer = SMMix(K, GRID, side_ratio=(0.2, 0.9), scheme=scheme)
     drawn = mixer.draw(count, SIZE, keyed_generator(source, target))
-    batch, plain = mixer.apply(images, labels, drawn, guide), SMMix(K, GRID).apply(images, labels, drawn, guide)
+    batch, plain = (
+        mixer.apply(images, labels, drawn, guide),
+        SMMix(K, GRID).apply(images, labels, drawn, guide),
+    )
     used = guide.attention(images) if drawn.score is None else drawn.score
     sources, targets = slow_regions(scheme, drawn, used)
     assert batch.regions is not None
     assert batch.regions.source_corners.tolist() == [list(corner) for corner in sources]
     assert batch.regions.target_corners.tolist() == [list(corner) for corner in targets]
-    expected = slow_paste(images, sources, targets, drawn.size, (SIZE[0] // GRID[0], SIZE[1] // GRID[1]))
+    expected = slow_paste(
+        images, sources, targets, drawn.size, (SIZE[0] // GRID[0], SIZE[1] // GRID[1])
+    )
     assert torch.equal(batch.images, expected)
-    for name in ("labels", "lam", "source_labels", "target_labels", "reference_probs", "clean_logits"):
+    for name in (
+        "labels",
+        "lam",
+        "source_labels",
+        "target_labels",
+        "reference_probs",
+        "clean_logits",
+    ):
         assert torch.equal(getattr(batch, name), getattr(plain, name)), name  # all but the places
     assert batch.source_mask is not None
     assert batch.lam is not None
@@ -85,7 +100,10 @@ def test_a_scheme_is_that_of_a_loop_over_pairs(source: str, target: str, count: 
 def test_a_scheme_leaves_the_draw_of_the_size_alone(source: str, target: str) -> None:
     plain, other = SMMix(K, GRID), SMMix(K, GRID, scheme=scheme_of(source, target, "random"))
     for key in range(20):
-        assert plain.draw(6, SIZE, keyed_generator(key)).size == other.draw(6, SIZE, keyed_generator(key)).size
+        assert (
+            plain.draw(6, SIZE, keyed_generator(key)).size
+            == other.draw(6, SIZE, keyed_generator(key)).size
+        )
     drawn = plain.draw(6, SIZE, keyed_generator(0))
     assert (drawn.source_corners, drawn.score) == (None, None)
 
@@ -103,7 +121,9 @@ def test_random_regions_are_uniform_over_the_windows_inside_the_grid() -> None:
 @pytest.mark.parametrize("score", ["guide", "random"])
 @pytest.mark.parametrize("con", [True, False])
 @schemes
-def test_the_pass_is_run_only_if_something_needs_it(source: str, target: str, con: bool, score: str) -> None:
+def test_the_pass_is_run_only_if_something_needs_it(
+    source: str, target: str, con: bool, score: str
+) -> None:
     images, labels = batch_of(4)
     guide = FakeGuide(GRID, K)
     scheme = scheme_of(source, target, score)
@@ -129,17 +149,26 @@ def test_flags_name_the_schemes() -> None:
     assert make_switch(K, GRID).first.scheme == Scheme()  # type: ignore[attr-defined]
 
 
-# ---------------------------------------------------------------------------------------------- Table A5: the score
+# ------------------------------------------------------------------------------ Table A5: the score
 
 WITH_BLOCKS = [case for case in CASES if make(case).score_blocks]
 
 
 @pytest.mark.parametrize("case", WITH_BLOCKS)
 def test_rollout_is_the_mean_of_all_blocks(case: str) -> None:
-    model, images = make(case), torch.randn(2, 3, *make(case).input_size, generator=torch.Generator().manual_seed(1))
+    model, images = (
+        make(case),
+        torch.randn(2, 3, *make(case).input_size, generator=torch.Generator().manual_seed(1)),
+    )
     with torch.no_grad():
-        each = [model.look(images, block=number + 1).image_attention for number in range(model.score_blocks)]
-        seen, early = model.look(images, block="rollout"), model.look(images, block="rollout", predict=False)
+        each = [
+            model.look(images, block=number + 1).image_attention
+            for number in range(model.score_blocks)
+        ]
+        seen, early = (
+            model.look(images, block="rollout"),
+            model.look(images, block="rollout", predict=False),
+        )
     expected = torch.stack(each).mean(dim=0)
     torch.testing.assert_close(seen.image_attention, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(early.image_attention, expected, atol=1e-6, rtol=1e-5)
@@ -156,9 +185,12 @@ def overlap(old: int, new: int, cell: int, wanted: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [((6, 6), (4, 4)), ((7, 5), (2, 5)), ((3, 8), (3, 3)), ((14, 14), (8, 8)), ((4, 4), (2, 2))]
+    ("old", "new"),
+    [((6, 6), (4, 4)), ((7, 5), (2, 5)), ((3, 8), (3, 3)), ((14, 14), (8, 8)), ((4, 4), (2, 2))],
 )
-def test_a_score_of_a_finer_grid_is_shared_by_area(old: tuple[int, int], new: tuple[int, int]) -> None:
+def test_a_score_of_a_finer_grid_is_shared_by_area(
+    old: tuple[int, int], new: tuple[int, int]
+) -> None:
     score = torch.rand(3, old[0] * old[1], generator=torch.Generator().manual_seed(2))
     ours = resample_score(score, old, new).unflatten(1, new)
     grid = score.unflatten(1, old)
@@ -167,7 +199,11 @@ def test_a_score_of_a_finer_grid_is_shared_by_area(old: tuple[int, int], new: tu
             expected = torch.zeros(3)
             for i in range(old[0]):
                 for j in range(old[1]):
-                    expected += grid[:, i, j] * overlap(old[0], new[0], i, row) * overlap(old[1], new[1], j, column)
+                    expected += (
+                        grid[:, i, j]
+                        * overlap(old[0], new[0], i, row)
+                        * overlap(old[1], new[1], j, column)
+                    )
             torch.testing.assert_close(ours[:, row, column], expected)
     torch.testing.assert_close(ours.sum(dim=(1, 2)), score.sum(dim=1))
 
@@ -177,12 +213,14 @@ def test_a_score_of_a_coarser_grid_is_the_bilinear_one() -> None:
     assert torch.equal(resample_score(score, (2, 3), (5, 4)), resize_score(score, (2, 3), (5, 4)))
     assert torch.equal(resample_score(score, (2, 3), (2, 3)), score)
     mixed = resample_score(score, (2, 3), (4, 2))  # finer rows, coarser columns
-    torch.testing.assert_close(mixed, resample_score(resize_score(score, (2, 3), (4, 3)), (4, 3), (4, 2)))
+    torch.testing.assert_close(
+        mixed, resample_score(resize_score(score, (2, 3), (4, 3)), (4, 3), (4, 2))
+    )
     uniform = resample_score(torch.full((1, 35), 1 / 35), (7, 5), (4, 8))
     torch.testing.assert_close(uniform, torch.full((1, 32), 1 / 32))
 
 
-# ----------------------------------------------------------------------------- Table 7: consistency with other mixing
+# ----------------------------------------------------------- Table 7: consistency with other mixing
 
 
 @pytest.mark.parametrize("rule", ["probs", "logits"])
@@ -190,9 +228,14 @@ def test_a_score_of_a_coarser_grid_is_the_bilinear_one() -> None:
 def test_consistency_alone_adds_a_reference_and_nothing_else(method: str, rule: str) -> None:
     images, labels = batch_of(5)
     plain = make_switch(K, GRID, fake_teacher, mixer=method).first
-    with_con = make_switch(K, GRID, fake_teacher, mixer=method, con_weight=0.5, consistency=rule).first
+    with_con = make_switch(
+        K, GRID, fake_teacher, mixer=method, con_weight=0.5, consistency=rule
+    ).first
     guide, drawn = FakeGuide(GRID, K), plain.draw(5, SIZE, keyed_generator(method))
-    batch, before = with_con.apply(images, labels, drawn, guide), plain.apply(images, labels, drawn, no_guide)
+    batch, before = (
+        with_con.apply(images, labels, drawn, guide),
+        plain.apply(images, labels, drawn, no_guide),
+    )
     assert len(guide.calls) == 1
     assert torch.equal(guide.calls[0], images)
     assert_equal(replace(batch, reference_probs=None, clean_logits=None), before)
@@ -213,7 +256,9 @@ def test_without_a_weight_only_smmix_has_the_term() -> None:
     for method in MIXERS:
         mixer = make_switch(K, GRID, fake_teacher, mixer=method).first
         guide = FakeGuide(GRID, K) if method == "smmix" else no_guide
-        assert (mixer(images, labels, guide, random_of(0)).reference_probs is not None) == (method == "smmix")
+        assert (mixer(images, labels, guide, random_of(0)).reference_probs is not None) == (
+            method == "smmix"
+        )
 
 
 def test_consistency_alone_shares_a_batch_with_mixup() -> None:
@@ -228,17 +273,25 @@ def test_consistency_alone_shares_a_batch_with_mixup() -> None:
     assert set(terms) == {"total", "cls", "con"}
 
 
-# --------------------------------------------------------------------------------------------------- temperatures
+# ------------------------------------------------------------------------------------- temperatures
 
 
-def a_batch(temperature: float = 1.0, rule: str = "probs") -> tuple[MixedBatch, ModelOutput, Tensor]:
+def a_batch(
+    temperature: float = 1.0, rule: str = "probs"
+) -> tuple[MixedBatch, ModelOutput, Tensor]:
     images, labels = batch_of(4)
-    generator, clean = torch.Generator().manual_seed(5), torch.randn(4, K, generator=torch.Generator().manual_seed(6))
+    generator, clean = (
+        torch.Generator().manual_seed(5),
+        torch.randn(4, K, generator=torch.Generator().manual_seed(6)),
+    )
     mixer = make_switch(K, GRID, con_temperature=temperature, consistency=rule).first
     guide = FakeGuide(GRID, K)
     batch = mixer(images, labels, lambda shown: Glance(clean, guide.attention(shown)), random_of(0))
     output = ModelOutput(
-        torch.randn(4, K, generator=generator), torch.zeros(0), None, torch.randn(4, 2, K, generator=generator)
+        torch.randn(4, K, generator=generator),
+        torch.zeros(0),
+        None,
+        torch.randn(4, 2, K, generator=generator),
     )
     return batch, output, clean
 
@@ -252,12 +305,16 @@ def test_the_temperature_of_consistency_is_on_both_sides(temperature: float, rul
     total = 0.0
     for image in range(4):
         lam = float(batch.lam[image])
-        target, source = clean[image].double() / temperature, clean[3 - image].double() / temperature
+        target, source = (
+            clean[image].double() / temperature,
+            clean[3 - image].double() / temperature,
+        )
         mixed = lam * source.softmax(0) + (1 - lam) * target.softmax(0)
         wanted = mixed if rule == "probs" else (lam * source + (1 - lam) * target).softmax(0)
         predicted = (output.logits[image].double() / temperature).softmax(0)
         total += sum(
-            float(p) * (math.log(float(p)) - math.log(float(q))) for p, q in zip(wanted, predicted, strict=True)
+            float(p) * (math.log(float(p)) - math.log(float(q)))
+            for p, q in zip(wanted, predicted, strict=True)
         )
     assert float(terms["con"]) == pytest.approx(temperature**2 * total / 4, rel=1e-5)
     usual = SMMixLoss()(output, a_batch()[0])
@@ -268,7 +325,10 @@ def test_the_temperature_of_consistency_is_on_both_sides(temperature: float, rul
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_the_temperature_of_the_fine_term_is_of_its_predictions_alone(temperature: float) -> None:
     batch, output, _ = a_batch()
-    terms, usual = SMMixLoss(fine_temperature=temperature)(output, batch), SMMixLoss()(output, batch)
+    terms, usual = (
+        SMMixLoss(fine_temperature=temperature)(output, batch),
+        SMMixLoss()(output, batch),
+    )
     assert output.region_logits is not None
     assert batch.source_labels is not None
     assert batch.target_labels is not None
@@ -276,7 +336,9 @@ def test_the_temperature_of_the_fine_term_is_of_its_predictions_alone(temperatur
     for image in range(4):
         for side, label in enumerate((batch.source_labels[image], batch.target_labels[image])):
             predicted = (output.region_logits[image, side].double() / temperature).softmax(0)
-            total -= 0.5 * sum(float(y) * math.log(float(p)) for y, p in zip(label, predicted, strict=True))
+            total -= 0.5 * sum(
+                float(y) * math.log(float(p)) for y, p in zip(label, predicted, strict=True)
+            )
     assert float(terms["fine"]) == pytest.approx(total / 4, rel=1e-5)
     for name in ("cls", "con"):
         assert torch.equal(terms[name], usual[name])
@@ -288,39 +350,84 @@ def test_a_temperature_of_one_changes_no_bit() -> None:
     assert torch.equal(batch.reference_probs, mix_probs(clean, batch.lam))  # type: ignore[arg-type]
     logits_rule = a_batch(rule="logits")[0]
     assert torch.equal(logits_rule.reference_probs, mix_logits(clean, batch.lam))  # type: ignore[arg-type]
-    one, other = SMMixLoss()(output, batch), SMMixLoss(fine_temperature=1.0, con_temperature=1.0)(output, batch)
+    one, other = (
+        SMMixLoss()(output, batch),
+        SMMixLoss(fine_temperature=1.0, con_temperature=1.0)(output, batch),
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-# --------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--mixer cutmix --score rollout", r"--score rollout \(for smmix\): --mixer cutmix has no use for it"),
+        (
+            "--mixer cutmix --score rollout",
+            r"--score rollout \(for smmix\): --mixer cutmix has no use for it",
+        ),
         ("--mixer cutmix --source-region random", r"--source-region random \(for smmix\)"),
         ("--mixer cutmix --fine-weight 0", r"--fine-weight 0.0 \(for smmix\)"),
         ("--mixer mixup --con-weight 1", r"--con-weight 1.0 \(for smmix or cutmix or"),
-        ("--mixer none --motivator ema", r"--motivator ema \(for smmix, or with --con-weight above 0\)"),
-        ("--mixer fmix --con-temperature 2", r"--con-temperature 2.0 \(for smmix, or with --con-weight above 0\)"),
-        ("--mixer cutmix --con-weight 0 --consistency logits", r"--consistency logits \(for smmix, or with --con"),
+        (
+            "--mixer none --motivator ema",
+            r"--motivator ema \(for smmix, or with --con-weight above 0\)",
+        ),
+        (
+            "--mixer fmix --con-temperature 2",
+            r"--con-temperature 2.0 \(for smmix, or with --con-weight above 0\)",
+        ),
+        (
+            "--mixer cutmix --con-weight 0 --consistency logits",
+            r"--consistency logits \(for smmix, or with --con",
+        ),
         ("--mixer cutmix --con-weight 1 --variant released", r"--variant released \(for smmix\)"),
         ("--mixer cutmix --con-weight 1 --score-block 2", r"--score-block 2 \(for smmix\)"),
-        ("--score random --score-block 3", "--score random is no score of one block: leave out --score-block, or"),
+        (
+            "--score random --score-block 3",
+            "--score random is no score of one block: leave out --score-block, or",
+        ),
         ("--score rollout --score-block 3", "--score rollout is no score of one block"),
-        ("--source-region random --target-region corr --score rollout", "follows no score: leave out --score$"),
-        ("--source-region random --target-region corr --score-block 1", "follows no score: leave out --score-block$"),
-        ("--score random --con-weight 0 --guide-size 16", "--guide-size 16: nothing looks at the clean images"),
-        ("--score random --con-weight 0 --motivator ema", "--motivator ema: nothing looks at the clean images"),
-        ("--source-region random --target-region corr --con-weight 0 --guide-amp bf16", "--guide-amp bf16: nothing"),
-        ("--con-temperature 2 --con-weight 0", "--con-temperature 2.0 is of L_con, which --con-weight 0 leaves out"),
-        ("--fine-temperature 2 --fine-weight 0", "--fine-temperature 2.0 is of L_fine, which --fine-weight 0"),
-        ("--fine-temperature 2 --bce-loss --smoothing 0", "--fine-temperature 2.0 is of a softmax, and --bce-loss"),
+        (
+            "--source-region random --target-region corr --score rollout",
+            "follows no score: leave out --score$",
+        ),
+        (
+            "--source-region random --target-region corr --score-block 1",
+            "follows no score: leave out --score-block$",
+        ),
+        (
+            "--score random --con-weight 0 --guide-size 16",
+            "--guide-size 16: nothing looks at the clean images",
+        ),
+        (
+            "--score random --con-weight 0 --motivator ema",
+            "--motivator ema: nothing looks at the clean images",
+        ),
+        (
+            "--source-region random --target-region corr --con-weight 0 --guide-amp bf16",
+            "--guide-amp bf16: nothing",
+        ),
+        (
+            "--con-temperature 2 --con-weight 0",
+            "--con-temperature 2.0 is of L_con, which --con-weight 0 leaves out",
+        ),
+        (
+            "--fine-temperature 2 --fine-weight 0",
+            "--fine-temperature 2.0 is of L_fine, which --fine-weight 0",
+        ),
+        (
+            "--fine-temperature 2 --bce-loss --smoothing 0",
+            "--fine-temperature 2.0 is of a softmax, and --bce-loss",
+        ),
         ("--con-temperature 0", "--con-temperature 0.0: must be above 0"),
         ("--fine-temperature -1", "--fine-temperature -1.0: must be above 0"),
         ("--con-weight -1", "--con-weight -1.0: must not be negative"),
-        ("--motivator ema --no-model-ema", "--motivator ema looks through the averaged weights on each step: add"),
+        (
+            "--motivator ema --no-model-ema",
+            "--motivator ema looks through the averaged weights on each step: add",
+        ),
         ("--motivator ema --model-ema-force-cpu", "leave out --model-ema-force-cpu"),
         ("--subset 0", "--subset 0: must be above 0"),
         ("--max-steps 0", "--max-steps 0: must be above 0"),
@@ -341,7 +448,8 @@ def test_what_is_no_choice_is_refused(words: str) -> None:
     "words",
     [
         "--mixer cutmix --con-weight 0",
-        "--mixer cutmix --con-weight 1 --motivator ema --guide-amp bf16 --consistency logits --con-temperature 2",
+        "--mixer cutmix --con-weight 1 --motivator ema --guide-amp bf16 --consistency logits "
+        "--con-temperature 2",
         "--mixer transmix --con-weight 1",
         "--source-region random --target-region corr --con-weight 0",
         "--source-region random --target-region min --score rollout",

@@ -1,4 +1,5 @@
-"""Submission through submitit: what is asked of Slurm, what a task finds, and whom its signals reach.
+"""Submission through submitit: what is asked of Slurm, what a task finds, and whom its signals
+reach.
 
 Whole jobs are in `tests/test_submitit_jobs.py`.
 """
@@ -20,7 +21,7 @@ from utils import InputError, run_command
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="this system has no SIGUSR2")
 
-# ------------------------------------------------------------------------------------------------ what is asked
+# ------------------------------------------------------------------------------------ what is asked
 
 
 def parameters_of(words: str) -> tuple[dict[str, Any], list[str]]:
@@ -32,13 +33,22 @@ def test_what_is_submitted_is_shown_without_submitit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
-    words = "--nodes 2 --model deit_tiny_patch16_224 --ngpus 4 --partition gpu --job_dir jobs/%j --lr 1e-3 --dry-run"
+    words = (
+        "--nodes 2 --model deit_tiny_patch16_224 --ngpus 4 --partition gpu --job_dir jobs/%j --lr "
+        "1e-3 --dry-run"
+    )
     run_with_submitit.main(words.split())
     shown = capsys.readouterr().out
     wanted = (
-        "cluster = slurm", "nodes = 2", "tasks_per_node = 4", "gpus_per_node = 4", "timeout_min = 2800",
-        "slurm_partition = gpu", "slurm_signal_delay_s = 120", f"folder = {Path.cwd()}/jobs/submitit",
-    )  # fmt: skip
+        "cluster = slurm",
+        "nodes = 2",
+        "tasks_per_node = 4",
+        "gpus_per_node = 4",
+        "timeout_min = 2800",
+        "slurm_partition = gpu",
+        "slurm_signal_delay_s = 120",
+        f"folder = {Path.cwd()}/jobs/submitit",
+    )
     for line in wanted:
         assert f"{line}\n" in shown
     assert "comment" not in shown
@@ -53,7 +63,11 @@ def test_cores_gpus_and_other_options_follow_the_flags() -> None:
     parameters, arguments = parameters_of(
         "--job-dir x --device cpu --cpus-per-task 4 --sbatch account=a=b --sbatch qos=low"
     )
-    assert (parameters["gpus_per_node"], parameters["tasks_per_node"], parameters["cpus_per_task"]) == (None, 8, 4)
+    assert (
+        parameters["gpus_per_node"],
+        parameters["tasks_per_node"],
+        parameters["cpus_per_task"],
+    ) == (None, 8, 4)
     assert parameters["slurm_additional_parameters"] == {"account": "a=b", "qos": "low"}
     assert arguments == ["--device", "cpu", "--num-workers", "4"]
     assert parameters_of("--job-dir x --num_workers 3")[1] == ["--num_workers", "3"]
@@ -76,7 +90,10 @@ def test_no_flag_of_ours_is_one_of_main() -> None:
         ("--timeout 0", "--timeout 0: must be above 0"),
         ("--sbatch account", "--sbatch account: must be NAME=VALUE"),
         ("--local --nodes 2", "--nodes 2: --local runs on this machine alone"),
-        ("--output_dir y", "--output-dir: the job's folder is the output folder; use --job-dir alone"),
+        (
+            "--output_dir y",
+            "--output-dir: the job's folder is the output folder; use --job-dir alone",
+        ),
         ("--epochs 0", "--epochs 0: must be above 0"),
         ("--nodes=--", "--nodes []: no value that this flag can have"),
     ],
@@ -86,7 +103,9 @@ def test_wrong_values_are_refused_before_anything_is_submitted(words: str, messa
         read_args(["--job-dir", "x", *words.split()])
 
 
-@pytest.mark.parametrize("words", ["", "--job-dir x --nosuch", "--job-dir x --nodes two", "--job-dir x --node 2"])
+@pytest.mark.parametrize(
+    "words", ["", "--job-dir x --nosuch", "--job-dir x --nodes two", "--job-dir x --node 2"]
+)
 def test_wrong_flags_leave_with_code_2(words: str) -> None:
     with pytest.raises(SystemExit) as leaving:
         read_args(words.split())
@@ -110,10 +129,13 @@ def test_without_submitit_or_slurm_it_says_what_to_do(
     assert "or add --local" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert run_command(submit) == 2
-    assert capsys.readouterr().err == "error: submitit is not installed: pip install -r requirements-slurm.txt\n"
+    assert (
+        capsys.readouterr().err
+        == "error: submitit is not installed: pip install -r requirements-slurm.txt\n"
+    )
 
 
-# ------------------------------------------------------------------------------------------------ in a task
+# ---------------------------------------------------------------------------------------- in a task
 
 
 def slurm_task(monkeypatch: pytest.MonkeyPatch, rank: int, job: str = "4711") -> Any:
@@ -121,10 +143,15 @@ def slurm_task(monkeypatch: pytest.MonkeyPatch, rank: int, job: str = "4711") ->
     import submitit
 
     values = {
-        "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": job, "SLURM_NTASKS": "8", "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_NODEID": str(rank // 4), "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_PROCID": str(rank),
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SLURM_JOB_ID": job,
+        "SLURM_NTASKS": "8",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NODEID": str(rank // 4),
+        "SLURM_JOB_NODELIST": "gpu[07-08]",
+        "SLURM_PROCID": str(rank),
         "SLURM_LOCALID": str(rank % 4),
-    }  # fmt: skip
+    }
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     return submitit.JobEnvironment()
@@ -133,16 +160,24 @@ def slurm_task(monkeypatch: pytest.MonkeyPatch, rank: int, job: str = "4711") ->
 def test_a_task_finds_what_torchrun_would_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert run_with_submitit.task_environment(slurm_task(monkeypatch, rank=6)) == {
-        "RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu07",
-        "MASTER_PORT": "19711", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        "RANK": "6",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "2",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "19711",
+        "OMP_NUM_THREADS": "1",
+    }
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
     assert run_with_submitit.task_environment(slurm_task(monkeypatch, 0))["OMP_NUM_THREADS"] == "1"
 
 
 def test_ports_differ_between_jobs_and_are_free_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [*map(str, range(99990, 100010)), "123456_7"]  # the last: one of an array
-    ports = [int(run_with_submitit.task_environment(slurm_task(monkeypatch, 0, job))["MASTER_PORT"]) for job in jobs]
+    ports = [
+        int(run_with_submitit.task_environment(slurm_task(monkeypatch, 0, job))["MASTER_PORT"])
+        for job in jobs
+    ]
     assert len(set(ports)) == len(jobs)
     assert all(1024 < port < 32768 and port != 29500 for port in ports)
 

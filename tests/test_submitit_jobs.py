@@ -1,6 +1,8 @@
-"""Whole jobs through submitit: on this machine, and by its way to Slurm, stopped by signals and started again.
+"""Whole jobs through submitit: on this machine, and by its way to Slurm, stopped by signals and
+started again.
 
-Slurm itself is not here: its programs are stood in for by scripts that note what they were asked, submitit is real.
+Slurm itself is not here: its programs are stood in for by scripts that note what they were asked,
+submitit is real.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from tests.runs import ROOT, SMALL, finish, read_log, split
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="this system has no SIGUSR2")
 
-# Honours main.py's side of the bargain: takes SIGTERM and SIGUSR1 while it "trains", which its second start ends.
+# Honours main.py's side of the bargain: takes SIGTERM and SIGUSR1 while it "trains", which its
+# second start ends.
 STUB = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -33,7 +36,8 @@ def main(argv):
     folder, rank = Path(argv[argv.index("--output-dir") + 1]), os.environ["RANK"]
     folder.mkdir(parents=True, exist_ok=True)
     import torch
-    seen = {name: os.environ.get(name) for name in NAMES} | {"argv": argv, "threads": torch.get_num_threads()}
+    seen = {name: os.environ.get(name) for name in NAMES}
+    seen |= {"argv": argv, "threads": torch.get_num_threads()}
     asked, before = [], {}
     for number in (signal.SIGTERM, signal.SIGUSR1):
         before[number] = signal.signal(number, lambda number, frame: asked.append(number))
@@ -87,18 +91,30 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a command, with `environment` added to ours; what is left of it is ended with the test."""
+    """Starts a command, with `environment` added to ours; what is left of it is ended with the
+    test."""
     started: list[subprocess.Popen[str]] = []
 
-    def begin(command: list[str], folder: Path = tmp_path, **environment: str) -> subprocess.Popen[str]:
-        clean = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "RANK")}
+    def begin(
+        command: list[str], folder: Path = tmp_path, **environment: str
+    ) -> subprocess.Popen[str]:
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("OMP_NUM_THREADS", "RANK")
+        }
         clean.update(PYTHONPATH=str(ROOT), **environment)
         started.append(
             subprocess.Popen(
-                command, cwd=folder, env=clean, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                command,
+                cwd=folder,
+                env=clean,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        )  # fmt: skip
+        )
         return started[-1]
 
     yield begin
@@ -130,7 +146,9 @@ def pids_of(*marks: str) -> list[int]:
     return found
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc"
+)
 
 
 @pytest.mark.slow
@@ -147,9 +165,19 @@ def test_a_local_job_is_started_again_after_submitits_signal(stubbed: Path, star
     for rank in range(2):
         first, second = (json.loads(line) for line in lines(stubbed / f"job/starts{rank}"))
         assert first == second  # also the port
-        assert first["argv"] == ["--device", "cpu", "--output-dir", str(stubbed / "job"), "--auto-resume"]
+        assert first["argv"] == [
+            "--device",
+            "cpu",
+            "--output-dir",
+            str(stubbed / "job"),
+            "--auto-resume",
+        ]
         assert first["threads"] == 1  # torch was not imported before the environment was set
-        assert [first[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == [str(rank), "2", str(rank)]
+        assert [first[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == [
+            str(rank),
+            "2",
+            str(rank),
+        ]
     assert "Requeued job" in next((stubbed / "job/submitit").glob("*_0_log.out")).read_text()
 
 
@@ -162,26 +190,36 @@ def test_a_local_job_that_is_ended_saves_and_stays_ended(stubbed: Path, start: S
     os.kill(controller, signal.SIGTERM)
     code, said = ending_of(job)
     assert code == 1
-    assert "error: the job was asked to stop and has saved; the same command goes on with it" in said
+    assert (
+        "error: the job was asked to stop and has saved; the same command goes on with it" in said
+    )
     assert [len(lines(stubbed / f"job/starts{rank}")) for rank in range(2)] == [1, 1]
 
 
 @pytest.fixture
 def slurm(stubbed: Path) -> dict[str, str]:
-    """An environment with Slurm's programs: sbatch and scontrol note their words, srun starts two tasks."""
+    """An environment with Slurm's programs: sbatch and scontrol note their words, srun starts two
+    tasks."""
     programs = stubbed / "bin"
     programs.mkdir()
     notes = {
         "sbatch": 'cp "$1" "$FAKE/script"\necho "Submitted batch job 4711"',
         "scontrol": 'echo "$@" >>"$FAKE/asked"',
     }
-    for name, text in {**{name: f"#!/bin/sh\n{text}\n" for name, text in notes.items()}, "srun": SRUN}.items():
+    for name, text in {
+        **{name: f"#!/bin/sh\n{text}\n" for name, text in notes.items()},
+        "srun": SRUN,
+    }.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     return {
-        "PATH": f"{programs}:{os.environ['PATH']}", "FAKE": str(stubbed), "SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2",
-        "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[07-08]",
-    }  # fmt: skip
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "FAKE": str(stubbed),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "gpu[07-08]",
+    }
 
 
 @pytest.mark.slow
@@ -189,16 +227,29 @@ def slurm(stubbed: Path) -> dict[str, str]:
 def test_a_slurm_job_saves_and_goes_to_the_queue_again(
     stubbed: Path, slurm: dict[str, str], start: Start, preempted: bool
 ) -> None:
-    """After SIGUSR2; or after SIGTERM, which requeues nothing by itself, and a SIGUSR2 that follows it."""
-    words = "--nodes 2 --ngpus 1 --partition gpu --comment hello --sbatch account=vision --mem-gb 100 --job-dir"
+    """After SIGUSR2; or after SIGTERM, which requeues nothing by itself, and a SIGUSR2 that follows
+    it."""
+    words = (
+        "--nodes 2 --ngpus 1 --partition gpu --comment hello --sbatch account=vision --mem-gb 100 "
+        "--job-dir"
+    )
     code, said = ending_of(start(submission(words, stubbed / "job%j"), **slurm))
     assert code == 0, said
     assert "job 4711" in said
     script, folder = (stubbed / "script").read_text(), stubbed / "job4711"
     wanted = (
-        "nodes=2", "ntasks-per-node=1", "gpus-per-node=1", "cpus-per-task=10", "partition=gpu", "time=2800",
-        "comment=hello", "account=vision", "mem=100GB", "signal=USR2@120", "open-mode=append",
-    )  # fmt: skip
+        "nodes=2",
+        "ntasks-per-node=1",
+        "gpus-per-node=1",
+        "cpus-per-task=10",
+        "partition=gpu",
+        "time=2800",
+        "comment=hello",
+        "account=vision",
+        "mem=100GB",
+        "signal=USR2@120",
+        "open-mode=append",
+    )
     assert all(f"#SBATCH --{line}\n" in script for line in wanted)
 
     job = start(["bash", "script"], **slurm)
@@ -226,17 +277,26 @@ def test_a_slurm_job_saves_and_goes_to_the_queue_again(
 
 @pytest.mark.slow
 def test_what_main_could_not_do_fails_the_job_with_its_message(tmp_path: Path) -> None:
-    words = f"{SMALL} --local --ngpus 1 --timeout 5 --resume {tmp_path}/nosuch.pth --job-dir {tmp_path}/job".split()
+    words = f"{SMALL} --local --ngpus 1 --timeout 5 --resume {tmp_path}/nosuch.pth".split()
+    words += ["--job-dir", f"{tmp_path}/job"]
     done = finish(sys.executable, "run_with_submitit.py", *words)
     assert done.returncode == 1
     assert "error: the job failed" in done.stderr
-    assert f"{tmp_path}/nosuch.pth" in next((tmp_path / "job/submitit").glob("*_0_log.err")).read_text()
+    assert (
+        f"{tmp_path}/nosuch.pth"
+        in next((tmp_path / "job/submitit").glob("*_0_log.err")).read_text()
+    )
 
 
 @pytest.mark.slow
 @needs_proc
-def test_a_real_run_on_two_processes_is_stopped_started_again_and_finished(tmp_path: Path, start: Start) -> None:
-    words = f"--local --ngpus 2 --timeout 5 {SMALL} --batch-size 32 --epochs 3 --num-workers 1 --job-dir"
+def test_a_real_run_on_two_processes_is_stopped_started_again_and_finished(
+    tmp_path: Path, start: Start
+) -> None:
+    words = (
+        f"--local --ngpus 2 --timeout 5 {SMALL} --batch-size 32 --epochs 3 --num-workers 1 "
+        "--job-dir"
+    )
     job = start(submission(words, tmp_path / "%j"), ROOT, OMP_NUM_THREADS="1")
     log = wait_until(lambda: [path for path in tmp_path.glob("*/log.txt") if lines(path)], job)[0]
     for task in pids_of("submitit.core._submit", str(tmp_path)):

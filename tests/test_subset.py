@@ -1,4 +1,5 @@
-"""`--subset`: which images are trained on. `--max-steps`: where a run ends, and that a longer one goes on exactly."""
+"""`--subset`: which images are trained on. `--max-steps`: where a run ends, and that a longer one
+goes on exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from utils import InputError
 
 def made_of(counts: list[int]) -> Images:
     """So many images of each class, in turns as long as there are any; each image is its number."""
-    labels = [label for turn in range(max(counts)) for label, count in enumerate(counts) if turn < count]
+    labels = [
+        label for turn in range(max(counts)) for label, count in enumerate(counts) if turn < count
+    ]
     pixels = np.arange(len(labels), dtype=np.uint8)[:, None, None, None].repeat(3, axis=3)
     names = [f"class {label}" for label in range(len(counts))]
     return Images(len(labels), partial(read_pixels, pixels, np.array(labels)), names, labels=labels)
@@ -32,7 +35,7 @@ def numbers_in(images: Images) -> list[int]:
     return [int(np.asarray(images[index][0])[0, 0, 0]) for index in range(len(images))]
 
 
-# ------------------------------------------------------------------------------------------------------ which images
+# ------------------------------------------------------------------------------------- which images
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.data())
@@ -42,12 +45,19 @@ def test_shares_are_as_even_as_the_classes_allow(available: list[int], data: st.
     assert sum(shares) == count
     assert all(share <= held for share, held in zip(shares, available, strict=True))
     largest = max(shares)
-    assert all(share >= largest - 1 or share == held for share, held in zip(shares, available, strict=True))
+    assert all(
+        share >= largest - 1 or share == held for share, held in zip(shares, available, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
     ("counts", "wanted", "expected"),
-    [([10, 10, 10], 6, [2, 2, 2]), ([10, 10, 10], 8, [3, 3, 2]), ([2, 10, 10], 12, [2, 5, 5]), ([4, 4], 8, [4, 4])],
+    [
+        ([10, 10, 10], 6, [2, 2, 2]),
+        ([10, 10, 10], 8, [3, 3, 2]),
+        ([2, 10, 10], 12, [2, 5, 5]),
+        ([4, 4], 8, [4, 4]),
+    ],
 )
 def test_each_class_gives_its_share(counts: list[int], wanted: int, expected: list[int]) -> None:
     whole = made_of(counts)
@@ -60,7 +70,9 @@ def test_each_class_gives_its_share(counts: list[int], wanted: int, expected: li
     assert numbers == sorted(set(numbers))  # in the order of the data set, each once
     assert part.labels is not None
     assert list(part.labels) == [part[index][1] for index in range(wanted)]
-    assert [part.name_of(index) for index in range(wanted)] == [whole.name_of(number) for number in numbers]
+    assert [part.name_of(index) for index in range(wanted)] == [
+        whole.name_of(number) for number in numbers
+    ]
 
 
 def test_a_smaller_part_is_inside_a_larger_one_and_not_merely_the_first() -> None:
@@ -85,7 +97,9 @@ def test_files_and_folders_give_parts_that_travel_to_workers(tmp_path: Path) -> 
 
 def test_what_cannot_be_taken_is_refused(tmp_path: Path) -> None:
     whole = made_of([3, 3])
-    assert message_of(InputError, take_subset, whole, 1).endswith("must lie between the 2 classes and the 6 images")
+    assert message_of(InputError, take_subset, whole, 1).endswith(
+        "must lie between the 2 classes and the 6 images"
+    )
     assert message_of(InputError, take_subset, whole, 7).startswith("--subset 7: must lie between")
     unknown = Images(4, partial(read_files, []), ["one", "two"])
     assert "the labels of this data set are known only when its images are read" in message_of(
@@ -93,12 +107,14 @@ def test_what_cannot_be_taken_is_refused(tmp_path: Path) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ in a run
+# ----------------------------------------------------------------------------------------- in a run
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_image_folder(tmp_path_factory.mktemp("subset"), ("ant", "bee", "cat"), per_class=16, size=(20, 20))
+    return make_image_folder(
+        tmp_path_factory.mktemp("subset"), ("ant", "bee", "cat"), per_class=16, size=(20, 20)
+    )
 
 
 @pytest.mark.slow
@@ -118,9 +134,18 @@ def test_a_run_trains_on_the_part_and_evaluates_on_all(photos: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [4, 6, 9])
-def test_a_run_ends_after_its_steps_and_a_longer_one_goes_on_exactly(steps: int, photos: Path, tmp_path: Path) -> None:
+def test_a_run_ends_after_its_steps_and_a_longer_one_goes_on_exactly(
+    steps: int, photos: Path, tmp_path: Path
+) -> None:
     def run(folder: str, words: str = "") -> None:
-        done = run_small("--epochs 2", words, "--auto-resume --data-path", photos, "--output-dir", tmp_path / folder)
+        done = run_small(
+            "--epochs 2",
+            words,
+            "--auto-resume --data-path",
+            photos,
+            "--output-dir",
+            tmp_path / folder,
+        )
         assert done.code == 0, done.err
 
     run("parts", f"--max-steps {steps}")  # an epoch has 6

@@ -13,7 +13,9 @@ from tests.test_engine import make_training
 from training import optim
 
 
-@pytest.mark.parametrize(("opt", "device", "told"), [("lamb", "cuda", 1), ("lamb", "cpu", 0), ("adamw", "cuda", 0)])
+@pytest.mark.parametrize(
+    ("opt", "device", "told"), [("lamb", "cuda", 1), ("lamb", "cpu", 0), ("adamw", "cuda", 0)]
+)
 def test_an_optimizer_that_makes_the_host_wait_is_said(opt: str, device: str, told: int) -> None:
     training = make_training(opt=opt)
     training.processes = replace(training.processes, device=torch.device(device))

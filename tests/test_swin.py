@@ -1,5 +1,5 @@
-"""Swin: timm's own predictions, the score of one window and of several shifted ones against slow loops, gradients,
-linear drop path, official weights and tables from other windows."""
+"""Swin: timm's own predictions, the score of one window and of several shifted ones against slow
+loops, gradients, linear drop path, official weights and tables from other windows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,12 @@ CASES: dict[str, dict[str, Any]] = {
     "any_size": {"img_size": (24, 36), "strict_img_size": False},
     "wide_heads": {"img_size": (24, 36), "head_dim": 6, "qkv_bias": False},
     "three_stages": {"img_size": (24, 48), "depths": (1, 1, 2), "num_heads": (2, 2, 2)},
-    "dropping": {"img_size": (24, 36), "drop_rate": 0.2, "drop_path_rate": 0.3, "attn_drop_rate": 0.1},
+    "dropping": {
+        "img_size": (24, 36),
+        "drop_rate": 0.2,
+        "drop_path_rate": 0.3,
+        "attn_drop_rate": 0.1,
+    },
 }
 case = pytest.mark.parametrize("case", CASES)
 some_cases = pytest.mark.parametrize("case", ["one_window", "shifted", "padded_and_shifted"])
@@ -72,7 +77,9 @@ def map_used(network: SwinTransformer, images: Tensor) -> Tensor:
     layer: Any = network.layers[-1].blocks[-1].attn  # type: ignore[union-attr, index]
     layer.fused_attn = False
     seen: list[Tensor] = []
-    hook = layer.attn_drop.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    hook = layer.attn_drop.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].detach())
+    )
     with torch.no_grad():
         network(images)
     hook.remove()
@@ -81,26 +88,34 @@ def map_used(network: SwinTransformer, images: Tensor) -> Tensor:
 
 
 def slow_score(network: SwinTransformer, images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Window by window: each token's mean over heads and the queries of its window; padding is neither."""
+    """Window by window: each token's mean over heads and the queries of its window; padding is
+    neither."""
     block: Any = network.layers[-1].blocks[-1]  # type: ignore[index]
     (tall, wide), shift = block.window_size, block.shift_size
     down, across = math.ceil(grid[0] / tall), math.ceil(grid[1] / wide)
-    used = map_used(network, images).double().unflatten(0, (len(images), down * across))  # (B, W, H, A, A)
+    used = (
+        map_used(network, images).double().unflatten(0, (len(images), down * across))
+    )  # (B, W, H, A, A)
     score = torch.full((len(images), *grid), math.nan, dtype=torch.float64)
     for window in range(down * across):
         places = {}  # number inside the window -> place on the grid
         for number in range(tall * wide):
-            row, column = window // across * tall + number // wide, window % across * wide + number % wide
+            row, column = (
+                window // across * tall + number // wide,
+                window % across * wide + number % wide,
+            )
             if row < grid[0] and column < grid[1]:
                 places[number] = (row + shift[0]) % grid[0], (column + shift[1]) % grid[1]
         for b in range(len(images)):
             for key, (row, column) in places.items():
-                received = [used[b, window, h, query, key] for h in range(used.shape[2]) for query in places]
+                received = [
+                    used[b, window, h, query, key] for h in range(used.shape[2]) for query in places
+                ]
                 score[b, row, column] = torch.stack(received).mean()
     return score.flatten(1)
 
 
-# ------------------------------------------------------------------------------------------- predictions and scores
+# --------------------------------------------------------------------------- predictions and scores
 
 
 @case
@@ -121,7 +136,9 @@ def test_predictions_tokens_and_scores_are_timms(case: str) -> None:
     assert score is not None
     assert score.dtype == torch.float32
     assert not score.requires_grad
-    torch.testing.assert_close(score.double(), slow_score(own, images, model.grid_size), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        score.double(), slow_score(own, images, model.grid_size), atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +154,9 @@ def test_predictions_tokens_and_scores_are_timms(case: str) -> None:
         ("always_partition", (4, 4), (2, 2), None),
     ],
 )
-def test_the_cases_are_what_they_say(case: str, window: Any, shift: Any, windows: int | None) -> None:
+def test_the_cases_are_what_they_say(
+    case: str, window: Any, shift: Any, windows: int | None
+) -> None:
     model = build(case)
     last: Any = model.network.layers[-1].blocks[-1]  # type: ignore[index]
     assert (last.window_size, last.shift_size) == (window, shift)
@@ -157,7 +176,10 @@ def test_equal_attention_scores_alike_in_all_windows(case: str) -> None:
         if layer.qkv.bias is not None:
             layer.qkv.bias.zero_()
     score = model(images_for(model), need_attention="image").image_attention
-    if case not in ("padded_and_shifted", "always_partition"):  # where padding parts the groups of a window unevenly
+    if case not in (
+        "padded_and_shifted",
+        "always_partition",
+    ):  # where padding parts the groups of a window unevenly
         torch.testing.assert_close(score, torch.full_like(score, 1 / layer.window_area))
     assert (score > 0).all()
 
@@ -172,7 +194,9 @@ def test_map_of_a_window_by_its_formula(masked: bool) -> None:
     ours = window_attention_map(layer, windows, mask)
     with torch.no_grad():
         queries, keys, _ = layer.qkv(windows).double().reshape(4, 9, 3, 4, 4).permute(2, 0, 3, 1, 4)
-        table = layer.relative_position_bias_table.double().unflatten(0, (5, 5))  # (rows apart, columns apart, H)
+        table = layer.relative_position_bias_table.double().unflatten(
+            0, (5, 5)
+        )  # (rows apart, columns apart, H)
         for w in range(4):
             for h in range(4):
                 for i in range(9):
@@ -181,12 +205,15 @@ def test_map_of_a_window_by_its_formula(masked: bool) -> None:
                     similar = similar + torch.stack([table[offset][h] for offset in offsets])
                     if mask is not None:
                         similar = similar + mask[w % 2, i].double()
-                    torch.testing.assert_close(ours[w, h, i].double(), similar.softmax(dim=0), atol=1e-5, rtol=1e-5)
+                    torch.testing.assert_close(
+                        ours[w, h, i].double(), similar.softmax(dim=0), atol=1e-5, rtol=1e-5
+                    )
 
 
 @pytest.mark.parametrize("case", ["one_window", "not_shifted", "shifted_by_two", "padded"])
 def test_the_score_finds_the_token_that_its_window_attends_to(case: str) -> None:
-    """Whatever the windows, and with the shift undone: the marked token is found where it lies in the image."""
+    """Whatever the windows, and with the shift undone: the marked token is found where it lies in
+    the image."""
     model = build(case)
     network: Any = model.network
     rows, columns = model.grid_size
@@ -194,7 +221,9 @@ def test_the_score_finds_the_token_that_its_window_attends_to(case: str) -> None
     images = torch.zeros(cells, 3, *model.input_size)
     for cell in range(cells):  # the image of each cell has a mark there
         top, left = 4 * (cell // columns), 4 * (cell % columns)
-        images[cell, :, top : top + 4, left : left + 4] = torch.tensor([1.0, -2.0, 3.0])[:, None, None]
+        images[cell, :, top : top + 4, left : left + 4] = torch.tensor([1.0, -2.0, 3.0])[
+            :, None, None
+        ]
     final, seen = network.layers[-1], []
     with torch.no_grad():
         for stage in network.layers:
@@ -203,15 +232,21 @@ def test_the_score_finds_the_token_that_its_window_attends_to(case: str) -> None
                     layer.weight.zero_()
                     layer.bias.zero_()
         last = final.blocks[-1]
-        hook = last.norm1.register_forward_hook(lambda _, inputs, output: seen.append(output.flatten(1, 2)))
+        hook = last.norm1.register_forward_hook(
+            lambda _, inputs, output: seen.append(output.flatten(1, 2))
+        )
         network(images)
         hook.remove()
         layer, width = last.attn, 16
         layer.relative_position_bias_table.zero_()
         layer.qkv.weight.zero_()
         layer.qkv.bias.zero_()
-        layer.qkv.bias[: width : width // 4] = 50  # each query asks for the first feature of its head,
-        layer.qkv.weight[width : 2 * width : width // 4] = seen[0][0, 0] - seen[0][1, 0]  # of which a mark has most
+        layer.qkv.bias[: width : width // 4] = (
+            50  # each query asks for the first feature of its head,
+        )
+        layer.qkv.weight[width : 2 * width : width // 4] = (
+            seen[0][0, 0] - seen[0][1, 0]
+        )  # of which a mark has most
     score = model(images, need_attention="image").image_attention
     assert score.argmax(dim=1).tolist() == list(range(cells))
     if case in ("one_window", "not_shifted"):
@@ -232,7 +267,8 @@ def test_score_stays_float32_and_detached_under_autocast(case: str) -> None:
 
 
 def test_similarities_are_computed_in_float32_under_autocast() -> None:
-    """Queries and keys that bfloat16 holds exactly: whatever differs from float64 was lost after them."""
+    """Queries and keys that bfloat16 holds exactly: whatever differs from float64 was lost after
+    them."""
     layer: Any = build().network.layers[-1].blocks[-1].attn  # type: ignore[union-attr, index]
     with torch.no_grad():
         layer.qkv.weight.copy_(torch.randint(-2, 3, (48, 16)) / 4)
@@ -260,7 +296,7 @@ def test_the_fused_kernel_gives_the_same() -> None:
     torch.testing.assert_close(fused.image_attention, plain.image_attention, atol=1e-5, rtol=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------- regions, gradients
+# ------------------------------------------------------------------------------- regions, gradients
 
 
 @some_cases
@@ -273,14 +309,19 @@ def test_regions_are_classified_by_their_mean_token(case: str, separate: bool) -
     classify: Any = model.token_head if separate else model.network.head.fc
     for b in range(3):
         for region, inside in enumerate((True, False)):
-            members = [output.tokens[b, n] for n in range(mask.shape[1]) if bool(mask[b, n]) is inside]
+            members = [
+                output.tokens[b, n] for n in range(mask.shape[1]) if bool(mask[b, n]) is inside
+            ]
             expected = classify(sum(members) / len(members))
-            torch.testing.assert_close(output.region_logits[b, region], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                output.region_logits[b, region], expected, atol=1e-5, rtol=1e-5
+            )
 
 
 @case
 def test_the_prediction_is_the_mix_of_its_regions(case: str) -> None:
-    """logits(M) = lam logits(A) + (1 - lam) logits(B): one linear classifier of one mean over normed tokens."""
+    """logits(M) = lam logits(A) + (1 - lam) logits(B): one linear classifier of one mean over
+    normed tokens."""
     model = build(case)
     mask = some_mask(model)
     output = model(images_for(model), source_mask=mask)
@@ -297,11 +338,15 @@ def test_the_shared_classifier_drops_as_the_prediction_does() -> None:
     torch.testing.assert_close(output.region_logits, bias.expand(3, 2, 7))
 
 
-@pytest.mark.parametrize("case", ["small_grid", "shifted", "padded_and_shifted", "wide_heads", "dropping"])
+@pytest.mark.parametrize(
+    "case", ["small_grid", "shifted", "padded_and_shifted", "wide_heads", "dropping"]
+)
 @pytest.mark.parametrize("amp", AUTOCASTS)
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("separate", [False, True])
-def test_every_parameter_gets_a_gradient_on_every_step(case: str, separate: bool, with_mask: bool, amp: str) -> None:
+def test_every_parameter_gets_a_gradient_on_every_step(
+    case: str, separate: bool, with_mask: bool, amp: str
+) -> None:
     model = build(case, separate).train()
     images, mask = images_for(model), some_mask(model) if with_mask else None
     make_guide(model, AUTOCASTS[amp])(images)  # as in a real step: nothing of it may linger
@@ -312,12 +357,14 @@ def test_every_parameter_gets_a_gradient_on_every_step(case: str, separate: bool
         loss = loss + output.region_logits.float().square().sum()
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert [name for name, grad in gradients.items() if grad is None or not grad.isfinite().all()] == []
+    assert [
+        name for name, grad in gradients.items() if grad is None or not grad.isfinite().all()
+    ] == []
     if model.token_head is not None:
         assert bool(gradients["token_head.weight"].any()) == with_mask  # type: ignore[union-attr]
 
 
-# ----------------------------------------------------------------------------------------------------- what timm builds
+# --------------------------------------------------------------------------------- what timm builds
 
 
 @pytest.fixture(scope="module")
@@ -328,13 +375,22 @@ def swin_t() -> Any:
 def test_parameter_counts(swin_t: Any) -> None:
     for separate in (False, True):
         model = Swin(swin_t, separate)
-        assert sum(parameter.numel() for parameter in model.parameters()) == 28_288_354 + separate * 769_000
-        assert (model.grid_size, model.patch_size, model.input_size) == ((7, 7), (32, 32), (224, 224))
+        assert (
+            sum(parameter.numel() for parameter in model.parameters())
+            == 28_288_354 + separate * 769_000
+        )
+        assert (model.grid_size, model.patch_size, model.input_size) == (
+            (7, 7),
+            (32, 32),
+            (224, 224),
+        )
 
 
 def test_at_224_the_last_stage_is_one_window(swin_t: Any) -> None:
     blocks: Any = swin_t.layers[-1].blocks
-    assert [(block.window_size, block.shift_size, block.attn_mask) for block in blocks] == [((7, 7), (0, 0), None)] * 2
+    assert [(block.window_size, block.shift_size, block.attn_mask) for block in blocks] == [
+        ((7, 7), (0, 0), None)
+    ] * 2
     score = Swin(swin_t.eval())(torch.randn(1, 3, 224, 224), need_attention="image").image_attention
     assert score.shape == (1, 49)
     assert float(score.sum()) == pytest.approx(1, abs=1e-5)
@@ -349,16 +405,26 @@ def test_drop_path_is_linear_over_all_blocks(swin_t: Any) -> None:
 
 def test_no_weight_decay_on_any_table_of_relative_positions(swin_t: Any) -> None:
     model = Swin(swin_t)
-    tables = {name for name, _ in model.named_parameters() if "relative_position_bias_table" in name}
+    tables = {
+        name for name, _ in model.named_parameters() if "relative_position_bias_table" in name
+    }
     assert len(tables) == 12
     assert model.no_weight_decay() == tables
 
 
 @pytest.mark.parametrize(
     ("size", "fits"),
-    [((24, 36), (24, 36)), ((24, 38), (24, 36)), ((27, 36), (24, 36)), ((12, 16), (12, 16)), ((30, 30), (28, 28))],
+    [
+        ((24, 36), (24, 36)),
+        ((24, 38), (24, 36)),
+        ((27, 36), (24, 36)),
+        ((12, 16), (12, 16)),
+        ((30, 30), (28, 28)),
+    ],
 )
-def test_a_size_that_the_stages_do_not_divide_shows(size: tuple[int, int], fits: tuple[int, int]) -> None:
+def test_a_size_that_the_stages_do_not_divide_shows(
+    size: tuple[int, int], fits: tuple[int, int]
+) -> None:
     assert Swin(SwinTransformer(**{**TINY, "img_size": size})).input_size == fits
 
 
@@ -369,7 +435,9 @@ def test_another_patch_size_is_another_grid(patch: int) -> None:
     assert model.grid_size == (12 // patch, 20 // patch)
     images = images_for(model, 1)
     score = model(images, need_attention="image").image_attention
-    torch.testing.assert_close(score.double(), slow_score(model.network, images, model.grid_size), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        score.double(), slow_score(model.network, images, model.grid_size), atol=1e-6, rtol=0
+    )
 
 
 def test_a_prediction_without_a_mean_is_refused() -> None:
@@ -377,7 +445,7 @@ def test_a_prediction_without_a_mean_is_refused() -> None:
         Swin(SwinTransformer(**TINY, img_size=12, global_pool="", num_classes=0))
 
 
-# ------------------------------------------------------------------------------------------------ weights made to fit
+# ------------------------------------------------------------------------------ weights made to fit
 
 
 def as_microsoft(model: Swin) -> dict[str, Tensor]:
@@ -431,12 +499,16 @@ def test_our_region_head_keeps_its_name_among_official_ones() -> None:
         ("always_partition", (3, 3)),
     ],
 )
-def test_weights_that_fit_are_taken_as_they_are(case: str, old_grid: tuple[int, int] | None) -> None:
+def test_weights_that_fit_are_taken_as_they_are(
+    case: str, old_grid: tuple[int, int] | None
+) -> None:
     model = build(case)
     weights, notes = model.resize_weights(model.network.state_dict(), old_grid)
     assert notes == []
     assert weights.keys() == model.network.state_dict().keys()
-    assert all(torch.equal(weights[key], value) for key, value in model.network.state_dict().items())
+    assert all(
+        torch.equal(weights[key], value) for key, value in model.network.state_dict().items()
+    )
 
 
 def tables(model: Swin) -> dict[str, Tensor]:
@@ -464,10 +536,16 @@ def test_tables_of_windows_that_the_grid_cuts_are_resized(old_case: str, new_cas
     weights, notes = new.resize_weights(old.network.state_dict(), old.grid_size)
     new.network.load_state_dict(weights, strict=True)
     windows = [
-        {f"{name}.{TABLE}": layer.window_size for name, layer in model.network.named_modules() if hasattr(layer, TABLE)}
+        {
+            f"{name}.{TABLE}": layer.window_size
+            for name, layer in model.network.named_modules()
+            if hasattr(layer, TABLE)
+        }
         for model in (old, new)
     ]
-    assert {note.split()[0] for note in notes} == {key for key in windows[0] if windows[0][key] != windows[1][key]}
+    assert {note.split()[0] for note in notes} == {
+        key for key in windows[0] if windows[0][key] != windows[1][key]
+    }
     for key in windows[0]:  # the middle of every table is the same place: no offset at all
         middles = [tables(model)[key][len(tables(model)[key]) // 2] for model in (old, new)]
         torch.testing.assert_close(middles[1], middles[0], atol=1e-5, rtol=1e-5)
@@ -476,7 +554,9 @@ def test_tables_of_windows_that_the_grid_cuts_are_resized(old_case: str, new_cas
 def test_near_offsets_keep_their_values_in_a_resized_table() -> None:
     table = torch.randn(13 * 13, 2)
     for window in ((4, 4), (12, 12), (5, 9)):
-        resized = resize_table(table, (7, 7), window).unflatten(0, (2 * window[0] - 1, 2 * window[1] - 1))
+        resized = resize_table(table, (7, 7), window).unflatten(
+            0, (2 * window[0] - 1, 2 * window[1] - 1)
+        )
         near, old = (
             grid[rows - 2 : rows + 1, columns - 2 : columns + 1]
             for grid, rows, columns in ((resized, *window), (table.unflatten(0, (13, 13)), 7, 7))
@@ -512,7 +592,7 @@ def test_weights_of_another_architecture_stay_as_they_are() -> None:
         new.network.load_state_dict(weights, strict=True)
 
 
-# ------------------------------------------------------------------------------------- compiled, with checkpointing
+# --------------------------------------------------------------------- compiled, with checkpointing
 
 
 @pytest.mark.parametrize("need_attention", [None, "image", "class"])
@@ -534,5 +614,12 @@ def test_compiled_equals_eager_in_all_calls() -> None:
     model = build("shifted", depths=(2,), num_heads=(2,), img_size=(12, 18))
     compiled: Callable[..., Any] = torch.compile(model, backend="aot_eager")
     images, mask = images_for(model), some_mask(model)
-    for given in ({}, {"source_mask": mask}, {"need_attention": "image"}, {"need_attention": "class"}):
-        torch.testing.assert_close(compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5)
+    for given in (
+        {},
+        {"source_mask": mask},
+        {"need_attention": "image"},
+        {"need_attention": "class"},
+    ):
+        torch.testing.assert_close(
+            compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5
+        )

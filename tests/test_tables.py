@@ -1,4 +1,5 @@
-"""The scripts of the paper's tables: rows and figures as printed in the paper, each row's command, what is run again.
+"""The scripts of the paper's tables: rows and figures as printed in the paper, each row's command,
+what is run again.
 
 Commands are taken from what the scripts print with DRY_RUN=1 and parsed by main.py's own parser.
 """
@@ -31,9 +32,12 @@ from utils import Processes
 FOLDER = ROOT / "scripts/tables"
 SCRIPTS = sorted(path for path in FOLDER.glob("*.sh") if not path.name.startswith("_"))
 SHARED = sorted(FOLDER.glob("_*.sh"))
-# What is shared code is tested on these: a recipe of its own and two columns, a model's script, rows that are models.
+# What is shared code is tested on these: a recipe of its own and two columns, a model's script,
+# rows that are models.
 DIFFERENT = ["table2", "table7", "table1_transmix"]
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as where the environment is activated
+PATH = (
+    f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as where the environment is activated
+)
 
 # Rows in the paper's order: label and top-1, one per column.
 PAPER: dict[str, dict[str, tuple[str, ...]]] = {
@@ -64,8 +68,32 @@ PAPER: dict[str, dict[str, tuple[str, ...]]] = {
         "smmix": ("smmix", "81.1"),
     },
     "table1": {
-        "cutmix": ("CutMix", "72.2", "79.8", "81.8", "77.6", "79.1", "75.1", "79.8", "81.2", "81.7", "81.2"),
-        "smmix": ("SMMix", "73.6", "81.1", "82.9", "78.9", "80.2", "76.4", "81.0", "82.2", "82.7", "81.8"),
+        "cutmix": (
+            "CutMix",
+            "72.2",
+            "79.8",
+            "81.8",
+            "77.6",
+            "79.1",
+            "75.1",
+            "79.8",
+            "81.2",
+            "81.7",
+            "81.2",
+        ),
+        "smmix": (
+            "SMMix",
+            "73.6",
+            "81.1",
+            "82.9",
+            "78.9",
+            "80.2",
+            "76.4",
+            "81.0",
+            "82.2",
+            "82.7",
+            "81.8",
+        ),
     },
     "table7": {
         "none": ("none", "79.8"),
@@ -103,18 +131,47 @@ TO_COME: dict[str, list[str]] = {table: [] for table in PAPER}
 TO_COME.update(table2=["puzzlemix", "automix"], table6=["tokenmix"])
 COLUMNS = {
     **{table: ["deit_small"] for table in PAPER},
-    "table1": list(TABLE_1), "table1_transmix": [], "table2": ["deit_small", "swin_tiny"], "table9": ["deit_tiny"],
-}  # fmt: skip
+    "table1": list(TABLE_1),
+    "table1_transmix": [],
+    "table2": ["deit_small", "swin_tiny"],
+    "table9": ["deit_tiny"],
+}
 
-# The benchmark's recipe (Open-Mixup's files for DeiT-S and Swin-T) as each row of Table 2 must spell it out.
+# The benchmark's recipe (Open-Mixup's files for DeiT-S and Swin-T) as each row of Table 2 must
+# spell it out.
 TABLE_2_RECIPE: dict[str, Any] = {
-    "data_set": "IMNET", "input_size": [224], "eval_crop_ratio": 0.875, "epochs": 300, "seed": 0, "amp": "fp16",
-    "auto_resume": True, "opt": "adamw", "opt_eps": 1e-8, "weight_decay": 0.05, "clip_grad": 5.0, "lr": 5e-4,
-    "sched": "cosine", "min_lr": 1e-5, "sched_on_updates": True, "drop": 0.0, "model_ema": False,
-    "aa": "rand-m9-mstd0.5-inc1", "train_interpolation": "bicubic", "repeated_aug": False, "reprob": 0.25,
-    "remode": "pixel", "recount": 1, "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0,
-    "mixup_switch_prob": 0.5, "mixup_mode": "batch", "variant": "paper", "side_ratio": [0.25, 0.75],
-}  # fmt: skip
+    "data_set": "IMNET",
+    "input_size": [224],
+    "eval_crop_ratio": 0.875,
+    "epochs": 300,
+    "seed": 0,
+    "amp": "fp16",
+    "auto_resume": True,
+    "opt": "adamw",
+    "opt_eps": 1e-8,
+    "weight_decay": 0.05,
+    "clip_grad": 5.0,
+    "lr": 5e-4,
+    "sched": "cosine",
+    "min_lr": 1e-5,
+    "sched_on_updates": True,
+    "drop": 0.0,
+    "model_ema": False,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "train_interpolation": "bicubic",
+    "repeated_aug": False,
+    "reprob": 0.25,
+    "remode": "pixel",
+    "recount": 1,
+    "smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "mixup_prob": 1.0,
+    "mixup_switch_prob": 0.5,
+    "mixup_mode": "batch",
+    "variant": "paper",
+    "side_ratio": [0.25, 0.75],
+}
 TABLE_2_MODELS: dict[str, dict[str, Any]] = {
     "deit_small": {"drop_path": 0.0, "warmup_epochs": 5, "warmup_lr": 1e-8},
     "swin_tiny": {"drop_path": 0.2, "warmup_epochs": 20, "warmup_lr": 1e-9},
@@ -123,25 +180,54 @@ TABLE_2_ROWS: dict[str, dict[str, Any]] = {
     "vanilla": {"mixer": "none"},
     "cutmix": {"mixer": "cutmix"},
     "attentivemix": {
-        "mixer": "attentivemix", "mix_protocol": "single", "mix_alpha": [2.0, 8.0],
+        "mixer": "attentivemix",
+        "mix_protocol": "single",
+        "mix_alpha": [2.0, 8.0],
         "attentive_teacher": "resnet50.tv_in1k",
     },
     "saliencymix": {"mixer": "saliencymix", "mix_protocol": "single", "mix_alpha": [0.2]},
     "fmix": {"mixer": "fmix", "mix_protocol": "single", "mix_alpha": [0.2], "fmix_decay": 3.0},
     "resizemix": {
-        "mixer": "resizemix", "mix_protocol": "single", "resize_scope": [0.1, 0.8], "resize_placement": "clipped",
+        "mixer": "resizemix",
+        "mix_protocol": "single",
+        "resize_scope": [0.1, 0.8],
+        "resize_placement": "clipped",
     },
     "smmix": {"mixer": "smmix"},
-}  # fmt: skip
+}
 # The recipe of TransMix's authors (Beckschen/TransMix, configs/ and the defaults of train.py).
 TRANSMIX_RECIPE: dict[str, Any] = {
-    "data_set": "IMNET", "input_size": [224], "eval_crop_ratio": 0.875, "epochs": 300, "seed": 0, "amp": "fp16",
-    "auto_resume": True, "opt": "adamw", "opt_eps": 1e-8, "lr": 1e-3, "unscale_lr": True, "sched": "cosine",
-    "warmup_lr": 1e-6, "min_lr": 1e-5, "drop": 0.0, "drop_path": 0.1, "model_ema": True, "model_ema_decay": 0.99996,
-    "aa": "rand-m9-mstd0.5-inc1", "train_interpolation": "random", "repeated_aug": False, "reprob": 0.0,
-    "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "mixup_prob": 1.0, "mixup_switch_prob": 0.8, "mixup_mode": "batch",
-    "mixer": "transmix", "relabel_ratio": 0.5,
-}  # fmt: skip
+    "data_set": "IMNET",
+    "input_size": [224],
+    "eval_crop_ratio": 0.875,
+    "epochs": 300,
+    "seed": 0,
+    "amp": "fp16",
+    "auto_resume": True,
+    "opt": "adamw",
+    "opt_eps": 1e-8,
+    "lr": 1e-3,
+    "unscale_lr": True,
+    "sched": "cosine",
+    "warmup_lr": 1e-6,
+    "min_lr": 1e-5,
+    "drop": 0.0,
+    "drop_path": 0.1,
+    "model_ema": True,
+    "model_ema_decay": 0.99996,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "train_interpolation": "random",
+    "repeated_aug": False,
+    "reprob": 0.0,
+    "smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "mixup_prob": 1.0,
+    "mixup_switch_prob": 0.8,
+    "mixup_mode": "batch",
+    "mixer": "transmix",
+    "relabel_ratio": 0.5,
+}
 TRANSMIX_MODELS: dict[str, dict[str, Any]] = {
     "deit_tiny": {"weight_decay": 0.03, "warmup_epochs": 20},
     "deit_small": {"weight_decay": 0.03, "warmup_epochs": 20},
@@ -176,16 +262,20 @@ STUDY: dict[str, dict[str, dict[str, Any]]] = {
     },
     "tablea4": {
         f"{source}_{target}": {
-            "mixer": "smmix", "epochs": 100, "source_region": source, "target_region": target,
+            "mixer": "smmix",
+            "epochs": 100,
+            "source_region": source,
+            "target_region": target,
         }
-        for source in ("random", "max") for target in ("corr", "max", "min")
+        for source in ("random", "max")
+        for target in ("corr", "max", "min")
     },
     "tablea5": {
         "none": {"mixer": "smmix", "score": "random"},
         **{f"block{depth}": {"mixer": "smmix", "score_block": depth} for depth in (3, 6, 9, 12)},
         "rollout": {"mixer": "smmix", "score": "rollout"},
     },
-}  # fmt: skip
+}
 OF_THE_RUN = {"model", "batch_size", "accum_steps", "data_path", "output_dir"}
 
 
@@ -205,24 +295,43 @@ class Run(NamedTuple):
         return Path(self.folder).name
 
 
-def start(table: str, *words: str, cwd: Path | str = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(
+    table: str, *words: str, cwd: Path | str = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """The script, as a dry run unless the environment says otherwise."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("NNODES", "NODE_", "MASTER_"))}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("NNODES", "NODE_", "MASTER_"))
+    }
     return subprocess.run(
         ["bash", str(FOLDER / f"{table}.sh"), *words],
-        cwd=cwd, env={**clean, "PATH": PATH, "DRY_RUN": "1", **environment}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=cwd,
+        env={**clean, "PATH": PATH, "DRY_RUN": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
 
 
 def ask(code: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
     """The shared part of the scripts by itself: `code`, with the words as its arguments."""
-    command = ["bash", "-c", f'set -euo pipefail; source "{FOLDER}/_table.sh"; {code}', "bash", *map(str, words)]
+    command = [
+        "bash",
+        "-c",
+        f'set -euo pipefail; source "{FOLDER}/_table.sh"; {code}',
+        "bash",
+        *map(str, words),
+    ]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def shown(table: str, *words: str, processes: str = "4", cwd: Path | str = ROOT, **environment: str) -> str:
+def shown(
+    table: str, *words: str, processes: str = "4", cwd: Path | str = ROOT, **environment: str
+) -> str:
     """What a dry run prints."""
-    done = start(table, "--data-path", "/imagenet", "--nproc", processes, *words, cwd=cwd, **environment)
+    done = start(
+        table, "--data-path", "/imagenet", "--nproc", processes, *words, cwd=cwd, **environment
+    )
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return done.stdout
@@ -265,7 +374,7 @@ def names(runs: list[Run]) -> list[str]:
     return [run.name for run in runs]
 
 
-# ------------------------------------------------------------------------------------------- rows and figures
+# --------------------------------------------------------------------------------- rows and figures
 
 
 def test_every_table_is_tested() -> None:
@@ -276,12 +385,23 @@ def test_every_table_is_tested() -> None:
 def test_a_list_numbers_the_rows_and_quotes_the_paper(table: str) -> None:
     done = start(table, "--list", DRY_RUN="0")
     assert (done.returncode, done.stderr) == (0, "")
-    rows = re.findall(r"^ *(\d+) +(\w+) +.*?((?: {2,}(?:\d+\.\d|-))+)(   not available yet)?$", done.stdout, flags=re.M)
+    rows = re.findall(
+        r"^ *(\d+) +(\w+) +.*?((?: {2,}(?:\d+\.\d|-))+)(   not available yet)?$",
+        done.stdout,
+        flags=re.M,
+    )
     expected = [
-        (str(number), name, " ".join(figures), "   not available yet" if name in TO_COME[table] else "")
+        (
+            str(number),
+            name,
+            " ".join(figures),
+            "   not available yet" if name in TO_COME[table] else "",
+        )
         for number, (name, (_, *figures)) in enumerate(PAPER[table].items(), start=1)
     ]
-    assert [(number, name, " ".join(figures.split()), note) for number, name, figures, note in rows] == expected
+    assert [
+        (number, name, " ".join(figures.split()), note) for number, name, figures, note in rows
+    ] == expected
     assert "not run by us" in done.stdout
 
 
@@ -289,7 +409,9 @@ def test_a_list_numbers_the_rows_and_quotes_the_paper(table: str) -> None:
 def test_a_header_says_what_to_expect_and_that_it_was_not_run(table: str) -> None:
     header = re.sub(r"\n# *", " ", (FOLDER / f"{table}.sh").read_text().split("\nset -e")[0])
     for label, *figures in PAPER[table].values():
-        together = f"{', '.join(figures[:-1])} and {figures[-1]}" if len(figures) > 1 else figures[0]
+        together = (
+            f"{', '.join(figures[:-1])} and {figures[-1]}" if len(figures) > 1 else figures[0]
+        )
         assert together == "-" or f"{label} {together}" in header
     assert "Not run by us" in header
 
@@ -302,14 +424,18 @@ def test_the_figures_here_agree_with_the_ten_scripts() -> None:
     for place, model in enumerate(COLUMNS["table1"], start=1):
         assert float(PAPER["table1"]["cutmix"][place]) == TABLE_1[model].cutmix
         assert float(PAPER["table1"]["smmix"][place]) == TABLE_1[model].smmix
-    for table, row, known in (("table7", "none", "cutmix"), ("table7", "all", "smmix"), ("table8", "default", "smmix")):
+    for table, row, known in (
+        ("table7", "none", "cutmix"),
+        ("table7", "all", "smmix"),
+        ("table8", "default", "smmix"),
+    ):
         assert float(PAPER[table][row][1]) == getattr(TABLE_1["deit_small"], known)
     assert float(PAPER["table9"]["self"][1]) == TABLE_1["deit_tiny"].smmix
     for model, (label, _) in PAPER["table1_transmix"].items():
         assert label == TABLE_1[model].name
 
 
-# ------------------------------------------------------------------------------------------------ the commands
+# ------------------------------------------------------------------------------------- the commands
 
 
 def recipe_of(run: Run) -> dict[str, Any]:
@@ -336,7 +462,9 @@ def test_a_transmix_row_has_the_authors_recipe_or_its_models_own(model: str) -> 
     assert run.args.model == TABLE_1[model].model
 
 
-@pytest.mark.parametrize(("table", "row"), [(table, row) for table, rows in STUDY.items() for row in rows])
+@pytest.mark.parametrize(
+    ("table", "row"), [(table, row) for table, rows in STUDY.items() for row in rows]
+)
 def test_a_row_of_the_study_is_the_recipe_of_its_models_script(table: str, row: str) -> None:
     for model in COLUMNS[table]:
         run = all_runs(table)[f"{model}_{row}"]
@@ -356,12 +484,16 @@ def test_motivators_are_files_where_these_are_given() -> None:
     tiny, small, *_ = runs_in(shown("table9", *words))
     assert tiny.args.motivator == "deit_tiny_patch16_224=a b.pth"
     assert small.args.motivator == "deit_small_patch16_224=c.pth"
-    assert "each row has its own" in refusal("table9", "--data-path", "/imagenet", "--motivator", "ema")
+    assert "each row has its own" in refusal(
+        "table9", "--data-path", "/imagenet", "--motivator", "ema"
+    )
 
 
 @pytest.mark.parametrize("processes", ["1", "2", "8", "16"])
 @pytest.mark.parametrize("table", DIFFERENT)
-def test_the_total_batch_and_the_peak_rate_hold_on_any_number_of_processes(table: str, processes: str) -> None:
+def test_the_total_batch_and_the_peak_rate_hold_on_any_number_of_processes(
+    table: str, processes: str
+) -> None:
     for run in runs_in(shown(table, processes=processes)):
         by_authors = table == "table1_transmix" and run.name.startswith("deit_")
         total = run.args.batch_size * run.processes * run.args.accum_steps
@@ -381,7 +513,9 @@ def test_the_total_batch_and_the_peak_rate_hold_on_any_number_of_processes(table
     ],
 )
 @pytest.mark.parametrize("table", DIFFERENT)
-def test_what_the_model_scripts_refuse_is_refused_here_too(table: str, words: list[str], message: str) -> None:
+def test_what_the_model_scripts_refuse_is_refused_here_too(
+    table: str, words: list[str], message: str
+) -> None:
     assert message in refusal(table, "--data-path", "/imagenet", *words)
 
 
@@ -389,24 +523,45 @@ def test_what_the_model_scripts_refuse_is_refused_here_too(table: str, words: li
 def test_several_machines_share_a_row(table: str) -> None:
     cluster = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
     printed = shown(table, "--row", "1", processes="8", **cluster)
-    assert "--nnodes=2 --node_rank=1 --master_addr=node0 --master_port=29500 --nproc_per_node=8" in printed
+    assert (
+        "--nnodes=2 --node_rank=1 --master_addr=node0 --master_port=29500 --nproc_per_node=8"
+        in printed
+    )
     for run in runs_in(printed):
-        assert run.args.batch_size * 16 * run.args.accum_steps == (256 if table == "table1_transmix" else 1024)
+        assert run.args.batch_size * 16 * run.args.accum_steps == (
+            256 if table == "table1_transmix" else 1024
+        )
 
 
 def test_ones_own_arguments_come_last_and_win() -> None:
     words = ("--mix-protocol", "switch", "--seed", "1", "--batch_size=128", "--output", "elsewhere")
     runs = runs_in(shown("table2", *words))
     assert len(runs) == 2 * len(TABLE_2_ROWS)
-    assert {(run.args.mix_protocol, run.args.seed, run.args.batch_size) for run in runs} == {("switch", 1, 128)}
-    words = ("--row", "transmix", "--relabel-ratio", "0", "--weight_decay=0.1", "--output", "elsewhere")
+    assert {(run.args.mix_protocol, run.args.seed, run.args.batch_size) for run in runs} == {
+        ("switch", 1, 128)
+    }
+    words = (
+        "--row",
+        "transmix",
+        "--relabel-ratio",
+        "0",
+        "--weight_decay=0.1",
+        "--output",
+        "elsewhere",
+    )
     (run,) = runs_in(shown("table6", *words))
-    assert (run.args.relabel_ratio, run.args.weight_decay, run.args.relabel) == (0.0, 0.1, "transmix")
+    assert (run.args.relabel_ratio, run.args.weight_decay, run.args.relabel) == (
+        0.0,
+        0.1,
+        "transmix",
+    )
 
 
 def test_what_is_of_the_recipe_and_not_of_the_row_is_open() -> None:
     assert {run.args.epochs for run in runs_in(shown("tablea4", "--epochs", "7"))} == {7}
-    (run,) = runs_in(shown("table1_transmix", "--row", "deit_base", "--weight-decay", "0.1", "--warmup-epochs=1"))
+    (run,) = runs_in(
+        shown("table1_transmix", "--row", "deit_base", "--weight-decay", "0.1", "--warmup-epochs=1")
+    )
     assert (run.args.weight_decay, run.args.warmup_epochs) == (0.1, 1)
 
 
@@ -433,10 +588,15 @@ def test_a_row_is_not_made_another_under_its_name(table: str, flag: str, words: 
     assert wanted in refusal(table, "--list-tsv", *words)
 
 
-@pytest.mark.parametrize(("table", "flag"), [("table2", "--mix-alpha"), ("table6", "--relabel-ratio")])
+@pytest.mark.parametrize(
+    ("table", "flag"), [("table2", "--mix-alpha"), ("table6", "--relabel-ratio")]
+)
 def test_another_value_of_some_flags_needs_a_folder_of_its_own(table: str, flag: str) -> None:
     message = refusal(table, "--data-path", "/imagenet", flag, "0.3")
-    assert f"{flag}: the rows of {table} set it themselves; for another value give another --output too" in message
+    assert (
+        f"{flag}: the rows of {table} set it themselves; for another value give another --output "
+        "too" in message
+    )
 
 
 def test_which_mixer_has_a_use_for_a_flag_is_what_main_says() -> None:
@@ -445,18 +605,35 @@ def test_which_mixer_has_a_use_for_a_flag_is_what_main_says() -> None:
     for mixer in $1; do for has_con in 0 1; do for flag in $2; do
       ! has_no_use "$flag" || echo "$mixer $has_con $flag"
     done; done; done"""
-    said = ask(code, " ".join(METHODS), " ".join([*flags, "--side-ratio", "--lr", "--mixup"])).stdout.splitlines()
-    expected = ["smmix 0 --con-temperature"]  # main.py refuses it beside --con-weight 0 by a rule of its own
+    said = ask(
+        code, " ".join(METHODS), " ".join([*flags, "--side-ratio", "--lr", "--mixup"])
+    ).stdout.splitlines()
+    expected = [
+        "smmix 0 --con-temperature"
+    ]  # main.py refuses it beside --con-weight 0 by a rule of its own
     for mixer in METHODS:
         for has_con in (0, 1):
             given = {**dict.fromkeys(OWN, "given"), "con_weight": float(has_con)}
             kept = of_method(given, mixer)
-            expected += [f"{mixer} {has_con} --{name.replace('_', '-')}" for name in OWN if kept[name] != given[name]]
+            expected += [
+                f"{mixer} {has_con} --{name.replace('_', '-')}"
+                for name in OWN
+                if kept[name] != given[name]
+            ]
             expected += [f"{mixer} {has_con} --side-ratio"] if mixer != "smmix" else []
     assert sorted(said) == sorted(expected)
 
 
-OF_SMMIX = ["--variant", "released", "--region_head=separate", "--side-ratio", "0.3", "0.6", "--fine-temperature", "2"]
+OF_SMMIX = [
+    "--variant",
+    "released",
+    "--region_head=separate",
+    "--side-ratio",
+    "0.3",
+    "0.6",
+    "--fine-temperature",
+    "2",
+]
 OF_CON = ["--consistency", "logits", "--con-temperature", "2", "--guide-size", "112", "112"]
 
 
@@ -466,11 +643,16 @@ def test_a_flag_goes_to_the_rows_that_have_a_use_for_it() -> None:
     assert {run.args.lr for run in runs} == {1.0}
     kept = {
         run.name.removeprefix("deit_small_"): (
-            run.args.variant, run.args.region_head, run.args.side_ratio, run.args.fine_temperature,
-            run.args.consistency, run.args.con_temperature, run.args.guide_size,
+            run.args.variant,
+            run.args.region_head,
+            run.args.side_ratio,
+            run.args.fine_temperature,
+            run.args.consistency,
+            run.args.con_temperature,
+            run.args.guide_size,
         )
         for run in runs
-    }  # fmt: skip
+    }
     smmix = ("released", "separate", [0.3, 0.6])
     assert kept == {
         "none": ("paper", None, [0.25, 0.75], 1.0, None, 1.0, None),
@@ -481,7 +663,8 @@ def test_a_flag_goes_to_the_rows_that_have_a_use_for_it() -> None:
         "all": (*smmix, 2.0, "logits", 2.0, [112, 112]),
     }
     assert (
-        f"== table7, row 3, consistency on deit_small: without {' '.join(OF_SMMIX)}, which it has no use for" in printed
+        f"== table7, row 3, consistency on deit_small: without {' '.join(OF_SMMIX)}, which it has "
+        "no use for" in printed
     )
     assert "row 6, all on deit_small: without" not in printed
 
@@ -490,7 +673,9 @@ def test_a_flag_goes_to_the_rows_that_have_a_use_for_it() -> None:
 def test_main_takes_every_row_whatever_is_given_for_some(table: str) -> None:
     score = ["--score", "random"] if table == "tablea4" else []
     own = ["--cutmix-minmax", "0.2", "0.8", "--con-weight", "0.5", "--attentive-cells", "6"]
-    runs = runs_in(shown(table, *OF_SMMIX, *OF_CON, *score, *own[: None if table == "table1_transmix" else 5]))
+    runs = runs_in(
+        shown(table, *OF_SMMIX, *OF_CON, *score, *own[: None if table == "table1_transmix" else 5])
+    )
     assert len(runs) == len(all_runs(table))
 
 
@@ -510,19 +695,23 @@ def test_the_commands_of_a_header_are_accepted(script: Path) -> None:
                 assert runs_in(done.stdout)
 
 
-# ------------------------------------------------------------------------------------------- choosing and naming
+# ------------------------------------------------------------------------------ choosing and naming
 
 
 @pytest.mark.parametrize("table", PAPER)
 def test_without_a_choice_every_row_there_is_runs_into_a_folder_of_its_own(table: str) -> None:
     rows = [row for row in PAPER[table] if row not in TO_COME[table]]
-    expected = [f"{model}_{row}" for row in rows for model in COLUMNS[table]] or [f"{row}_transmix" for row in rows]
+    expected = [f"{model}_{row}" for row in rows for model in COLUMNS[table]] or [
+        f"{row}_transmix" for row in rows
+    ]
     printed, runs = whole_table(table), all_runs(table)
     assert list(runs) == expected
     folder = ROOT / "output" / table.split("_")[0]
     assert all(Path(run.folder).parent == folder for run in runs.values())
     for row in TO_COME[table]:
-        assert re.search(rf"^== {table}, row \d, {row}: not available yet; left out$", printed, flags=re.M)
+        assert re.search(
+            rf"^== {table}, row \d, {row}: not available yet; left out$", printed, flags=re.M
+        )
 
 
 @pytest.mark.parametrize(
@@ -550,7 +739,9 @@ def test_rows_are_chosen_by_number_and_by_name(words: list[str], expected: list[
     ],
 )
 def test_columns_are_chosen_by_model(words: list[str], expected: list[str]) -> None:
-    assert names(runs_in(shown("table2", "--row", "9", *words))) == [f"{model}_smmix" for model in expected]
+    assert names(runs_in(shown("table2", "--row", "9", *words))) == [
+        f"{model}_smmix" for model in expected
+    ]
 
 
 @pytest.mark.parametrize("word", ["nosuch", "0", "10", "cut", "*", "2x"])
@@ -561,12 +752,17 @@ def test_an_unknown_row_is_refused_with_the_list_of_rows(word: str) -> None:
         assert f"{number} {row}" in message
 
 
-@pytest.mark.parametrize(("table", "row"), [(table, row) for table, rows in TO_COME.items() for row in rows])
+@pytest.mark.parametrize(
+    ("table", "row"), [(table, row) for table, rows in TO_COME.items() for row in rows]
+)
 def test_a_row_to_come_says_so_and_quotes_the_paper(table: str, row: str) -> None:
     number = str(list(PAPER[table]).index(row) + 1)
     for word in (row, number):
         message = refusal(table, "--data-path", "/imagenet", "--row", word)
-        assert f"{row} is not available yet; the paper has {' and '.join(PAPER[table][row][1:])}" in message
+        assert (
+            f"{row} is not available yet; the paper has {' and '.join(PAPER[table][row][1:])}"
+            in message
+        )
 
 
 @pytest.mark.parametrize(
@@ -577,12 +773,18 @@ def test_a_row_to_come_says_so_and_quotes_the_paper(table: str, row: str) -> Non
         ("table2", ["--row"], "--row needs a value"),
         ("table2", ["--model", "deit_tiny"], "its columns: deit_small swin_tiny"),
         ("table6", ["--model", "swin_tiny"], "its columns: deit_small"),
-        ("table1_transmix", ["--model", "deit_tiny"], "the rows of table1 are its models; choose with --row"),
+        (
+            "table1_transmix",
+            ["--model", "deit_tiny"],
+            "the rows of table1 are its models; choose with --row",
+        ),
         ("table2", ["--epochs", "x"], "--epochs x: must be a whole number above 0"),
         ("table6", ["--epochs=0"], "--epochs 0: must be a whole number above 0"),
     ],
 )
-def test_a_choice_that_makes_no_sense_is_refused(table: str, words: list[str], message: str) -> None:
+def test_a_choice_that_makes_no_sense_is_refused(
+    table: str, words: list[str], message: str
+) -> None:
     assert message in refusal(table, "--data-path", "/imagenet", "--nproc", "4", *words)
 
 
@@ -596,9 +798,13 @@ def test_every_path_holds_in_another_working_directory(table: str, tmp_path: Pat
     elsewhere = tmp_path / "another place"
     elsewhere.mkdir()
     assert start(table, "--list", cwd=elsewhere).stdout == start(table, "--list").stdout
-    assert shown(table, cwd=elsewhere) == whole_table(table)  # by default the project's output folder
+    assert shown(table, cwd=elsewhere) == whole_table(
+        table
+    )  # by default the project's output folder
     relative = shown(table, "--output", "my runs/", cwd=elsewhere)
-    assert {Path(run.folder).parts[:-1] for run in runs_in(relative)} == {("my runs", table.split("_")[0])}
+    assert {Path(run.folder).parts[:-1] for run in runs_in(relative)} == {
+        ("my runs", table.split("_")[0])
+    }
     assert "//" not in relative
     for line in relative.splitlines():
         assert line.startswith("== ") or f" {shlex.quote(str(ROOT / 'main.py'))} " in line
@@ -613,7 +819,7 @@ def test_the_processes_default_to_the_gpus_here_counted_once(tmp_path: Path) -> 
     assert (tmp_path / "calls").read_text().split() == ["asked"]
 
 
-# -------------------------------------------------------------------------------------------------- running again
+# ------------------------------------------------------------------------------------ running again
 
 
 def leave(run: Run, folder: Path, *lines: str, **changed: Any) -> None:
@@ -621,15 +827,22 @@ def leave(run: Run, folder: Path, *lines: str, **changed: Any) -> None:
     args = argparse.Namespace(**vars(run.args))
     resolve_defaults(args, Processes(0, 1, torch.device("cpu")))
     total = args.batch_size * args.accum_steps * run.processes
-    told = {"data": "IMNET somewhere", "total batch": f"all of it = {total}", "device": "cpu, 4 loader processes"}
+    told = {
+        "data": "IMNET somewhere",
+        "total batch": f"all of it = {total}",
+        "device": "cpu, 4 loader processes",
+    }
     folder.mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps({**vars(args), **changed}))
-    (folder / "train.log").write_text("".join(f"2026-01-01 10:00:00 {name:<18}  {told[name]}\n" for name in told))
+    (folder / "train.log").write_text(
+        "".join(f"2026-01-01 10:00:00 {name:<18}  {told[name]}\n" for name in told)
+    )
     (folder / "log.txt").write_text("".join(f"{line}\n" for line in lines))
 
 
 def fake_python(folder: Path, notes: Path) -> Path:
-    """The folder, with a python3 in it that finds nothing wrong and notes its words, a zero byte behind each."""
+    """The folder, with a python3 in it that finds nothing wrong and notes its words, a zero byte
+    behind each."""
     folder.mkdir(exist_ok=True)
     (folder / "python3").write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >>"{notes}"\n')
     (folder / "python3").chmod(0o755)
@@ -639,7 +852,12 @@ def fake_python(folder: Path, notes: Path) -> Path:
 def test_a_finished_row_is_left_out_and_one_that_is_not_goes_on(tmp_path: Path) -> None:
     words = ["--output", str(tmp_path / "my runs"), "--epochs", "10"]
     first, second, *_ = runs_in(shown("table7", *words))
-    leave(first, Path(first.folder), '{"epoch": 8, "test_acc1": 80.0}', '{"epoch": 9, "test_acc1": 80.5}')
+    leave(
+        first,
+        Path(first.folder),
+        '{"epoch": 8, "test_acc1": 80.0}',
+        '{"epoch": 9, "test_acc1": 80.5}',
+    )
     leave(second, Path(second.folder), '{"epoch": 8, "test_acc1": 80.0}')
     path = f"{fake_python(tmp_path / 'bin', tmp_path / 'compared')}:{PATH}"
     printed = shown("table7", *words, PATH=path)
@@ -655,7 +873,18 @@ def test_a_finished_row_of_another_recipe_stops_the_table_before_it_begins(tmp_p
     words = ["--output", str(tmp_path)]
     *_, last = runs_in(shown("table7", *words))
     leave(last, Path(last.folder), '{"epoch": 299, "test_acc1": 80.5}')
-    message = refusal("table7", "--data-path", "/imagenet", "--nproc", "8", *words, "--lr", "9", "--accum-steps", "2")
+    message = refusal(
+        "table7",
+        "--data-path",
+        "/imagenet",
+        "--nproc",
+        "8",
+        *words,
+        "--lr",
+        "9",
+        "--accum-steps",
+        "2",
+    )
     differs = "--lr 0.0005 (asked now: 9.0)"
     where = f"table7, row 6, all on deit_small: {last.folder} is finished with another recipe"
     assert message == f"error: {where}: {differs}; choose another --output\n"
@@ -664,7 +893,18 @@ def test_a_finished_row_of_another_recipe_stops_the_table_before_it_begins(tmp_p
 @pytest.mark.parametrize(
     ("changed", "processes", "expected"),
     [
-        ({"num_workers": 31, "data_path": "x", "output_dir": "x", "device": "cpu", "seed": 3, "compile": True}, 4, ""),
+        (
+            {
+                "num_workers": 31,
+                "data_path": "x",
+                "output_dir": "x",
+                "device": "cpu",
+                "seed": 3,
+                "compile": True,
+            },
+            4,
+            "",
+        ),
         ({"batch_size": 128, "accum_steps": 2}, 4, ""),
         ({}, 2, "total batch 1024 (asked now: 512)"),
         ({"epochs": 301}, 4, "--epochs 301 (asked now: 300)"),
@@ -677,7 +917,9 @@ def test_a_finished_row_of_another_recipe_stops_the_table_before_it_begins(tmp_p
         ),
     ],
 )
-def test_what_differs_from_now_is_named(changed: dict[str, Any], processes: int, expected: str, tmp_path: Path) -> None:
+def test_what_differs_from_now_is_named(
+    changed: dict[str, Any], processes: int, expected: str, tmp_path: Path
+) -> None:
     run = all_runs("table7")["deit_small_all"]
     leave(run, tmp_path / "run", '{"epoch": 299, "test_acc1": 80.0}', **changed)
     launch = ["torchrun", f"--nproc_per_node={processes}", "a place/main.py"]
@@ -689,10 +931,15 @@ def test_what_differs_from_now_is_named(changed: dict[str, Any], processes: int,
 
 
 def test_other_weights_are_another_recipe(tmp_path: Path) -> None:
-    own, other = (runs_in(shown("table9", "--row", "1", "--motivator-tiny", f"{name}.pth"))[0] for name in "ab")
+    own, other = (
+        runs_in(shown("table9", "--row", "1", "--motivator-tiny", f"{name}.pth"))[0]
+        for name in "ab"
+    )
     leave(own, tmp_path / "run", '{"epoch": 299}')
     words = ["--motivator", other.args.motivator]
-    (line,) = (line for line in whole_table("table9").splitlines() if "/deit_tiny_deit_tiny " in line)
+    (line,) = (
+        line for line in whole_table("table9").splitlines() if "/deit_tiny_deit_tiny " in line
+    )
     command = [*shlex.split(line), *words]
     told = _finished.what_differs(_finished.Finished("row", tmp_path / "run", command))
     weights = "deit_tiny_patch16_224"
@@ -704,7 +951,9 @@ def test_other_weights_are_another_recipe(tmp_path: Path) -> None:
 def test_a_finished_folder_that_tells_no_recipe_is_not_skipped(tmp_path: Path) -> None:
     found = _finished.Finished("row", tmp_path, ["main.py"])
     (tmp_path / "log.txt").write_text('{"epoch": 9}')
-    assert _finished.what_differs(found).startswith("its recipe cannot be read: has log.txt but no args.json")
+    assert _finished.what_differs(found).startswith(
+        "its recipe cannot be read: has log.txt but no args.json"
+    )
 
 
 @pytest.mark.parametrize(
@@ -727,25 +976,32 @@ def test_a_run_has_its_last_epoch_or_not(lines: list[str], finished: bool, tmp_p
     (tmp_path / "log.txt").write_text("".join(f"{line}\n" for line in lines))
     assert ask('is_finished "$1" 10', tmp_path).returncode == (0 if finished else 1)
     for done in (9, 10):  # an epoch cut short has a line, too
-        (tmp_path / "status.json").write_text(json.dumps({"state": "done", "epoch": done, "step": 40}))
-        assert ask('is_finished "$1" 10', tmp_path).returncode == (0 if finished and done == 10 else 1)
+        (tmp_path / "status.json").write_text(
+            json.dumps({"state": "done", "epoch": done, "step": 40})
+        )
+        assert ask('is_finished "$1" 10', tmp_path).returncode == (
+            0 if finished and done == 10 else 1
+        )
 
 
 @pytest.mark.parametrize(
-    "words", [["--epochs", "10"], ["--epochs=10"], ["--epochs", "300", "--x", "a b", "--epochs", "10"]]
+    "words",
+    [["--epochs", "10"], ["--epochs=10"], ["--epochs", "300", "--x", "a b", "--epochs", "10"]],
 )
 def test_the_last_epoch_follows_the_commands_epochs(words: list[str]) -> None:
     assert ask('read_epochs "$@"; echo "$epochs"', "main.py", *words, "--lr", "1").stdout == "10\n"
 
 
 def fake_torchrun(folder: Path, body: str) -> dict[str, str]:
-    """An environment whose torchrun notes its last run's folder in `out` and then does what `body` says."""
+    """An environment whose torchrun notes its last run's folder in `out` and then does what `body`
+    says."""
     program = folder / "bin/torchrun"
     program.parent.mkdir(exist_ok=True)
     program.write_text(
-        "#!/usr/bin/env bash\nfor word in \"$@\"; do\n  [[ ${before-} != --output-dir ]] || out=$word\n"
+        '#!/usr/bin/env bash\nfor word in "$@"; do\n  [[ ${before-} != --output-dir ]] || '
+        "out=$word\n"
         f'  before=$word\ndone\necho "${{out##*/}}" >>"{folder}/calls"\n{body}\n'
-    )  # fmt: skip
+    )
     program.chmod(0o755)
     return {"PATH": f"{program.parent}:{PATH}", "DRY_RUN": "0"}
 
@@ -754,7 +1010,9 @@ def fake_torchrun(folder: Path, body: str) -> dict[str, str]:
 def test_rows_run_one_after_the_other_and_once(table: str, tmp_path: Path) -> None:
     for name, run in all_runs(table).items():
         leave(run, tmp_path / "made" / name, f'{{"epoch": {run.args.epochs - 1}}}')
-    environment = fake_torchrun(tmp_path, f'mkdir -p "$out"\ncp "{tmp_path}/made/${{out##*/}}"/* "$out"')
+    environment = fake_torchrun(
+        tmp_path, f'mkdir -p "$out"\ncp "{tmp_path}/made/${{out##*/}}"/* "$out"'
+    )
     fake_python(tmp_path / "bin", tmp_path / "compared")
     words = ["--data-path", "/image net", "--nproc", "4", "--output", str(tmp_path / "my runs")]
     assert start(table, *words, **environment).returncode == 0
@@ -774,31 +1032,61 @@ def test_rows_run_one_after_the_other_and_once(table: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("table", DIFFERENT)
 def test_a_run_that_fails_stops_the_table_with_its_exit_code(table: str, tmp_path: Path) -> None:
     environment = fake_torchrun(tmp_path, "exit 3")
-    done = start(table, "--data-path", "/imagenet", "--nproc", "4", "--output", str(tmp_path / "runs"), **environment)
+    done = start(
+        table,
+        "--data-path",
+        "/imagenet",
+        "--nproc",
+        "4",
+        "--output",
+        str(tmp_path / "runs"),
+        **environment,
+    )
     assert done.returncode == 3
     assert (tmp_path / "calls").read_text().split() == list(all_runs(table))[:1]
     assert "stopped with exit code 3, see above; the same command goes on from here" in done.stderr
 
 
 def test_a_run_that_is_stopped_politely_stops_the_table_too(tmp_path: Path) -> None:
-    environment = fake_torchrun(tmp_path, 'mkdir -p "$out"\necho \'{"state": "preempted"}\' >"$out/status.json"')
+    environment = fake_torchrun(
+        tmp_path, 'mkdir -p "$out"\necho \'{"state": "preempted"}\' >"$out/status.json"'
+    )
     done = start(
-        "table7", "--data-path", "/imagenet", "--nproc", "4", "--output", str(tmp_path / "runs"), **environment
+        "table7",
+        "--data-path",
+        "/imagenet",
+        "--nproc",
+        "4",
+        "--output",
+        str(tmp_path / "runs"),
+        **environment,
     )
     assert done.returncode == 1
     assert (tmp_path / "calls").read_text().split() == list(all_runs("table7"))[:1]
-    assert "stopped when asked to, before its end; the same command goes on from here" in done.stderr
-    assert names(runs_in(shown("table7", "--output", str(tmp_path / "runs")))) == list(all_runs("table7"))
+    assert (
+        "stopped when asked to, before its end; the same command goes on from here" in done.stderr
+    )
+    assert names(runs_in(shown("table7", "--output", str(tmp_path / "runs")))) == list(
+        all_runs("table7")
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *SHARED], ids=lambda path: path.stem)
 def test_scripts_are_bash_without_mistakes_and_explain_themselves(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
-    for new in (";;&", "declare -A", "local -A", "mapfile", "readarray", ",,}", "^^}"):  # bash 3.2 of macOS
+    for new in (
+        ";;&",
+        "declare -A",
+        "local -A",
+        "mapfile",
+        "readarray",
+        ",,}",
+        "^^}",
+    ):  # bash 3.2 of macOS
         assert new not in text
     assert max(map(len, text.splitlines())) <= 120
     assert len(text.splitlines()) <= 350

@@ -1,4 +1,5 @@
-"""Images to tensors: DeiT's recipe, the small-image recipe, posterize with 0 bits, and what unknown names say."""
+"""Images to tensors: DeiT's recipe, the small-image recipe, posterize with 0 bits, and what unknown
+names say."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ from torchvision import transforms as tv
 
 from pipeline import transforms
 from pipeline.spec import RESIZERS, Augment, ImageSpec
-from pipeline.transforms import CropAndResize, build_eval_transform, build_train_transform, denormalise, normalise
+from pipeline.transforms import (
+    CropAndResize,
+    build_eval_transform,
+    build_train_transform,
+    denormalise,
+    normalise,
+)
 from tests.image_folders import picture
 from utils import InputError, keyed_globals
 
@@ -30,24 +37,34 @@ def tensor_of(image: Image.Image, spec: ImageSpec) -> torch.Tensor:
     return tv.Compose([tv.ToTensor(), tv.Normalize(spec.mean, spec.std)])(image)
 
 
-# ------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("size", [(64, 64), (224, 224), (48, 96)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "random"])
-def test_large_images_follow_timms_recipe_draw_by_draw(size: tuple[int, int], interpolation: str) -> None:
+def test_large_images_follow_timms_recipe_draw_by_draw(
+    size: tuple[int, int], interpolation: str
+) -> None:
     """As pixels, and bit for bit as ToTensor and Normalize make floats of them."""
     spec = ImageSpec(size)
     ours = build_train_transform(spec, Augment(interpolation=interpolation))
     timms = create_transform(
-        size, is_training=True, color_jitter=0.3, auto_augment=DEIT, interpolation=interpolation, re_prob=0
+        size,
+        is_training=True,
+        color_jitter=0.3,
+        auto_augment=DEIT,
+        interpolation=interpolation,
+        re_prob=0,
     )
     images: list[torch.Tensor] = []
     expected: list[torch.Tensor] = []
     for number in range(12):
         image = picture(number, (120, 90))
-        for transform, pixels, results in ((ours, image, images), (ours, np.array(image), images),
-                                           (timms, image, expected)):  # fmt: skip
+        for transform, pixels, results in (
+            (ours, image, images),
+            (ours, np.array(image), images),
+            (timms, image, expected),
+        ):
             with keyed_globals("test", number):
                 results.append(transform(pixels))
         assert (images[-1].shape, images[-1].dtype) == ((3, *size), torch.uint8)
@@ -59,13 +76,16 @@ def test_large_images_follow_timms_recipe_draw_by_draw(size: tuple[int, int], in
 def test_torch_resizes_nearly_as_pillow_does(interpolation: str) -> None:
     spec = ImageSpec((96, 64))
     transforms_of = [
-        build_train_transform(spec, replace(PLAIN, interpolation=interpolation, resize=name)) for name in RESIZERS
+        build_train_transform(spec, replace(PLAIN, interpolation=interpolation, resize=name))
+        for name in RESIZERS
     ]
     differences = []
     for number in range(40):
         image = picture(number, (150, 120))
         results = []
-        for transform, pixels in zip([*transforms_of, transforms_of[1]], (image, image, np.array(image)), strict=True):
+        for transform, pixels in zip(
+            [*transforms_of, transforms_of[1]], (image, image, np.array(image)), strict=True
+        ):
             with keyed_globals("test", number):
                 results.append(transform(pixels).float())
         assert torch.equal(results[1], results[2])
@@ -83,7 +103,9 @@ def test_what_torch_resizes_lies_row_by_row() -> None:
 
 
 def test_torch_refuses_interpolations_that_it_lacks() -> None:
-    with pytest.raises(InputError, match=r"--resize torch: has no --train-interpolation lanczos.*pillow.*bicubic"):
+    with pytest.raises(
+        InputError, match=r"--resize torch: has no --train-interpolation lanczos.*pillow.*bicubic"
+    ):
         Augment(interpolation="lanczos", resize="torch")
     with pytest.raises(InputError, match=r"--resize opencv: use pillow or torch"):
         Augment(resize="opencv")
@@ -117,14 +139,18 @@ def test_small_images_of_another_size_are_resized_first() -> None:
     same = picture(0, (32, 32))
     assert torch.equal(eval_transform(same), tensor_of(same, spec))
     bigger = picture(0, (50, 40))
-    assert torch.equal(eval_transform(bigger), tensor_of(bigger.resize((32, 32), Image.Resampling.BICUBIC), spec))
+    assert torch.equal(
+        eval_transform(bigger), tensor_of(bigger.resize((32, 32), Image.Resampling.BICUBIC), spec)
+    )
 
 
 @pytest.mark.parametrize("side", [32, 64])
 def test_the_flip_probability_is_kept(side: int) -> None:
     for hflip in (0.0, 0.5, 1.0):
         transform = build_train_transform(ImageSpec((side, side)), Augment(hflip=hflip))
-        flips = [step.p for step in transform.transforms if isinstance(step, tv.RandomHorizontalFlip)]
+        flips = [
+            step.p for step in transform.transforms if isinstance(step, tv.RandomHorizontalFlip)
+        ]
         assert sum(flips) == hflip
 
 
@@ -152,7 +178,9 @@ def test_jitter_and_none_reach_the_pixels() -> None:
 @pytest.mark.parametrize("interpolation", ["bicubic", "random"])
 def test_every_kind_of_automatic_augmentation_runs_and_travels(aa: str, interpolation: str) -> None:
     for side in (32, 40):
-        transform = build_train_transform(ImageSpec((side, side)), Augment(aa=aa, interpolation=interpolation))
+        transform = build_train_transform(
+            ImageSpec((side, side)), Augment(aa=aa, interpolation=interpolation)
+        )
         travelled = pickle.loads(pickle.dumps(transform))  # as into a spawned worker
         results = []
         for one in (transform, travelled):
@@ -161,7 +189,7 @@ def test_every_kind_of_automatic_augmentation_runs_and_travels(aa: str, interpol
         assert torch.equal(*results)
 
 
-# ----------------------------------------------------------------------------------------- posterize with 0 bits
+# ---------------------------------------------------------------------------- posterize with 0 bits
 
 
 def pillow_refuses_0_bits() -> bool:
@@ -173,7 +201,8 @@ def pillow_refuses_0_bits() -> bool:
 
 
 def posterize_only(transform: tv.Compose) -> tv.Compose:
-    """The transform's RandAugment with nothing but posterize in it, so that few draws meet every level often."""
+    """The transform's RandAugment with nothing but posterize in it, so that few draws meet every
+    level often."""
     for step in transform.transforms:
         if hasattr(step, "ops"):
             step.ops = [op for op in step.ops if "Posterize" in op.name]
@@ -192,7 +221,9 @@ def test_the_default_recipe_survives_its_own_augmentation() -> None:
     image = picture(0, (8, 8))
     spec = ImageSpec((8, 8))
     draw_many(build_train_transform(spec, Augment()), 2_000, image)
-    draw_many(posterize_only(build_train_transform(spec, Augment())), 4_000, image)  # worth 60,000 of the above
+    draw_many(
+        posterize_only(build_train_transform(spec, Augment())), 4_000, image
+    )  # worth 60,000 of the above
 
 
 @pytest.mark.slow
@@ -200,14 +231,18 @@ def test_p15_the_default_recipe_survives_60_000_draws() -> None:
     draw_many(build_train_transform(ImageSpec((8, 8)), Augment()), 60_000, picture(0, (8, 8)))
 
 
-@pytest.mark.skipif(not pillow_refuses_0_bits(), reason="this Pillow returns a black image for 0 bits")
+@pytest.mark.skipif(
+    not pillow_refuses_0_bits(), reason="this Pillow returns a black image for 0 bits"
+)
 def test_unguarded_the_same_draws_raise() -> None:
     unguarded = tv.Compose([rand_augment_transform(DEIT, {"img_mean": (124, 116, 104)})])
     with pytest.raises(ValueError, match="bits"):
         draw_many(posterize_only(unguarded), 4_000, picture(0, (8, 8)))
 
 
-@pytest.mark.parametrize("aa", [DEIT, "rand-m9-mstd0.5", "augmix-m3-w2", "original", "originalr", "v0", "v0r"])
+@pytest.mark.parametrize(
+    "aa", [DEIT, "rand-m9-mstd0.5", "augmix-m3-w2", "original", "originalr", "v0", "v0r"]
+)
 def test_every_posterize_is_guarded_and_timms_own_is_left_alone(aa: str) -> None:
     for side in (32, 64):
         steps = build_train_transform(ImageSpec((side, side)), Augment(aa=aa)).transforms
@@ -242,11 +277,12 @@ class Refuses(Image.Image):
         raise ValueError("not an operation's business")
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 @pytest.mark.parametrize(
-    ("side", "ratio", "resized"), [(224, 0.875, 256), (224, 1.0, 224), (384, 0.875, 438), (64, 0.9, 71)]
+    ("side", "ratio", "resized"),
+    [(224, 0.875, 256), (224, 1.0, 224), (384, 0.875, 438), (64, 0.9, 71)],
 )
 def test_evaluation_resizes_and_crops_as_deit_does(side: int, ratio: float, resized: int) -> None:
     spec = ImageSpec((side, side), crop_ratio=ratio)
@@ -259,7 +295,9 @@ def test_evaluation_resizes_and_crops_as_deit_does(side: int, ratio: float, resi
 
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (33, 200)])
 @pytest.mark.parametrize("ratio", [0.875, 1.0])
-def test_non_square_inputs_are_filled_without_padding_or_stretching(size: tuple[int, int], ratio: float) -> None:
+def test_non_square_inputs_are_filled_without_padding_or_stretching(
+    size: tuple[int, int], ratio: float
+) -> None:
     spec = ImageSpec(size, crop_ratio=ratio)
     white = Image.new("RGB", (130, 110), (255, 255, 255))
     pixels = denormalise(build_eval_transform(spec)(white)[None], spec)
@@ -269,7 +307,10 @@ def test_non_square_inputs_are_filled_without_padding_or_stretching(size: tuple[
 
 def test_evaluation_interpolation_is_used() -> None:
     image = picture(0, (100, 80))
-    results = [build_eval_transform(ImageSpec((64, 64), interpolation=name))(image) for name in ("bicubic", "nearest")]
+    results = [
+        build_eval_transform(ImageSpec((64, 64), interpolation=name))(image)
+        for name in ("bicubic", "nearest")
+    ]
     assert not torch.equal(*results)
 
 
@@ -283,7 +324,7 @@ def test_denormalise_gives_the_pixels_back() -> None:
     assert bool((pixels[1] == 255).all())
 
 
-# ------------------------------------------------------------------------------------------------ specs, messages
+# ---------------------------------------------------------------------------------- specs, messages
 
 
 def test_the_spec_survives_json_and_a_weights_only_load(tmp_path) -> None:
@@ -294,7 +335,9 @@ def test_the_spec_survives_json_and_a_weights_only_load(tmp_path) -> None:
     assert ImageSpec.from_plain(torch.load(tmp_path / "spec.pth", weights_only=True)) == spec
 
 
-@pytest.mark.parametrize("aa", ["rand-m9-foo1", "rand-x", "autoaugment", "rand9", "v1", "rand-m9-", "augmix-q1"])
+@pytest.mark.parametrize(
+    "aa", ["rand-m9-foo1", "rand-x", "autoaugment", "rand9", "v1", "rand-m9-", "augmix-q1"]
+)
 def test_unknown_augmentations_name_the_flag(aa: str) -> None:
     with pytest.raises(InputError, match=r"--aa .*rand-m9-mstd0\.5-inc1"):
         Augment(aa=aa)

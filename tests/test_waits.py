@@ -48,12 +48,16 @@ def test_only_a_large_share_of_a_long_time_is_worth_a_word() -> None:
     assert not waits.is_long(36)  # 4 of 6 seconds: short all the same
 
 
-def test_a_run_logs_its_waits_and_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_logs_its_waits_and_warns_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = make_image_folder(tmp_path / "images", per_class=16)
     monkeypatch.setattr(loop, "LONG_WAIT", (0.0, 0.0))
     with monkeypatch.context() as patched:
         patched.setattr("tests.runs.CLOCKS", ())
-        words = split("--epochs 2 --log-every 2 --data-path", root, "--output-dir", tmp_path / "run")
+        words = split(
+            "--epochs 2 --log-every 2 --data-path", root, "--output-dir", tmp_path / "run"
+        )
         run = run_small(*words)
         steps = scalars_in(tmp_path / "run" / "steps")["data_wait"]
     assert run.code == 0, run.err

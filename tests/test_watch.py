@@ -1,4 +1,5 @@
-"""Polite stops: whoever is asked, all ranks finish their step, save and leave, and the run goes on exactly."""
+"""Polite stops: whoever is asked, all ranks finish their step, save and leave, and the run goes on
+exactly."""
 
 from __future__ import annotations
 
@@ -29,11 +30,13 @@ from utils import Processes
 ALONE = Processes(0, 1, torch.device("cpu"))
 GONE_WITHIN = 10.0  # seconds from a signal until no process is left, as promised
 
-# ---------------------------------------------------------------------------------------------------- one process
+# -------------------------------------------------------------------------------------- one process
 
 
 @pytest.mark.parametrize("number", agreement.SIGNALS)
-def test_a_signal_asks_for_a_stop_and_its_handler_goes_with_the_watch(number: signal.Signals) -> None:
+def test_a_signal_asks_for_a_stop_and_its_handler_goes_with_the_watch(
+    number: signal.Signals,
+) -> None:
     before = signal.getsignal(number)
     with Watch(ALONE) as watching:
         assert watching.agree() == Agreement()
@@ -70,7 +73,9 @@ def test_a_launcher_that_is_gone_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch
     assert watching.reason == "the launcher is gone"
 
 
-def test_ranks_whose_launcher_was_killed_before_they_met_leave_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_whose_launcher_was_killed_before_they_met_leave_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Torch would ask its store again and again, for ten minutes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -94,7 +99,9 @@ def test_the_clock_asks_for_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
     for now[0] in (222, 340, 341):
         answers.append(watching.agree().save)
     assert answers == [False, False, True, True, False, False, True]
-    assert not Watch(Processes(1, 1, torch.device("cpu")), 1e-9).agree().save, "rank 0 has the clock"
+    assert not Watch(Processes(1, 1, torch.device("cpu")), 1e-9).agree().save, (
+        "rank 0 has the clock"
+    )
 
 
 @pytest.mark.parametrize(("batches", "calls"), [(3, 3), (2, 3), (0, 2), (2, 0)])
@@ -109,18 +116,21 @@ def test_ranks_with_unequal_shares_ask_equally_often(batches: int, calls: int) -
             list(Watched(watching, range(batches), calls))
 
 
-# ------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 
 # 24 steps of two ranks, with workers; each is saved.
 WORDS = (
-    "--aa rand-m9-mstd0.5-inc1 --drop 0.1 --batch-size 1 --epochs 2 --lr 0.1 --num-workers 1 --save-steps 1 "
+    "--aa rand-m9-mstd0.5-inc1 --drop 0.1 --batch-size 1 --epochs 2 --lr 0.1 --num-workers 1 "
+    "--save-steps 1 "
     "--log-every 1 --auto-resume"
 )
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_image_folder(tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(20, 20))
+    return make_image_folder(
+        tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"), per_class=8, size=(20, 20)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +161,11 @@ def signal_at(where: str, number: signal.Signals, rank: int) -> Iterator[None]:
         if step == 4:
             os.kill(os.getpid(), number)
 
-    with patch.object(engine, "evaluate", evaluate) if where == "the evaluation" else watching_steps(see):
+    with (
+        patch.object(engine, "evaluate", evaluate)
+        if where == "the evaluation"
+        else watching_steps(see)
+    ):
         yield
 
 
@@ -161,9 +175,15 @@ def signal_at(where: str, number: signal.Signals, rank: int) -> Iterator[None]:
     [("a step", signal.SIGUSR1, 0, 6, 12), ("the evaluation", signal.SIGINT, 0, 12, 24)],
 )
 def test_p8_a_signal_to_one_rank_stops_all(
-    where: str, number: signal.Signals, epoch: int, step: int, samples: int, words: list[str],
-    whole: dict[str, str], tmp_path: Path,
-) -> None:  # fmt: skip
+    where: str,
+    number: signal.Signals,
+    epoch: int,
+    step: int,
+    samples: int,
+    words: list[str],
+    whole: dict[str, str],
+    tmp_path: Path,
+) -> None:
     """Within one further step; also while they evaluate, of which nothing is kept."""
     run_ranks(2, tmp_path, *words, tmp_path / "run", meddle=partial(signal_at, where, number))
     status = read_status(tmp_path / "run")
@@ -198,13 +218,18 @@ def test_p8_asked_twice_a_stuck_run_ends_at_once(words: list[str], tmp_path: Pat
 
 def begin(words: list[str], folder: Path) -> Launch:
     handled = "--standalone --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    return Launch([*split(SMALL), *words, str(folder / "run")], 2, folder / "said.log", options=handled)
+    return Launch(
+        [*split(SMALL), *words, str(folder / "run")], 2, folder / "said.log", options=handled
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are looked up in /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/environ").exists(), reason="processes are looked up in /proc"
+)
 def test_p8_signals_to_the_launcher(photos: Path, tmp_path: Path) -> None:
-    """Each ends the run politely and leaves no process behind, SIGKILL too; the same command goes on to the end."""
+    """Each ends the run politely and leaves no process behind, SIGKILL too; the same command goes
+    on to the end."""
     more = split(f"{WORDS} --epochs 4", "--data-path", photos, "--output-dir")
     run_ranks(2, tmp_path, *more, tmp_path / "whole")
     step = 0
@@ -223,7 +248,9 @@ def test_p8_signals_to_the_launcher(photos: Path, tmp_path: Path) -> None:
         assert status["step"] > step
         step = status["step"]
     said = (tmp_path / "said.log").read_text()
-    assert [said.count(f"({reason});") for reason in ("SIGTERM", "SIGUSR1", "the launcher is gone")] == [1] * 3
+    assert [
+        said.count(f"({reason});") for reason in ("SIGTERM", "SIGUSR1", "the launcher is gone")
+    ] == [1] * 3
     with begin(more, tmp_path) as launch:
         assert launch.wait(60) == 0
         assert launch.wait_until_gone(1)

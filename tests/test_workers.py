@@ -1,4 +1,5 @@
-"""Loader workers: signals pass them by, they end with their trainer, and the one that hangs or dies is named."""
+"""Loader workers: signals pass them by, they end with their trainer, and the one that hangs or dies
+is named."""
 
 from __future__ import annotations
 
@@ -23,11 +24,14 @@ from tests.loader_process import NAMES
 from tests.runs import ROOT
 from utils import run_command
 
-linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+linux = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc"
+)
 
 
 class Numbers(Dataset[int]):
-    """0 to 11; something happens in the worker at number 7, which is the second worker's second batch's."""
+    """0 to 11; something happens in the worker at number 7, which is the second worker's second
+    batch's."""
 
     def __init__(self, at_seven: Callable[[], object] = int) -> None:
         self.at_seven = at_seven
@@ -42,7 +46,8 @@ class Numbers(Dataset[int]):
 
 
 class Heavy(Dataset[bytes]):
-    """So much per sample that the pipe of a worker is full of it, and the worker waits to be read from."""
+    """So much per sample that the pipe of a worker is full of it, and the worker waits to be read
+    from."""
 
     def __len__(self) -> int:
         return 40
@@ -95,12 +100,14 @@ def failure(loader: Loader, after_first: Callable[[], object] = int) -> tuple[st
     return said, time.monotonic() - begun
 
 
-# ------------------------------------------------------------------------------------------------- in this process
+# ---------------------------------------------------------------------------------- in this process
 
 
 @pytest.mark.parametrize("how", [hang, hang_for_good])
 @pytest.mark.parametrize("persistent", [True, False])
-def test_p13_a_worker_that_hangs_is_named_with_the_images_it_owes(how: Callable[[], None], persistent: bool) -> None:
+def test_p13_a_worker_that_hangs_is_named_with_the_images_it_owes(
+    how: Callable[[], None], persistent: bool
+) -> None:
     said, seconds = failure(make_loader(Numbers(how), persistent_workers=persistent))
     assert said.startswith("loader worker 1 (process ")
     assert "batch 3, images [6, 7], first picture 6)" in said
@@ -112,9 +119,14 @@ def test_p13_a_worker_that_hangs_is_named_with_the_images_it_owes(how: Callable[
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [(be_killed, ["was killed by SIGKILL", "memory", "--batch-size"]), (leave, ["ended with code 5", "crashed"])],
+    [
+        (be_killed, ["was killed by SIGKILL", "memory", "--batch-size"]),
+        (leave, ["ended with code 5", "crashed"]),
+    ],
 )
-def test_a_worker_that_is_killed_is_named_with_the_images_it_owes(how: Callable[[], None], words: list[str]) -> None:
+def test_a_worker_that_is_killed_is_named_with_the_images_it_owes(
+    how: Callable[[], None], words: list[str]
+) -> None:
     said, seconds = failure(make_loader(Numbers(how), timeout=0))
     assert said.startswith("loader worker 1 (process ")
     assert "[6, 7]" in said or "[2, 3]" in said  # those it had handed over may not have arrived
@@ -170,8 +182,12 @@ def test_other_errors_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_may_be_closed_at_any_time_and_used_again(workers: int) -> None:
-    settings = {"num_workers": workers, "timeout": 60} if workers else {"num_workers": 0, "timeout": 0}
-    loader = make_loader(Numbers(), **settings, **({} if workers else {"persistent_workers": False}))
+    settings = (
+        {"num_workers": workers, "timeout": 60} if workers else {"num_workers": 0, "timeout": 0}
+    )
+    loader = make_loader(
+        Numbers(), **settings, **({} if workers else {"persistent_workers": False})
+    )
     loader.close()
     first = iter(loader)
     assert next(first).tolist() == [0, 1]
@@ -201,21 +217,28 @@ def test_signals_wait_in_processes_that_start() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     show = "import signal; print(len(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
     with _held_back():
-        shown = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
+        shown = subprocess.run(
+            [sys.executable, "-c", show], capture_output=True, text=True, check=True
+        )
     assert int(shown.stdout) >= len(SIGNALS) == len(NAMES)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
-# --------------------------------------------------------------------------------------------- a process of its own
+# ----------------------------------------------------------------------------- a process of its own
 
 
 @contextmanager
 def started(folder: Path, how: str) -> Iterator[subprocess.Popen[str]]:
     """`loader_process` in a process group of its own, in its second epoch."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.loader_process", str(folder), how], cwd=ROOT, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.loader_process", str(folder), how],
+        cwd=ROOT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "epoch 0\n"
@@ -250,7 +273,8 @@ def wait_until_gone(group: int, seconds: float) -> float:
 @linux
 @pytest.mark.slow
 def test_signals_to_the_group_pass_workers_by_and_they_end_when_told(tmp_path: Path) -> None:
-    """A storm, so that some meet workers that are just starting: the stream's are new in each epoch."""
+    """A storm, so that some meet workers that are just starting: the stream's are new in each
+    epoch."""
     with started(tmp_path, "closing") as process:
         assert len(left(process.pid)) >= 5
         until = time.monotonic() + 4

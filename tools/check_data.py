@@ -3,8 +3,9 @@
     python -m tools.check_data --data-path /imagenet
     python -m tools.check_data --data-set INAT --data-path /inat --num-workers 16 --output bad.txt
 
-Both halves, as `main.py` would open them, and what it would refuse is refused. Leaves with code 1 if any image is bad.
-Nothing is changed or moved. A JPEG has no checksum: damage that leaves it decodable, as other pixels, is not seen.
+Both halves, as `main.py` would open them, and what it would refuse is refused. Leaves with code 1
+if any image is bad. Nothing is changed or moved. A JPEG has no checksum: damage that leaves it
+decodable, as other pixels, is not seen.
 """
 
 from __future__ import annotations
@@ -59,14 +60,26 @@ class Checks(Dataset[Checked]):
 
 
 def get_args_parser() -> Parser:
-    parser = Parser("python -m tools.check_data", description="Decodes every image and names the bad ones.")
-    parser.add_argument("--data-set", help="as for main.py; default: IMNET where --data-path is given, else DIGITS")
+    parser = Parser(
+        "python -m tools.check_data", description="Decodes every image and names the bad ones."
+    )
+    parser.add_argument(
+        "--data-set", help="as for main.py; default: IMNET where --data-path is given, else DIGITS"
+    )
     parser.add_argument("--data-path", default="", help="folder of the data set")
-    parser.add_argument("--inat-category", default="name", choices=datasets.INAT_CATEGORIES, help="as for main.py")
+    parser.add_argument(
+        "--inat-category", default="name", choices=datasets.INAT_CATEGORIES, help="as for main.py"
+    )
     parser.add_argument("--nb-classes", type=int, help="as for main.py")
-    parser.add_argument("--num-workers", type=int, help="processes that decode; default: one per core")
-    parser.add_argument("--data-timeout", default=600.0, type=float, help="seconds to wait for one; 0: for ever")
-    parser.add_argument("--output", default="", help="text file for the names of the bad images, one a line")
+    parser.add_argument(
+        "--num-workers", type=int, help="processes that decode; default: one per core"
+    )
+    parser.add_argument(
+        "--data-timeout", default=600.0, type=float, help="seconds to wait for one; 0: for ever"
+    )
+    parser.add_argument(
+        "--output", default="", help="text file for the names of the bad images, one a line"
+    )
     return parser
 
 
@@ -94,11 +107,17 @@ def open_halves(args: argparse.Namespace) -> dict[str, Images]:
     halves = {}
     for where in ("training", "validation"):
         images = datasets.open_images(
-            args.data_set, args.data_path, where == "training", inat_category=args.inat_category,
+            args.data_set,
+            args.data_path,
+            where == "training",
+            inat_category=args.inat_category,
             num_classes=args.nb_classes,
-        )  # fmt: skip
+        )
         if isinstance(images, StreamedImages):
-            raise InputError(f"--data-set {args.data_set}: a stream is not checked; its own reader says what it skips")
+            raise InputError(
+                f"--data-set {args.data_set}: a stream is not checked; its own reader says what it "
+                "skips"
+            )
         halves[where] = images
     datasets.check_same_classes(halves["training"].class_names, halves["validation"].class_names)
     return halves
@@ -111,7 +130,9 @@ def check_half(where: str, images: Images, num_workers: int, timeout: float) -> 
         InputError: a label names no class.
     """
     settings = {"num_workers": num_workers, "timeout": timeout} if num_workers else {}
-    loader = Loader(Checks(images), name_of=images.name_of, batch_size=BATCH, collate_fn=list, **settings)
+    loader = Loader(
+        Checks(images), name_of=images.name_of, batch_size=BATCH, collate_fn=list, **settings
+    )
     bad, sides, done, said = list[int](), set[int](), 0, time.monotonic()
     with loaders.closing(loader):
         for batch in loader:
@@ -126,14 +147,21 @@ def check_half(where: str, images: Images, num_workers: int, timeout: float) -> 
                 said = time.monotonic()
                 print(f"{where}: {done:,} of {len(images):,} images, {len(bad)} bad", flush=True)
     size = f"sides from {min(sides)} to {max(sides)} pixels, " if sides else ""
-    print(f"{where}: {len(images):,} images of {len(images.class_names):,} classes, {size}{len(bad)} bad", flush=True)
+    print(
+        f"{where}: {len(images):,} images of {len(images.class_names):,} classes, {size}{len(bad)} "
+        "bad",
+        flush=True,
+    )
     return bad
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = read_args(argv)
     halves = open_halves(args)
-    bad = {where: check_half(where, images, args.num_workers, args.data_timeout) for where, images in halves.items()}
+    bad = {
+        where: check_half(where, images, args.num_workers, args.data_timeout)
+        for where, images in halves.items()
+    }
     names = [halves[where].name_of(index) for where, indices in bad.items() for index in indices]
     if args.output:
         text = "".join(f"{name}\n" for name in names)
@@ -143,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("all images can be read")
         return
     raise StopRun(
-        f"{len(names)} images cannot be read; mend or remove them. --skip-corrupt trains without up to "
+        f"{len(names)} images cannot be read; mend or remove them. --skip-corrupt trains without "
+        "up to "
         f"{most_corrupt(len(halves['training']))} of them, evaluation needs all"
     )
 

@@ -3,10 +3,11 @@
     python -m tools.export --resume output/checkpoint.pth --output model.safetensors
     python -m tools.export --resume output/checkpoint.pth --output model.onnx --ema
 
-The suffix of --output says which. safetensors holds the network's own keys, which are timm's; ONNX maps `images` of any
-count and one size, normalised as in training, to `logits`, and is compared with the network where onnxruntime is
-installed. Both carry the model's name, the classes, how images are shown and the commit. What only training needs (the
-regions' own classifier) stays behind, listed by name. Neither trains nor evaluates.
+The suffix of --output says which. safetensors holds the network's own keys, which are timm's; ONNX
+maps `images` of any count and one size, normalised as in training, to `logits`, and is compared
+with the network where onnxruntime is installed. Both carry the model's name, the classes, how
+images are shown and the commit. What only training needs (the regions' own classifier) stays
+behind, listed by name. Neither trains nor evaluates.
 """
 
 from __future__ import annotations
@@ -49,8 +50,12 @@ class Plain(NamedTuple):
 
 
 def get_args_parser() -> Parser:
-    parser = Parser("python -m tools.export", description="Writes a trained network as safetensors or ONNX.")
-    parser.add_argument("--resume", required=True, metavar="CHECKPOINT", help="checkpoint of main.py")
+    parser = Parser(
+        "python -m tools.export", description="Writes a trained network as safetensors or ONNX."
+    )
+    parser.add_argument(
+        "--resume", required=True, metavar="CHECKPOINT", help="checkpoint of main.py"
+    )
     parser.add_argument("--ema", action="store_true", help="take the averaged weights")
     parser.add_argument("--output", required=True, help="file to write: .safetensors or .onnx")
     return parser
@@ -68,9 +73,13 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if suffix not in PACKAGES:
         raise InputError(f"--output {args.output}: name a {' or '.join(PACKAGES)} file")
     if missing := [name for name in PACKAGES[suffix] if not is_installed(name)]:
-        raise InputError(f"--output {args.output}: {suffix} needs more packages: pip install {' '.join(missing)}")
+        raise InputError(
+            f"--output {args.output}: {suffix} needs more packages: pip install {' '.join(missing)}"
+        )
     if not os.path.isdir(folder) or os.path.isdir(args.output):
-        raise InputError(f"--output {args.output}: there is no folder {folder}, or this is a folder itself")
+        raise InputError(
+            f"--output {args.output}: there is no folder {folder}, or this is a folder itself"
+        )
     return args
 
 
@@ -97,7 +106,9 @@ def read_plain(path: str, ema: bool) -> Plain:
     try:
         spec, class_names = ImageSpec.from_plain(data["image_spec"]), list(data["class_names"])  # type: ignore[index]
     except (KeyError, TypeError) as error:
-        raise InputError(f"--resume {path}: holds no image_spec and class_names under data; it is damaged") from error
+        raise InputError(
+            f"--resume {path}: holds no image_spec and class_names under data; it is damaged"
+        ) from error
     name = ALIASES.get(config["name"], config["name"])
     metadata = {
         "format": "pt",  # what other readers of safetensors expect: whose tensors these are
@@ -110,16 +121,26 @@ def read_plain(path: str, ema: bool) -> Plain:
     }
     network = model.network.eval()
     dropped = sorted(plain_weights(model).keys() - network.state_dict().keys())
-    return Plain(network, model.input_size, metadata, dropped, timm_call(name, network, model.input_size, config))
+    return Plain(
+        network,
+        model.input_size,
+        metadata,
+        dropped,
+        timm_call(name, network, model.input_size, config),
+    )
 
 
-def timm_call(name: str, network: nn.Module, input_size: tuple[int, int], config: dict[str, Any]) -> str:
+def timm_call(
+    name: str, network: nn.Module, input_size: tuple[int, int], config: dict[str, Any]
+) -> str:
     """The call that builds the network, but for the file's name. Regularisation is left out."""
     settings = {"num_classes": config["num_classes"]}
     if "img_size" in inspect.signature(type(network)).parameters:  # convolutions take any
         settings["img_size"] = input_size
     ours = {"name", "num_classes", "input_size", "drop", "drop_path", "separate_region_head"}
-    settings |= {key: value for key, value in config.items() if key not in ours and value is not None}
+    settings |= {
+        key: value for key, value in config.items() if key not in ours and value is not None
+    }
     words = "".join(f", {key}={value!r}" for key, value in settings.items())
     return f"timm.create_model({name!r}{words}, checkpoint_path=...)"
 
@@ -127,8 +148,12 @@ def timm_call(name: str, network: nn.Module, input_size: tuple[int, int], config
 def to_safetensors(plain: Plain) -> bytes:
     from safetensors.torch import save
 
-    # A copy of each: safetensors refuses tensors that share memory or are laid out in another order.
-    weights = {key: value.detach().clone().contiguous() for key, value in plain.network.state_dict().items()}
+    # A copy of each: safetensors refuses tensors that share memory or are laid out in another
+    # order.
+    weights = {
+        key: value.detach().clone().contiguous()
+        for key, value in plain.network.state_dict().items()
+    }
     return save(weights, metadata=plain.metadata)
 
 
@@ -138,9 +163,13 @@ def to_onnx(plain: Plain) -> bytes:
     with warnings.catch_warnings(), redirect_stdout(StringIO()):  # the exporter thinks aloud
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            plain.network, (images,), dynamo=True, input_names=["images"], output_names=["logits"],
+            plain.network,
+            (images,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-        )  # fmt: skip
+        )
     assert program is not None
     proto: Any = program.model_proto
     for key, value in plain.metadata.items():
@@ -165,8 +194,13 @@ def check_onnx(plain: Plain, content: bytes) -> float:
             expected = plain.network(images)
         logits = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
         difference = float((logits - expected).abs().max())
-        if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):  # not a number is refused too
-            raise RuntimeError(f"onnxruntime's logits differ from the network's by {difference:.3g}; nothing written")
+        if not difference <= TOLERANCE * max(
+            1.0, float(expected.abs().max())
+        ):  # not a number is refused too
+            raise RuntimeError(
+                f"onnxruntime's logits differ from the network's by {difference:.3g}; nothing "
+                "written"
+            )
         worst = max(worst, difference)
     return worst
 

@@ -1,8 +1,10 @@
-"""Writes `docs/models.md`: the backbones of Table 1 with their sizes, costs, grids and the paper's accuracies.
+"""Writes `docs/models.md`: the backbones of Table 1 with their sizes, costs, grids and the paper's
+accuracies.
 
     python -m tools.model_table --output docs/models.md
 
-Sizes and costs come from the models themselves, accuracies and names from the headers of `scripts/*.sh`.
+Sizes and costs come from the models themselves, accuracies and names from the headers of
+`scripts/*.sh`.
 """
 
 from __future__ import annotations
@@ -68,11 +70,14 @@ def table_1() -> list[Row]:
         if title and accuracies and model:
             rows.append(Row(title[1], model[1], accuracies[1], accuracies[2], path.name))
     families = ("DeiT", "CaiT", "PVT", "Swin")
-    return sorted(rows, key=lambda row: (families.index(row.title.split("-")[0]), float(row.cutmix)))
+    return sorted(
+        rows, key=lambda row: (families.index(row.title.split("-")[0]), float(row.cutmix))
+    )
 
 
 def count_multiply_adds(network: nn.Module, input_size: tuple[int, int]) -> int:
-    """Multiply-adds of the products and convolutions of one forward pass of one image (3, height, width)."""
+    """Multiply-adds of the products and convolutions of one forward pass of one image (3, height,
+    width)."""
     network.eval().requires_grad_(False)
     device = next(network.parameters()).device
     with FlopCounterMode(display=False) as counter:
@@ -90,7 +95,8 @@ def render() -> str:
         cost = count_multiply_adds(model.network, model.input_size) / 1e9
         grid = " x ".join(map(str, model.grid_size))
         lines.append(
-            f"| {row.title} | `{row.model}` | {size:,} | {cost:.2f} G | {grid} | {row.cutmix} | {row.smmix} "
+            f"| {row.title} | `{row.model}` | {size:,} | {cost:.2f} G | {grid} | {row.cutmix} | "
+            f"{row.smmix} "
             f"| [{row.script}](../scripts/{row.script}) |\n"
         )
     families = [f"| `{name}` | {meaning} |\n" for name, meaning in describe_families()]

@@ -1,8 +1,10 @@
-"""Shows what a mixer makes of a few validation images: source, attention, chosen regions, mixed image, label share.
+"""Shows what a mixer makes of a few validation images: source, attention, chosen regions, mixed
+image, label share.
 
     python -m tools.show_mixing --model deit_tiny_patch16_224 --data-set DIGITS --output mixed.png
-    python -m tools.show_mixing --resume output/checkpoint.pth --data-path /imagenet --output mixed.png
-    python -m tools.show_mixing --mixer all --attentive-teacher resnet50=resnet50.pth --output all.png
+    python -m tools.show_mixing --resume output/checkpoint.pth --data-path /imagenet --output
+    mixed.png python -m tools.show_mixing --mixer all --attentive-teacher resnet50=resnet50.pth
+    --output all.png
 
 With `--mixer all`, the same pairs mixed by every method side by side.
 
@@ -32,29 +34,60 @@ from models.weights import load_foreign, restore_model
 from pipeline.samples import eval_samples
 from pipeline.spec import ImageSpec
 from pipeline.transforms import build_eval_transform, denormalise
-from run.pictures import Pair, describe_pairs, mixing_picture, save_png, side_by_side, spread_samples
+from run.pictures import (
+    Pair,
+    describe_pairs,
+    mixing_picture,
+    save_png,
+    side_by_side,
+    spread_samples,
+)
 from storage.checkpoints import load_checkpoint
 from training import precision
 from utils import InputError, run_command
 
 METHODS = tuple(name for name in mixing.METHODS if name != "none")
-EVERY_IMAGE = {"mix_protocol": "single", "mixup_prob": 1.0, "mixup_switch_prob": 1.0, "mix_off_epoch": None,
-               "bce_loss": False, "fine_weight": 1.0, "con_weight": None, "con_temperature": 1.0,
-               "score": "attention"}  # fmt: skip
+EVERY_IMAGE = {
+    "mix_protocol": "single",
+    "mixup_prob": 1.0,
+    "mixup_switch_prob": 1.0,
+    "mix_off_epoch": None,
+    "bce_loss": False,
+    "fine_weight": 1.0,
+    "con_weight": None,
+    "con_temperature": 1.0,
+    "score": "attention",
+}
 
 
 def get_args_parser() -> Parser:
-    parser = Parser("python -m tools.show_mixing", description="Draws a few mixed validation images.")
+    parser = Parser(
+        "python -m tools.show_mixing", description="Draws a few mixed validation images."
+    )
     parser.add_argument("--model", help="timm's name; default: deit_tiny_patch16_224")
-    parser.add_argument("--resume", default="", help="checkpoint of main.py: its model, weights and image size")
+    parser.add_argument(
+        "--resume", default="", help="checkpoint of main.py: its model, weights and image size"
+    )
     parser.add_argument("--ema", action="store_true", help="take the averaged weights of --resume")
-    parser.add_argument("--weights", default="", help="weights for --model, this project's or others'")
-    parser.add_argument("--data-set", help="as for main.py; default: IMNET where --data-path is given, else DIGITS")
+    parser.add_argument(
+        "--weights", default="", help="weights for --model, this project's or others'"
+    )
+    parser.add_argument(
+        "--data-set", help="as for main.py; default: IMNET where --data-path is given, else DIGITS"
+    )
     parser.add_argument("--data-path", default="", help="folder of the data set")
-    parser.add_argument("--input-size", type=int, nargs="+", metavar="SIDE", help="one side, or height and width")
-    parser.add_argument("--patch-size", type=int, help="side of a patch in pixels; default: the model's own")
-    mixing.add_method_flags(parser.add_argument_group("mixing, as in main.py"), methods=(*METHODS, "all"))
-    parser.add_argument("--count", default=4, type=int, help="rows of the picture, one pair of images each")
+    parser.add_argument(
+        "--input-size", type=int, nargs="+", metavar="SIDE", help="one side, or height and width"
+    )
+    parser.add_argument(
+        "--patch-size", type=int, help="side of a patch in pixels; default: the model's own"
+    )
+    mixing.add_method_flags(
+        parser.add_argument_group("mixing, as in main.py"), methods=(*METHODS, "all")
+    )
+    parser.add_argument(
+        "--count", default=4, type=int, help="rows of the picture, one pair of images each"
+    )
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     parser.add_argument("--output", default="mixed.png", help="PNG file to write")
@@ -70,20 +103,32 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = get_args_parser().parse_args(argv)
     mixing.check_values(vars(args))
     args.data_set = args.data_set or ("IMNET" if args.data_path else "DIGITS")
-    given = [name for name in ("model", "weights", "input_size", "patch_size") if getattr(args, name)]
+    given = [
+        name for name in ("model", "weights", "input_size", "patch_size") if getattr(args, name)
+    ]
     own = ", ".join("--" + name.replace("_", "-") for name in given)
     sides = args.input_size or [1]
     rules: list[tuple[bool, str]] = [
-        *(rule for one in flags_by_method(args).values() for rule in mixing.conflicts(argparse.Namespace(**one))),
+        *(
+            rule
+            for one in flags_by_method(args).values()
+            for rule in mixing.conflicts(argparse.Namespace(**one))
+        ),
         (args.count < 1, f"--count {args.count}: must be above 0"),
-        (args.patch_size is not None and args.patch_size < 1, f"--patch-size {args.patch_size}: must be above 0"),
+        (
+            args.patch_size is not None and args.patch_size < 1,
+            f"--patch-size {args.patch_size}: must be above 0",
+        ),
         (
             len(sides) > 2 or min(sides) < 1,
             f"--input-size {args.input_size}: takes one side, or height and width, in pixels",
         ),
         (bool(args.resume) and bool(own), f"--resume brings its own model: leave out {own}"),
         (args.ema and not args.resume, "--ema is for --resume CHECKPOINT"),
-        (not args.output.lower().endswith(".png"), f"--output {args.output}: pictures are PNG; name a .png file"),
+        (
+            not args.output.lower().endswith(".png"),
+            f"--output {args.output}: pictures are PNG; name a .png file",
+        ),
     ]
     for broken, message in rules:
         if broken:
@@ -99,11 +144,14 @@ def restore(path: str, ema: bool) -> tuple[ImageModel, ImageSpec]:
     try:
         return model, ImageSpec.from_plain(checkpoint["data"]["image_spec"])
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: no image_spec under data: it was not written by this project's main.py") from error
+        raise InputError(
+            f"{path}: no image_spec under data: it was not written by this project's main.py"
+        ) from error
 
 
 def build(args: argparse.Namespace, num_classes: int) -> tuple[ImageModel, ImageSpec]:
-    """The model that the flags name, with `--weights` if there are any, and how its data set is shown to it."""
+    """The model that the flags name, with `--weights` if there are any, and how its data set is
+    shown to it."""
     input_size = utils.as_pair(args.input_size) if args.input_size else None
     utils.seed_globals("init", args.seed)
     model = build_model(args.model, num_classes, input_size=input_size, patch_size=args.patch_size)
@@ -111,14 +159,18 @@ def build(args: argparse.Namespace, num_classes: int) -> tuple[ImageModel, Image
         for note in load_foreign(model, load_checkpoint(args.weights), args.weights):
             print(f"{args.weights}: {note}")
     elif args.mixer in ("smmix", "transmix", "all"):
-        print(f"{args.model} is untrained: its attention carries no meaning yet; give --resume or --weights")
+        print(
+            f"{args.model} is untrained: its attention carries no meaning yet; give --resume or "
+            "--weights"
+        )
     return model, datasets.image_spec_for(args.data_set, model.input_size)
 
 
 def flags_by_method(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The mixing flags of each method to show: the one that was named, or all that can be.
 
-    With `all`, a method's own flags are its alone; AttentiveMix is left out where it has no classifier to ask.
+    With `all`, a method's own flags are its alone; AttentiveMix is left out where it has no
+    classifier to ask.
     """
     flags = {**vars(args), **EVERY_IMAGE}
     if args.mixer != "all":
@@ -128,7 +180,11 @@ def flags_by_method(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def make_mixers(
-    args: argparse.Namespace, model: ImageModel, spec: ImageSpec, num_classes: int, device: torch.device
+    args: argparse.Namespace,
+    model: ImageModel,
+    spec: ImageSpec,
+    num_classes: int,
+    device: torch.device,
 ) -> dict[str, Mixer]:
     """The methods without their coin, on every image."""
     teacher = None
@@ -137,7 +193,8 @@ def make_mixers(
         teacher = engine.make_teacher(network, precision.make_autocast(device, "none"))
     around = Surroundings(num_classes, model.grid_size, partial(denormalise, spec=spec), teacher)
     return {
-        name: build_mixer(Settings.from_flags(flags), around).first for name, flags in flags_by_method(args).items()
+        name: build_mixer(Settings.from_flags(flags), around).first
+        for name, flags in flags_by_method(args).items()
     }
 
 
@@ -146,7 +203,10 @@ def format_pairs(pairs: Sequence[Pair]) -> str:
     rows = [("source", "target", "share", "region")]
     rows += [(pair.source, pair.target, pair.share, pair.region or "") for pair in pairs]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = (
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
     return "\n".join(lines)
 
 
@@ -175,7 +235,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         picture = side_by_side(pixels, batches, labels, spec=spec, class_names=names)
     else:
         batch = batches[args.mixer]
-        picture = mixing_picture(pixels, batch, labels, spec=spec, class_names=names, grid_size=model.grid_size)
+        picture = mixing_picture(
+            pixels, batch, labels, spec=spec, class_names=names, grid_size=model.grid_size
+        )
     save_png(picture, args.output)
     for name, batch in batches.items():
         if len(batches) > 1:

@@ -1,4 +1,5 @@
-"""Means of named values over an epoch, kept on the device until they are read. Knows no name and no meaning."""
+"""Means of named values over an epoch, kept on the device until they are read. Knows no name and no
+meaning."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ Number = float | Tensor
 
 
 class _Sums:
-    """The weighted sum and the weight of one name: over the epoch so far without `recent`, and `recent`.
+    """The weighted sum and the weight of one name: over the epoch so far without `recent`, and
+    `recent`.
 
-    Two sums, and not an old total to subtract, because float32 (MPS) would lose the recent share of a long total.
+    Two sums, and not an old total to subtract, because float32 (MPS) would lose the recent share of
+    a long total.
     """
 
     def __init__(self) -> None:
@@ -41,18 +44,21 @@ class _Sums:
 class Meters:
     """Weighted means of named scalars. Updating never waits for the device; reading waits once.
 
-    A name may be absent from some updates: its mean is over the updates that had it. A device value that is not finite
-    counts nothing. A name whose weights sum to 0 reads as NaN.
+    A name may be absent from some updates: its mean is over the updates that had it. A device value
+    that is not finite counts nothing. A name whose weights sum to 0 reads as NaN.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, _Sums] = {}
 
     def update(self, weight: Number = 1, **scalars: Number) -> None:
-        """Adds one value per name, each counted `weight` times (such as the number of samples it is a mean over)."""
+        """Adds one value per name, each counted `weight` times (such as the number of samples it is
+        a mean over)."""
         for name, value in scalars.items():
             if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"meter {name}: a scalar is needed, not shape {tuple(value.shape)}")
+                raise ValueError(
+                    f"meter {name}: a scalar is needed, not shape {tuple(value.shape)}"
+                )
             self._sums.setdefault(name, _Sums()).add(value, weight)
 
     def read(self) -> dict[str, float]:
@@ -60,9 +66,14 @@ class Meters:
         return self._means([sums.both() for sums in self._sums.values()])
 
     def recent(self) -> dict[str, float]:
-        """The means since the last call, of the names that were updated since. One transfer from the device."""
+        """The means since the last call, of the names that were updated since. One transfer from
+        the device."""
         means = self._means([sums.recent for sums in self._sums.values()])
-        fresh = {name for name, sums in self._sums.items() if isinstance(sums.recent[1], Tensor) or sums.recent[1]}
+        fresh = {
+            name
+            for name, sums in self._sums.items()
+            if isinstance(sums.recent[1], Tensor) or sums.recent[1]
+        }
         for sums in self._sums.values():
             sums.fold()
         return {name: mean for name, mean in means.items() if name in fresh}
@@ -70,12 +81,20 @@ class Meters:
     def _means(self, pairs: list[list[Number]]) -> dict[str, float]:
         numbers = _to_host([number for pair in pairs for number in pair])
         totals, weights = numbers[::2], numbers[1::2]
-        means = (total / weight if weight else math.nan for total, weight in zip(totals, weights, strict=True))
+        means = (
+            total / weight if weight else math.nan
+            for total, weight in zip(totals, weights, strict=True)
+        )
         return dict(zip(self._sums, means, strict=True))
 
     def state(self) -> dict[str, list[float]]:
-        """All sums as plain numbers: total, weight and those of the recent share. One transfer from the device."""
-        numbers = iter(_to_host([number for sums in self._sums.values() for number in [*sums.past, *sums.recent]]))
+        """All sums as plain numbers: total, weight and those of the recent share. One transfer from
+        the device."""
+        numbers = iter(
+            _to_host(
+                [number for sums in self._sums.values() for number in [*sums.past, *sums.recent]]
+            )
+        )
         return {name: [next(numbers) for _ in range(4)] for name in self._sums}
 
     @classmethod
@@ -96,9 +115,11 @@ class Meters:
         return other
 
     def reduce(self, processes: Processes) -> Meters:
-        """Turns sums and weights into those over all ranks, in place; returns itself. All ranks call it together, once.
+        """Turns sums and weights into those over all ranks, in place; returns itself. All ranks
+        call it together, once.
 
-        Ranks may have seen different names: the union is agreed on first, then one all-reduce carries all numbers.
+        Ranks may have seen different names: the union is agreed on first, then one all-reduce
+            carries all numbers.
         """
         if processes.world_size == 1:
             return self
@@ -122,7 +143,11 @@ def _on(value: Number, device: torch.device) -> Tensor:
 
 def _wide(value: Number) -> Number:
     """A tensor as a detached 0-dim tensor of the widest type its device has; a number as it is."""
-    return value.detach().reshape(()).to(_dtype_on(value.device)) if isinstance(value, Tensor) else float(value)
+    return (
+        value.detach().reshape(()).to(_dtype_on(value.device))
+        if isinstance(value, Tensor)
+        else float(value)
+    )
 
 
 def _to_host(values: list[Number]) -> list[float]:
@@ -130,6 +155,8 @@ def _to_host(values: list[Number]) -> list[float]:
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
         return [float(value) for value in values]
-    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), tensors[0].device)
+    device = next(
+        (tensor.device for tensor in tensors if tensor.device.type != "cpu"), tensors[0].device
+    )
     read = iter(torch.stack([_on(tensor, device) for tensor in tensors]).tolist())
     return [next(read) if isinstance(value, Tensor) else float(value) for value in values]

@@ -20,12 +20,14 @@ def make_autocast(device: torch.device, amp: str) -> Autocast:
 
 
 def make_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
-    """fp16 needs its loss scaled. Elsewhere the scale stays one and only the scaler's other duty is left: skipping, on
-    the device and without a read, an update whose gradient is not finite."""
+    """fp16 needs its loss scaled. Elsewhere the scale stays one and only the scaler's other duty is
+    left: skipping, on the device and without a read, an update whose gradient is not finite."""
     if amp == "fp16":
         return torch.amp.GradScaler(device.type)
     never = 2**31 - 1
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=never, enabled=device.type != "mps")
+    return torch.amp.GradScaler(
+        device.type, init_scale=1.0, growth_interval=never, enabled=device.type != "mps"
+    )
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """The input pipeline on one core: from JPEG files to a training batch, beside DeiT's plain one.
 
-The reference is what DeiT's loader worker does with timm's transform: Pillow's decoder, RandomResizedCrop, flip,
-RandAugment, float, normalised, erased, stacked. Ours are `pipeline.samples.TrainSamples` as a worker runs them; what they leave
-to the device is a case of its own, on this core, or on another device in `finish_cases`. A measurement is one batch of
-`BATCH` images, with the same files and draws in all cases of one view.
+The reference is what DeiT's loader worker does with timm's transform: Pillow's decoder,
+RandomResizedCrop, flip, RandAugment, float, normalised, erased, stacked. Ours are
+`pipeline.samples.TrainSamples` as a worker runs them; what they leave to the device is a case of
+its own, on this core, or on another device in `finish_cases`. A measurement is one batch of `BATCH`
+images, with the same files and draws in all cases of one view.
 """
 
 from __future__ import annotations
@@ -46,9 +47,13 @@ class Inputs(NamedTuple):
     spec: ImageSpec
     augment: Augment = Augment()
 
-    def samples(self, decode: Decode = decode_pillow, resize: str = "pillow", randaugment: str = "cpu") -> TrainSamples:
+    def samples(
+        self, decode: Decode = decode_pillow, resize: str = "pillow", randaugment: str = "cpu"
+    ) -> TrainSamples:
         read = partial(read_files, [(path, 0) for path in self.files], decode=decode)
-        transform = build_train_transform(self.spec, replace(self.augment, resize=resize, randaugment=randaugment))
+        transform = build_train_transform(
+            self.spec, replace(self.augment, resize=resize, randaugment=randaugment)
+        )
         erasing = Erasing(self.augment.reprob, self.augment.recount)
         return TrainSamples(Images(len(self.files), read, ["any"]), transform, 0, erase=erasing)
 
@@ -61,7 +66,8 @@ class Inputs(NamedTuple):
 
 
 def find_files(data_path: str) -> list[str]:
-    """At most `FILES` images anywhere under a folder; without one, pictures made up for the occasion.
+    """At most `FILES` images anywhere under a folder; without one, pictures made up for the
+    occasion.
 
     Raises:
         InputError: no image is there.
@@ -70,8 +76,12 @@ def find_files(data_path: str) -> list[str]:
         made = tempfile.TemporaryDirectory()
         atexit.register(made.cleanup)
         folder = Path(made.name) / "images"
-        data_path = str(make_image_folder(folder, per_class=12, splits=("train",), size=MADE_UP_SIZE))
-    names = (path for path in sorted(Path(data_path).rglob("*")) if path.suffix.lower() in IMG_EXTENSIONS)
+        data_path = str(
+            make_image_folder(folder, per_class=12, splits=("train",), size=MADE_UP_SIZE)
+        )
+    names = (
+        path for path in sorted(Path(data_path).rglob("*")) if path.suffix.lower() in IMG_EXTENSIONS
+    )
     files = [str(path) for path in itertools.islice(names, FILES)]
     if not files:
         raise InputError(f"--data-path {data_path}: no image in it")
@@ -79,12 +89,19 @@ def find_files(data_path: str) -> list[str]:
 
 
 def plain_transform(inputs: Inputs) -> Any:
-    """timm's own transform, as DeiT uses it, with the guard that it needs (see `pipeline.transforms.posterize`)."""
+    """timm's own transform, as DeiT uses it, with the guard that it needs (see
+    `pipeline.transforms.posterize`)."""
     augment = inputs.augment
     transform = create_transform(
-        inputs.spec.input_size, is_training=True, color_jitter=augment.color_jitter, auto_augment=augment.auto,
-        interpolation=augment.interpolation, re_prob=augment.reprob, re_mode=augment.remode, re_count=augment.recount,
-    )  # fmt: skip
+        inputs.spec.input_size,
+        is_training=True,
+        color_jitter=augment.color_jitter,
+        auto_augment=augment.auto,
+        interpolation=augment.interpolation,
+        re_prob=augment.reprob,
+        re_mode=augment.remode,
+        re_count=augment.recount,
+    )
     for step in transform.transforms:
         guard_posterize(step)
     return transform
@@ -114,8 +131,11 @@ def our_batches(inputs: Inputs, samples: TrainSamples, views: int = 1) -> Callab
     return lambda: samples.__getitems__(next(places))
 
 
-def finished(inputs: Inputs, batch: Batch, device: torch.device | None = None) -> Callable[[], torch.Tensor]:
-    """The device's part: move there, if that is elsewhere, do what was drawn, normalise and erase."""
+def finished(
+    inputs: Inputs, batch: Batch, device: torch.device | None = None
+) -> Callable[[], torch.Tensor]:
+    """The device's part: move there, if that is elsewhere, do what was drawn, normalise and
+    erase."""
     device = device or torch.device("cpu")
     host = Batch(*(part.pin_memory() for part in batch)) if device.type == "cuda" else batch
 
@@ -135,11 +155,15 @@ def finish_cases(data_path: str, size: int, batch_size: int, device: torch.devic
     places = [(0, position % len(inputs.files), position) for position in range(batch_size)]
     offered = AUGMENTERS[: 1 if device.type == "mps" else 2]  # there is no float64
     batches = {name: inputs.samples(randaugment=name).__getitems__(places) for name in offered}
-    return [Case(f"finish, --randaugment {name}", finished(inputs, batch, device)) for name, batch in batches.items()]
+    return [
+        Case(f"finish, --randaugment {name}", finished(inputs, batch, device))
+        for name, batch in batches.items()
+    ]
 
 
 def in_a_worker(run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` as in a loader worker, where nobody else's random state has to be put back after each sample."""
+    """`run` as in a loader worker, where nobody else's random state has to be put back after each
+    sample."""
 
     def pretending() -> Any:
         with patch.object(utils, "get_worker_info", lambda: "a worker"):
@@ -171,12 +195,23 @@ def cases(data_path: str, size: int) -> list[Case]:
         made += [
             ("pixels, simplejpeg (the default)", our_batches(inputs, fast)),
             ("pixels, simplejpeg, --resize torch", our_batches(inputs, both)),
-            ("pixels, simplejpeg, 3 views (the default with repeats)", our_batches(inputs, fast, REPEATS)),
+            (
+                "pixels, simplejpeg, 3 views (the default with repeats)",
+                our_batches(inputs, fast, REPEATS),
+            ),
             ("pixels, simplejpeg, --resize torch, 3 views", our_batches(inputs, both, REPEATS)),
-            ("pixels, simplejpeg, --resize torch, --randaugment device", our_batches(inputs, least)),
-            ("pixels, simplejpeg, --resize torch, --randaugment device, 3 views", our_batches(inputs, least, REPEATS)),
+            (
+                "pixels, simplejpeg, --resize torch, --randaugment device",
+                our_batches(inputs, least),
+            ),
+            (
+                "pixels, simplejpeg, --resize torch, --randaugment device, 3 views",
+                our_batches(inputs, least, REPEATS),
+            ),
         ]
     undone = our_batches(inputs, inputs.samples(randaugment="device"))()
     made.append(("the device's part, on this core", finished(inputs, our_batches(inputs, once)())))
-    made.append(("the device's part with --randaugment device, on this core", finished(inputs, undone)))
+    made.append(
+        ("the device's part with --randaugment device, on this core", finished(inputs, undone))
+    )
     return [Case(name, in_a_worker(run), images=BATCH) for name, run in made]

@@ -2,8 +2,8 @@
 
     python -m tools.bench.profile_step --model deit_tiny_patch16_224 --batch-size 32
 
-The parts are torch.profiler's on a CPU. On CUDA they are timed by events, in steps of their own without the profiler;
-see `tools.bench.recorders` for why. That path has not been run on a GPU.
+The parts are torch.profiler's on a CPU. On CUDA they are timed by events, in steps of their own
+without the profiler; see `tools.bench.recorders` for why. That path has not been run on a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ PARTS = ("motivating pass", "mixing without the pass", "forward", "losses", "bac
 
 
 def get_args_parser() -> Parser:
-    parser = Parser("python -m tools.bench.profile_step", description="Profiles a training step with SMMix.")
+    parser = Parser(
+        "python -m tools.bench.profile_step", description="Profiles a training step with SMMix."
+    )
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm's name")
     parser.add_argument("--batch-size", default=32, type=int)
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
@@ -64,7 +66,11 @@ def name_parts(bench: Bench, recorder: Recorder) -> Iterator[None]:
         for owner, attribute, part in (
             (bench, "guide", name("motivating pass", bench.guide)),
             (training, "criterion", name("losses", training.criterion)),
-            (model, "forward", lambda *given, **more: (learn if model.training else look)(*given, **more)),
+            (
+                model,
+                "forward",
+                lambda *given, **more: (learn if model.training else look)(*given, **more),
+            ),
             (torch.Tensor, "backward", name("backward", torch.Tensor.backward)),
             (scaler, "unscale_", name("update", scaler.unscale_)),
             (scaler, "step", name("update", scaler.step)),
@@ -98,13 +104,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe_machine(device, args.threads))
     print("\n".join(part_lines(times)))
     by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(profiler.found.key_averages().table(sort_by=by, row_limit=args.rows, max_name_column_width=40))
+    print(
+        profiler.found.key_averages().table(
+            sort_by=by, row_limit=args.rows, max_name_column_width=40
+        )
+    )
 
 
 def part_lines(times: Mapping[str, float]) -> list[str]:
     """A table: milliseconds, and share of the step, of each part."""
     lines = ["| part | ms | share of the step |", "| --- | --- | --- |"]
-    return lines + [f"| {name} | {times[name]:.1f} | {100 * times[name] / times['step']:.1f} % |" for name in PARTS]
+    return lines + [
+        f"| {name} | {times[name]:.1f} | {100 * times[name] / times['step']:.1f} % |"
+        for name in PARTS
+    ]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""How long named stretches of work take that lie after and inside each other: by torch.profiler, or by marks.
+"""How long named stretches of work take that lie after and inside each other: by torch.profiler, or
+by marks.
 
-A CUDA device works behind the host, and a backward pass is launched from a thread of autograd's own, where the
-profiler knows nothing of the names that are open elsewhere. Marks lie in the stream itself: what is between two of them
-took the time between them, whoever launched it.
+A CUDA device works behind the host, and a backward pass is launched from a thread of autograd's
+own, where the profiler knows nothing of the names that are open elsewhere. Marks lie in the stream
+itself: what is between two of them took the time between them, whoever launched it.
 
-**The marks of CUDA have not been run on a GPU**; the tests run the same code with marks of another clock.
+**The marks of CUDA have not been run on a GPU**; the tests run the same code with marks of another
+clock.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 
 class Recorder(ABC):
-    """Records while it is open as a context. Stretches end in the reverse order of their beginning."""
+    """Records while it is open as a context. Stretches end in the reverse order of their
+    beginning."""
 
     @abstractmethod
     def begin(self, name: str) -> None:
@@ -52,7 +55,8 @@ class Recorder(ABC):
 
 
 class ByProfiler(Recorder):
-    """The host's time under each name, as torch.profiler has it; the names also appear among its operations.
+    """The host's time under each name, as torch.profiler has it; the names also appear among its
+    operations.
 
     Attributes:
         found: the profile, to be asked for its operations after the context.
@@ -129,4 +133,6 @@ class ByMarks(Recorder):
 
 def by_cuda_events(device: torch.device) -> ByMarks:
     """Marks in the current stream of a CUDA device."""
-    return ByMarks(partial(torch.cuda.Event, enable_timing=True), partial(torch.cuda.synchronize, device))
+    return ByMarks(
+        partial(torch.cuda.Event, enable_timing=True), partial(torch.cuda.synchronize, device)
+    )

@@ -23,7 +23,8 @@ class Results:
         machine: hardware and versions, see `timing.describe_machine`.
         flags: those of the run, by name.
         timings: of each part that compares cases.
-        half_mixup: where steps were timed, what each method costs in half of the steps; see `steps.switched`.
+        half_mixup: where steps were timed, what each method costs in half of the steps; see
+            `steps.switched`.
         stages: where they were timed, CPU seconds per image by pipeline and stage.
     """
 
@@ -43,7 +44,10 @@ class Results:
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON: times in seconds. What was not measured is left out."""
-        plain = {part: [timing.to_plain() for timing in timings] for part, timings in self.timings.items()}
+        plain = {
+            part: [timing.to_plain() for timing in timings]
+            for part, timings in self.timings.items()
+        }
         more = {"half_mixup": self.half_mixup, "stages": self.stages}
         known = {name: value for name, value in more.items() if value is not None}
         return {"machine": self.machine, "flags": self.flags, "results": plain, **known}
@@ -51,19 +55,32 @@ class Results:
     def head(self) -> str:
         """One line: machine, clock, model and versions."""
         flags, machine = self.flags, self.machine
-        timed = "CUDA events" if machine["type"] == "cuda" else "CPU time" if flags["threads"] == 1 else "wall clock"
+        timed = (
+            "CUDA events"
+            if machine["type"] == "cuda"
+            else "CPU time"
+            if flags["threads"] == 1
+            else "wall clock"
+        )
         words = [
-            f"{machine['device']}, {flags['threads']} threads ({timed})", flags["model"],
-            f"batch {flags['batch_size']}", flags["amp"], *(["compiled"] if flags["compile"] else []),
-            f"{flags['rounds']} rounds", f"torch {machine['torch']}", f"timm {machine['timm']}",
-        ]  # fmt: skip
+            f"{machine['device']}, {flags['threads']} threads ({timed})",
+            flags["model"],
+            f"batch {flags['batch_size']}",
+            flags["amp"],
+            *(["compiled"] if flags["compile"] else []),
+            f"{flags['rounds']} rounds",
+            f"torch {machine['torch']}",
+            f"timm {machine['timm']}",
+        ]
         return ", ".join(words)
 
     def section(self, part: str) -> str:
         """One part as Markdown, after an empty line."""
         if part == "stages":
             assert self.stages is not None
-            return f"\n## stages of the input, CPU time per image\n\n{stages.to_markdown(self.stages)}"
+            return (
+                f"\n## stages of the input, CPU time per image\n\n{stages.to_markdown(self.stages)}"
+            )
         text = f"\n## {part}\n\n{to_markdown(self.timings[part])}"
         if part != "step" or self.half_mixup is None:
             return text

@@ -3,8 +3,9 @@
     python -m tools.bench.run --model deit_tiny_patch16_224 --batch-size 32 --output output/bench
     python -m tools.bench.run --model vit_nano_patch4_32 --quick
 
-Writes OUTPUT/bench.json and OUTPUT/bench.md with hardware and versions, anew after each part: what was measured stays
-when a later part fails or is interrupted. Without --output it prints the tables only.
+Writes OUTPUT/bench.json and OUTPUT/bench.md with hardware and versions, anew after each part: what
+was measured stays when a later part fails or is interrupted. Without --output it prints the tables
+only.
 """
 
 from __future__ import annotations
@@ -26,25 +27,43 @@ from tools.bench.timing import Case, describe_machine, measure
 from utils import InputError, run_command
 
 OF_THE_MODEL: dict[str, Callable[[steps.Bench], list[Case]]] = {
-    "step": steps.step_cases, "guide": steps.guide_cases, "update": steps.update_cases, "paste": steps.paste_cases,
-}  # fmt: skip
+    "step": steps.step_cases,
+    "guide": steps.guide_cases,
+    "update": steps.update_cases,
+    "paste": steps.paste_cases,
+}
 WITH_MEMORY = ("step", "guide")
 PARTS = (*OF_THE_MODEL, "pipeline", "stages", "finish")
 
 
 def get_args_parser() -> Parser:
-    parser = Parser("python -m tools.bench.run", description="Times the training step, the mixing and the input.")
+    parser = Parser(
+        "python -m tools.bench.run",
+        description="Times the training step, the mixing and the input.",
+    )
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm's name")
-    parser.add_argument("--input-size", type=int, help="side of the images; default: the model's own")
+    parser.add_argument(
+        "--input-size", type=int, help="side of the images; default: the model's own"
+    )
     parser.add_argument("--batch-size", default=32, type=int)
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
-    parser.add_argument("--amp", choices=["fp16", "bf16", "none"], help="default: fp16 on CUDA, none elsewhere")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the step and the motivating pass")
+    parser.add_argument(
+        "--amp", choices=["fp16", "bf16", "none"], help="default: fp16 on CUDA, none elsewhere"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the step and the motivating pass"
+    )
     parser.add_argument("--rounds", default=15, type=int, help="measurements of each case")
     parser.add_argument("--threads", default=1, type=int, help="of torch on the CPU")
-    parser.add_argument("--data-path", default="", help="folder of JPEGs for the input; default: pictures made up")
-    parser.add_argument("--parts", default=list(PARTS), nargs="+", choices=PARTS, help="what to time")
-    parser.add_argument("--quick", action="store_true", help="3 rounds: to see that it runs, not for figures")
+    parser.add_argument(
+        "--data-path", default="", help="folder of JPEGs for the input; default: pictures made up"
+    )
+    parser.add_argument(
+        "--parts", default=list(PARTS), nargs="+", choices=PARTS, help="what to time"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="3 rounds: to see that it runs, not for figures"
+    )
     parser.add_argument("--output", default="", help="folder for bench.json and bench.md")
     return parser
 
@@ -79,7 +98,9 @@ def check_places(args: argparse.Namespace) -> None:
                 pass
         except OSError as error:
             reason = error.strerror or error
-            raise InputError(f"--output {args.output}: cannot be written ({reason}); choose another folder") from error
+            raise InputError(
+                f"--output {args.output}: cannot be written ({reason}); choose another folder"
+            ) from error
 
 
 def clock_of(args: argparse.Namespace) -> Callable[[], float]:
@@ -88,14 +109,22 @@ def clock_of(args: argparse.Namespace) -> Callable[[], float]:
 
 
 def time_model(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Found]]:
-    """The parts about training, one after the other; the model is built only if one of them is asked for."""
+    """The parts about training, one after the other; the model is built only if one of them is
+    asked for."""
     parts = [part for part in OF_THE_MODEL if part in args.parts]
     if not parts:
         return
-    bench = steps.Bench(args.model, device, args.batch_size, args.amp, args.compile, args.input_size)
+    bench = steps.Bench(
+        args.model, device, args.batch_size, args.amp, args.compile, args.input_size
+    )
     for part in parts:
         cases = OF_THE_MODEL[part](bench)
-        yield part, measure(cases, device, args.rounds, clock=clock_of(args), with_memory=part in WITH_MEMORY)
+        yield (
+            part,
+            measure(
+                cases, device, args.rounds, clock=clock_of(args), with_memory=part in WITH_MEMORY
+            ),
+        )
 
 
 def time_input(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Found]]:

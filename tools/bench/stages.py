@@ -1,4 +1,5 @@
-"""Where an image's time goes on its way into a batch, stage by stage: DeiT's pipeline and ours, in CPU seconds."""
+"""Where an image's time goes on its way into a batch, stage by stage: DeiT's pipeline and ours, in
+CPU seconds."""
 
 from __future__ import annotations
 
@@ -17,15 +18,23 @@ from tools.bench import pipeline
 from tools.bench.pipeline import Inputs
 
 NAMES = {  # class of a step of a transform -> its stage
-    "RandomResizedCropAndInterpolation": "crop and resize", "CropAndResize": "crop and resize",
-    "ResizeTo": "crop and resize", "RandomCrop": "crop and resize",
-    "RandomHorizontalFlip": "flip", "RandAugment": "RandAugment", "MaybeToTensor": "to a tensor",
-    "Normalize": "normalise", "RandomErasing": "erase", "function": "to a tensor",
-}  # fmt: skip
+    "RandomResizedCropAndInterpolation": "crop and resize",
+    "CropAndResize": "crop and resize",
+    "ResizeTo": "crop and resize",
+    "RandomCrop": "crop and resize",
+    "RandomHorizontalFlip": "flip",
+    "RandAugment": "RandAugment",
+    "MaybeToTensor": "to a tensor",
+    "Normalize": "normalise",
+    "RandomErasing": "erase",
+    "function": "to a tensor",
+}
 REST, ALL = "the rest: batch, keys", "all"
 ORDER = ("decode", *dict.fromkeys(NAMES.values()), REST, ALL)
 
-Stages = dict[str, dict[str, float]]  # pipeline -> stage, of those it has in `ORDER` -> CPU seconds per image
+Stages = dict[
+    str, dict[str, float]
+]  # pipeline -> stage, of those it has in `ORDER` -> CPU seconds per image
 
 
 class Stopwatch:
@@ -45,7 +54,9 @@ class Stopwatch:
 
     def watch_steps(self, transform: Any) -> None:
         """Times each step of a composed transform."""
-        transform.transforms = [self.timed(NAMES[type(step).__name__], step) for step in transform.transforms]
+        transform.transforms = [
+            self.timed(NAMES[type(step).__name__], step) for step in transform.transforms
+        ]
 
 
 def theirs(inputs: Inputs, watch: Stopwatch) -> Callable[[], Any]:
@@ -63,7 +74,8 @@ def ours(inputs: Inputs, watch: Stopwatch, decode: images.Decode, resize: str) -
 
 
 def pipelines(inputs: Inputs) -> dict[str, tuple[Stopwatch, Callable[[], Any]]]:
-    """What is compared: by name, a stopwatch and what makes a batch under it. DeiT's comes first."""
+    """What is compared: by name, a stopwatch and what makes a batch under it. DeiT's comes
+    first."""
     kinds: list[tuple[str, images.Decode, str]] = [("pillow", decode_pillow, "pillow")]
     if images.simplejpeg is not None:
         kinds += [
@@ -88,8 +100,8 @@ def time_batch(watch: Stopwatch, run: Callable[[], Any]) -> dict[str, float]:
 
 
 def measure(data_path: str, size: int, rounds: int) -> Stages:
-    """Medians over rounds in which the pipelines take turns, after one round to warm up; arguments as in
-    `pipeline.cases`."""
+    """Medians over rounds in which the pipelines take turns, after one round to warm up; arguments
+    as in `pipeline.cases`."""
     watched = pipelines(Inputs(pipeline.find_files(data_path), ImageSpec((size, size))))
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in watched}
     for _ in range(rounds + 1):
@@ -98,10 +110,11 @@ def measure(data_path: str, size: int, rounds: int) -> Stages:
     return {
         name: {
             stage: statistics.median(batch[stage] for batch in batches[1:]) / pipeline.BATCH
-            for stage in ORDER if stage in batches[0]
+            for stage in ORDER
+            if stage in batches[0]
         }
         for name, batches in seen.items()
-    }  # fmt: skip
+    }
 
 
 def to_markdown(found: Stages) -> str:
@@ -109,5 +122,10 @@ def to_markdown(found: Stages) -> str:
     head = ["stage", *(f"{name}, ms" for name in found)]
     rows = [head, ["---"] * len(head)]
     for stage in ORDER:
-        rows.append([stage, *(f"{1000 * each[stage]:.2f}" if stage in each else "" for each in found.values())])
+        rows.append(
+            [
+                stage,
+                *(f"{1000 * each[stage]:.2f}" if stage in each else "" for each in found.values()),
+            ]
+        )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -1,4 +1,5 @@
-"""A training step with each mixer, and what SMMix adds to it: the motivating pass and the mixing operation."""
+"""A training step with each mixer, and what SMMix adds to it: the motivating pass and the mixing
+operation."""
 
 from __future__ import annotations
 
@@ -32,32 +33,56 @@ SPLIT = "smmix --mix-protocol split"
 
 
 class Bench:
-    """One model with its training, on random images that are on the device already: no loader, no transfer."""
+    """One model with its training, on random images that are on the device already: no loader, no
+    transfer."""
 
     def __init__(
-        self, model: str, device: torch.device, batch_size: int, amp: str, compiled: bool = False,
+        self,
+        model: str,
+        device: torch.device,
+        batch_size: int,
+        amp: str,
+        compiled: bool = False,
         input_size: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         utils.seed_globals("init", 0)
         size = None if input_size is None else (input_size, input_size)
         self.device, self.batch_size, self.amp = device, batch_size, amp
-        self.model: ImageModel = build_model(model, CLASSES, input_size=size, drop_path=0.1).to(device)
+        self.model: ImageModel = build_model(model, CLASSES, input_size=size, drop_path=0.1).to(
+            device
+        )
         self.autocast = precision.make_autocast(device, amp)
         wrapped: Any = torch.compile(self.model) if compiled else self.model
-        self.guide = engine.make_guide(self.model, self.autocast, torch.compile(self.model.look) if compiled else None)
+        self.guide = engine.make_guide(
+            self.model, self.autocast, torch.compile(self.model.look) if compiled else None
+        )
         self.training = engine.Training(
-            module=self.model, model=wrapped, criterion=SMMixLoss(), mixer=self.mixer("none"), guide=self.guide,
-            optimizer=optim.make_optimizer(self.model, {"opt": "adamw", "lr": 1e-6, "weight_decay": 0.05}),
-            scaler=precision.make_scaler(device, amp), autocast=self.autocast,
-            processes=utils.Processes(0, 1, device), fixed_scale=amp != "fp16",
-        )  # fmt: skip
+            module=self.model,
+            model=wrapped,
+            criterion=SMMixLoss(),
+            mixer=self.mixer("none"),
+            guide=self.guide,
+            optimizer=optim.make_optimizer(
+                self.model, {"opt": "adamw", "lr": 1e-6, "weight_decay": 0.05}
+            ),
+            scaler=precision.make_scaler(device, amp),
+            autocast=self.autocast,
+            processes=utils.Processes(0, 1, device),
+            fixed_scale=amp != "fp16",
+        )
         self.images = torch.rand(batch_size, 3, *self.model.input_size, device=device)
         self.labels = torch.arange(batch_size, device=device) % CLASSES
         self.meters, self.step = Meters(), 0
 
     def mixer(self, name: str, **more: Any) -> Mixer[Any]:
-        """A method alone. AttentiveMix looks through a stand-in that costs nothing; its teacher's cost is apart."""
-        flags = {**vars(get_args_parser().parse_args([])), "mixer": name, "mix_protocol": "single", **more}
+        """A method alone. AttentiveMix looks through a stand-in that costs nothing; its teacher's
+        cost is apart."""
+        flags = {
+            **vars(get_args_parser().parse_args([])),
+            "mixer": name,
+            "mix_protocol": "single",
+            **more,
+        }
 
         def teacher(images: Tensor) -> Tensor:
             return torch.nn.functional.adaptive_avg_pool2d(images, 7)
@@ -67,14 +92,19 @@ class Bench:
         return build_mixer(Settings.from_flags(flags), around).first
 
     def cheaper_guides(self) -> dict[str, Guide]:
-        """The motivating pass under each flag that makes it cheaper, by the flag, as far as this model takes it."""
+        """The motivating pass under each flag that makes it cheaper, by the flag, as far as this
+        model takes it."""
         model, made = self.model, {}
         if self.amp == "none":
-            made["--guide-amp bf16"] = engine.make_guide(model, precision.make_autocast(self.device, "bf16"))
+            made["--guide-amp bf16"] = engine.make_guide(
+                model, precision.make_autocast(self.device, "bf16")
+            )
         if model.looks_smaller:
             cells = zip(model.grid_size, model.patch_size, strict=True)
             height, width = (max(2, count // 2) * patch for count, patch in cells)
-            made[f"--guide-size {height} {width}"] = engine.make_guide(model, self.autocast, size=(height, width))
+            made[f"--guide-size {height} {width}"] = engine.make_guide(
+                model, self.autocast, size=(height, width)
+            )
         made["--con-weight 0"] = engine.make_guide(model, self.autocast, predict=False)
         if model.score_blocks > 1:
             block = model.score_blocks // 2
@@ -101,16 +131,24 @@ class Bench:
 def step_cases(bench: Bench) -> list[Case]:
     """One step with each method, and with SMMix made cheaper; CutMix is the reference."""
     names = ["cutmix", *(name for name in METHODS if name != "cutmix")]
-    cases = [Case(f"step with {name}", partial(bench.take_step, bench.mixer(name))) for name in names]
+    cases = [
+        Case(f"step with {name}", partial(bench.take_step, bench.mixer(name))) for name in names
+    ]
     for flags, guide in bench.cheaper_guides().items():
         mixer = bench.mixer("smmix", con_weight=0.0 if "--con-weight 0" in flags else 1.0)
         cases.append(Case(f"step with smmix {flags}", partial(bench.take_step, mixer, guide)))
-    cases.append(Case(f"step with {SPLIT}", partial(bench.take_step, bench.mixer("smmix", mix_protocol="split"))))
+    cases.append(
+        Case(
+            f"step with {SPLIT}",
+            partial(bench.take_step, bench.mixer("smmix", mix_protocol="split")),
+        )
+    )
     return [case._replace(images=bench.batch_size) for case in cases]
 
 
 def switched(timings: list[Timing]) -> dict[str, float]:
-    """What a run with Mixup at switch probability 0.5 costs, over CutMix with Mixup: the mean of two kinds of step.
+    """What a run with Mixup at switch probability 0.5 costs, over CutMix with Mixup: the mean of
+    two kinds of step.
 
     Where each batch is split between the two there is one kind.
 
@@ -122,14 +160,19 @@ def switched(timings: list[Timing]) -> dict[str, float]:
     """
     seconds = {timing.name.removeprefix("step with "): timing.seconds[0] for timing in timings}
     base = seconds["cutmix"] + seconds["mixup"]
-    both = {name: value + seconds["mixup"] for name, value in seconds.items() if name not in ("mixup", "none")}
+    both = {
+        name: value + seconds["mixup"]
+        for name, value in seconds.items()
+        if name not in ("mixup", "none")
+    }
     if SPLIT in both:
         both[SPLIT] = 2 * seconds[SPLIT]
     return {name: value / base for name, value in both.items()}
 
 
 def guide_cases(bench: Bench) -> list[Case]:
-    """The motivating pass, as it is, as the whole forward pass, and made cheaper, beside those of training."""
+    """The motivating pass, as it is, as the whole forward pass, and made cheaper, beside those of
+    training."""
 
     def forward() -> None:
         bench.training.model.train()
@@ -147,7 +190,10 @@ def guide_cases(bench: Bench) -> list[Case]:
         Case("training forward", forward),
         Case("motivating pass as a whole forward pass", whole),
         Case("motivating pass", lambda: bench.guide(bench.images)),
-        *(Case(f"motivating pass {flags}", cheaper(guide)) for flags, guide in bench.cheaper_guides().items()),
+        *(
+            Case(f"motivating pass {flags}", cheaper(guide))
+            for flags, guide in bench.cheaper_guides().items()
+        ),
         Case("motivating pass of half of the images", lambda: bench.guide(bench.images[::2])),
         Case("training step (cutmix)", partial(bench.take_step, bench.mixer("cutmix"))),
     ]
@@ -183,27 +229,37 @@ def paste_by_unfolding(images: Tensor, regions: Regions, patch_size: tuple[int, 
     beside = torch.arange(regions.size[1], device=images.device)
 
     def cells(corners: Tensor) -> Tensor:
-        return ((corners[:, :1, None] + below) * columns + corners[:, 1:, None] + beside).flatten(1)  # (B, h * w)
+        return ((corners[:, :1, None] + below) * columns + corners[:, 1:, None] + beside).flatten(
+            1
+        )  # (B, h * w)
 
     batch = torch.arange(len(images), device=images.device)[:, None]
     mixed = patches.clone()
-    mixed[batch, :, cells(regions.target_corners)] = patches.flip(0)[batch, :, cells(regions.source_corners)]
-    return fold(mixed, (rows * patch_size[0], columns * patch_size[1]), patch_size, stride=patch_size)
+    mixed[batch, :, cells(regions.target_corners)] = patches.flip(0)[
+        batch, :, cells(regions.source_corners)
+    ]
+    return fold(
+        mixed, (rows * patch_size[0], columns * patch_size[1]), patch_size, stride=patch_size
+    )
 
 
 def copy_regions(images: Tensor, regions: Regions, patch_size: tuple[int, int]) -> Tensor:
-    """As many pixels as are pasted, copied from one place to another: what no mixing can do without."""
+    """As many pixels as are pasted, copied from one place to another: what no mixing can do
+    without."""
     height, width = regions.size[0] * patch_size[0], regions.size[1] * patch_size[1]
     return images[:, :, :height, :width].clone()
 
 
 def paste_cases(bench: Bench) -> list[Case]:
-    """The mixing operation alone, on regions of half the side; the pasted pixels' copy is the reference."""
+    """The mixing operation alone, on regions of half the side; the pasted pixels' copy is the
+    reference."""
     model, batch = bench.model, bench.batch_size
     size = (model.grid_size[0] // 2, model.grid_size[1] // 2)
     room = torch.tensor([model.grid_size[0] - size[0] + 1, model.grid_size[1] - size[1] + 1])
     generator = utils.keyed_generator("corners")
-    corners = [(torch.rand(batch, 2, generator=generator) * room).long().to(bench.device) for _ in range(2)]
+    corners = [
+        (torch.rand(batch, 2, generator=generator) * room).long().to(bench.device) for _ in range(2)
+    ]
     regions = Regions(corners[0], corners[1], size)
 
     def timed(paste: Callable[[Tensor, Regions, tuple[int, int]], Tensor]) -> Callable[[], Any]:

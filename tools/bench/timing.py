@@ -1,7 +1,8 @@
-"""Timing several things side by side: interleaved, in an order drawn anew each round, medians with their spread.
+"""Timing several things side by side: interleaved, in an order drawn anew each round, medians with
+their spread.
 
-Only ratios of one run are worth quoting. A ratio is taken in each round between neighbours and its median is given,
-so that a machine that slows down for a while slows both sides.
+Only ratios of one run are worth quoting. A ratio is taken in each round between neighbours and its
+median is given, so that a machine that slows down for a while slows both sides.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import utils
 
 
 class Case(NamedTuple):
-    """Something to time: `run`, called `repeat` times per measurement. `images` is how many it treats."""
+    """Something to time: `run`, called `repeat` times per measurement. `images` is how many it
+    treats."""
 
     name: str
     run: Callable[[], Any]
@@ -31,7 +33,8 @@ class Case(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds per call of one case, and its ratio to the reference: median, first and third quartile.
+    """Seconds per call of one case, and its ratio to the reference: median, first and third
+    quartile.
 
     `peak_mib` is the most memory for tensors that one call had beyond what was there before it.
     """
@@ -47,13 +50,19 @@ class Timing(NamedTuple):
 
 
 def measure(
-    cases: list[Case], device: torch.device, rounds: int, warm_up: int = 2, seed: int = 0, reference: str | None = None,
-    clock: Callable[[], float] = time.perf_counter, with_memory: bool = False,
-) -> list[Timing]:  # fmt: skip
+    cases: list[Case],
+    device: torch.device,
+    rounds: int,
+    warm_up: int = 2,
+    seed: int = 0,
+    reference: str | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    with_memory: bool = False,
+) -> list[Timing]:
     """Times every case once per round; the reference is the first one unless it is named.
 
-    On CUDA by events around each call, after synchronising. On the CPU by `clock`: `time.process_time` leaves out
-    what other processes take.
+    On CUDA by events around each call, after synchronising. On the CPU by `clock`:
+    `time.process_time` leaves out what other processes take.
     """
     order = random.Random(seed)
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
@@ -93,7 +102,8 @@ def _clock(case: Case, device: torch.device, clock: Callable[[], float]) -> floa
 
 
 def _peak_memory(case: Case, device: torch.device) -> float:
-    """By CUDA's allocator; on the CPU by adding up what the profiler says was taken and given back."""
+    """By CUDA's allocator; on the CPU by adding up what the profiler says was taken and given
+    back."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -104,7 +114,9 @@ def _peak_memory(case: Case, device: torch.device) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         case.run()
     assert watched.profiler is not None
-    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     taken = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(itertools.accumulate(taken), default=0) / 2**20
 
@@ -117,14 +129,24 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def to_markdown(timings: list[Timing]) -> str:
-    """A table: case, milliseconds per call, ratio, and images per second and memory where they are known."""
-    more = {"images/s": [timing.images_per_second for timing in timings], "peak MiB": [t.peak_mib for t in timings]}
-    more = {name: values for name, values in more.items() if any(value is not None for value in values)}
+    """A table: case, milliseconds per call, ratio, and images per second and memory where they are
+    known."""
+    more = {
+        "images/s": [timing.images_per_second for timing in timings],
+        "peak MiB": [t.peak_mib for t in timings],
+    }
+    more = {
+        name: values for name, values in more.items() if any(value is not None for value in values)
+    }
     head = ["case", "ms", "ratio", *more]
     rows = [head, ["---"] * len(head)]
     for place, timing in enumerate(timings):
         middle, low, high = timing.ratio
-        row = [timing.name, f"{1000 * timing.seconds[0]:.3g}", f"{middle:.2f} [{low:.2f}..{high:.2f}]"]
+        row = [
+            timing.name,
+            f"{1000 * timing.seconds[0]:.3g}",
+            f"{middle:.2f} [{low:.2f}..{high:.2f}]",
+        ]
         row += ["" if values[place] is None else f"{values[place]:.4g}" for values in more.values()]
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -139,6 +161,8 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -1,10 +1,11 @@
-"""A report of your runs beside the paper's tables: report.html, one file with everything in it, and report.md.
+"""A report of your runs beside the paper's tables: report.html, one file with everything in it, and
+report.md.
 
     python -m tools.report output
     python -m tools.report output --output somewhere
 
-Reads every run folder at and below the one that is given, and the rows of scripts/tables/. Changes nothing in them.
-The same folders give the same bytes. Trains nothing, reads no checkpoint.
+Reads every run folder at and below the one that is given, and the rows of scripts/tables/. Changes
+nothing in them. The same folders give the same bytes. Trains nothing, reads no checkpoint.
 """
 
 from __future__ import annotations
@@ -26,9 +27,15 @@ from utils import InputError, run_command
 
 
 def get_args_parser() -> Parser:
-    parser = Parser("python -m tools.report", description="Puts your runs beside the paper's tables.")
-    parser.add_argument("root", metavar="OUTPUT_ROOT", help="the folder with your runs in it, at any depth")
-    parser.add_argument("--output", default="", help="folder for report.html and report.md; default: OUTPUT_ROOT")
+    parser = Parser(
+        "python -m tools.report", description="Puts your runs beside the paper's tables."
+    )
+    parser.add_argument(
+        "root", metavar="OUTPUT_ROOT", help="the folder with your runs in it, at any depth"
+    )
+    parser.add_argument(
+        "--output", default="", help="folder for report.html and report.md; default: OUTPUT_ROOT"
+    )
     return parser
 
 
@@ -45,11 +52,14 @@ def where_it_counts(run: Run, found: Sorted) -> str:
     def names(results: Sequence[Result]) -> str:
         there = [result.row for result in results if run in (*result.finished, *result.unfinished)]
         return ", ".join(
-            f"{tools_report_results.table_name(row.table)} {tools_report_results.recipe(row)}" for row in there
+            f"{tools_report_results.table_name(row.table)} {tools_report_results.recipe(row)}"
+            for row in there
         )
 
     kinds = [("", found.full), ("as a rehearsal: ", found.small)]
-    kinds += [(f"as a rehearsal cut short ({cut}): ", results) for cut, results in found.cut.items()]
+    kinds += [
+        (f"as a rehearsal cut short ({cut}): ", results) for cut, results in found.cut.items()
+    ]
     parts = [how + there for how, results in kinds if (there := names(results))]
     counts = run.is_finished or run.is_cut
     return "; ".join(parts or ["no row of the paper"]) + (
@@ -72,7 +82,9 @@ def make_report(root: str, rows: Sequence[Row]) -> tuple[str, str]:
     for number, run in enumerate(runs, start=1):
         flags = matching.changed_flags(run)
         pages.append(
-            details.run_page(run, number, where_it_counts(run, found), tools_report_results.progress(run), flags)
+            details.run_page(
+                run, number, where_it_counts(run, found), tools_report_results.progress(run), flags
+            )
         )
     report = tools_report_results.build(root, runs, skipped, found)._replace(runs=pages)
     return report_html.write_page(report), tools_report_markdown.write_text(report)
@@ -91,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise InputError(f"--output {folder}: cannot be made: {error.strerror or error}") from error
     for name, written in (("report.html", html), ("report.md", markdown)):
-        write_atomically(folder / name, partial(_write, written.encode("utf-8", "backslashreplace")))
+        write_atomically(
+            folder / name, partial(_write, written.encode("utf-8", "backslashreplace"))
+        )
         print(f"wrote {folder / name}")
 
 

@@ -1,6 +1,7 @@
 """Lines over epochs as SVG text: axes, ticks, a legend, colours that the page chooses.
 
-Level 1: knows numbers and names only. No scripts, no styles of its own beyond class names, nothing from elsewhere.
+Level 1: knows numbers and names only. No scripts, no styles of its own beyond class names, nothing
+from elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from typing import NamedTuple
 from tools.report.records import Chart, Series
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, BOTTOM = 58, 14, 38  # room for the ticks of y, the last tick of x, the ticks and title of x
+LEFT, RIGHT, BOTTOM = (
+    58,
+    14,
+    38,
+)  # room for the ticks of y, the last tick of x, the ticks and title of x
 LEGEND_LINE, LETTER = 17, 7.0  # pixels of a line of the legend, and of a letter in it, about
 COLORS = 8  # that the page has; further lines repeat them with other dashes
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
@@ -23,7 +28,8 @@ LOG_FROM = 30.0  # ratio of the largest to the smallest value from which on the 
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, about `count`: steps of 1, 2 or 5 times a power of ten."""
+    """Round numbers from `low` to `high`, about `count`: steps of 1, 2 or 5 times a power of
+    ten."""
     span = high - low
     if not span > 0:
         return [low]
@@ -35,7 +41,8 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from `low` to `high`, some left out where there are many; 1, 2, 5 where there are few."""
+    """Powers of ten from `low` to `high`, some left out where there are many; 1, 2, 5 where there
+    are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = max(1, math.ceil((last - first) / 5))
     digits = (1,) if last - first > 2 else (1, 2, 5)
@@ -75,7 +82,8 @@ class Axis(NamedTuple):
 
 
 def y_axis(values: list[float], top: float) -> Axis:
-    """The axis of values: logarithmic where they are positive and far apart, else a little wider than they are."""
+    """The axis of values: logarithmic where they are positive and far apart, else a little wider
+    than they are."""
     low, high = min(values), max(values)
     bottom = HEIGHT - BOTTOM
     if low > 0 and high / low > LOG_FROM:
@@ -101,7 +109,8 @@ def draw(chart: Chart, number: str) -> str:
     title = f"{chart.title}, {chart.unit}" + (" (logarithmic)" if up.is_log else "")
     said = "; ".join(f"{one.name} ends at {tick_text(_last_of(one))}" for one in series)
     parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{number}t {number}d">',
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{number}t '
+        f'{number}d">',
         f'<title id="{number}t">{escape(title)}</title><desc id="{number}d">{escape(said)}</desc>',
         *_axes(across, up),
         *(line for place, one in enumerate(series) for line in _line(one, place, across, up)),
@@ -128,7 +137,10 @@ def _legend(series: list[Series]) -> tuple[list[str], float]:
         width = 34 + LETTER * len(name) + 10
         if x > LEFT and x + width > WIDTH:
             x, y = float(LEFT), y + LEGEND_LINE
-        parts.append(f'<line {_style(place)} x1="{x:.1f}" x2="{x + 26:.1f}" y1="{y - 4:.1f}" y2="{y - 4:.1f}"/>')
+        parts.append(
+            f'<line {_style(place)} x1="{x:.1f}" x2="{x + 26:.1f}" y1="{y - 4:.1f}" '
+            f'y2="{y - 4:.1f}"/>'
+        )
         parts.append(f'<text x="{x + 31:.1f}" y="{y:.1f}">{escape(name)}</text>')
         x += width
     return parts, y + 12
@@ -141,8 +153,18 @@ def _axes(across: Axis, up: Axis) -> Iterable[str]:
         yield f'<text class="end" x="{LEFT - 6}" y="{y + 4:.1f}">{tick_text(tick)}</text>'
     bottom = HEIGHT - BOTTOM
     yield f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>'
-    whole = sorted({round(tick) for tick in [across.low, *across.ticks(), across.high] if across.low <= round(tick)})
-    shown = [tick for tick in whole if tick == whole[-1] or (whole[-1] - tick) >= 0.08 * (across.high - across.low)]
+    whole = sorted(
+        {
+            round(tick)
+            for tick in [across.low, *across.ticks(), across.high]
+            if across.low <= round(tick)
+        }
+    )
+    shown = [
+        tick
+        for tick in whole
+        if tick == whole[-1] or (whole[-1] - tick) >= 0.08 * (across.high - across.low)
+    ]
     for tick in shown:
         yield f'<text class="middle" x="{across.place(tick):.1f}" y="{bottom + 15}">{tick}</text>'
     yield f'<text class="middle" x="{(LEFT + WIDTH - RIGHT) / 2:.1f}" y="{HEIGHT - 5}">epoch</text>'
@@ -155,7 +177,8 @@ def _line(series: Series, place: int, across: Axis, up: Axis) -> Iterable[str]:
             continue
         places = [(across.place(x), up.place(y)) for x, y in points if y is not None]
         if len(places) == 1:
-            yield f'<circle class="s{place % COLORS}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3"/>'
+            x, y = places[0]
+            yield f'<circle class="s{place % COLORS}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
         else:
             text = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             yield f'<polyline {_style(place)} points="{text}"/>'

@@ -1,7 +1,7 @@
 """One run in detail: its course as charts, what it was, what it warned of, its picture.
 
-Level 2: from a `Run` to what the page shows. Reads one file, the picture, and trusts it no more than the rest. It must
-not know the paper's tables, HTML or Markdown.
+Level 2: from a `Run` to what the page shows. Reads one file, the picture, and trusts it no more
+than the rest. It must not know the paper's tables, HTML or Markdown.
 """
 
 from __future__ import annotations
@@ -19,12 +19,27 @@ MOST_PIXELS = 40_000_000
 AS_IT_IS = 250_000  # bytes; larger pictures are encoded anew, as JPEG
 QUALITY = 88
 ACCURACIES = (("top-1", "test_acc1"), ("top-1, EMA", "test_ema_acc1"))
-TERMS = (("classification", "train_loss_cls"), ("fine-grained", "train_loss_fine"), ("consistency", "train_loss_con"))
-HEAD = ("images", "model", "input", "mixing", "total batch", "steps", "peak learning rate", "precision",
-        "device")  # fmt: skip
+TERMS = (
+    ("classification", "train_loss_cls"),
+    ("fine-grained", "train_loss_fine"),
+    ("consistency", "train_loss_con"),
+)
+HEAD = (
+    "images",
+    "model",
+    "input",
+    "mixing",
+    "total batch",
+    "steps",
+    "peak learning rate",
+    "precision",
+    "device",
+)
 
 
-def run_page(run: Run, number: int, belongs: str, state: str, flags: list[tuple[str, str, str]]) -> RunPage:
+def run_page(
+    run: Run, number: int, belongs: str, state: str, flags: list[tuple[str, str, str]]
+) -> RunPage:
     """All that is said of a run.
 
     Args:
@@ -36,7 +51,9 @@ def run_page(run: Run, number: int, belongs: str, state: str, flags: list[tuple[
     told = [*_oddities(run), *([trouble] if trouble else []), *run.warnings]
     facts = [("counts in", belongs), *_facts(run)]
     setting = list(_setting(run))
-    return RunPage(number, run.name, state, run.is_finished, facts, setting, told, flags, charts(run), picture)
+    return RunPage(
+        number, run.name, state, run.is_finished, facts, setting, told, flags, charts(run), picture
+    )
 
 
 def charts(run: Run) -> list[Chart]:
@@ -58,10 +75,18 @@ def charts(run: Run) -> list[Chart]:
 
 
 def _facts(run: Run) -> Iterable[tuple[str, str]]:
-    for name, value in (("top-1", run.top1), ("top-1, EMA", run.ema), ("top-5", run.last("test_acc5"))):
+    for name, value in (
+        ("top-1", run.top1),
+        ("top-1, EMA", run.ema),
+        ("top-5", run.last("test_acc5")),
+    ):
         if value is not None:
             yield f"{name}, last epoch", f"{value:.2f} %"
-    best = [(line["test_acc1"], -line["epoch"]) for line in run.epochs if line.get("test_acc1") is not None]
+    best = [
+        (line["test_acc1"], -line["epoch"])
+        for line in run.epochs
+        if line.get("test_acc1") is not None
+    ]
     if best:
         value, epoch = max(best)
         yield (
@@ -76,7 +101,8 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
 
 
 def _setting(run: Run) -> Iterable[tuple[str, str]]:
-    """What it was, from the table at its head; without folders, so that a report can be passed on."""
+    """What it was, from the table at its head; without folders, so that a report can be passed
+    on."""
     yield "data", run.args["data_set"]
     yield from ((name, run.start.head[name]) for name in HEAD if name in run.start.head)
     yield "commit", run.versions.get("commit", "not recorded")
@@ -110,7 +136,8 @@ def _oddities(run: Run) -> Iterable[str]:
 
 
 def read_picture(path: Path | None) -> tuple[Picture | None, str]:
-    """The picture to show, or what is wrong with it; neither where there is none. Large ones become JPEGs."""
+    """The picture to show, or what is wrong with it; neither where there is none. Large ones become
+    JPEGs."""
     if path is None:
         return None, ""
     try:
@@ -127,6 +154,12 @@ def read_picture(path: Path | None) -> tuple[Picture | None, str]:
         stream = io.BytesIO()
         image.convert("RGB").save(stream, format="JPEG", quality=QUALITY, optimize=True)
         return Picture("jpeg", stream.getvalue(), width, height), ""
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombWarning,
-            Image.DecompressionBombError) as error:  # fmt: skip
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        UnidentifiedImageError,
+        Image.DecompressionBombWarning,
+        Image.DecompressionBombError,
+    ) as error:
         return None, f"{path.name} cannot be shown: {type(error).__name__}"

@@ -1,7 +1,8 @@
-"""Run folders, as `main.py` leaves them, read with suspicion: whatever is in one, the rest of the report stands.
+"""Run folders, as `main.py` leaves them, read with suspicion: whatever is in one, the rest of the
+report stands.
 
-Reads text and JSON only, no checkpoint. Knows the files of a run folder; it must not know the paper's tables, nor how
-anything is shown.
+Reads text and JSON only, no checkpoint. Knows the files of a run folder; it must not know the
+paper's tables, nor how anything is shown.
 """
 
 from __future__ import annotations
@@ -18,14 +19,21 @@ from tools.report.records import Run, Skipped, Start
 from utils import InputError
 
 LARGEST = 1 << 28  # bytes of one file of text
-MOST_EPOCHS = 100_000  # of a run; a larger number is damage, and what is missing before it could not be listed
+# of a run; a larger number is damage, and what is missing before it could not be listed
+MOST_EPOCHS = 100_000
 LARGEST_VALUE = 1e100  # of a number in log.txt: sums of larger ones are soon infinite
 TOLD = 20  # warnings of one run that are shown
 NOT_SEARCHED = {"checkpoints", "steps"}  # folders of a run in which no other run is
-WHOLE = ("epochs", "seed", "batch_size", "accum_steps")  # flags without which nothing can be said of a run
+WHOLE = (
+    "epochs",
+    "seed",
+    "batch_size",
+    "accum_steps",
+)  # flags without which nothing can be said of a run
 WORDS = ("model", "mixer", "data_set")
 HEAD = re.compile(
-    r"(data|images|classes|model|input|mixing|total batch|steps|peak learning rate|precision|device|versions)"
+    r"(data|images|classes|model|input|mixing|total batch|steps|peak learning rate|precision|device"
+    r"|versions)"
     r" {2,}(\S.*)"
 )
 LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)")
@@ -36,13 +44,16 @@ class DamagedError(Exception):
 
 
 def find_runs(root: Path) -> tuple[list[Run], list[Skipped]]:
-    """Every run folder at and below `root`, and the folders that look like one and cannot be read; sorted by name.
+    """Every run folder at and below `root`, and the folders that look like one and cannot be read;
+    sorted by name.
 
     Raises:
         InputError: `root` is no folder, or nothing in it looks like a run.
     """
     if not os.path.isdir(root):  # unlike `Path.is_dir` for every name that there can be
-        raise InputError(f"{root}: no such folder; give the folder that holds your runs, such as output")
+        raise InputError(
+            f"{root}: no such folder; give the folder that holds your runs, such as output"
+        )
     runs, skipped = list[Run](), list[Skipped]()
     for folder in _folders(root):
         name = folder.relative_to(root).as_posix()
@@ -55,18 +66,22 @@ def find_runs(root: Path) -> tuple[list[Run], list[Skipped]]:
             skipped.append(Skipped(name, f"cannot be read: {error.strerror or error}"))
     if not runs and not skipped:
         raise InputError(
-            f"{root}: holds no run; looked there and in all folders below for log.txt and args.json, which main.py "
+            f"{root}: holds no run; looked there and in all folders below for log.txt and "
+            "args.json, which main.py "
             "writes into its --output-dir"
         )
     return runs, skipped
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    """`root` and the folders below it, links too, each once and in the order of names; hidden ones are left out."""
+    """`root` and the folders below it, links too, each once and in the order of names; hidden ones
+    are left out."""
     seen = set()
     for path, names, files in os.walk(root, followlinks=True):
         left_out = NOT_SEARCHED if "args.json" in files else set[str]()
-        names[:] = sorted(name for name in names if not name.startswith(".") and name not in left_out)
+        names[:] = sorted(
+            name for name in names if not name.startswith(".") and name not in left_out
+        )
         real = os.path.realpath(path)
         if real in seen:
             names.clear()
@@ -95,12 +110,16 @@ def read_run(folder: Path, name: str) -> Run:
         warnings.append("the last line of log.txt is cut short and was left out")
     picture = folder / "mixing.png"
     plain = {str(key): str(value) for key, value in versions.items()}
-    return Run(name, args, epochs, status, plain, starts, warnings, picture if picture.is_file() else None)
+    return Run(
+        name, args, epochs, status, plain, starts, warnings, picture if picture.is_file() else None
+    )
 
 
 def _read_text(path: Path) -> str:
     if path.stat().st_size > LARGEST:
-        raise DamagedError(f"{path.name} has {path.stat().st_size:,} bytes, more than such a file ever has")
+        raise DamagedError(
+            f"{path.name} has {path.stat().st_size:,} bytes, more than such a file ever has"
+        )
     return path.read_text(encoding="utf-8", errors="replace")
 
 
@@ -120,12 +139,16 @@ def _read_args(path: Path) -> dict[str, Any]:
     if not isinstance(args, dict):
         raise DamagedError("args.json holds no JSON object")
     if missing := [name for name in (*WHOLE, *WORDS) if name not in args]:
-        raise DamagedError(f"args.json has no {', '.join(missing)}: not a run of this project's main.py")
+        raise DamagedError(
+            f"args.json has no {', '.join(missing)}: not a run of this project's main.py"
+        )
     wrong = [name for name in WHOLE if not _is_whole(args[name])]
     wrong += [name for name in WHOLE[:1] + WHOLE[2:] if name not in wrong and args[name] <= 0]
     wrong += [name for name in WORDS if not isinstance(args[name], str)]
     if wrong:
-        raise DamagedError("args.json: " + ", ".join(f"{name} is {args[name]!r:.40}" for name in wrong))
+        raise DamagedError(
+            "args.json: " + ", ".join(f"{name} is {args[name]!r:.40}" for name in wrong)
+        )
     return args
 
 
@@ -144,13 +167,21 @@ def _read_log(path: Path) -> tuple[list[dict[str, Any]], bool]:
     epochs = list[dict[str, Any]]()
     for number, line in enumerate(lines, start=1):
         stats = _parse(line)
-        if not isinstance(stats, dict) or not _is_whole(stats.get("epoch")) or not 0 <= stats["epoch"] < MOST_EPOCHS:
+        if (
+            not isinstance(stats, dict)
+            or not _is_whole(stats.get("epoch"))
+            or not 0 <= stats["epoch"] < MOST_EPOCHS
+        ):
             if number == len(lines):
                 return epochs, True
             raise DamagedError(f"line {number} of log.txt is no JSON object with an epoch")
         if epochs and stats["epoch"] <= epochs[-1]["epoch"]:
-            raise DamagedError(f"log.txt has epoch {stats['epoch']} behind epoch {epochs[-1]['epoch']}")
-        epochs.append({name: value if name == "epoch" else _number(value) for name, value in stats.items()})
+            raise DamagedError(
+                f"log.txt has epoch {stats['epoch']} behind epoch {epochs[-1]['epoch']}"
+            )
+        epochs.append(
+            {name: value if name == "epoch" else _number(value) for name, value in stats.items()}
+        )
     return epochs, False
 
 

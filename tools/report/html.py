@@ -1,6 +1,8 @@
-"""The report as one HTML file: nothing from elsewhere, no script, light and dark, for screens, phones and paper.
+"""The report as one HTML file: nothing from elsewhere, no script, light and dark, for screens,
+phones and paper.
 
-Level 2: from `Report` to text. Everything that is shown goes through `escape`. It must not know runs, rows or files.
+Level 2: from `Report` to text. Everything that is shown goes through `escape`. It must not know
+runs, rows or files.
 """
 
 from __future__ import annotations
@@ -13,14 +15,20 @@ from tools.report import charts
 from tools.report.records import Cell, Report, RunPage, Section, Table
 from tools.report.style import STYLE
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action "
+    "'none'"
+)
 
 WORDY, LONG = 20, 60  # letters from which on a cell wants room, and much of it
 
 
 def escape(text: str) -> str:
-    """Safe in HTML text and attributes; what no screen shows (controls, half characters) as an escape sequence."""
-    shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    """Safe in HTML text and attributes; what no screen shows (controls, half characters) as an
+    escape sequence."""
+    shown = "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
     return escape_html(shown, quote=True)
 
 
@@ -28,7 +36,9 @@ def write_page(report: Report) -> str:
     """The whole file."""
     anchors = [(section.anchor, section.title) for section in report.sections]
     anchors += [("runs", "Runs")] if report.runs else []
-    links = "".join(f'<li><a href="#{anchor}">{escape(title)}</a></li>' for anchor, title in anchors)
+    links = "".join(
+        f'<li><a href="#{anchor}">{escape(title)}</a></li>' for anchor, title in anchors
+    )
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
@@ -51,12 +61,12 @@ def _paragraphs(texts: Iterable[str]) -> str:
 
 def _section(section: Section) -> str:
     tables = "\n".join(
-        _table(table, f"{section.anchor}-{place}") for place, table in enumerate(section.tables, start=1)
+        _table(table, f"{section.anchor}-{place}")
+        for place, table in enumerate(section.tables, start=1)
     )
     head = f'<section id="{section.anchor}" aria-labelledby="{section.anchor}-h">'
-    return (
-        f'{head}<h2 id="{section.anchor}-h">{escape(section.title)}</h2>{_paragraphs(section.lead)}{tables}</section>'
-    )
+    title = f'<h2 id="{section.anchor}-h">{escape(section.title)}</h2>'
+    return f"{head}{title}{_paragraphs(section.lead)}{tables}</section>"
 
 
 def _table(table: Table, anchor: str) -> str:
@@ -74,7 +84,9 @@ def _table(table: Table, anchor: str) -> str:
         f"<caption><span>{title}</span></caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
-    drawn = "".join(charts.draw(chart, f"{anchor}-c{place}") for place, chart in enumerate(table.charts))
+    drawn = "".join(
+        charts.draw(chart, f"{anchor}-c{place}") for place, chart in enumerate(table.charts)
+    )
     body = grid + notes + (f'<div class="charts wide">{drawn}</div>' if drawn else "")
     if table.folded:
         return f"<details><summary>{title}</summary>{body}</details>"
@@ -106,8 +118,13 @@ def _runs(runs: list[RunPage]) -> Iterable[str]:
 
 def _run(run: RunPage) -> str:
     name = f"run-{run.number}"
-    facts = "".join(f"<dt>{escape(fact)}</dt><dd>{escape(value)}</dd>" for fact, value in [*run.facts, *run.setting])
-    drawn = "".join(charts.draw(chart, f"{name}-c{place}") for place, chart in enumerate(run.charts))
+    facts = "".join(
+        f"<dt>{escape(fact)}</dt><dd>{escape(value)}</dd>"
+        for fact, value in [*run.facts, *run.setting]
+    )
+    drawn = "".join(
+        charts.draw(chart, f"{name}-c{place}") for place, chart in enumerate(run.charts)
+    )
     parts = [
         f'<article id="{name}" aria-labelledby="{name}-h"><h3 id="{name}-h">{escape(run.name)} ',
         f'<span class="state{"" if run.is_finished else " open"}">{escape(run.state)}</span></h3>',
@@ -119,13 +136,17 @@ def _run(run: RunPage) -> str:
     if run.picture is not None:
         data = base64.b64encode(run.picture.data).decode("ascii")
         parts.append(
-            f'<details open><summary>What was mixed after the last epoch</summary><img alt="Pairs of images and what '
-            f'became of them, drawn by the run" width="{run.picture.width}" height="{run.picture.height}" '
+            '<details open><summary>What was mixed after the last epoch</summary><img alt="Pairs '
+            "of images and what "
+            f'became of them, drawn by the run" width="{run.picture.width}" '
+            f'height="{run.picture.height}" '
             f'src="data:image/{run.picture.kind};base64,{data}"></details>'
         )
     if run.flags:
         flags = [Cell(name) for name in ("flag", "value", "default")]
         rows = [[Cell(text) for text in flag] for flag in run.flags]
         title = f"Flags of the recipe that differ from the defaults: {len(rows)}"
-        parts.append(_table(Table(title, [cell.text for cell in flags], rows, [], folded=True), f"{name}-f"))
+        parts.append(
+            _table(Table(title, [cell.text for cell in flags], rows, [], folded=True), f"{name}-f")
+        )
     return "".join([*parts, "</article>"])

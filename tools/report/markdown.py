@@ -1,6 +1,7 @@
 """The report as Markdown: the same tables and runs, without curves and pictures.
 
-Level 2: from `Report` to text. Everything that is shown goes through `escape`. It must not know runs, rows or files.
+Level 2: from `Report` to text. Everything that is shown goes through `escape`. It must not know
+runs, rows or files.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from tools.report.records import Cell, Report, RunPage, Section, Table
 
 def escape(text: str) -> str:
     """Safe in a line of Markdown and in a cell of a table: no markup, no HTML, no line breaks."""
-    shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    shown = "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
     shown = re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", shown)
     return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
@@ -45,7 +48,11 @@ def _section(section: Section) -> Iterable[str]:
 
 def _table(table: Table) -> str:
     rule = ["---:" if place in table.numeric else "---" for place in range(len(table.header))]
-    rows = [[escape(name) for name in table.header], rule, *([_cell(cell) for cell in row] for row in table.rows)]
+    rows = [
+        [escape(name) for name in table.header],
+        rule,
+        *([_cell(cell) for cell in row] for row in table.rows),
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -1,4 +1,5 @@
-"""What the parts of the report hand to each other: a run, a row of the paper, where a run belongs, and the page.
+"""What the parts of the report hand to each other: a run, a row of the paper, where a run belongs,
+and the page.
 
 Level 0: imports nothing from the project, computes nothing but means.
 """
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# -------------------------------------------------------------------------------------------------- what was run
+# ------------------------------------------------------------------------------------- what was run
 
 
 @dataclass
@@ -74,12 +75,19 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the log has every epoch that was asked for, and a top-1 accuracy of the last one."""
-        return self.done == self.planned and not self.missing and self.top1 is not None and not self.is_cut
+        """Whether the log has every epoch that was asked for, and a top-1 accuracy of the last
+        one."""
+        return (
+            self.done == self.planned
+            and not self.missing
+            and self.top1 is not None
+            and not self.is_cut
+        )
 
     @property
     def is_cut(self) -> bool:
-        """Whether it ended as --max-steps says, before its last epoch was over, with something measured."""
+        """Whether it ended as --max-steps says, before its last epoch was over, with something
+        measured."""
         is_over = self.status.get("state") == "done" and self.status.get("epoch") != self.planned
         return bool(self.args.get("max_steps")) and is_over and self.top1 is not None
 
@@ -99,7 +107,8 @@ class Run:
 
     @property
     def course(self) -> list[Start]:
-        """The starts that this run is made of: from the last one that began anew, those that trained."""
+        """The starts that this run is made of: from the last one that began anew, those that
+        trained."""
         trained = [start for start in self.starts if start.trained]
         anew = [place for place, start in enumerate(trained) if not start.resumed]
         return trained[anew[-1] :] if anew else trained
@@ -117,7 +126,7 @@ class Skipped(NamedTuple):
     reason: str
 
 
-# ------------------------------------------------------------------------------------------ the paper's tables
+# ------------------------------------------------------------------------------- the paper's tables
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,8 @@ class Row:
         label: of the row, to be read.
         model: of scripts/, the column.
         figure: the paper's top-1 in percent; None where it has none.
-        words: the arguments of main.py without data and output; empty where the row is not available yet.
+        words: the arguments of main.py without data and output; empty where the row is not
+            available yet.
         small: whether it is a rehearsal.
         title: of the table.
         script: its name in scripts/tables/.
@@ -164,7 +174,8 @@ class Result:
     unfinished: list[Run] = field(default_factory=list)
 
     def spread(self, name: str = "test_acc1") -> Spread | None:
-        """Of a value of the last epoch, over seeds: runs of one seed are averaged first. None without such values."""
+        """Of a value of the last epoch, over seeds: runs of one seed are averaged first. None
+        without such values."""
         values = [(run.args["seed"], run.last(name)) for run in self.finished]
         return spread_of([(seed, value) for seed, value in values if value is not None])
 
@@ -189,7 +200,8 @@ class Other(NamedTuple):
 
 @dataclass
 class Sorted:
-    """Where every run belongs; each list of results has all rows of its kind, or for `cut` those of tables with a run.
+    """Where every run belongs; each list of results has all rows of its kind, or for `cut` those of
+    tables with a run.
 
     Attributes:
         cut: rehearsals with fewer epochs or steps than their row, by what was cut.
@@ -201,11 +213,12 @@ class Sorted:
     others: list[Other]
 
 
-# ---------------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 class Series(NamedTuple):
-    """A line of a chart: its points (x, y) in the order of x; where y is None the line is broken."""
+    """A line of a chart: its points (x, y) in the order of x; where y is None the line is
+    broken."""
 
     name: str
     points: list[tuple[float, float | None]]
@@ -227,7 +240,8 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table with a title, and what is to be said below it; `numeric` are the columns of numbers."""
+    """A table with a title, and what is to be said below it; `numeric` are the columns of
+    numbers."""
 
     title: str
     header: list[str]

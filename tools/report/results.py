@@ -1,6 +1,7 @@
 """What the report says, before it has a form: the tables of results, and a page for each run.
 
-Level 2: from sorted runs to text and numbers. It must not know HTML or Markdown, nor where anything lies on the disk.
+Level 2: from sorted runs to text and numbers. It must not know HTML or Markdown, nor where anything
+lies on the disk.
 """
 
 from __future__ import annotations
@@ -27,21 +28,30 @@ from tools.report.records import (
 )
 
 MEANING = (
-    "Top-1 accuracy in percent, on the whole validation set, of the model as it is after its last epoch. EMA is the "
-    "same of its averaged weights, where a run keeps them. Ours: mean ± standard deviation over seeds (n − 1)."
+    "Top-1 accuracy in percent, on the whole validation set, of the model as it is after its last "
+    "epoch. EMA is the "
+    "same of its averaged weights, where a run keeps them. Ours: mean ± standard deviation over "
+    "seeds (n − 1)."
 )
 BELONGING = (
-    "A run counts in a row only if every flag of its recipe, the total batch and the data are the row's; seed, device, "
+    "A run counts in a row only if every flag of its recipe, the total batch and the data are the "
+    "row's; seed, device, "
     "loader processes and folders are free. A run that is not finished counts nowhere."
 )
 REHEARSAL = (
-    "Not a reproduction. Setting: CIFAR-10, short of data: {setting}, {models}. {why} The paper's figure stands beside "
+    "Not a reproduction. Setting: CIFAR-10, short of data: {setting}, {models}. {why} The paper's "
+    "figure stands beside "
     "as a reference only: it is of another data set, ImageNet-1k, and of another model."
 )
-WHOLE = "It is short of data on purpose: in trials of this length a network this small gained from mixing only there."
+WHOLE = (
+    "It is short of data on purpose: in trials of this length a network this small gained from "
+    "mixing only there."
+)
 CUT = (
-    "These rehearsals are shorter than their rows ask: {cut}. They stand apart and count in no other table. SMMix "
-    "starts slower than other mixing and ended higher in long trials only: a ranking at this length tells nothing "
+    "These rehearsals are shorter than their rows ask: {cut}. They stand apart and count in no "
+    "other table. SMMix "
+    "starts slower than other mixing and ended higher in long trials only: a ranking at this "
+    "length tells nothing "
     "about the full length."
 )
 OURS, EMA = "ours, CIFAR-10", "EMA, CIFAR-10"  # of a rehearsal
@@ -57,7 +67,10 @@ class Words:
 
     def links(self, result: Result) -> Cell:
         finished = [(self.numbers[run.name], f"seed {run.args['seed']}") for run in result.finished]
-        others = [(self.numbers[run.name], f"seed {run.args['seed']}, {progress(run)}") for run in result.unfinished]
+        others = [
+            (self.numbers[run.name], f"seed {run.args['seed']}, {progress(run)}")
+            for run in result.unfinished
+        ]
         return Cell("" if finished or others else "–", (*finished, *others))
 
 
@@ -84,7 +97,9 @@ def signed(value: float) -> str:
 def described(spread: Spread | None) -> str:
     if spread is None:
         return "–"
-    return number(spread.mean) + ("" if spread.deviation is None else f" ± {number(spread.deviation)}")
+    return number(spread.mean) + (
+        "" if spread.deviation is None else f" ± {number(spread.deviation)}"
+    )
 
 
 def seeds(spread: Spread | None) -> str:
@@ -100,7 +115,7 @@ def ours(result: Result) -> str:
     return "not run" if result.row.words else "not available yet"
 
 
-# ------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def table_name(table: str) -> str:
@@ -123,7 +138,9 @@ def recipe(row: Row) -> str:
 def how_to_run(results: Sequence[Result], small: bool) -> str:
     scripts = list(dict.fromkeys(result.row.script for result in results))
     flag = " --small" if small else " --row NAME"
-    lines = " or ".join(f"bash scripts/tables/{script}{flag} --data-path FOLDER" for script in scripts)
+    lines = " or ".join(
+        f"bash scripts/tables/{script}{flag} --data-path FOLDER" for script in scripts
+    )
     return f"To run rows of it: {lines}"
 
 
@@ -132,7 +149,10 @@ def repeated_seeds(results: Iterable[Result]) -> Iterable[str]:
         seeds = sorted(run.args["seed"] for run in result.finished)
         for seed, same in groupby(seeds):
             if (count := len(list(same))) > 1:
-                yield f"{recipe(result.row)}: seed {seed} was run {count} times; their mean counts as one seed."
+                yield (
+                    f"{recipe(result.row)}: seed {seed} was run {count} times; their mean counts "
+                    "as one seed."
+                )
 
 
 def curves(results: Sequence[Result]) -> tuple[Chart, ...]:
@@ -174,7 +194,9 @@ def full_table(results: Sequence[Result], words: Words) -> Table:
     return Table(title, header, rows, notes, numeric, curves(results), folded=not was_run)
 
 
-def without_empty(header: list[str], rows: list[list[Cell]], name: str) -> tuple[list[str], list[list[Cell]]]:
+def without_empty(
+    header: list[str], rows: list[list[Cell]], name: str
+) -> tuple[list[str], list[list[Cell]]]:
     """A table without the column of this name, if nothing is in it."""
     place = header.index(name)
     if any(row[place].text != "–" for row in rows):
@@ -188,7 +210,11 @@ def small_table(results: Sequence[Result], papers: Sequence[Row], words: Words) 
     rows = []
     for result in results:
         row = result.row
-        found = [one for one in papers if (one.table, one.name) == (row.table, row.name) and one.figure is not None]
+        found = [
+            one
+            for one in papers
+            if (one.table, one.name) == (row.table, row.name) and one.figure is not None
+        ]
         ema = described(result.spread("test_ema_acc1"))
         texts = [row.label, ours(result), seeds(result.spread()), ema, reference(found)]
         rows.append([*(Cell(text) for text in texts), words.links(result), Cell(recipe(row))])
@@ -207,7 +233,7 @@ def reference(rows: Sequence[Row]) -> str:
     return f"{min(figures):.1f} to {max(figures):.1f} ({len(figures)} models)"
 
 
-# ------------------------------------------------------------------------------------------------------ sections
+# ----------------------------------------------------------------------------------------- sections
 
 
 def full_section(found: Sorted, words: Words) -> Section:
@@ -217,7 +243,8 @@ def full_section(found: Sorted, words: Words) -> Section:
 
 
 def setting_of(rows: Iterable[Row], with_epochs: bool = True) -> str:
-    """What the rehearsals' commands have in common, in words: images and epochs, or images alone."""
+    """What the rehearsals' commands have in common, in words: images and epochs, or images
+    alone."""
     settings = []
     for row in rows:
         given = dict(re.findall(r"--(subset|epochs) (\d+)", " ".join(row.words)))
@@ -240,7 +267,9 @@ def small_sections(found: Sorted, words: Words) -> Iterable[Section]:
             none.append(table_name(results[0].row.table))
     if found.small:
         without = [f"Not run as a rehearsal: {', '.join(none)}."] if none else []
-        yield Section("Rehearsals on CIFAR-10, not a reproduction", "rehearsals", [lead, *without], tables)
+        yield Section(
+            "Rehearsals on CIFAR-10, not a reproduction", "rehearsals", [lead, *without], tables
+        )
     for place, (cut, results) in enumerate(found.cut.items(), start=1):
         images = setting_of(rows, with_epochs=False)
         told = REHEARSAL.format(models=models, setting=images, why=CUT.format(cut=cut))
@@ -259,28 +288,41 @@ def other_section(others: Sequence[Other], words: Words) -> Section | None:
         values = ["–" if value is None else number(value) for value in (run.top1, run.ema)]
         cells = [Cell(text) for text in (progress(run), *values, row, "; ".join(texts) or "–")]
         rows.append([Cell("", ((words.numbers[run.name], run.name),)), *cells])
-    lead = ["Their recipe, data or total batch is no row's, or rows look through them. They count in no table."]
-    return Section("Other runs", "others", lead, [Table("Runs that fit no row", header, rows, [], (2, 3))])
+    lead = [
+        "Their recipe, data or total batch is no row's, or rows look through them. They count in "
+        "no table."
+    ]
+    return Section(
+        "Other runs", "others", lead, [Table("Runs that fit no row", header, rows, [], (2, 3))]
+    )
 
 
 def skipped_section(skipped: Sequence[Skipped]) -> Section | None:
     if not skipped:
         return None
     rows = [[Cell(name), Cell(reason)] for name, reason in skipped]
-    return Section("Folders left out", "skipped", [], [Table("Folders left out", ["folder", "why"], rows, [])])
+    return Section(
+        "Folders left out", "skipped", [], [Table("Folders left out", ["folder", "why"], rows, [])]
+    )
 
 
 def build(root: str, runs: Sequence[Run], skipped: Sequence[Skipped], found: Sorted) -> Report:
     """Everything but the pages of the runs, which `report.py` adds."""
     words = Words(runs)
     sections = [full_section(found, words), *small_sections(found, words)]
-    sections += [section for section in (other_section(found.others, words), skipped_section(skipped)) if section]
+    sections += [
+        section
+        for section in (other_section(found.others, words), skipped_section(skipped))
+        if section
+    ]
     finished = sum(run.is_finished for run in runs)
     there = [result for result in found.full if result.row.words]
     lead = [
-        f"Run folders in {root}: {len(runs)}, of them finished: {finished}, of no row of the paper: "
+        f"Run folders in {root}: {len(runs)}, of them finished: {finished}, of no row of the "
+        "paper: "
         f"{len(found.others)}. Folders left out: {len(skipped)}.",
-        f"Rows of the paper that can be run here: {len(there)}, of them with a finished run on ImageNet-1k: "
+        f"Rows of the paper that can be run here: {len(there)}, of them with a finished run on "
+        "ImageNet-1k: "
         f"{sum(bool(result.finished) for result in there)}.",
     ]
     return Report("SMMix: a report of runs", lead, sections, [])
