@@ -1,15 +1,17 @@
 """The training step, the motivating pass and evaluation.
 
-Owns device moves, autocast, eval mode and finiteness. Knows no model family, no mixing method, no
-flags and writes no files. Nothing here reads a device value outside logging steps: values stay on
-the device until `Meters` reads them. Optimizers without a fused form are the exception: torch's
-scaler then reads once per step whether to skip it.
+Owns device moves, autocast, eval mode and non-finite values. Knows no model family, no mixing
+method and no flags, and writes no files. Nothing here reads a device value outside logging steps:
+values stay on the device until `Meters` reads them. Optimizers without a fused form are the
+exception: torch's scaler then reads once per step whether to skip it.
+
+Letters: B batch, C channels, H height, W width, K classes, M boxes, L operations.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -21,60 +23,55 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 import utils
 from losses import Criterion, Terms
 from mixers.interface import Guide, MixedBatch, StepRandom
-from models.interface import Depth, Glance, ImageModel, resample_score
+from mixers.switch import Switch
+from models.interface import Depth, GuideOutput, ImageModel, resample_score
+from pipeline.samples import Batch
 from training import optim
 from training.meters import Meters
-from training.nonfinite import Health, Seen
+from training.nonfinite import NonFiniteGuard
 from training.precision import Autocast, eval_mode
-
-LOADED = (
-    "images",
-    "labels",
-    "indices",
-    "boxes",
-    "operations",
-)  # what a loader gives: the first three, or all
 
 
 def make_guide(
     model: ImageModel,
     autocast: Autocast,
-    call: Callable[..., Glance] | None = None,
+    call: Callable[..., GuideOutput] | None = None,
     size: tuple[int, int] | None = None,
     block: Depth = None,
     predict: bool = True,
     grid: tuple[int, int] | None = None,
 ) -> Guide:
-    """The motivating pass: a model, as a rule that under training, unwrapped, in eval mode, without
-    gradient.
+    """The guide: clean images (B, C, H, W) -> their score and logits.
+
+    It runs the motivating pass: one forward pass in eval mode without gradients, normally through
+    the (unwrapped) model being trained.
 
     Args:
-        autocast: the run's, or that of another precision for this pass alone.
-        call: what to call in the place of `model.look`, such as its compiled form.
-        size: height and width in pixels to show the images at; default: as they are.
-        block, predict: where the score is read, and whether the pass goes on to the prediction; see
-            `look`.
-        grid: where the score is used, if that is not the model's own token grid.
+        model: the motivator.
+        autocast: the run's own, or that of another precision for this pass alone.
+        call: called instead of `model.motivating_pass`, such as its compiled form.
+        size: height and width in pixels to which the images are resized; default: not resized.
+        block: the block whose attention is the score; default: the last.
+        predict: false ends the pass where the score is known; there are no logits then.
+        grid: the grid that the score is wanted on, if it is not the model's own.
     """
-    look, own = call or model.look, model.grid_size
+    motivating_pass, own_grid = call or model.motivating_pass, model.grid_size
 
-    def guide(images: Tensor) -> Glance:
-        # An autocast context of its own: weights cast under no_grad must not be cached for the pass
-        # that learns.
+    def guide(images: Tensor) -> GuideOutput:
+        # Its own autocast context: a weight that is cast here, without gradient, must not be taken
+        # from autocast's cache in the forward pass that needs its gradient.
         with eval_mode(model), torch.no_grad(), autocast():
-            seen = look(images, size, block, predict)
-        return (
-            seen
-            if grid in (None, own)
-            else Glance(seen.logits, resample_score(seen.image_attention, own, grid))
-        )
+            output = motivating_pass(images, size, block, predict)
+        if grid in (None, own_grid):
+            return output
+        score = resample_score(output.image_attention, own_grid, grid)
+        return GuideOutput(output.logits, score)
 
     return guide
 
 
 def make_teacher(model: nn.Module, autocast: Autocast) -> Callable[[Tensor], Tensor]:
-    """A frozen network as a function from images (B, C, height, width) to what it gives: logits, or
-    features."""
+    """A frozen network as a function without gradient: images -> its logits or features."""
     model.eval().requires_grad_(False)
 
     def teacher(images: Tensor) -> Tensor:
@@ -85,8 +82,7 @@ def make_teacher(model: nn.Module, autocast: Autocast) -> Callable[[Tensor], Ten
 
 
 def settle_labels(model: ImageModel, batch: MixedBatch, autocast: Autocast) -> MixedBatch:
-    """The batch with its final labels, outside training: some are known only after the model has
-    seen it."""
+    """The batch with its final labels, outside training: some need a forward pass (TransMix)."""
     if batch.relabel is None:
         return batch
     with eval_mode(model), torch.no_grad(), autocast():
@@ -94,33 +90,32 @@ def settle_labels(model: ImageModel, batch: MixedBatch, autocast: Autocast) -> M
 
 
 def to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Moves without waiting (from pinned memory)."""
+    """Copies to the device; from pinned memory the host does not wait."""
     return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
 @dataclass
 class Training:
-    """Everything one optimizer step touches.
+    """Everything one optimizer step needs.
 
     Args:
-        model: what the step calls: the model itself, or its DDP or compiled form.
-        mixer: images, labels, guide and generators -> `MixedBatch`.
-        ema: updated after each step if there is one (timm's `ModelEmaV3`).
-        module: the unwrapped model, which `ema` averages.
-        accum_steps: micro-batches per optimizer step.
-        health: counts the updates that were left out because they were not finite.
-        fixed_scale: the loss is not scaled (all but fp16), so nothing may change its scale of 1.
-        memory_format: of the images, to match the model's.
-        finish: pixels (B, C, height, width) uint8 and boxes (B, M, 4), both on the device, and
-            operations (B, L, 8) on the host -> images as the model takes them: augmented,
-            normalised, erased. Float images are taken as they come.
-        after_update: told the number of each step that is done; a schedule by update is.
+        module: the model without wrappers, which `ema` averages.
+        model: what the step calls: `module` itself, or its DDP or compiled form.
+        mixer: clean images and labels, guide and generators -> `MixedBatch`.
+        ema: the average (timm's `ModelEmaV3`), updated after each step; None for none.
+        accum_steps: micro-batches per step.
+        nonfinite: skips steps whose gradient is NaN or inf, and counts them.
+        fixed_scale: the loss is not scaled (all but fp16), so the scaler must keep its scale of 1.
+        memory_format: of the images; the model's.
+        finish: (images (B, C, H, W) uint8 and boxes (B, M, 4) on the device, operations (B, L, 8)
+            on the host) -> images as the model takes them: augmented, normalised, erased.
+        after_update: called with the step number after every update, such as a schedule's.
     """
 
     module: ImageModel
     model: nn.Module
     criterion: Criterion
-    mixer: Callable[[Tensor, Tensor, Guide, StepRandom], MixedBatch]
+    mixer: Switch
     guide: Guide
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -135,34 +130,174 @@ class Training:
     after_update: Callable[[int], None] | None = None
     memory_format: torch.memory_format = torch.contiguous_format
     finish: Callable[..., Tensor] | None = None
-    health: Health = field(default=cast(Any, None))
+    nonfinite: NonFiniteGuard = field(default=cast(Any, None))
 
     def __post_init__(self) -> None:
-        self.health = self.health or Health(self.processes)
+        self.nonfinite = self.nonfinite or NonFiniteGuard(self.processes)
 
     def random(self, step: int, micro: int) -> StepRandom:
-        """The generators of one micro-batch, from its position alone."""
+        """The generators of one micro-batch, keyed by its place alone."""
         shared = utils.keyed_generator("shared", self.seed, step, micro)
-        return StepRandom(
-            shared, utils.keyed_generator("mix", self.seed, step, micro, self.processes.rank)
-        )
+        own = utils.keyed_generator("mix", self.seed, step, micro, self.processes.rank)
+        return StepRandom(shared, own)
 
-    def syncing(self, micro: int) -> AbstractContextManager[None]:
-        """DDP adds gradients over ranks in the last backward of a step only."""
-        last = micro == self.accum_steps - 1
-        return (
-            nullcontext()
-            if last or self.processes.world_size == 1
-            else cast(Any, self.model).no_sync()
-        )
+    def sync_gradients(self, micro: int) -> AbstractContextManager[None]:
+        """DDP sums gradients over ranks in the last backward of a step only."""
+        is_last = micro == self.accum_steps - 1
+        if is_last or self.processes.world_size == 1:
+            return nullcontext()
+        return cast(Any, self.model).no_sync()
+
+
+# ------------------------------------------------------------------------------------- the step
+
+
+def train_step(training: Training, batches: Sequence[Batch], step: int, meters: Meters) -> None:
+    """One optimizer step: the paper's Eq. 15 on each micro-batch, then one update.
+
+    Args:
+        batches: the micro-batches, on the host.
+        step: its number since the beginning of the run; with the rank it keys all randomness.
+        meters: receives the loss terms as device tensors.
+    """
+    for micro, batch in enumerate(batches):
+        meters.update(**forward_backward(training, batch, step, micro))
+    meters.update(grad_norm=update_weights(training))
+    if training.after_update is not None:
+        training.after_update(step)
+
+
+def forward_backward(training: Training, batch: Batch, step: int, micro: int) -> dict[str, Tensor]:
+    """Forward and backward of one micro-batch. Returns its loss terms for the log."""
+    # The last micro-batch was kept for a report on non-finite values; this one needs its memory.
+    training.nonfinite.release()
+
+    # Receive: pixels to the device, augmented and normalised there.
+    images, labels = receive(training, batch, step, micro)
+
+    # Mix (Sec. 4.1). The mixer calls the guide if it needs it: the model's score and logits on the
+    # clean images, from one extra forward pass without gradient.
+    utils.seed_globals("forward", training.seed, step, micro, training.processes.rank)
+    mixed = training.mixer(images, labels, training.guide, training.random(step, micro))
+
+    with training.sync_gradients(micro):
+        # Forward: logits of the mixed images and, where the batch has a mask, of its two regions.
+        with training.autocast():
+            output = training.model(**mixed.forward_inputs())
+        mixed = mixed.after_forward(output)  # TransMix's labels depend on this forward pass
+
+        # Loss, in float32: L_total = L_cls + L_fine + L_con (Eq. 15).
+        terms = training.criterion(output, mixed)
+
+        # A loss that is NaN or inf makes all gradients of this step NaN, and the step is skipped.
+        loss = training.nonfinite.guard(terms, step, batch, mixed)
+
+        # Backward. Micro-batches add up to the mean gradient of the step.
+        training.scaler.scale(loss / training.accum_steps).backward()
+    return loss_terms(terms, mixed, labels)
+
+
+def receive(training: Training, batch: Batch, step: int, micro: int) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W) and labels of one micro-batch, on the device.
+
+    Float images are taken as they are. Pixels are finished there: RandAugment if it was left to
+    the device, normalised, erased. The noise that fills erased boxes is keyed by the step.
+    """
+    images, labels = to_device(training.processes.device, batch.images, batch.labels)
+    images = images.contiguous(memory_format=training.memory_format)
+    if images.is_floating_point():
+        return images, labels
+    assert training.finish is not None, "pixels need `finish`"
+    (boxes,) = to_device(training.processes.device, cast(Tensor, batch.boxes))
+    utils.seed_globals("erase", training.seed, step, micro, training.processes.rank)
+    return training.finish(images, boxes, batch.operations), labels
+
+
+def update_weights(training: Training) -> Tensor:
+    """Unscale, clip, step, clear, average. Returns the gradient's norm before clipping.
+
+    The norm stays on the device. Where it is not finite nothing changes: no weight, no average, no
+    state of the optimizer.
+    """
+    training.scaler.unscale_(training.optimizer)
+    groups = training.optimizer.param_groups
+    held = (parameter for group in groups for parameter in group["params"])
+    parameters = [parameter for parameter in held if parameter.grad is not None]
+    norm = get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+    if training.clip_grad is not None:
+        clip_grads_with_norm_(parameters, training.clip_grad, norm)
+    if training.scaler.is_enabled() or bool(norm.isfinite()):
+        training.scaler.step(training.optimizer)
+        keep_scale = training.fixed_scale and training.scaler.is_enabled()
+        training.scaler.update(1.0 if keep_scale else None)
+    training.optimizer.zero_grad(set_to_none=True)
+    was_updated = training.nonfinite.count(norm)
+    if training.ema is not None:
+        optim.update_average(training.ema, training.module, was_updated)
+    return norm
+
+
+def loss_terms(terms: Terms, mixed: MixedBatch, labels: Tensor) -> dict[str, Tensor]:
+    """The loss terms under the names of the log, and the guide's top-1 on the clean images."""
+    values = {
+        "loss" if name == "total" else f"loss_{name}": term.detach() for name, term in terms.items()
+    }
+    if mixed.clean_logits is not None and labels.ndim == 1:
+        values["clean_acc1"] = (mixed.clean_logits.argmax(dim=-1) == labels).float().mean() * 100
+    return values
+
+
+# ------------------------------------------------------------------------------ epochs, evaluation
+
+
+def train_one_epoch(
+    training: Training,
+    loader: Iterable[Batch],
+    *,
+    first_step: int,
+    meters: Meters,
+    on_log: Callable[[int, dict[str, float], str | None], None],
+    after_step: Callable[[list[Batch]], bool] = lambda batches: False,
+    log_every: int = 10,
+) -> bool:
+    """Trains on every batch of the loader, or until `after_step` says stop.
+
+    Args:
+        loader: micro-batches; their number is a multiple of `training.accum_steps`.
+        first_step: number of the first step, since the beginning of the run.
+        meters: receives the loss terms; it may hold those of the epoch's first part already.
+        on_log: called every `log_every` steps with the step, the means since the last call, and a
+            warning about skipped steps or None. It is also called, with empty means, when so many
+            steps may have been skipped in a row that the run must end.
+        after_step: called after each step with its micro-batches, on the host; true stops.
+
+    Returns:
+        Whether `after_step` stopped it.
+
+    Raises:
+        NonFiniteLoss: see `training.nonfinite.NonFiniteGuard.check`.
+    """
+    training.model.train(training.train_mode)
+    micro_batches = iter(loader)
+    for step in itertools.count(first_step):
+        batches = list(itertools.islice(micro_batches, training.accum_steps))
+        if not batches:
+            break
+        train_step(training, batches, step, meters)
+        is_logged = (step + 1) % log_every == 0
+        if is_logged or (step + 1) % training.nonfinite.limit == 0:
+            on_log(step, meters.recent() if is_logged else {}, training.nonfinite.check())
+        if after_step(batches):
+            return True
+    return False
 
 
 def warm_up(training: Training, image_size: tuple[int, int]) -> None:
     """One forward and backward pass through DDP without any effect, before the first step.
 
-    DDP orders its gradient buckets anew after its first pass. A run that goes on begins again with
-    the first order, and with three ranks or more would add its gradients in another order than one
-    that was never interrupted.
+    DDP orders its gradient buckets anew after its first pass. A resumed run starts with the first
+    order again. With three ranks or more it would therefore add gradients in another order than a
+    run that was never interrupted.
 
     Args:
         image_size: height and width in pixels.
@@ -175,7 +310,7 @@ def warm_up(training: Training, image_size: tuple[int, int]) -> None:
     with training.autocast():
         images = torch.zeros(2, 3, *image_size, device=training.processes.device)
         output = wrapped(images.contiguous(memory_format=training.memory_format))
-    given = [logits for logits in (output.logits, output.distillation_logits) if logits is not None]
+    given = [part for part in (output.logits, output.distillation_logits) if part is not None]
     (0.0 * torch.stack([logits.float().sum() for logits in given]).sum()).backward()
     training.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
@@ -183,155 +318,16 @@ def warm_up(training: Training, image_size: tuple[int, int]) -> None:
             value.copy_(buffers[name])
 
 
-def receive(
-    training: Training, micro_batch: tuple[Tensor, ...], step: int, micro: int
-) -> tuple[Tensor, Tensor]:
-    """Images and labels of one micro-batch on the device; pixels are finished there, with noise
-    keyed by the step."""
-    host_images, host_labels, _, *rest = micro_batch
-    images, labels, *boxes = to_device(
-        training.processes.device, host_images, host_labels, *rest[:1]
-    )
-    images = images.contiguous(memory_format=training.memory_format)
-    if not images.is_floating_point():
-        assert training.finish is not None, "pixels need `finish`"
-        utils.seed_globals("erase", training.seed, step, micro, training.processes.rank)
-        images = training.finish(images, *boxes, *rest[1:])
-    return images, labels
-
-
-def train_step(
-    training: Training, micro_batches: list[tuple[Tensor, ...]], step: int, meters: Meters
-) -> None:
-    """One optimizer step.
-
-    Args:
-        micro_batches: (images (B, C, height, width), labels (B,), indices (B,)) each, on the host;
-            with uint8 images also the boxes (B, M, 4) to erase and the operations (B, L, 8).
-        step: number of the step since the beginning of the run; with the rank it keys all of its
-            randomness.
-        meters: receives the loss terms as device tensors.
-    """
-    for micro, micro_batch in enumerate(micro_batches):
-        meters.update(**_learn(training, micro_batch, step, micro))
-    meters.update(grad_norm=update_weights(training))
-    if training.after_update is not None:
-        training.after_update(step)
-
-
-def _learn(
-    training: Training, micro_batch: tuple[Tensor, ...], step: int, micro: int
-) -> dict[str, Tensor]:
-    """Adds the gradients of one micro-batch; returns what the log has of it. Nothing else of it
-    stays in memory, but what a report would need, until the next one comes."""
-    training.health.let_go()
-    images, labels = receive(training, micro_batch, step, micro)
-    utils.seed_globals(
-        "forward", training.seed, step, micro, training.processes.rank
-    )  # dropout, drop path
-    batch = training.mixer(images, labels, training.guide, training.random(step, micro))
-    with training.syncing(micro):
-        with training.autocast():
-            output = training.model(**batch.forward_inputs())
-        batch = batch.after_forward(output)
-        terms = training.criterion(output, batch)
-        seen = Seen(step, micro_batch[2], {name: term.detach() for name, term in terms.items()})
-        mixed = {"mixed_images": batch.images, "mixed_labels": batch.labels}
-        factor = training.health.watch(seen, dict(zip(LOADED, micro_batch, strict=False)), mixed)
-        training.scaler.scale(terms["total"] * factor / training.accum_steps).backward()
-    return _logged(terms, batch, labels)
-
-
-def update_weights(training: Training) -> Tensor:
-    """Unscale, clip, step, clear, average. Returns the gradient's norm before clipping, on the
-    device.
-
-    Where the norm is not finite nothing changes: no weight, no average, no state of the optimizer.
-    """
-    training.scaler.unscale_(training.optimizer)
-    held = (parameter for group in training.optimizer.param_groups for parameter in group["params"])
-    parameters = [parameter for parameter in held if parameter.grad is not None]
-    norm = get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
-    if training.clip_grad is not None:
-        clip_grads_with_norm_(parameters, training.clip_grad, norm)
-    if training.scaler.is_enabled() or bool(norm.isfinite()):
-        training.scaler.step(training.optimizer)
-        training.scaler.update(
-            1.0 if training.fixed_scale and training.scaler.is_enabled() else None
-        )
-    training.optimizer.zero_grad(set_to_none=True)
-    good = training.health.count(norm)
-    if training.ema is not None:
-        optim.update_average(training.ema, training.module, good)
-    return norm
-
-
-def _logged(terms: Terms, batch: MixedBatch, labels: Tensor) -> dict[str, Tensor]:
-    """The loss terms under the names of the log, and the guide's accuracy on the clean images,
-    which costs nothing."""
-    values = {
-        "loss" if name == "total" else f"loss_{name}": term.detach() for name, term in terms.items()
-    }
-    if batch.clean_logits is not None and labels.ndim == 1:
-        values["clean_acc1"] = (batch.clean_logits.argmax(dim=-1) == labels).float().mean() * 100
-    return values
-
-
-def train_one_epoch(
-    training: Training,
-    loader: Iterable[tuple[Tensor, ...]],
-    *,
-    first_step: int,
-    meters: Meters,
-    on_log: Callable[[int, dict[str, float], str | None], None],
-    after_step: Callable[[Tensor], bool] = lambda indices: False,
-    log_every: int = 10,
-) -> bool:
-    """Trains on everything the loader has, or until it is told to stop.
-
-    Args:
-        loader: micro-batches; their number is a multiple of `training.accum_steps`.
-        first_step: number of the first step, since the beginning of the run.
-        meters: receives the loss terms; goes on where an interrupted epoch left it.
-        on_log: called every `log_every` steps with the step, the means since the last call, and
-            what is to be said of updates that were left out; also, without means, where so many
-            could have been left out in a row that training ends.
-        after_step: called after each step with the indices of its images (B * accum_steps,), on the
-            host; true stops.
-
-    Returns:
-        Whether it was told to stop.
-
-    Raises:
-        NonFiniteLoss: see `training.nonfinite.Health.check`.
-    """
-    training.model.train(training.train_mode)
-    batches = iter(loader)
-    for step in itertools.count(first_step):
-        micro_batches = list(itertools.islice(batches, training.accum_steps))
-        if not micro_batches:
-            break
-        train_step(training, micro_batches, step, meters)
-        is_logged = (step + 1) % log_every == 0
-        if is_logged or (step + 1) % training.health.limit == 0:
-            on_log(step, meters.recent() if is_logged else {}, training.health.check())
-        if after_step(torch.cat([batch[2] for batch in micro_batches])):
-            return True
-    return False
-
-
 def evaluate_all(training: Training, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Figures of the model, `test_*`, and of its average where there is one, `test_ema_*`; see
-    `evaluate`."""
+    """Figures of the model, `test_*`, and of its average if there is one, `test_ema_*`."""
     models = {"test": training.module}
     if training.ema is not None:
         models["test_ema"] = training.ema.module
     stats = {}
     for prefix, model in models.items():
         figures = evaluate(model, loader, training.processes, training.autocast)
-        stats.update(
-            {f"{prefix}_{name}": value for name, value in figures.items() if name != "images"}
-        )
+        for name in ("acc1", "acc5", "loss"):
+            stats[f"{prefix}_{name}"] = figures[name]
     return stats
 
 

@@ -58,7 +58,7 @@ def _own_modules() -> _Iterator[None]:
             key: module for key, module in _sys.modules.items() if key.partition(".")[0] in names
         }
 
-    def is_ours(key: str, module: _ModuleType) -> bool:
+    def is_own_checkpoint(key: str, module: _ModuleType) -> bool:
         """By its place: an environment inside the project's folder may hold a package of the same
         name."""
         own = _ROOT / key.partition(".")[0]
@@ -69,7 +69,7 @@ def _own_modules() -> _Iterator[None]:
         )
 
     before = loaded()
-    if all(is_ours(key, module) for key, module in before.items()):
+    if all(is_own_checkpoint(key, module) for key, module in before.items()):
         yield
         return
     for key in before:

@@ -1,10 +1,9 @@
 """Training and evaluation: flags -> objects -> epochs.
 
-    torchrun --nproc_per_node=4 main.py --model deit_small_patch16_224 --data-path /imagenet
-    --output_dir output
+    torchrun --nproc_per_node=4 main.py --model deit_small_patch16_224 --data-path /imagenet \
+        --output-dir output
 
-Flags become objects here and in `config/build.py`; the parsed namespace never leaves these two. No
-tensor arithmetic here.
+This file says in which order a run is put together; `config/` makes each object, `run/` trains.
 """
 
 from __future__ import annotations
@@ -21,95 +20,270 @@ import torch
 import datasets
 import engine
 import utils
-from config.build import (
-    make_eval_loader,
-    make_mixer,
-    make_model,
-    make_train_loader,
-    make_training,
-    model_config,
-    open_images,
-    resolve_defaults,
-    schedule_settings,
-    total_batch,
-)
+from config import build
 from config.flags import check_args, explicit_flags, get_args_parser
+from config.resolve import Flags, model_config, resolve, total_batch
 from mixers.interface import NoMixing, StepRandom
-from mixers.switch import Switch
 from models.build import build_model, list_models, use_float32_attention
 from models.weights import load_foreign, restore_model
 from pipeline import loaders
-from pipeline.bad_images import CorruptImages
+from pipeline.bad_images import BadImages
 from pipeline.samples import EvalSamples
 from pipeline.spec import ImageSpec
 from run import pictures, saved_flags, summary
 from run import state as run_state
-from run.agreement import Watch
-from run.folder import RunFolder, leave_word
+from run.agreement import RankAgreement
+from run.folder import RunFolder, write_failure
 from run.log import RunLog
-from run.loop import Rules, Run
-from storage import checkpoints
+from run.loop import Data, Output, Rules, Run
+from storage.checkpoints import (
+    CheckpointReader,
+    ReadCheckpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from storage.files import write_json
 from training import optim, precision
 from training.nonfinite import NonFiniteLoss
 from utils import Processes
 
 
-def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked. With `--eval`, what it leaves out comes from the checkpoint if
-    that is ours."""
+def read_args(
+    argv: Sequence[str] | None, read: ReadCheckpoint = load_checkpoint
+) -> argparse.Namespace:
+    """The command line, checked.
+
+    With `--eval`, a checkpoint of ours gives the flags that the command line leaves out.
+    """
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.eval and args.resume:
-        checkpoint = checkpoints.load_checkpoint(args.resume)
-        if run_state.is_ours(checkpoint):
-            saved = saved_flags.flags_for_evaluation(
-                checkpoint["args"], explicit_flags(parser, argv)
-            )
+        checkpoint = read(args.resume)
+        if run_state.is_own_checkpoint(checkpoint):
+            given = explicit_flags(parser, argv)
+            saved = saved_flags.flags_for_evaluation(checkpoint["args"], given)
             args = argparse.Namespace(**{**vars(args), **saved})
             parser.check_kinds(args)
     check_args(args)
     return args
 
 
-def train(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
-    """From flags to the last epoch, with everything that ends with it."""
-    folder = (
-        RunFolder(args.output_dir, args.keep_checkpoints)
-        if args.output_dir and processes.is_main
-        else None
-    )
+# --------------------------------------------------------------------------------------- training
+
+
+def train(
+    args: argparse.Namespace, processes: Processes, log: RunLog, read: CheckpointReader
+) -> None:
+    """From flags to the last epoch, and whatever ends it before."""
+    has_folder = args.output_dir and processes.is_main
+    folder = RunFolder(args.output_dir, args.keep_checkpoints) if has_folder else None
     with ExitStack() as ending:
         processes.from_main(lambda: None if folder is None else folder.open())
         if folder is not None:
             ending.callback(folder.close)
         path, notes = processes.from_main(
-            lambda: run_state.find(args.output_dir, args.resume, args.auto_resume)
+            lambda: run_state.find(args.output_dir, args.resume, args.auto_resume, read)
         )
         for note in notes:
             log.say(f"warning: {note}")
         run = None
         try:
-            run = make_run(args, processes, log, folder, path)
-            if folder is not None:
-                folder.status("running", epoch=run.progress.epoch, step=run.progress.step)
-            with loaders.closing(run.train_loader, run.val_loader), run.watch:
-                state = run.train()
-                if folder is not None:
-                    folder.status(state, epoch=run.progress.epoch, step=run.progress.step)
+            run = make_run(args, processes, log, folder, path, read)
+            read.forget()
+            run.write_status("running")
+            with loaders.closing(run.data.train_loader, run.data.val_loader), run.agreement:
+                run.write_status(run.train())
         except BaseException as error:
-            with suppress(utils.StopRun):  # of a full disk, say: the first cause has the word
-                tell_failure(args.output_dir, folder, processes.rank, error, run is not None)
+            with suppress(utils.StopRun):  # such as a full disk: the first error is the one to show
+                record_failure(args.output_dir, folder, processes.rank, error, run is not None)
             if isinstance(error, NonFiniteLoss):
-                keep_evidence(args.output_dir, processes.rank, error)
+                save_bad_batch(args.output_dir, processes.rank, error)
             raise
 
 
-def tell_failure(
+def make_run(
+    args: argparse.Namespace,
+    processes: Processes,
+    log: RunLog,
+    folder: RunFolder | None,
+    resume_from: str,
+    read: CheckpointReader,
+) -> Run:
+    """Everything a run needs, at the place where the checkpoint `resume_from` left it."""
+    run_state.check_all_see(resume_from, processes)
+    checkpoint = run_state.read(resume_from, read) if resume_from else None
+    flags = resolve(args, processes, shares_of_resumed(args, checkpoint, processes, log))
+
+    # Data, model and training.
+    train_images = build.open_images(flags, True, read)
+    val_images = build.open_images(flags, False, read)
+    class_names = train_images.class_names
+    datasets.check_same_classes(class_names, val_images.class_names)
+    model = build.make_model(
+        flags, len(class_names), processes, log.say, None if resume_from else read
+    )
+    spec = datasets.image_spec_for(flags.data_set, model.input_size, flags.eval_crop_ratio)
+    data = Data(
+        train_loader=build.make_train_loader(flags, train_images, spec, processes),
+        val_loader=build.make_eval_loader(flags, val_images, spec, processes),
+        total_batch=total_batch(flags, processes),
+    )
+    if flags.skip_corrupt:
+        bad_images = BadImages(train_images.num_images, train_images.name_of)
+        data = data._replace(bad_images=bad_images)
+    training = build.make_training(flags, model, spec, processes, read)
+
+    # What the run is, as its head and its checkpoints say it.
+    identity = run_state.Identity(
+        args=vars(flags),
+        model_config=model_config(flags, len(class_names)),
+        data={
+            "class_names": class_names,
+            "image_spec": spec.to_plain(),
+            "num_images": train_images.num_images,
+            "fingerprint": processes.from_main(train_images.fingerprint),
+        },
+        versions=utils.describe_versions(),
+        asked={"batch_size": args.batch_size, "accum_steps": args.accum_steps},
+    )
+    num_images = train_images.num_images, val_images.num_images
+    log.table(summary.describe_run(identity, training, data.steps, num_images))
+    for warning in summary.warnings(identity.args, data.steps, training):
+        log.say(f"warning: {warning}")
+
+    # How far it is.
+    progress = run_state.Progress(flags.start_epoch, flags.start_epoch * data.steps)
+    if checkpoint is not None:
+        accepted = args.accept_changes or ()
+        source = f"--resume {resume_from}"
+        progress = run_state.load(checkpoint, source, training, identity, accepted)
+        for line in summary.describe_resuming(resume_from, checkpoint, progress, identity):
+            log.say(line)
+    if data.bad_images is not None:
+        data.bad_images.load(progress.bad_images)
+    prepare_output(
+        log, folder, resume_from, checkpoint, progress, identity, end_of(flags, progress)
+    )
+    schedule = optim.Schedule(
+        training.optimizer,
+        build.schedule_settings(flags, processes),
+        data.steps,
+        progress.epoch,
+        progress.step,
+    )
+    training.after_update = schedule.after_update
+    samples = data.val_loader.dataset if folder else None  # else nobody keeps the picture
+    return Run(
+        rules=Rules(
+            epochs=flags.epochs,
+            log_every=flags.log_every,
+            save_steps=flags.save_steps,
+            max_steps=flags.max_steps,
+            eval_every=flags.eval_every,
+        ),
+        training=training,
+        data=data,
+        identity=identity,
+        progress=progress,
+        schedule=schedule,
+        agreement=RankAgreement(processes, flags.save_minutes),
+        output=Output(
+            log=log,
+            folder=folder,
+            is_kept=bool(flags.output_dir),
+            draw_picture=make_picture_drawer(training, samples, spec, class_names),
+        ),
+    )
+
+
+def shares_of_resumed(
+    args: argparse.Namespace,
+    checkpoint: dict[str, Any] | None,
+    processes: Processes,
+    log: RunLog,
+) -> dict[str, int]:
+    """`batch_size` and `accum_steps` of a resumed run, where another number of processes must share
+    the total batch in another way; nothing where the command line is right as it is."""
+    if checkpoint is None:
+        return {}
+    asked = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
+    changes = run_state.keep_total_batch(
+        checkpoint, asked, processes.world_size, args.accept_changes or ()
+    )
+    for name, value in changes.items():
+        log.say(
+            f"{processes.world_size} processes instead of {checkpoint['world_size']}: "
+            f"--{name} is now {value}"
+        )
+    return changes
+
+
+def end_of(flags: Flags, progress: run_state.Progress) -> str:
+    """Which end of its run a checkpoint has reached, if any."""
+    if progress.epoch >= flags.epochs:
+        return f"all {flags.epochs} epochs"
+    if flags.max_steps is not None and progress.step >= flags.max_steps:
+        return f"{progress.step} steps"
+    return ""
+
+
+def prepare_output(
+    log: RunLog,
+    folder: RunFolder | None,
+    resume_from: str,
+    checkpoint: dict[str, Any] | None,
+    progress: run_state.Progress,
+    identity: run_state.Identity,
+    end: str,
+) -> None:
+    """Puts log and output folder back to where the run is resumed, and writes what it is."""
+    if not end:
+        log.drop_epochs_from(progress.epoch, progress.step)
+    if folder is not None:
+        if checkpoint is not None:
+            names = checkpoint.get("names", ())
+            for path in folder.rewind_to(Path(resume_from), progress.step, names):
+                log.say(f"warning: a later checkpoint is set aside as {path}")
+        write_json(folder.path / "args.json", identity.args)
+        write_json(folder.path / "environment.json", identity.versions)
+    if end:
+        log.say(f"nothing left to do: {end} are done")
+
+
+def make_picture_drawer(
+    training: engine.Training, samples: Any, spec: ImageSpec, class_names: list[str]
+) -> Callable[[int], torch.Tensor | None]:
+    """Epoch -> the picture of what the mixer makes of the same four validation images, or None.
+
+    Args:
+        samples: validation samples; None where nobody keeps the picture.
+    """
+    mixer = training.mixer.first
+    if isinstance(mixer, NoMixing) or not isinstance(samples, EvalSamples):
+        return lambda epoch: None
+    device = training.processes.device
+    images, labels = engine.to_device(device, *pictures.spread_samples(samples, 8))
+
+    def draw(epoch: int) -> torch.Tensor:
+        random = utils.keyed_generator("picture", training.seed, epoch)
+        batch = mixer(images, labels, training.guide, StepRandom(random, random))
+        batch = engine.settle_labels(training.module, batch, training.autocast)
+        return pictures.mixing_picture(
+            images,
+            batch,
+            labels,
+            spec=spec,
+            class_names=class_names,
+            grid_size=training.module.grid_size,
+        )
+
+    return draw
+
+
+def record_failure(
     output_dir: str, folder: RunFolder | None, rank: int, error: BaseException, has_begun: bool
 ) -> None:
-    """What ended the run goes into `status.json`, also where it happened on another rank, which
-    leaves word of it.
+    """Writes the error that ended the run into `status.json`, also if it is another rank's.
 
     Raises:
         InputError: it cannot be written.
@@ -122,205 +296,64 @@ def tell_failure(
     if folder is not None:
         folder.fail(cause, has_begun, utils.is_lost_peer(error))
     elif output_dir and not utils.is_lost_peer(error):
-        leave_word(Path(output_dir), rank, cause)
+        write_failure(Path(output_dir), rank, cause)
 
 
-def keep_evidence(output_dir: str, rank: int, failure: NonFiniteLoss) -> None:
-    """Each rank that met a loss that was not finite writes what it was given."""
+def save_bad_batch(output_dir: str, rank: int, failure: NonFiniteLoss) -> None:
+    """Each rank whose loss was not finite writes the micro-batch it had."""
     if output_dir and failure.evidence is not None:
-        checkpoints.save_checkpoint(
-            Path(output_dir) / f"not_finite_rank{rank}.pth", failure.evidence
-        )
+        save_checkpoint(Path(output_dir) / f"not_finite_rank{rank}.pth", failure.evidence)
 
 
-def make_run(
-    args: argparse.Namespace,
-    processes: Processes,
-    log: RunLog,
-    folder: RunFolder | None,
-    resume_from: str,
-) -> Run:
-    """Everything a run needs, put back to where `resume_from` left it."""
-    run_state.check_agreement(resume_from, processes)
-    checkpoint, accepted = (
-        run_state.read(resume_from) if resume_from else None,
-        args.accept_changes or (),
-    )
-    shares = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
-    if checkpoint is not None:
-        for name, value in run_state.keep_total_batch(
-            checkpoint, shares, processes.world_size, accepted
-        ).items():
-            log.say(
-                f"{processes.world_size} processes instead of {checkpoint['world_size']}: --{name} "
-                f"is now {value}"
-            )
-            setattr(args, name, value)
-    train_images, val_images = open_images(args, train=True), open_images(args, train=False)
-    datasets.check_same_classes(train_images.class_names, val_images.class_names)
-    num_classes = len(train_images.class_names)
-    model = make_model(args, num_classes, processes, log, load_weights=not resume_from)
-    spec = datasets.image_spec_for(args.data_set, model.input_size, args.eval_crop_ratio)
-    train_loader = make_train_loader(args, train_images, spec, processes)
-    val_loader = make_eval_loader(args, val_images, spec, processes)
-    mixer = make_mixer(args, model, spec, processes)
-    training = make_training(args, model, mixer, spec, processes)
-    data = {"class_names": train_images.class_names, "image_spec": spec.to_plain()}
-    data |= {
-        "num_images": train_images.num_images,
-        "fingerprint": processes.from_main(train_images.fingerprint),
-    }
-    identity = run_state.Identity(
-        vars(args), model_config(args, num_classes), data, utils.describe_versions(), shares
-    )
-    steps = loaders.steps_per_epoch(train_loader)
-    log.table(
-        summary.describe_run(
-            identity, training, steps, (train_images.num_images, val_images.num_images)
-        )
-    )
-    for warning in summary.warnings(identity.args, steps, training):
-        log.say(f"warning: {warning}")
-    progress = run_state.Progress(args.start_epoch, args.start_epoch * steps)
-    if checkpoint is not None:
-        progress = run_state.load(
-            checkpoint, f"--resume {resume_from}", training, identity, accepted
-        )
-        for line in summary.describe_going_on(resume_from, checkpoint, progress, identity):
-            log.say(line)
-    done = end_reached(args, progress)
-    if not done:
-        log.drop_epochs_from(progress.epoch, progress.step)
-    if folder is not None:
-        for path in (
-            []
-            if checkpoint is None
-            else folder.go_on_from(Path(resume_from), progress.step, checkpoint.get("names", ()))
-        ):
-            log.say(f"warning: a later checkpoint is set aside as {path}")
-        write_json(folder.path / "args.json", identity.args)
-        write_json(folder.path / "environment.json", identity.versions)
-    if done:
-        log.say(f"nothing left to do: {done} are done")
-    schedule = optim.Schedule(
-        training.optimizer, schedule_settings(args, processes), steps, progress.epoch, progress.step
-    )
-    training.after_update = schedule.after_update
-    samples = val_loader.dataset if folder else None  # what nobody keeps is not drawn
-    show = make_painter(training, mixer, samples, spec, train_images.class_names, processes)
-    corrupt = (
-        CorruptImages(train_images.num_images, train_images.name_of) if args.skip_corrupt else None
-    )
-    if corrupt is not None:
-        corrupt.load(progress.bad_images)
-    rules = Rules(args.epochs, args.log_every, args.save_steps, args.max_steps, args.eval_every)
-    return Run(
-        rules,
-        training,
-        mixer,
-        train_loader,
-        val_loader,
-        identity,
-        progress,
-        schedule,
-        Watch(processes, args.save_minutes),
-        log,
-        bool(args.output_dir),
-        folder,
-        show,
-        corrupt,
-        steps,
-        total_batch(args, processes),
-    )
+# ------------------------------------------------------------------------------------- evaluation
 
 
-def end_reached(args: argparse.Namespace, progress: run_state.Progress) -> str:
-    """Which end a run has come to, if any."""
-    if progress.epoch >= args.epochs:
-        return f"all {args.epochs} epochs"
-    return (
-        f"{progress.step} steps"
-        if args.max_steps is not None and progress.step >= args.max_steps
-        else ""
-    )
-
-
-def make_painter(
-    training: engine.Training,
-    mixer: Switch,
-    samples: Any,
-    spec: ImageSpec,
-    class_names: list[str],
-    processes: Processes,
-) -> Callable[[int], torch.Tensor | None]:
-    """A function from an epoch to the picture of what the mixer makes of the same four validation
-    images."""
-    if isinstance(mixer.first, NoMixing) or not isinstance(samples, EvalSamples):
-        return lambda epoch: None
-    images, labels = engine.to_device(processes.device, *pictures.spread_samples(samples, 8))
-
-    def show(epoch: int) -> torch.Tensor:
-        random = utils.keyed_generator("picture", training.seed, epoch)
-        batch = mixer.first(images, labels, training.guide, StepRandom(random, random))
-        batch = engine.settle_labels(training.module, batch, training.autocast)
-        return pictures.mixing_picture(
-            images,
-            batch,
-            labels,
-            spec=spec,
-            class_names=class_names,
-            grid_size=training.module.grid_size,
-        )
-
-    return show
-
-
-def evaluate(args: argparse.Namespace, processes: Processes, log: RunLog) -> None:
-    """`--eval`: figures of a checkpoint, and of its averaged weights, with the input it was trained
+def evaluate(
+    args: argparse.Namespace, processes: Processes, log: RunLog, read: CheckpointReader
+) -> None:
+    """`--eval`: figures of a checkpoint, and of its averaged weights, on the input it was trained
     for.
 
-    Another project's weights (DeiT's, timm's) say nothing of their model and input: `--model` and
-    the like do.
+    Weights of other projects (DeiT's, timm's) do not say their model and input: flags do.
     """
-    checkpoint, images = checkpoints.load_checkpoint(args.resume), open_images(args, train=False)
-    if run_state.is_ours(checkpoint):
+    flags, checkpoint = resolve(args, processes), read(args.resume)
+    images = build.open_images(flags, False, read)
+    if run_state.is_own_checkpoint(checkpoint):
         spec = ImageSpec.from_plain(checkpoint["data"]["image_spec"])
-        spec = replace(spec, crop_ratio=args.eval_crop_ratio or spec.crop_ratio)
+        spec = replace(spec, crop_ratio=flags.eval_crop_ratio or spec.crop_ratio)
         datasets.check_same_classes(checkpoint["data"]["class_names"], images.class_names)
         names = [name for name in ("model", "ema") if checkpoint[name] is not None]
         models = {name: restore_model(checkpoint, name == "ema") for name in names}
     else:
-        model = build_model(**model_config(args, len(images.class_names)))
-        load_foreign(model, checkpoint, args.resume, fresh_heads=False)
-        spec = datasets.image_spec_for(args.data_set, model.input_size, args.eval_crop_ratio)
+        model = build_model(**model_config(flags, len(images.class_names)))
+        load_foreign(model, checkpoint, flags.resume, fresh_heads=False)
+        spec = datasets.image_spec_for(flags.data_set, model.input_size, flags.eval_crop_ratio)
         models = {"model": model}
-    loader, autocast = (
-        make_eval_loader(args, images, spec, processes),
-        precision.make_autocast(processes.device, args.amp),
-    )
+    loader = build.make_eval_loader(flags, images, spec, processes)
+    autocast = precision.make_autocast(processes.device, flags.amp)
     for name, model in models.items():
-        if args.attn_fp32:
-            use_float32_attention(model, args.model)
+        if flags.attn_fp32:
+            use_float32_attention(model, flags.model)
         with loaders.closing(loader):
             figures = engine.evaluate(model.to(processes.device), loader, processes, autocast)
         log.say(
-            f"{args.resume} ({name}): top-1 {figures['acc1']:.3f} %, top-5 {figures['acc5']:.3f} "
-            "%, "
-            f"loss {figures['loss']:.4f} on {figures['images']:.0f} images"
+            f"{flags.resume} ({name}): top-1 {figures['acc1']:.3f} %, "
+            f"top-5 {figures['acc5']:.3f} %, loss {figures['loss']:.4f} "
+            f"on {figures['images']:.0f} images"
         )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command line on this process. `utils.run_command` turns its errors into messages."""
-    args = read_args(argv)
+    """Runs one command line on this process. `utils.run_command` turns errors into messages."""
+    read = CheckpointReader()
+    args = read_args(argv, read)
     if args.list_models:
         for row in list_models():
             print("{:<26} {:<56} {:<9} {}".format(*row), flush=True)
         return
     processes = utils.init_processes(args.device, args.data_timeout)
-    resolve_defaults(args, processes)
     with RunLog(args.output_dir or None, processes) as log:
-        (evaluate if args.eval else train)(args, processes, log)
+        (evaluate if args.eval else train)(args, processes, log, read)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ No tensor arithmetic and no training here.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -21,8 +20,8 @@ import datasets
 import engine
 import utils
 from config.build_guide import make_guide, uses_predictions
-from config.build_mixer import Settings, Surroundings, build_mixer
-from config.mixing_flags import weight_of_con
+from config.build_mixer import MixerContext, MixingSettings, build_mixer
+from config.resolve import Flags, model_config, peak_rate, total_batch
 from config.second_networks import build_feature_map, build_teacher, check_motivator_classes
 from losses import Criterion, DistillationLoss, SMMixLoss
 from mixers.switch import Switch
@@ -37,78 +36,46 @@ from models.weights import load_foreign
 from pipeline import erasing, loaders, randaugment_pixels, samples, transforms
 from pipeline.images import pick_decoder, take_subset
 from pipeline.spec import Augment, ImageSpec
-from run.log import RunLog
-from storage.checkpoints import load_checkpoint
+from storage.checkpoints import ReadCheckpoint
 from training import optim, precision
-from training.nonfinite import Health
+from training.nonfinite import NonFiniteGuard
 from utils import Processes
 
 
-def resolve_defaults(args: argparse.Namespace, processes: Processes) -> None:
-    """Fills in what depends on the machine or on other flags; the result is what is shown and
-    saved."""
-    args.data_set = args.data_set or ("IMNET" if args.data_path else "DIGITS")
-    args.amp = args.amp or ("fp16" if processes.device.type == "cuda" else "none")
-    if args.num_workers is None:
-        args.num_workers = min(10, utils.cores_per_process())
-    settings = Settings.from_flags(vars(args))
-    if args.mixer == "smmix":
-        vars(args).update(vars(settings.arithmetic))
-    elif settings.has_con:
-        args.consistency = settings.arithmetic.consistency
-    args.con_weight = weight_of_con(args.mixer, args.con_weight)
-
-
-def model_config(args: argparse.Namespace, num_classes: int) -> dict[str, Any]:
-    """The keywords of `models.build.build_model`; every checkpoint keeps them, so that it can be
-    built again."""
-    return {
-        "name": args.model,
-        "num_classes": num_classes,
-        "input_size": None if args.input_size is None else utils.as_pair(args.input_size),
-        "patch_size": args.patch_size,
-        "drop": args.drop,
-        "drop_path": args.drop_path,
-        "separate_region_head": args.mixer == "smmix"
-        and args.region_head == "separate"
-        and args.fine_weight > 0,
-    }
-
-
 def make_model(
-    args: argparse.Namespace,
+    flags: Flags,
     num_classes: int,
     processes: Processes,
-    log: RunLog,
-    load_weights: bool,
+    say: Callable[[str], None],
+    read: ReadCheckpoint | None,
 ) -> ImageModel:
-    """The model on its device, alike on all ranks; with `load_weights`, from the weights of
-    `--finetune`."""
-    utils.seed_globals("init", args.seed)
-    model = build_model(**model_config(args, num_classes))
-    args.input_size = list(model.input_size)
-    if args.distillation_type != "none":
-        use_distillation(model, args.model)
-    if args.grad_checkpointing:
-        use_grad_checkpointing(model, args.model)
-    if args.attn_fp32:
-        use_float32_attention(model, args.model)
-    if args.finetune and load_weights:
-        log.say(
-            "\n  ".join(
-                [
-                    f"weights from {args.finetune}",
-                    *load_foreign(model, load_checkpoint(args.finetune), args.finetune),
-                ]
-            )
-        )
+    """The model on its device, the same on all ranks.
+
+    Args:
+        say: prints the notes on the weights of `--finetune`.
+        read: reads that file; None leaves the initial weights, for a run that is resumed.
+    """
+    utils.seed_globals("init", flags.seed)
+    model = build_model(**model_config(flags, num_classes))
+    if flags.distillation_type != "none":
+        use_distillation(model, flags.model)
+    if flags.grad_checkpointing:
+        use_grad_checkpointing(model, flags.model)
+    if flags.attn_fp32:
+        use_float32_attention(model, flags.model)
+    if flags.finetune and read is not None:
+        notes = load_foreign(model, read(flags.finetune), flags.finetune)
+        say("\n  ".join([f"weights from {flags.finetune}", *notes]))
     model.to(processes.device)
-    return model.to(
-        memory_format=torch.channels_last if args.channels_last else torch.contiguous_format
-    )
+    return model.to(memory_format=memory_format(flags))
 
 
-def open_images(args: argparse.Namespace, train: bool) -> Any:
+def memory_format(flags: Flags) -> torch.memory_format:
+    """Of images and convolutions."""
+    return torch.channels_last if flags.channels_last else torch.contiguous_format
+
+
+def open_images(flags: Flags, train: bool, read: ReadCheckpoint) -> Any:
     """One half of the data: to train on, with `--subset` a part of it, or to evaluate on, always
     all of it.
 
@@ -117,158 +84,146 @@ def open_images(args: argparse.Namespace, train: bool) -> Any:
             on.
     """
     images = datasets.open_images(
-        args.data_set,
-        args.data_path,
+        flags.data_set,
+        flags.data_path,
         train,
-        inat_category=args.inat_category,
-        num_classes=args.nb_classes,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        decode=pick_decoder(args.decoder if train else "pillow"),
+        inat_category=flags.inat_category,
+        num_classes=flags.nb_classes,
+        batch_size=flags.batch_size,
+        seed=flags.seed,
+        decode=pick_decoder(flags.decoder if train else "pillow"),
     )
-    if train and args.motivator not in ("self", "ema") and uses_predictions(args):
-        check_motivator_classes(args.motivator, images.class_names)
-    return images if args.subset is None or not train else take_subset(images, args.subset)
+    if train and flags.motivator not in ("self", "ema") and uses_predictions(flags):
+        check_motivator_classes(flags.motivator, images.class_names, read)
+    return images if flags.subset is None or not train else take_subset(images, flags.subset)
 
 
-def make_eval_loader(
-    args: argparse.Namespace, val: Any, spec: ImageSpec, processes: Processes
-) -> Any:
+def make_eval_loader(flags: Flags, val: Any, spec: ImageSpec, processes: Processes) -> Any:
     return loaders.build_eval_loader(
         samples.eval_samples(val, transforms.build_eval_transform(spec)),
-        batch_size=int(1.5 * args.batch_size),
+        batch_size=int(1.5 * flags.batch_size),
         rank=processes.rank,
         world_size=processes.world_size,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and processes.device.type == "cuda",
-        timeout=args.data_timeout,
+        num_workers=flags.num_workers,
+        pin_memory=flags.pin_mem and processes.device.type == "cuda",
+        timeout=flags.data_timeout,
     )
 
 
-def make_train_loader(
-    args: argparse.Namespace, train: Any, spec: ImageSpec, processes: Processes
-) -> Any:
+def make_train_loader(flags: Flags, train: Any, spec: ImageSpec, processes: Processes) -> Any:
     augment = Augment(
-        aa=args.aa,
-        color_jitter=args.color_jitter,
-        reprob=args.reprob,
-        remode=args.remode,
-        recount=args.recount,
-        interpolation=args.train_interpolation,
-        resize=args.resize,
-        randaugment=args.randaugment,
+        aa=flags.aa,
+        color_jitter=flags.color_jitter,
+        reprob=flags.reprob,
+        remode=flags.remode,
+        recount=flags.recount,
+        interpolation=flags.train_interpolation,
+        resize=flags.resize,
+        randaugment=flags.randaugment,
     )
     if augment.randaugment == "device" and processes.device.type == "mps":
         raise utils.InputError(
             "--randaugment device: mps has no float64, which the warps need; use --randaugment cpu"
         )
-    transform = transforms.build_train_transform(spec, datasets.augment_for(args.data_set, augment))
+    transform = transforms.build_train_transform(
+        spec, datasets.augment_for(flags.data_set, augment)
+    )
     erase = erasing.Erasing(augment.reprob, augment.recount)
     return loaders.build_train_loader(
-        samples.train_samples(train, transform, args.seed, args.skip_corrupt, erase),
-        seed=args.seed,
-        batch_size=args.batch_size,
+        samples.train_samples(train, transform, flags.seed, flags.skip_corrupt, erase),
+        seed=flags.seed,
+        batch_size=flags.batch_size,
         rank=processes.rank,
         world_size=processes.world_size,
-        num_workers=args.num_workers,
-        repeats=args.repeats if args.repeated_aug else 1,
-        layout=args.repeat_layout,
-        accum_steps=args.accum_steps,
-        pin_memory=args.pin_mem and processes.device.type == "cuda",
-        timeout=args.data_timeout,
+        num_workers=flags.num_workers,
+        repeats=flags.repeats if flags.repeated_aug else 1,
+        layout=flags.repeat_layout,
+        accum_steps=flags.accum_steps,
+        pin_memory=flags.pin_mem and processes.device.type == "cuda",
+        timeout=flags.data_timeout,
     )
 
 
-def make_finish(args: argparse.Namespace, spec: ImageSpec) -> Callable[..., torch.Tensor]:
+def make_finish(flags: Flags, spec: ImageSpec) -> Callable[..., torch.Tensor]:
     """What becomes of a training batch on its device: see `engine.Training.finish`."""
     fill = transforms.fill_color(spec)
 
     def finish(images: torch.Tensor, boxes: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
         augmented = randaugment_pixels.apply(images, drawn, fill) if drawn.shape[1] else images
-        return erasing.erase(transforms.normalise(augmented, spec), boxes, args.remode)
+        return erasing.erase(transforms.normalise(augmented, spec), boxes, flags.remode)
 
     return finish
 
 
 def make_criterion(
-    args: argparse.Namespace,
+    flags: Flags,
     model: ImageModel,
     autocast: precision.Autocast,
     device: torch.device,
     spec: ImageSpec,
+    read: ReadCheckpoint,
 ) -> Criterion:
     """The sum of Eq. 15, inside DeiT's distillation if that is asked for."""
     base = SMMixLoss(
-        args.bce_loss,
-        args.fine_weight,
-        args.con_weight,
-        fine_temperature=args.fine_temperature,
-        con_temperature=args.con_temperature,
+        flags.bce_loss,
+        flags.fine_weight,
+        flags.con_weight,
+        fine_temperature=flags.fine_temperature,
+        con_temperature=flags.con_temperature,
     )
-    if args.distillation_type == "none":
+    if flags.distillation_type == "none":
         return base
     teacher = build_teacher(
-        args.teacher_model, args.teacher_path, model.num_classes, model.input_size, spec
+        flags.teacher_model, flags.teacher_path, model.num_classes, model.input_size, spec, read
     )
     return DistillationLoss(
         base,
         engine.make_teacher(teacher.to(device), autocast),
-        args.distillation_type,
-        args.distillation_alpha,
-        args.distillation_tau,
+        flags.distillation_type,
+        flags.distillation_alpha,
+        flags.distillation_tau,
     )
 
 
 def make_mixer(
-    args: argparse.Namespace, model: ImageModel, spec: ImageSpec, processes: Processes
+    flags: Flags, model: ImageModel, spec: ImageSpec, processes: Processes, read: ReadCheckpoint
 ) -> Switch:
-    """What mixes the batches of a run."""
+    """The mixer of a run, with the networks that it needs."""
     teacher = None
-    if args.mixer == "attentivemix":
-        network = build_feature_map(args.attentive_teacher, model.input_size, spec).to(
-            processes.device
-        )
-        teacher = engine.make_teacher(network, precision.make_autocast(processes.device, args.amp))
-    around = Surroundings(
-        model.num_classes, model.grid_size, partial(transforms.denormalise, spec=spec), teacher
-    )
-    return build_mixer(Settings.from_flags(vars(args)), around)
+    if flags.mixer == "attentivemix":
+        network = build_feature_map(flags.attentive_teacher, model.input_size, spec, read)
+        autocast = precision.make_autocast(processes.device, flags.amp)
+        teacher = engine.make_teacher(network.to(processes.device), autocast)
+    to_pixels = partial(transforms.denormalise, spec=spec)
+    context = MixerContext(model.num_classes, model.grid_size, to_pixels, teacher)
+    return build_mixer(MixingSettings.from_flags(vars(flags)), context)
 
 
-def total_batch(args: argparse.Namespace, processes: Processes) -> int:
-    """Images per optimizer step, over all ranks."""
-    return args.batch_size * processes.world_size * args.accum_steps
-
-
-def peak_rate(args: argparse.Namespace, processes: Processes) -> float:
-    return args.lr if args.unscale_lr else optim.scale_rate(args.lr, total_batch(args, processes))
-
-
-def schedule_settings(args: argparse.Namespace, processes: Processes) -> dict[str, Any]:
-    """Keywords of timm's schedule; with `--scale-schedule` its ends grow with the total batch like
-    the peak."""
-    settings = scheduler_kwargs(args)
-    if args.scale_schedule:
+def schedule_settings(flags: Flags, processes: Processes) -> dict[str, Any]:
+    """Keywords of timm's schedule. With `--scale-schedule` its first and last rate are scaled with
+    the total batch, as the peak is."""
+    settings = scheduler_kwargs(flags)
+    if flags.scale_schedule:
         for name in ("warmup_lr", "min_lr"):
-            settings[name] = optim.scale_rate(settings[name], total_batch(args, processes))
+            settings[name] = optim.scale_rate(settings[name], total_batch(flags, processes))
     return settings
 
 
 def make_training(
-    args: argparse.Namespace,
+    flags: Flags,
     model: ImageModel,
-    mixer: Switch,
     spec: ImageSpec,
     processes: Processes,
+    read: ReadCheckpoint,
 ) -> engine.Training:
-    """Everything the step touches."""
-    device, autocast = processes.device, precision.make_autocast(processes.device, args.amp)
+    """Everything that the step needs."""
+    device, autocast = processes.device, precision.make_autocast(processes.device, flags.amp)
     average = None
-    if args.model_ema:
+    if flags.model_ema:
         average = ModelEmaV3(
             model,
-            decay=args.model_ema_decay,
-            device=torch.device("cpu") if args.model_ema_force_cpu else None,
+            decay=flags.model_ema_decay,
+            device=torch.device("cpu") if flags.model_ema_force_cpu else None,
         )
     wrapped: torch.nn.Module = model
     if processes.world_size > 1:
@@ -277,25 +232,25 @@ def make_training(
         )
     training = engine.Training(
         module=model,
-        model=cast(torch.nn.Module, torch.compile(wrapped)) if args.compile else wrapped,
-        criterion=make_criterion(args, model, autocast, device, spec),
-        mixer=mixer,
-        guide=make_guide(args, model, device, average, spec),
+        model=cast(torch.nn.Module, torch.compile(wrapped)) if flags.compile else wrapped,
+        criterion=make_criterion(flags, model, autocast, device, spec, read),
+        mixer=make_mixer(flags, model, spec, processes, read),
+        guide=make_guide(flags, model, device, average, spec, read),
         optimizer=optim.make_optimizer(
-            model, {**optimizer_kwargs(args), "lr": peak_rate(args, processes)}
+            model, {**optimizer_kwargs(flags), "lr": peak_rate(flags, processes)}
         ),
-        scaler=precision.make_scaler(device, args.amp),
+        scaler=precision.make_scaler(device, flags.amp),
         autocast=autocast,
         processes=processes,
         ema=average,
-        clip_grad=args.clip_grad,
-        accum_steps=args.accum_steps,
-        seed=args.seed,
-        train_mode=args.train_mode,
-        health=Health(processes, args.max_bad_steps),
-        fixed_scale=args.amp != "fp16",
-        memory_format=torch.channels_last if args.channels_last else torch.contiguous_format,
-        finish=make_finish(args, spec),
+        clip_grad=flags.clip_grad,
+        accum_steps=flags.accum_steps,
+        seed=flags.seed,
+        train_mode=flags.train_mode,
+        nonfinite=NonFiniteGuard(processes, flags.max_bad_steps),
+        fixed_scale=flags.amp != "fp16",
+        memory_format=memory_format(flags),
+        finish=make_finish(flags, spec),
     )
     engine.warm_up(training, model.input_size)
     return training

@@ -1,33 +1,33 @@
-"""What the flags of the motivating pass can ask of a model: sizes and blocks that it can be looked
-at in."""
+"""From flags to the guide, and the refusal of what its motivator cannot do."""
 
 from __future__ import annotations
 
-import argparse
 from typing import Any, cast
 
 import torch
 
 import engine
 import utils
-from config.mixing_flags import weight_of_con
-from config.second_networks import Look, build_motivator
+from config.mixing_flags import con_weight_of
+from config.resolve import Flags
+from config.second_networks import MotivatingPass, build_motivator
 from mixers.interface import Guide
 from models.build import use_float32_attention
 from models.interface import Depth, ImageModel
 from pipeline.spec import ImageSpec
+from storage.checkpoints import ReadCheckpoint, load_checkpoint
 from training import precision
 from utils import InputError
 
 
-def check_look_size(model: ImageModel, name: str, size: tuple[int, int]) -> None:
+def check_guide_size(model: ImageModel, name: str, size: tuple[int, int]) -> None:
     """Whether the motivating pass can show the images at this height and width.
 
     Raises:
         InputError: the model takes images of one size, or these sides do not fit.
     """
     given, own = f"--guide-size {size[0]} {size[1]}", model.input_size
-    if not model.looks_smaller:
+    if not model.accepts_other_sizes:
         kind = type(model.network).__name__
         raise InputError(
             f"{given}: {name}, a {kind}, is read at its own size only; a plain ViT or DeiT takes "
@@ -72,55 +72,68 @@ def check_score_block(model: ImageModel, name: str, block: Depth) -> None:
         raise InputError(f"{given}: {name} has the blocks 1 to {model.score_blocks}")
 
 
-def uses_predictions(args: argparse.Namespace) -> bool:
+def uses_predictions(flags: Flags) -> bool:
     """Whether the motivator's predictions are used, not its score alone."""
-    return weight_of_con(args.mixer, args.con_weight) > 0
+    return con_weight_of(flags.mixer, flags.con_weight) > 0
 
 
 def make_motivator(
-    args: argparse.Namespace, model: ImageModel, average: Any, device: torch.device, spec: ImageSpec
-) -> tuple[ImageModel, Look]:
-    """Whose prediction and score of the clean images guide the training (Table 9), and how it looks
-    at them.
+    flags: Flags,
+    model: ImageModel,
+    average: Any,
+    device: torch.device,
+    spec: ImageSpec,
+    read: ReadCheckpoint,
+) -> tuple[ImageModel, MotivatingPass]:
+    """The network that guides the training (Table 9), and its motivating pass.
 
     Args:
-        average: of the weights, a `ModelEmaV3`, if there is one.
+        average: the averaged weights (`ModelEmaV3`), if there are any.
         spec: of the clean images.
     """
-    if args.motivator in ("self", "ema"):
-        own = model if args.motivator == "self" else cast(ImageModel, average.module)
-        return own, own.look
-    motivator, look = build_motivator(
-        args.motivator, model.num_classes, spec, uses_predictions(args), device
+    if flags.motivator in ("self", "ema"):
+        own = model if flags.motivator == "self" else cast(ImageModel, average.module)
+        return own, own.motivating_pass
+    motivator, motivating_pass = build_motivator(
+        flags.motivator, model.num_classes, spec, uses_predictions(flags), device, read
     )
-    if args.attn_fp32:
-        use_float32_attention(motivator, args.motivator)
-    return motivator, look
+    if flags.attn_fp32:
+        use_float32_attention(motivator, flags.motivator)
+    return motivator, motivating_pass
 
 
 def make_guide(
-    args: argparse.Namespace,
+    flags: Flags,
     model: ImageModel,
     device: torch.device,
     average: Any = None,
     spec: ImageSpec | None = None,
+    read: ReadCheckpoint = load_checkpoint,
 ) -> Guide:
-    """The motivating pass, as exact or as cheap as the flags want it.
+    """The guide, as exact or as cheap as the flags say.
 
     Args:
-        average, spec: see `make_motivator`; without `spec` the images are normalised with
-            ImageNet's mean and std.
+        average: see `make_motivator`.
+        spec: of the clean images; default: ImageNet's mean and std.
+        read: reads the file of `--motivator`.
+
+    Raises:
+        InputError: the motivator cannot do what the flags ask of it.
     """
     spec = spec or ImageSpec(model.input_size)
-    motivator, look = make_motivator(args, model, average, device, spec)
-    name = args.model if args.motivator in ("self", "ema") else args.motivator
-    size = None if args.guide_size is None else utils.as_pair(args.guide_size)
+    motivator, motivating_pass = make_motivator(flags, model, average, device, spec, read)
+    name = flags.model if flags.motivator in ("self", "ema") else flags.motivator
+    size = None if flags.guide_size is None else utils.as_pair(flags.guide_size)
     if size is not None:
-        check_look_size(motivator, name, size)
-    block: Depth = "rollout" if args.score == "rollout" else args.score_block
+        check_guide_size(motivator, name, size)
+    block: Depth = "rollout" if flags.score == "rollout" else flags.score_block
     check_score_block(motivator, name, block)
-    autocast = precision.make_autocast(device, args.guide_amp or args.amp)
-    call = torch.compile(look) if args.compile else look
     return engine.make_guide(
-        motivator, autocast, call, size, block, uses_predictions(args), model.grid_size
+        motivator,
+        precision.make_autocast(device, flags.guide_amp or flags.amp),
+        torch.compile(motivating_pass) if flags.compile else motivating_pass,
+        size,
+        block,
+        uses_predictions(flags),
+        model.grid_size,
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from config.mixing_flags import weight_of_con
+from config.mixing_flags import con_weight_of
 from mixers.attentivemix import AttentiveMix
 from mixers.consistent import Consistent
 from mixers.cutmix import CutMix
@@ -26,7 +26,7 @@ from utils import InputError
 
 
 @dataclass(frozen=True)
-class Settings:
+class MixingSettings:
     """The values of the mixing flags under the flags' own names; `config/mixing_flags.py` says what
     each is for."""
 
@@ -60,7 +60,7 @@ class Settings:
     score: Literal["attention", "rollout", "random"]
 
     @classmethod
-    def from_flags(cls, flags: Mapping[str, Any]) -> Settings:
+    def from_flags(cls, flags: Mapping[str, Any]) -> MixingSettings:
         """From parsed flags, of which others may be among them."""
         values: dict[str, Any] = {one.name: flags[one.name] for one in fields(cls)}
         values.update(
@@ -81,7 +81,7 @@ class Settings:
     @property
     def has_con(self) -> bool:
         """Whether L_con is part of the loss."""
-        return weight_of_con(self.mixer, self.con_weight) > 0
+        return con_weight_of(self.mixer, self.con_weight) > 0
 
     @property
     def scheme(self) -> Scheme:
@@ -91,7 +91,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class MixerContext:
     """What a mixer has to know of model and data.
 
     Args:
@@ -107,7 +107,7 @@ class Surroundings:
     teacher: Callable[[Tensor], Tensor] | None = None
 
 
-def _smmix(settings: Settings, around: Surroundings) -> Mixer:
+def _smmix(settings: MixingSettings, around: MixerContext) -> Mixer:
     try:
         return SMMix(
             around.num_classes,
@@ -126,7 +126,7 @@ def _smmix(settings: Settings, around: Surroundings) -> Mixer:
         ) from error
 
 
-def _cutmix(settings: Settings, around: Surroundings) -> Mixer:
+def _cutmix(settings: MixingSettings, around: MixerContext) -> Mixer:
     return CutMix(
         around.num_classes,
         settings.smoothing,
@@ -136,15 +136,15 @@ def _cutmix(settings: Settings, around: Surroundings) -> Mixer:
     )
 
 
-def _mixup(settings: Settings, around: Surroundings) -> Mixer:
+def _mixup(settings: MixingSettings, around: MixerContext) -> Mixer:
     return Mixup(around.num_classes, settings.smoothing, settings.mixup, settings.mixup_mode)
 
 
-def _none(settings: Settings, around: Surroundings) -> Mixer:
+def _none(settings: MixingSettings, around: MixerContext) -> Mixer:
     return NoMixing(around.num_classes, settings.smoothing)
 
 
-def _resizemix(settings: Settings, around: Surroundings) -> Mixer:
+def _resizemix(settings: MixingSettings, around: MixerContext) -> Mixer:
     return ResizeMix(
         around.num_classes,
         settings.smoothing,
@@ -154,14 +154,14 @@ def _resizemix(settings: Settings, around: Surroundings) -> Mixer:
     )
 
 
-def _fmix(settings: Settings, around: Surroundings) -> Mixer:
+def _fmix(settings: MixingSettings, around: MixerContext) -> Mixer:
     (alpha,) = settings.mix_alpha or (1.0,)
     return FMix(
         around.num_classes, settings.smoothing, alpha, settings.fmix_decay, settings.mixup_mode
     )
 
 
-def _attentivemix(settings: Settings, around: Surroundings) -> Mixer:
+def _attentivemix(settings: MixingSettings, around: MixerContext) -> Mixer:
     assert around.teacher is not None
     alphas = settings.mix_alpha or (2.0, 8.0)
     return AttentiveMix(
@@ -175,14 +175,14 @@ def _attentivemix(settings: Settings, around: Surroundings) -> Mixer:
     )
 
 
-def _saliencymix(settings: Settings, around: Surroundings) -> Mixer:
+def _saliencymix(settings: MixingSettings, around: MixerContext) -> Mixer:
     (alpha,) = settings.mix_alpha or (1.0,)
     return SaliencyMix(
         around.num_classes, around.to_bytes, settings.smoothing, alpha, settings.mixup_mode
     )
 
 
-MIXERS: dict[str, Callable[[Settings, Surroundings], Mixer]] = {
+MIXERS: dict[str, Callable[[MixingSettings, MixerContext], Mixer]] = {
     "smmix": _smmix,
     "cutmix": _cutmix,
     "mixup": _mixup,
@@ -195,7 +195,7 @@ MIXERS: dict[str, Callable[[Settings, Surroundings], Mixer]] = {
 }
 
 
-def build_mixer(settings: Settings, around: Surroundings) -> Switch:
+def build_mixer(settings: MixingSettings, around: MixerContext) -> Switch:
     """The switch of a run: the named method, and Mixup where they share its steps, or its batches.
 
     Raises:

@@ -1,6 +1,6 @@
 """The flags of mixing and its loss, and which of them contradict. Builds nothing.
 
-`config/build_mixer.py` holds the same names as `Settings`. What a flag is for is said here once.
+`config/build_mixer.py` holds the same names as `MixingSettings`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,20 @@ METHODS = (
     "saliencymix",
     "transmix",
 )
-BY_MASK = ("smmix", "cutmix", "resizemix", "fmix", "attentivemix", "saliencymix", "transmix")
+PASTING_METHODS = (
+    "smmix",
+    "cutmix",
+    "resizemix",
+    "fmix",
+    "attentivemix",
+    "saliencymix",
+    "transmix",
+)
 VARIANT_FLAGS = ("region_head", "consistency", "region_size")
 
 # Flags of some methods only: default, and the methods. Anything but the default is refused with
 # another method.
-OWN: dict[str, tuple[Any, tuple[str, ...]]] = {
+METHOD_FLAGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "cutmix_minmax": (None, ("cutmix", "transmix")),
     "mix_alpha": (None, ("fmix", "attentivemix", "saliencymix")),
     "resize_scope": ((0.1, 0.8), ("resizemix",)),
@@ -37,24 +45,28 @@ OWN: dict[str, tuple[Any, tuple[str, ...]]] = {
     "fmix_decay": (3.0, ("fmix",)),
     "attentive_teacher": (None, ("attentivemix",)),
     "attentive_cells": (None, ("attentivemix",)),
-    "relabel": ("none", BY_MASK),
+    "relabel": ("none", PASTING_METHODS),
     "variant": ("paper", ("smmix",)),
     **dict.fromkeys(VARIANT_FLAGS, (None, ("smmix",))),
-    "consistency": (None, BY_MASK),
+    "consistency": (None, PASTING_METHODS),
     "source_region": ("max", ("smmix",)),
     "target_region": ("min", ("smmix",)),
     "score": ("attention", ("smmix",)),
     "score_block": (None, ("smmix",)),
-    "guide_size": (None, BY_MASK),
-    "guide_amp": (None, BY_MASK),
-    "motivator": ("self", BY_MASK),
+    "guide_size": (None, PASTING_METHODS),
+    "guide_amp": (None, PASTING_METHODS),
+    "motivator": ("self", PASTING_METHODS),
     "fine_weight": (1.0, ("smmix",)),
     "fine_temperature": (1.0, ("smmix",)),
-    "con_weight": (None, BY_MASK),
-    "con_temperature": (1.0, BY_MASK),
+    "con_weight": (None, PASTING_METHODS),
+    "con_temperature": (1.0, PASTING_METHODS),
 }
-OF_THE_PASS = ("guide_size", "guide_amp", "motivator")  # how the clean images are looked at
-OF_CON = (*OF_THE_PASS, "consistency", "con_temperature")  # beside smmix these need L_con
+GUIDE_FLAGS = ("guide_size", "guide_amp", "motivator")  # how the clean images are looked at
+CONSISTENCY_FLAGS = (
+    *GUIDE_FLAGS,
+    "consistency",
+    "con_temperature",
+)  # beside smmix these need L_con
 POSITIVE = ("attentive_cells", "fine_temperature", "con_temperature")
 NOT_NEGATIVE = ("mixup", "cutmix", "fmix_decay", "mix_off_epoch", "fine_weight", "con_weight")
 SHARES = ("mixup_prob", "mixup_switch_prob", "smoothing", "relabel_ratio")
@@ -158,7 +170,7 @@ def add_method_flags(group: Any, methods: Sequence[str] = METHODS) -> None:
 
 
 def _add_own(group: Any, name: str, **keywords: Any) -> None:
-    group.add_argument(f"--{name}", default=OWN[name.replace("-", "_")][0], **keywords)
+    group.add_argument(f"--{name}", default=METHOD_FLAGS[name.replace("-", "_")][0], **keywords)
 
 
 def add_training_flags(group: Any) -> None:
@@ -250,31 +262,34 @@ def add_training_flags(group: Any) -> None:
     )
 
 
-def weight_of_con(mixer: str, given: float | None) -> float:
+def con_weight_of(mixer: str, given: float | None) -> float:
     """The weight of L_con: as `given`, else the method's own."""
     return float(mixer == "smmix") if given is None else given
 
 
-def of_method(flags: Mapping[str, Any], mixer: str) -> dict[str, Any]:
+def flags_of_method(flags: Mapping[str, Any], mixer: str) -> dict[str, Any]:
     """The flags for one of several methods: what is another's own goes back to its default."""
     own = {**flags, "mixer": mixer}
-    return {**own, **{name: OWN[name][0] for name in OWN if not _is_of(name, own)}}
+    return {
+        **own,
+        **{name: METHOD_FLAGS[name][0] for name in METHOD_FLAGS if not _is_of(name, own)},
+    }
 
 
 def _is_of(name: str, flags: Mapping[str, Any]) -> bool:
-    """Whether the method has a use for a flag of `OWN`."""
+    """Whether the method has a use for a flag of `METHOD_FLAGS`."""
     mixer = flags["mixer"]
-    has_con = mixer == "smmix" or weight_of_con(mixer, flags.get("con_weight")) > 0
-    return mixer in OWN[name][1] and (has_con or name not in OF_CON)
+    has_con = mixer == "smmix" or con_weight_of(mixer, flags.get("con_weight")) > 0
+    return mixer in METHOD_FLAGS[name][1] and (has_con or name not in CONSISTENCY_FLAGS)
 
 
 def needs_guide(args: argparse.Namespace) -> bool:
     """Whether anything looks at the clean images."""
-    by_score = args.mixer == "smmix" and args.score != "random" and not is_blind(args)
-    return by_score or weight_of_con(args.mixer, getattr(args, "con_weight", None)) > 0
+    by_score = args.mixer == "smmix" and args.score != "random" and not follows_no_score(args)
+    return by_score or con_weight_of(args.mixer, getattr(args, "con_weight", None)) > 0
 
 
-def is_blind(args: argparse.Namespace) -> bool:
+def follows_no_score(args: argparse.Namespace) -> bool:
     """Whether SMMix's regions follow no score."""
     return args.source_region == "random" and args.target_region == "corr"
 
@@ -341,7 +356,7 @@ def conflicts(args: argparse.Namespace) -> list[tuple[bool, str]]:
     splits = args.mix_protocol == "split"
     foreign = [
         f"{_written(name, value)} (for {_users(name)})"
-        for name, (default, _) in OWN.items()
+        for name, (default, _) in METHOD_FLAGS.items()
         if not _is_of(name, vars(args))
         and _plain(value := getattr(args, name, default)) != default  # main.py's, some
     ]
@@ -403,26 +418,30 @@ def conflicts(args: argparse.Namespace) -> list[tuple[bool, str]]:
 
 
 def _users(name: str) -> str:
-    return "smmix, or with --con-weight above 0" if name in OF_CON else " or ".join(OWN[name][1])
+    return (
+        "smmix, or with --con-weight above 0"
+        if name in CONSISTENCY_FLAGS
+        else " or ".join(METHOD_FLAGS[name][1])
+    )
 
 
 def _conflicts_of_the_pass(args: argparse.Namespace) -> list[tuple[bool, str]]:
     """Rules of the flags that say what the clean images are looked at for, and of the terms of the
     loss."""
-    smmix, con = args.mixer == "smmix", weight_of_con(args.mixer, getattr(args, "con_weight", None))
+    smmix, con = args.mixer == "smmix", con_weight_of(args.mixer, getattr(args, "con_weight", None))
     fine_temperature, con_temperature = (
         getattr(args, f"{term}_temperature", 1.0) for term in ("fine", "con")
     )
     unseen = [
         name
-        for name in (*OF_THE_PASS, "score_block")
-        if getattr(args, name, OWN[name][0]) != OWN[name][0]
+        for name in (*GUIDE_FLAGS, "score_block")
+        if getattr(args, name, METHOD_FLAGS[name][0]) != METHOD_FLAGS[name][0]
     ]
     named = ", ".join(_written(name, getattr(args, name)) for name in unseen)
     scored = [
         name
         for name in ("score", "score_block")
-        if getattr(args, name, OWN[name][0]) != OWN[name][0]
+        if getattr(args, name, METHOD_FLAGS[name][0]) != METHOD_FLAGS[name][0]
     ]
     return [
         (
@@ -430,7 +449,7 @@ def _conflicts_of_the_pass(args: argparse.Namespace) -> list[tuple[bool, str]]:
             f"--score {args.score} is no score of one block: leave out --score-block, or --score",
         ),
         (
-            smmix and is_blind(args) and bool(scored),
+            smmix and follows_no_score(args) and bool(scored),
             "--source-region random with --target-region corr follows no score: leave out "
             f"{' and '.join('--' + name.replace('_', '-') for name in scored)}",
         ),

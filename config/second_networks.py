@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.build import build_model, near_misses
-from models.interface import Glance, ImageModel
+from models.interface import GuideOutput, ImageModel
 from models.weights import adapt_weights, load_foreign, load_strictly, pick_weights, restore_model
 from pipeline.spec import ImageSpec
 from storage import downloads
-from storage.checkpoints import FORMAT, load_checkpoint
+from storage.checkpoints import FORMAT, ReadCheckpoint, load_checkpoint
 from utils import InputError
 
-Look = Callable[..., Glance]  # takes what `ImageModel.look` takes
+MotivatingPass = Callable[..., GuideOutput]  # takes what `ImageModel.motivating_pass` takes
 NEEDED = (  # of a motivator
     "L_con uses its predictions: give one that was trained for these classes in this order, or "
     "with --mixer smmix "
@@ -67,6 +67,7 @@ def build_teacher(
     num_classes: int,
     input_size: tuple[int, int],
     shown: ImageSpec | None = None,
+    read: ReadCheckpoint = load_checkpoint,
 ) -> nn.Module:
     """A timm network with the weights of a file, to distil from images of `input_size` (height,
     width).
@@ -80,13 +81,14 @@ def build_teacher(
     """
     flag = f"--teacher-model {name}"
     _check_name("--teacher-model", name)
-    checkpoint = load_checkpoint(path)
+    checkpoint = read(path)
     teacher = timm.create_model(name, num_classes=num_classes)
     load_strictly(teacher, pick_weights(checkpoint), source=f"--teacher-path {path}")
     _try(flag, teacher, input_size)
     shown = shown or ImageSpec(input_size)
     return nn.Sequential(
-        renormaliser(shown, _own_spec(_said_in(checkpoint), name, teacher, shown, flag)), teacher
+        renormaliser(shown, _spec_of(_description_in(checkpoint), name, teacher, shown, flag)),
+        teacher,
     )
 
 
@@ -111,7 +113,10 @@ class FeatureMap(nn.Module):
 
 
 def build_feature_map(
-    choice: str, input_size: tuple[int, int], shown: ImageSpec | None = None
+    choice: str,
+    input_size: tuple[int, int],
+    shown: ImageSpec | None = None,
+    read: ReadCheckpoint = load_checkpoint,
 ) -> FeatureMap:
     """AttentiveMix's classifier, for images of `input_size` (height, width).
 
@@ -128,13 +133,13 @@ def build_feature_map(
     name, path = _name_and_file(choice, flag)
     if name:
         _check_name("--attentive-teacher", name)
-    checkpoint = load_checkpoint(path) if path else {}
-    said = _said_in(checkpoint)
+    checkpoint = read(path) if path else {}
+    said = _description_in(checkpoint)
     if name:
         network = _from_weights(name, checkpoint, flag) if path else _download(name, flag)
     else:
         network = restore_model(checkpoint).network
-    features = FeatureMap(network, renormaliser(shown, _own_spec(said, name, network, shown, flag)))
+    features = FeatureMap(network, renormaliser(shown, _spec_of(said, name, network, shown, flag)))
     shape = _try(flag, features, input_size).shape
     if len(shape) != 4 or shape[1] != network.num_features:
         raise InputError(
@@ -144,7 +149,9 @@ def build_feature_map(
     return features
 
 
-def check_motivator_classes(choice: str, class_names: Sequence[str]) -> None:
+def check_motivator_classes(
+    choice: str, class_names: Sequence[str], read: ReadCheckpoint = load_checkpoint
+) -> None:
     """Whether a checkpoint of main.py, given as `--motivator`, predicts the student's classes in
     the same order.
 
@@ -156,7 +163,7 @@ def check_motivator_classes(choice: str, class_names: Sequence[str]) -> None:
     """
     flag = f"--motivator {choice}"
     path = _name_and_file(choice, flag)[1]
-    own = _said_in(load_checkpoint(path))["data"].get("class_names") if path else None
+    own = _description_in(read(path))["data"].get("class_names") if path else None
     if own is None or list(own) == list(class_names):
         return
     parts = []
@@ -181,7 +188,8 @@ def build_motivator(
     shown: ImageSpec,
     predict: bool = True,
     device: torch.device | str = "cpu",
-) -> tuple[ImageModel, Look]:
+    read: ReadCheckpoint = load_checkpoint,
+) -> tuple[ImageModel, MotivatingPass]:
     """A frozen network to guide a student by (Table 9): any family, any grid, the student's images.
 
     What it learned for its own image size is resampled as `--finetune` does.
@@ -195,8 +203,7 @@ def build_motivator(
             others starts anew.
 
     Returns:
-        The network, on `device`, and what to call in the place of its `look`, with the student's
-        images.
+        The network on `device`, and its motivating pass for the student's images.
 
     Raises:
         InputError: unknown name, weights that cannot be had or belong to another network, another
@@ -208,7 +215,8 @@ def build_motivator(
         raise InputError(
             f"{flag}: neither self nor ema, nor a file, nor a model's name; {near_misses(name)}"
         )
-    said = _said_in(load_checkpoint(path) if path else {})
+    checkpoint = read(path) if path else {}
+    said = _description_in(checkpoint)
     config = _config_in(said, name, path, flag) if path else {"name": name}
     downloaded = None if path else _download(name, flag)
     classes = config.get("num_classes", getattr(downloaded, "num_classes", num_classes))
@@ -217,21 +225,26 @@ def build_motivator(
             f"{flag}: predicts {classes} classes, the data has {num_classes}. {NEEDED}"
         )
     config = {**config, "num_classes": num_classes, "input_size": shown.input_size}
-    model = _fitted(config, downloaded or path, not predict, flag).requires_grad_(False).to(device)
-    own = _own_spec(said, name, model.network, shown, flag)
-    return model, _look_through(renormaliser(shown, own).to(device), model)
+    weights = checkpoint if downloaded is None else downloaded
+    model = _fitted(config, weights, path, not predict, flag).requires_grad_(False).to(device)
+    own = _spec_of(said, name, model.network, shown, flag)
+    return model, _renormalised_pass(renormaliser(shown, own).to(device), model)
 
 
 def _fitted(
-    config: dict[str, Any], weights: nn.Module | str, fresh_heads: bool, flag: str
+    config: dict[str, Any],
+    weights: nn.Module | Mapping[str, Any],
+    path: str,
+    fresh_heads: bool,
+    flag: str,
 ) -> ImageModel:
-    """The model of this `config` with the weights of a network or a file, which takes images of its
-    size."""
+    """The model of this `config` with the weights of a network or a checkpoint (read from `path`),
+    resized to the images of `config`."""
     height, width = config["input_size"]
     try:
         model = build_model(**config)
-        if isinstance(weights, str):
-            load_foreign(model, load_checkpoint(weights), weights, fresh_heads)
+        if isinstance(weights, Mapping):
+            load_foreign(model, weights, path, fresh_heads)
         else:
             adapted, _ = adapt_weights(model, weights.state_dict(), fresh_heads=fresh_heads)
             load_strictly(model, adapted, source=flag)
@@ -243,15 +256,15 @@ def _fitted(
     return model
 
 
-def _look_through(renormalise: nn.Module, model: ImageModel) -> Look:
-    """`look` at images that are normalised anew first."""
+def _renormalised_pass(renormalise: nn.Module, model: ImageModel) -> MotivatingPass:
+    """The model's motivating pass, on images that are first normalised as it knows them."""
     if isinstance(renormalise, nn.Identity):
-        return model.look
+        return model.motivating_pass
 
-    def look(images: Tensor, *how: Any) -> Glance:
-        return model.look(renormalise(images), *how)
+    def motivating_pass(images: Tensor, *how: Any) -> GuideOutput:
+        return model.motivating_pass(renormalise(images), *how)
 
-    return look
+    return motivating_pass
 
 
 def _name_and_file(choice: str, flag: str) -> tuple[str, str]:
@@ -262,7 +275,7 @@ def _name_and_file(choice: str, flag: str) -> tuple[str, str]:
     return ("", choice) if not equals and os.path.isfile(choice) else (name, path)
 
 
-def _said_in(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _description_in(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What a checkpoint of ours says of its model and its data, without the weights; of any other
     file nothing.
 
@@ -277,7 +290,7 @@ def _said_in(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {"model_config": config, "data": data if isinstance(data, dict) else {}}
 
 
-def _own_spec(
+def _spec_of(
     said: Mapping[str, Mapping[str, Any]],
     name: str,
     network: nn.Module,

@@ -11,8 +11,8 @@ Adding a method, in ten lines:
     that is not).
 2.  A method that pastes by a mask ends with `self.label(*paste(images, sources, mask), labels,
     mask)`.
-3.  Its own flags go into `config/mixing_flags.py` and `Settings`, its name and maker into `MIXERS`,
-    of `config/build_mixer.py`.
+3.  Its own flags go into `config/mixing_flags.py`; in `config/build_mixer.py` they go into
+    `MixingSettings`, and its name and maker into `MIXERS`.
 4.  `tests/test_mixers.py`: a row in `MAKERS` puts it under the contract; a slow loop from its
     formula is its oracle.
 5.  A second, frozen network, or the gradient at the pixels: the maker hands over a function of
@@ -46,10 +46,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.interface import AttentionOf, Glance, ModelOutput
+from models.interface import AttentionOf, GuideOutput, ModelOutput
 
 Guide = Callable[
-    [Tensor], Glance | ModelOutput
+    [Tensor], GuideOutput | ModelOutput
 ]  # clean images (B, C, height, width) -> their logits and score
 
 

@@ -39,17 +39,18 @@ class Switch:
         self.first, self.second, self.prob, self.off_epoch = first, second, prob, off_epoch
         self.first_prob = 1.0 if second is None else first_prob
         self.plain = NoMixing(first.num_classes, first.smoothing)
+        self.is_off = False
 
-    def at(self, epoch: int) -> Switch | NoMixing:
-        """What mixes in an epoch."""
-        return self if self.off_epoch is None or epoch < self.off_epoch else self.plain
+    def set_epoch(self, epoch: int) -> None:
+        """Must be called before an epoch, counted from 0."""
+        self.is_off = self.off_epoch is not None and epoch >= self.off_epoch
 
     def draw(self, generator: torch.Generator) -> Choice:
         mix, first = torch.rand(2, generator=generator).tolist()
         return Choice(mix < self.prob, first < self.first_prob)
 
     def pick(self, choice: Choice) -> Mixer:
-        if not choice.mix:
+        if self.is_off or not choice.mix:
             return self.plain
         return self.first if choice.first or self.second is None else self.second
 

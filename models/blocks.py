@@ -19,7 +19,7 @@ from models.float32_attention import like_its_layer
 from models.interface import (
     AttentionOf,
     Depth,
-    Glance,
+    GuideOutput,
     ImageModel,
     class_attention_score,
     image_attention_score,
@@ -63,7 +63,7 @@ class PlainTransformer(ImageModel):
         takes besides."""
 
     def embed_resized(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """`embed` for images of another size, if the model `looks_smaller`."""
+        """`embed` for images of another size, if the model `accepts_other_sizes`."""
         raise NotImplementedError
 
     @abstractmethod
@@ -120,7 +120,9 @@ class PlainTransformer(ImageModel):
                 self.map_of(last, tokens, beside, class_only), network.num_prefix_tokens
             )
 
-    def glance(self, images: Tensor, resized: bool, block: Depth, predict: bool) -> Glance:
+    def guide_output(
+        self, images: Tensor, resized: bool, block: Depth, predict: bool
+    ) -> GuideOutput:
         """Where prefix tokens decide alone, the last block makes nothing of the image tokens but
         their score."""
         network, prefix = self.network, self.network.num_prefix_tokens
@@ -129,12 +131,12 @@ class PlainTransformer(ImageModel):
         if block == "rollout":
             tokens, early = self._rollout(tokens, each)
             if not predict:
-                return Glance(None, early)
+                return GuideOutput(None, early)
         elif not predict or number < len(each):
             tokens = self._run(tokens, each, 0, number - 1)
             early = self._score(tokens, each, number - 1)
             if not predict:
-                return Glance(None, early)
+                return GuideOutput(None, early)
         tokens = self._run(tokens, each, 0 if early is None else number - 1, len(each) - 1)
         last, beside = network.blocks[-1], each[-1]
         from_prefix = network.global_pool == "token" and getattr(network, "attn_pool", None) is None
@@ -146,7 +148,7 @@ class PlainTransformer(ImageModel):
                 finish_block(last, tokens[:, :prefix], attended[0])
             )  # (B, prefix, D)
             score = image_attention_score(attended[1], prefix)
-        return Glance(self.head(features)[0], score if early is None else early)
+        return GuideOutput(self.head(features)[0], score if early is None else early)
 
     def _score(self, tokens: Tensor, beside: list[dict[str, Any]], place: int) -> Tensor:
         """Eq. 6 of a block, counted from 0, from the tokens that it receives: (B, N)."""
@@ -228,10 +230,12 @@ class WindowedTransformer(ImageModel):
             tokens = run_block(final, block, tokens)
         return tokens
 
-    def glance(self, images: Tensor, resized: bool, block: Depth, predict: bool) -> Glance:
+    def guide_output(
+        self, images: Tensor, resized: bool, block: Depth, predict: bool
+    ) -> GuideOutput:
         if predict:
-            return super().glance(images, resized, block, predict)
-        return Glance(
+            return super().guide_output(images, resized, block, predict)
+        return GuideOutput(
             None, self.score(self.network.layers[-1].blocks[-1], self._before_last_block(images))
         )
 

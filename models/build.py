@@ -187,6 +187,16 @@ def build_model(
     return model
 
 
+def draft_model(**config: Any) -> ImageModel:
+    """The model of these keywords of `build_model` without memory for its weights, on the meta
+    device: to read its sizes, or to refuse weights of other shapes at once."""
+    try:
+        with torch.device("meta"):
+            return build_model(**config)
+    except (NotImplementedError, RuntimeError):  # some models of older timm need real numbers
+        return build_model(**config)
+
+
 def _wrapper_of(network: nn.Module, name: str) -> Callable[..., ImageModel]:
     for family in FAMILIES:
         if isinstance(network, family.kind):

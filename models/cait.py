@@ -26,7 +26,7 @@ from models.float32_attention import like_its_layer
 from models.interface import (
     AttentionOf,
     Depth,
-    Glance,
+    GuideOutput,
     ImageModel,
     class_attention_score,
     image_attention_score,
@@ -114,7 +114,9 @@ class CaiT(ImageModel):
         """Those of the image tokens."""
         return len(self.network.blocks)
 
-    def glance(self, images: Tensor, resized: bool, block: Depth, predict: bool) -> Glance:
+    def guide_output(
+        self, images: Tensor, resized: bool, block: Depth, predict: bool
+    ) -> GuideOutput:
         blocks = self.network.blocks
         number = block if isinstance(block, int) else len(blocks)
         tokens, before = self._embed(images), []
@@ -125,9 +127,9 @@ class CaiT(ImageModel):
         if block == "rollout":
             score = torch.stack([*before, score]).mean(dim=0)
         if not predict:
-            return Glance(None, score)
+            return GuideOutput(None, score)
         features, _ = self._class_attention(self._run(tokens, number - 1, len(blocks)))
-        return Glance(self.head(features)[0], score)
+        return GuideOutput(self.head(features)[0], score)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features[:, 1:]

@@ -57,7 +57,7 @@ class PlainViT(PlainTransformer):
         return network.norm_pre(network.patch_drop(tokens)), [{}] * len(network.blocks)
 
     @property
-    def looks_smaller(self) -> bool:
+    def accepts_other_sizes(self) -> bool:
         """Where patches are embedded by one convolution, positions are learned, and none belong to
         the pooling."""
         network = self.network

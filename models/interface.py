@@ -45,7 +45,7 @@ class ModelOutput(NamedTuple):
     )
 
 
-class Glance(NamedTuple):
+class GuideOutput(NamedTuple):
     """What the motivating pass gives: all that mixing needs to know of clean images."""
 
     logits: Tensor | None  # (B, K), if the prediction was asked for
@@ -195,15 +195,14 @@ class ImageModel(nn.Module, ABC):
         return False
 
     @property
-    def looks_smaller(self) -> bool:
-        """Whether `look` can show the images at another size: what the model learned for its own
-        grid is resampled."""
+    def accepts_other_sizes(self) -> bool:
+        """Whether the motivating pass can take images of another size: position embeddings and the
+        like are then resampled."""
         return False
 
     @property
     def score_blocks(self) -> int:
-        """How many blocks `look` can choose from to read the score; 0: it is always that of the
-        last one."""
+        """How many blocks the motivating pass can read its score in; 0: the last one only."""
         return 0
 
     @abstractmethod
@@ -257,20 +256,20 @@ class ImageModel(nn.Module, ABC):
         """Height and width in pixels of the images this model takes."""
         return self.grid_size[0] * self.patch_size[0], self.grid_size[1] * self.patch_size[1]
 
-    def look(
+    def motivating_pass(
         self,
         images: Tensor,
         size: tuple[int, int] | None = None,
         block: Depth = None,
         predict: bool = True,
-    ) -> Glance:
+    ) -> GuideOutput:
         """The motivating pass: prediction and score of clean images, in evaluation mode, and
         nothing that costs more.
 
         Args:
             images: (B, C, height, width), of the model's own size.
             size: height and width in pixels to show them at, multiples of `patch_size`, if the
-                model `looks_smaller`.
+                model `accepts_other_sizes`.
             block: read the score in this block, counted from 1, of the model's `score_blocks`;
                 `rollout`: the mean of all their scores; default: that of the last.
             predict: false ends the pass where the score is read, if the family can; then there are
@@ -284,25 +283,27 @@ class ImageModel(nn.Module, ABC):
         )
         assert known, f"no block {block} of {self.score_blocks} to read"
         if size is None:
-            return self.glance(images, False, block, predict)
-        assert self.looks_smaller, f"{type(self).__name__} takes images of one size"
+            return self.guide_output(images, False, block, predict)
+        assert self.accepts_other_sizes, f"{type(self).__name__} takes images of one size"
         smaller = interpolate(images, size, mode="bilinear", antialias=True)
-        seen = self.glance(smaller, True, block, predict)
+        seen = self.guide_output(smaller, True, block, predict)
         grid = size[0] // self.patch_size[0], size[1] // self.patch_size[1]
-        return Glance(seen.logits, resize_score(seen.image_attention, grid, self.grid_size))
+        return GuideOutput(seen.logits, resize_score(seen.image_attention, grid, self.grid_size))
 
-    def glance(self, images: Tensor, resized: bool, block: Depth, predict: bool) -> Glance:
-        """`look` at the images as they are. Families that predict without the final image tokens do
-        with less.
+    def guide_output(
+        self, images: Tensor, resized: bool, block: Depth, predict: bool
+    ) -> GuideOutput:
+        """The motivating pass without resizing. Families whose prediction does not need the final
+        image tokens leave them out.
 
         Args:
             resized: they are not of the model's own size; then the score is on their grid. Only if
-                it `looks_smaller`.
+                it `accepts_other_sizes`.
             block, predict: see there.
         """
         output = self(images, need_attention="image")
         assert output.image_attention is not None
-        return Glance(output.logits if predict else None, output.image_attention)
+        return GuideOutput(output.logits if predict else None, output.image_attention)
 
     def forward(
         self,

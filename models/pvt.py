@@ -26,7 +26,7 @@ from models.float32_attention import like_its_layer
 from models.interface import (
     AttentionOf,
     Depth,
-    Glance,
+    GuideOutput,
     ImageModel,
     class_attention_score,
     image_attention_score,
@@ -355,7 +355,9 @@ class PVT(ImageModel):
             num_prefix_tokens=1,
         )
 
-    def glance(self, images: Tensor, resized: bool, block: Depth, predict: bool) -> Glance:
+    def guide_output(
+        self, images: Tensor, resized: bool, block: Depth, predict: bool
+    ) -> GuideOutput:
         """The last block makes nothing of the image tokens but their score: the class token decides
         alone."""
         tokens, last = (
@@ -363,10 +365,12 @@ class PVT(ImageModel):
             self.network.blocks_of(3)[-1],
         )  # (B, 1 + N, D)
         if not predict:
-            return Glance(None, self._score(tokens, class_only=False))
+            return GuideOutput(None, self._score(tokens, class_only=False))
         attended, attention = last.attn.attend_and_map(last.norm1(tokens), self.grid_size)
         features = self.network.norm(finish_block(last, tokens[:, :1], attended))  # (B, 1, D)
-        return Glance(self.head(features)[0], image_attention_score(attention, num_prefix_tokens=1))
+        return GuideOutput(
+            self.head(features)[0], image_attention_score(attention, num_prefix_tokens=1)
+        )
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features[:, 1:]

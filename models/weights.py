@@ -5,35 +5,22 @@ Takes what was read from a file, never a path. Letters as in `models/interface.p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from models.build import build_model
+from models.build import build_model, draft_model
 from models.interface import ImageModel
 from utils import InputError, as_pair, first_of, is_ordinary
 
 
-def _build_again(config: Any) -> ImageModel:
+def _rebuild(config: Any, build: Callable[..., ImageModel] = build_model) -> ImageModel:
+    """The model of a checkpoint's `model_config`."""
     try:
-        return build_model(**{**config, "input_size": as_pair(config["input_size"])})
+        return build(**{**config, "input_size": as_pair(config["input_size"])})
     except (TypeError, KeyError) as error:
         raise InputError(f"the checkpoint's model_config is damaged: {error}") from error
-
-
-def _draft(config: Any) -> ImageModel:
-    """The same without memory, which refuses at once what a network of the wrong size would take
-    long to refuse."""
-    try:
-        with torch.device("meta"):
-            return _build_again(config)
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ):  # some of older timm's cannot be built without numbers
-        return _build_again(config)
 
 
 def load_foreign(
@@ -57,7 +44,7 @@ def load_foreign(
     if (
         "model_config" in checkpoint
     ):  # ours: the grid behind its position embedding is known, square or not
-        old_grid = _draft(checkpoint["model_config"]).grid_size
+        old_grid = _rebuild(checkpoint["model_config"], draft_model).grid_size
     try:
         found = pick_weights(checkpoint)
     except InputError as error:
@@ -84,8 +71,8 @@ def restore_model(checkpoint: Mapping[str, Any], ema: bool = False) -> ImageMode
             f"the checkpoint holds no {missing}: it was not written by this project's main.py"
         )
     weights = own_keys(checkpoint[key])
-    check_fit(_draft(checkpoint["model_config"]), weights, source="the checkpoint")
-    model = _build_again(checkpoint["model_config"])
+    check_fit(_rebuild(checkpoint["model_config"], draft_model), weights, source="the checkpoint")
+    model = _rebuild(checkpoint["model_config"])
     load_strictly(model, weights, source="the checkpoint")
     return model
 

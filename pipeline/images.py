@@ -72,7 +72,7 @@ def _decode_strictly(content: bytes) -> np.ndarray | None:
 # What Pillow raises for a file that is no image, or a damaged one; a test damages files of many
 # formats at random.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class UnreadableSampleError(SampleError):
@@ -135,7 +135,7 @@ class Images(Dataset[tuple[Any, int]]):
         try:
             image, label = self.read(index)
         except UNREADABLE as error:
-            if getattr(error, "errno", None) in NOT_THE_FILES_FAULT:
+            if getattr(error, "errno", None) in RESOURCE_ERRORS:
                 raise SampleError(f"{self.name_of(index)}: {error}; lower --num-workers") from error
             raise UnreadableSampleError(
                 f"{self.name_of(index)}: cannot be read as an image ({error}); replace the file or "

@@ -24,8 +24,8 @@ from pipeline.samples import (
     StreamedEvalSamples,
     StreamedSamples,
     TrainSamples,
-    as_it_is,
-    in_order,
+    collate_samples,
+    identity_collate,
 )
 from pipeline.workers import Loader, explaining
 from samplers import EpochBatches, EvalShard
@@ -84,7 +84,7 @@ def build_train_loader(
         )
         if num_workers:
             common.update(num_workers=num_workers, persistent_workers=True, timeout=timeout)
-        common.update(batch_sampler=batches, collate_fn=as_it_is)
+        common.update(batch_sampler=batches, collate_fn=identity_collate)
         return Loader(samples, name_of=samples.images.name_of, **common)
     if repeats > 1:
         raise InputError(
@@ -94,7 +94,9 @@ def build_train_loader(
     workers = max(1, num_workers)
     samples.images.source.set_loader_cfg(num_workers=workers)
     # its workers are new in each epoch: they learn of it as they start
-    common.update(batch_size=batch_size, num_workers=workers, timeout=timeout, collate_fn=in_order)
+    common.update(
+        batch_size=batch_size, num_workers=workers, timeout=timeout, collate_fn=collate_samples
+    )
     loader = Loader(samples, **common)
     set_epoch(loader, 0)
     return loader

@@ -1,9 +1,10 @@
-"""What a training loader gives: samples, and the batch that they are written into.
+"""Training and evaluation samples with keyed draws, and the batch that they are collated into.
 
-Level 2: imports `erasing` and `randaugment`, for boxes and operations. It must not know where
-samples come from or what becomes of a batch.
+A sample's augmentation depends on its place (seed, epoch, index, position) alone. Resuming and the
+number of workers or processes leave it as it is. Training images are handed over as pixels, a
+quarter of the size of float32; the step normalises and erases them on the device.
 
-Letters: B batch, H height, W width, M boxes to erase per image, L layers of operations.
+Letters: B batch, H height, W width, M boxes to erase per image, L operations per image.
 """
 
 from __future__ import annotations
@@ -15,93 +16,98 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from pipeline import erasing, randaugment
 from pipeline.erasing import Erasing
 from pipeline.images import Images, StreamedImages, UnreadableSampleError
-from pipeline.transforms import Pixels, Transform, Undone
+from pipeline.transforms import PendingAugment, Pixels, Transform
 from samplers import Place
 from utils import InputError, SampleError, keyed_generator, keyed_globals
 
+SUBSTITUTES = 20  # how many other images are tried instead of one that cannot be read
+
+ReadImage = Callable[[int], tuple[Pixels, int]]  # index -> decoded image, label
+
 
 class Sample(NamedTuple):
-    """One training image (3, H, W), its label, its index as `read` gives it, and what will be done
-    to it in the batch: the M boxes that will be erased, and before that L operations."""
+    """One training image with what is still to be done to it in the batch."""
 
-    image: torch.Tensor
+    image: Tensor  # (3, H, W)
     label: int
-    shown: int
-    boxes: list[erasing.Box]
-    operations: list[randaugment.Row]
+    number: int  # index in the data set; of a stream the running number in the epoch
+    replaced: bool  # the image of this number cannot be read: `image` is another one
+    boxes: list[erasing.Box]  # M, to be erased after the operations
+    operations: list[randaugment.Row]  # L, of RandAugment on the device
 
 
 class Batch(NamedTuple):
-    """images (B, 3, H, W), uint8 with channels last; labels (B,), indices (B,) and boxes (B, M, 4)
-    int64; operations (B, L, 8) as `pipeline.randaugment.as_tensor` orders them, L = 0 where the
-    images need none."""
+    """What a training loader gives. Float images need no boxes and no operations."""
 
-    images: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
-    boxes: torch.Tensor
-    operations: torch.Tensor
+    images: Tensor  # (B, 3, H, W), uint8 with channels last in memory, or float
+    labels: Tensor  # (B,) int64
+    indices: Tensor  # (B,) int64
+    replaced: Tensor | None = None  # (B,) bool, see `Sample`
+    boxes: Tensor | None = None  # (B, M, 4) int64, see `erasing.as_tensor`
+    operations: Tensor | None = None  # (B, L, 8), see `randaugment.as_tensor`; L = 0 for none
 
 
 def make_batch(samples: Iterable[tuple[int, Sample]], size: int) -> Batch:
-    """`size` samples, each with the row where it belongs; every image is copied once, into its
-    row."""
+    """`size` samples, each with its row in the batch. Each image is copied once, into its row."""
     images = torch.empty(0)
-    rest: list[tuple[int, int, list[erasing.Box], list[randaugment.Row]]] = [(0, 0, [], [])] * size
+    rows: dict[int, Sample] = {}
     for row, sample in samples:
         if images.ndim == 1:
-            shape, dtype = (size, *sample.image.shape), sample.image.dtype
-            images = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+            shape = (size, *sample.image.shape)
+            images = torch.empty(shape, dtype=sample.image.dtype, memory_format=torch.channels_last)
         images[row] = sample.image
-        rest[row] = sample[1:]
-    labels, indices, boxes, drawn = zip(*rest, strict=True)
-    operations = randaugment.as_tensor(drawn)
+        rows[row] = sample._replace(image=torch.empty(0))  # the copy is enough
+    in_order = [rows[row] for row in range(size)]
     return Batch(
         images,
-        torch.tensor(labels),
-        torch.tensor(indices),
-        erasing.as_tensor(list(boxes)),
-        operations,
+        torch.tensor([sample.label for sample in in_order]),
+        torch.tensor([sample.number for sample in in_order]),
+        torch.tensor([sample.replaced for sample in in_order]),
+        erasing.as_tensor([sample.boxes for sample in in_order]),
+        randaugment.as_tensor([sample.operations for sample in in_order]),
     )
 
 
-def in_order(samples: list[Sample]) -> Batch:
-    """Samples that came one by one."""
+def collate_samples(samples: list[Sample]) -> Batch:
+    """Samples that were read one by one, such as a stream's."""
     return make_batch(enumerate(samples), len(samples))
 
 
-def as_it_is(batch: Batch) -> Batch:
-    """For torch's loader, which has something done to what is a batch already."""
+def identity_collate(batch: Batch) -> Batch:
+    """For torch's loader, which must collate what is a batch already."""
     return batch
 
 
-SUBSTITUTES = 20  # images that are tried in the place of one that cannot be read
-
-
 def draw_sample(
-    transform: Transform, image: Pixels, label: int, shown: int, erase: Erasing
+    transform: Transform,
+    image: Pixels,
+    label: int,
+    number: int,
+    erase: Erasing,
+    replaced: bool = False,
 ) -> Sample:
-    """All draws of one sample: those of the transform, then the boxes."""
-    made = transform(image)
-    pixels, operations = made if isinstance(made, Undone) else (made, [])
-    return Sample(pixels, label, shown, erase.draw((pixels.shape[1], pixels.shape[2])), operations)
+    """All draws of one sample: those of the transform, then the boxes to erase."""
+    result = transform(image)
+    pixels, operations = result if isinstance(result, PendingAugment) else (result, [])
+    boxes = erase.draw((pixels.shape[1], pixels.shape[2]))
+    return Sample(pixels, label, number, replaced, boxes, operations)
 
 
 class TrainSamples(Dataset[Sample]):
-    """(epoch, index, position) -> `Sample`, with draws keyed by that place; many places at once ->
-    `Batch`.
+    """Place (epoch, index, position) -> `Sample`; a list of places -> `Batch`. Draws are keyed by
+    the place.
 
     Args:
-        transform: a decoded image -> (3, H, W), or `pipeline.transforms.Undone`.
-        erase: draws the boxes, last of a sample's draws.
-        skip_corrupt: an image that cannot be decoded is replaced by another with its own label,
-            drawn from the same place, and its index i is given as ~i = -1 - i. Errors of the
-            transform surface either way.
+        transform: a decoded image -> (3, H, W), or `pipeline.transforms.PendingAugment`.
+        erase: draws the boxes, after all other draws of the sample.
+        skip_corrupt: an image that cannot be decoded is replaced by another, drawn from the same
+            place, with that other's label. Errors of the transform are raised either way.
     """
 
     def __init__(
@@ -122,46 +128,39 @@ class TrainSamples(Dataset[Sample]):
         return len(self.images)
 
     def __getitem__(self, place: Place) -> Sample:
-        return self.show(place, self.images.__getitem__)
+        return self.sample_at(place, self.images.__getitem__)
 
     def __getitems__(self, places: list[Place]) -> Batch:
-        """What torch's loader asks for: a whole batch. Views of one image share its decoding, one
-        after the other."""
-        look = lru_cache(maxsize=1)(self.images.__getitem__)
+        """What torch's loader calls: a whole batch. Views of one image are decoded once."""
+        read = lru_cache(maxsize=1)(self.images.__getitem__)
         rows = sorted(range(len(places)), key=places.__getitem__)
-        return make_batch(((row, self.show(places[row], look)) for row in rows), len(places))
+        samples = ((row, self.sample_at(places[row], read)) for row in rows)
+        return make_batch(samples, len(places))
 
-    def show(self, place: Place, look: Callable[[int], tuple[Pixels, int]]) -> Sample:
-        """The sample of a place, its image decoded by `look`."""
-        image, label, shown = self.read(place, look)
+    def sample_at(self, place: Place, read: ReadImage) -> Sample:
+        """The sample of a place, its image decoded by `read`."""
+        image, label, replaced = self.read_or_replace(place, read)
         with keyed_globals("sample", self.seed, *place):
-            return draw_sample(self.transform, image, label, shown, self.erase)
+            return draw_sample(self.transform, image, label, place[1], self.erase, replaced)
 
-    def read(
-        self, place: Place, look: Callable[[int], tuple[Pixels, int]]
-    ) -> tuple[Pixels, int, int]:
-        """The image of a place or its substitute, the label, and the index, inverted for a
-        substitute.
+    def read_or_replace(self, place: Place, read: ReadImage) -> tuple[Pixels, int, bool]:
+        """The image of a place and its label, or another image's, and whether it is another's.
 
         Raises:
             SampleError: it cannot be read, and replacing is off or none of `SUBSTITUTES` others can
                 be read either.
         """
-        index = place[1]
         try:
-            return *look(index), index
+            return *read(place[1]), False
         except UnreadableSampleError as error:
             if not self.skip_corrupt:
                 raise
             bad = error
-        draws = torch.randint(
-            len(self.images),
-            (SUBSTITUTES,),
-            generator=keyed_generator("substitute", self.seed, *place),
-        )
+        generator = keyed_generator("substitute", self.seed, *place)
+        draws = torch.randint(len(self.images), (SUBSTITUTES,), generator=generator)
         for other in draws.tolist():
-            with suppress(UnreadableSampleError):  # that one is counted where it is itself due
-                return *self.images[other], ~index
+            with suppress(UnreadableSampleError):  # it will be reported when its own turn comes
+                return *self.images[other], True
         raise SampleError(
             f"{bad.text}; nor can any of {SUBSTITUTES} images drawn in its place"
         ) from bad
@@ -223,8 +222,8 @@ class StreamedSamples(IterableDataset[Sample]):
             begin = count
             for image, label in islice(self.images, quota - count):
                 with keyed_globals("stream", self.seed, self.epoch, self.rank, worker, count):
-                    shown = self.rank + self.world_size * (worker + workers * count)
-                    sample = draw_sample(self.transform, image, label, shown, self.erase)
+                    number = self.rank + self.world_size * (worker + workers * count)
+                    sample = draw_sample(self.transform, image, label, number, self.erase)
                 yield sample
                 count += 1
             if count == begin:

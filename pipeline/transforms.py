@@ -90,7 +90,7 @@ class CropAndResize(RandomResizedCropAndInterpolation):
         return resized.permute(1, 2, 0).numpy()  # (H, W, 3)
 
 
-class Undone(NamedTuple):
+class PendingAugment(NamedTuple):
     """Pixels (3, H, W) uint8 and what is left to do to them, in the batch:
     `pipeline.randaugment.DrawOnly`'s rows."""
 
@@ -98,8 +98,8 @@ class Undone(NamedTuple):
     operations: list[randaugment.Row]
 
 
-# A decoded image -> (3, H, W): uint8 pixels for training, also as `Undone`, normalised float32 for
-# evaluation
+# A decoded image -> (3, H, W): for training uint8 pixels or a `PendingAugment`, for evaluation
+# normalised float32.
 Transform = Callable[[Any], Any]
 
 
@@ -120,13 +120,13 @@ class ResizeTo:
 
 
 @dataclass(frozen=True)
-class LeaveUndone:
+class DeferAugment:
     """The last step of a transform: an image as it is, and what is drawn for it and not done."""
 
     draw: randaugment.DrawOnly
 
-    def __call__(self, pixels: Pixels) -> Undone:
-        return Undone(as_tensor(pixels), self.draw())
+    def __call__(self, pixels: Pixels) -> PendingAugment:
+        return PendingAugment(as_tensor(pixels), self.draw())
 
 
 def fill_color(spec: ImageSpec) -> tuple[int, ...]:
@@ -166,7 +166,7 @@ def build_train_transform(spec: ImageSpec, augment: Augment) -> transforms.Compo
     padded = transforms.RandomCrop(spec.input_size, padding=max(1, round(min(spec.input_size) / 8)))
     small = [ResizeTo(spec.input_size, augment.interpolation), padded]
     if augment.randaugment == "device":
-        undone = LeaveUndone(randaugment.DrawOnly(after_crop, spec.input_size))
+        undone = DeferAugment(randaugment.DrawOnly(after_crop, spec.input_size))
         return transforms.Compose([*(small if spec.is_small else [own_crop.resized]), undone])
     for step in after_crop:
         guard_posterize(step)

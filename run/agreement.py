@@ -30,7 +30,7 @@ LAUNCHER = (
 IMPATIENT_AFTER = 3.0  # seconds; a launcher and a batch system may send the same signal twice
 
 
-class Agreement(NamedTuple):
+class Agreed(NamedTuple):
     """What some rank asked for, the same on all of them."""
 
     stop: bool = False
@@ -42,7 +42,7 @@ class Stopped(Exception):
     """All ranks have agreed to stop."""
 
 
-class Watch:
+class RankAgreement:
     """Used as a context around training. Answers come one call late, so that no rank waits for
     another's message.
 
@@ -64,7 +64,7 @@ class Watch:
         if processes.world_size > 1:
             self.group = dist.new_group(backend="gloo", timeout=processes.timeout)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> RankAgreement:
         for number in SIGNALS:
             self.previous[number] = signal.signal(number, self._on_signal)
         return self
@@ -101,7 +101,7 @@ class Watch:
         """Starts the clock of `save_minutes` anew."""
         self.saved_at = time.monotonic()
 
-    def agree(self, bad_images: int = 0) -> Agreement:
+    def agree(self, bad_images: int = 0) -> Agreed:
         """Tells the others what this rank wants, and returns what all wanted a call ago. All ranks
         call it together."""
         late = (
@@ -110,26 +110,26 @@ class Watch:
         )
         wanted = torch.tensor([self.stop_is_asked_for(), late, bad_images], dtype=torch.int64)
         if self.group is None:
-            return Agreement(bool(wanted[0]), bool(wanted[1]), int(wanted[2]))
+            return Agreed(bool(wanted[0]), bool(wanted[1]), int(wanted[2]))
         before, self.pending = (
             self.pending,
             (wanted, dist.all_reduce(wanted, group=self.group, async_op=True)),
         )
         if before is None:
-            return Agreement()
+            return Agreed()
         before[1].wait()
         stop, save, bad = before[0].tolist()
-        return Agreement(stop > 0, save > 0, bad)
+        return Agreed(stop > 0, save > 0, bad)
 
 
-class Watched:
+class StoppableLoader:
     """A loader whose ranks agree after each batch, `calls` times in all, however many batches this
     rank has.
 
     Its iteration raises `Stopped` where they agree to stop.
     """
 
-    def __init__(self, watch: Watch, loader: Iterable[Any], calls: int) -> None:
+    def __init__(self, watch: RankAgreement, loader: Iterable[Any], calls: int) -> None:
         self.watch, self.loader, self.calls = watch, loader, calls
 
     def __iter__(self) -> Iterator[Any]:

@@ -29,9 +29,9 @@ except ImportError:  # Windows
 WAIT_FOR_LOCK = (
     30.0  # seconds: the ranks of a launcher that was killed need a step and a save to leave
 )
-WAIT_FOR_WORD = 2.0  # seconds
+WAIT_FOR_FAILURE_FILE = 2.0  # seconds
 STEPS = "checkpoints"  # the folder of checkpoints by step
-WORDS = "failed_rank*.json"
+FAILURE_FILES = "failed_rank*.json"
 
 
 def step_file(folder: Path, step: int) -> Path:
@@ -48,14 +48,15 @@ def candidates(folder: Path) -> list[Path]:
     return [*reversed(by_step), *(path for path in [folder / "checkpoint.pth"] if path.exists())]
 
 
-def leave_word(folder: Path, rank: int, cause: dict[str, Any]) -> None:
+def write_failure(folder: Path, rank: int, cause: dict[str, Any]) -> None:
     """A rank without a `RunFolder` says why it ends, for the one that writes `status.json`.
 
     Raises:
         InputError: it cannot be written.
     """
     write_json(
-        folder / WORDS.replace("*", str(rank)), {**cause, "error": f"rank {rank}: {cause['error']}"}
+        folder / FAILURE_FILES.replace("*", str(rank)),
+        {**cause, "error": f"rank {rank}: {cause['error']}"},
     )
 
 
@@ -89,7 +90,7 @@ class RunFolder:
         self.lock = self._lock()
         remove_stale(self.path)
         remove_stale(self.path / STEPS)
-        for word in self.path.glob(WORDS):
+        for word in self.path.glob(FAILURE_FILES):
             with suppress(OSError):  # a folder of such a name says nothing
                 word.unlink(missing_ok=True)
 
@@ -132,7 +133,7 @@ class RunFolder:
             os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return lock
 
-    def go_on_from(self, path: Path, step: int, names: Sequence[str]) -> list[Path]:
+    def rewind_to(self, path: Path, step: int, names: Sequence[str]) -> list[Path]:
         """Leaves the folder as it was when the checkpoint at `path` was written, after `step`
         updates.
 
@@ -153,8 +154,8 @@ class RunFolder:
         ]
         if path.resolve().parent == (self.path / STEPS).resolve():
             for name in names:
-                _stand_for(path, self.path / name)
-        return [_set_aside(file) for file in later]
+                _link_as(path, self.path / name)
+        return [_move_aside(file) for file in later]
 
     def status(self, state: str, **more: Any) -> None:
         """Writes `status.json`: `running`, `done`, `preempted` or `failed`, when, and how far."""
@@ -176,14 +177,16 @@ class RunFolder:
         if before.get("state") == "done" and not has_begun:
             return
         kept = {name: before[name] for name in ("epoch", "step") if type(before.get(name)) is int}
-        self.status("failed", **kept, **((is_consequence and self._word_of_others()) or cause))
+        self.status(
+            "failed", **kept, **((is_consequence and self._failure_of_other_rank()) or cause)
+        )
 
-    def _word_of_others(self) -> dict[str, Any]:
-        """What another rank left, see `leave_word`; it may be about to."""
+    def _failure_of_other_rank(self) -> dict[str, Any]:
+        """What another rank left, see `write_failure`; it may be about to."""
         begun = time.monotonic()
         while (
-            not (words := sorted(self.path.glob(WORDS)))
-            and time.monotonic() - begun < WAIT_FOR_WORD
+            not (words := sorted(self.path.glob(FAILURE_FILES)))
+            and time.monotonic() - begun < WAIT_FOR_FAILURE_FILE
         ):
             time.sleep(0.1)
         word = _read_json(words[0]) if words else {}
@@ -200,7 +203,7 @@ class RunFolder:
         path = step_file(self.path, step)
         save_checkpoint(path, state)
         for name in names:
-            _stand_for(path, self.path / name)
+            _link_as(path, self.path / name)
         files = [file for file in candidates(self.path) if not file.is_dir()]
         for old in files[self.keep :]:
             if old.parent.name == STEPS and old != path:
@@ -220,12 +223,12 @@ def _naming(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def _set_aside(file: Path) -> Path:
+def _move_aside(file: Path) -> Path:
     with _naming(aside := Path(f"{file}.aside")):
         return file.replace(aside)
 
 
-def _stand_for(path: Path, name: Path) -> None:
+def _link_as(path: Path, name: Path) -> None:
     """Makes `name` the same file as `path`, at once."""
     temporary = name.with_name(f"{name.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     with suppress(OSError):

@@ -1,6 +1,6 @@
-"""A training run under way: its epochs, what is said and saved of them, and where it stops.
+"""A run under way: its epochs, what it prints and saves, and where it stops.
 
-Knows no flags as such: those that govern a run are in `Rules`. What is trained was built elsewhere.
+Knows no flags as such: those that govern a run are in `Rules`. What is trained is built elsewhere.
 """
 
 from __future__ import annotations
@@ -14,36 +14,34 @@ import torch
 
 import engine
 import utils
-from mixers.switch import Switch
 from pipeline import loaders
-from pipeline.bad_images import CorruptImages
+from pipeline.bad_images import BadImages
+from pipeline.samples import Batch
 from run import pictures, state
-from run.agreement import Stopped, Watch, Watched
+from run.agreement import RankAgreement, StoppableLoader, Stopped
 from run.folder import RunFolder
 from run.log import RunLog
 from training import optim
 from training.meters import Meters
 
-LONG_WAIT = (
-    0.1,
-    5.0,
-)  # share of an epoch's time and seconds in it from which on waiting for data is spoken of
+# Warn if more than this share of an epoch, and more than so many seconds, are spent waiting for
+# data.
+LONG_WAIT_SHARE, LONG_WAIT_SECONDS = 0.1, 5.0
 
 
-class Waits:
-    """Passes an epoch's batches on and counts the seconds, on the host, from asking for one until
-    it is there.
+class TimedLoader:
+    """Passes on the batches of an epoch and measures how long the host waits for each.
 
-    The first wait of an epoch, in which workers start, counts in the mean and not in the share. A
-    clock: no checkpoint keeps any of it.
+    The first wait of an epoch, in which workers start, counts in the mean and not in the share. No
+    checkpoint keeps these times.
     """
 
-    def __init__(self, loader: Iterable[Any] = ()) -> None:
+    def __init__(self, loader: Iterable[Batch] = ()) -> None:
         self.loader = loader
-        self.seconds = self.first = self.told_seconds = 0.0
-        self.batches = self.told_batches = 0
+        self.seconds = self.first = self.reported_seconds = 0.0
+        self.batches = self.reported_batches = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         batches = None
         while True:
             asked = time.perf_counter()
@@ -62,71 +60,81 @@ class Waits:
 
     def recent(self) -> float:
         """Seconds per batch since the last call."""
-        seconds, batches = self.seconds - self.told_seconds, self.batches - self.told_batches
-        self.told_seconds, self.told_batches = self.seconds, self.batches
+        seconds = self.seconds - self.reported_seconds
+        batches = self.batches - self.reported_batches
+        self.reported_seconds, self.reported_batches = self.seconds, self.batches
         return seconds / max(batches, 1)
 
     def is_long(self, seconds: float) -> bool:
-        """Whether an epoch that took `seconds` spent too much of them waiting, its beginning left
-        out."""
+        """Whether an epoch that took `seconds` spent too much of them waiting for data."""
         waited = self.seconds - self.first
-        return waited > LONG_WAIT[1] and waited > LONG_WAIT[0] * (seconds - self.first)
+        is_large_share = waited > LONG_WAIT_SHARE * (seconds - self.first)
+        return waited > LONG_WAIT_SECONDS and is_large_share
 
 
 class Rules(NamedTuple):
-    """The flags that say how far a run goes and how often it speaks and saves."""
+    """The flags that say how far a run goes and how often it logs, evaluates and saves."""
 
     epochs: int
-    log_every: int
-    save_steps: int
+    log_every: int  # steps
+    save_steps: int  # 0: only after epochs
     max_steps: int | None = None
     eval_every: int = 1  # epochs
 
 
+class Data(NamedTuple):
+    """What a run reads."""
+
+    train_loader: loaders.Loader
+    val_loader: loaders.Loader
+    total_batch: int  # images of all ranks per step
+    bad_images: BadImages | None = None  # with `--skip-corrupt`
+
+    @property
+    def steps(self) -> int:
+        """Steps per epoch."""
+        return loaders.steps_per_epoch(self.train_loader)
+
+
+class Output(NamedTuple):
+    """Where a run writes."""
+
+    log: RunLog
+    folder: RunFolder | None  # on rank 0, if there is an output folder
+    is_kept: bool  # whether there is an output folder
+    draw_picture: Callable[[int], torch.Tensor | None]  # epoch -> picture of a mixed batch
+
+
 @dataclass
 class Run:
-    """A training run under way: what is trained, on what, how far it has come, and where that is
-    kept.
-
-    Args:
-        is_kept: whether there is an output folder.
-        folder: it, on rank 0.
-        steps: optimizer steps per epoch.
-        total_batch: images of all ranks per step.
-    """
+    """A run under way: what is trained, on what, how far it is, and where that is written."""
 
     rules: Rules
     training: engine.Training
-    mixer: Switch
-    train_loader: Any
-    val_loader: Any
+    data: Data
     identity: state.Identity
     progress: state.Progress
     schedule: optim.Schedule
-    watch: Watch
-    log: RunLog
-    is_kept: bool
-    folder: RunFolder | None
-    show: Callable[[int], torch.Tensor | None]
-    corrupt: CorruptImages | None
-    steps: int
-    total_batch: int
-    waits: Waits = field(default_factory=Waits)
-    has_warned: bool = False  # of long waits
+    agreement: RankAgreement
+    output: Output
+    timed: TimedLoader = field(default_factory=TimedLoader)
+    has_warned_of_waits: bool = False
 
     def train(self) -> str:
-        """To the last epoch or step, or until the ranks agree to stop; returns `done` or
-        `preempted`."""
+        """Trains to the last epoch or step, or until the ranks agree to stop.
+
+        Returns:
+            `done` or `preempted`.
+        """
         while self.progress.epoch < self.rules.epochs and not self.at_last_step:
             try:
                 self.run_epoch()
             except Stopped:
                 self.save()
                 where = f"epoch {self.progress.epoch}, step {self.progress.step}"
-                reason = self.watch.reason or "another process was asked to"
-                self.log.say(
-                    f"stopped at {where} ({reason}); the same command with --auto-resume goes on "
-                    "from here"
+                reason = self.agreement.reason or "another process was asked to"
+                self.output.log.say(
+                    f"stopped at {where} ({reason}); resume with the same command and --auto-resume"
                 )
                 return "preempted"
         return "done"
@@ -140,11 +148,11 @@ class Run:
         progress, groups = self.progress, self.training.optimizer.param_groups
         if progress.samples == 0 or progress.first_rate is None:
             progress.first_rate = groups[0]["lr"]
-        self.training.mixer = self.mixer.at(progress.epoch)
-        loaders.set_epoch(self.train_loader, progress.epoch, progress.samples)
-        done, began, count = progress.step, time.perf_counter(), len(self.train_loader)
-        self.waits = Waits(self.train_loader)
-        batches = self.log.progress(self.waits, count, f"epoch {progress.epoch}")
+        self.training.mixer.set_epoch(progress.epoch)
+        loaders.set_epoch(self.data.train_loader, progress.epoch, progress.samples)
+        done, began, count = progress.step, time.perf_counter(), len(self.data.train_loader)
+        self.timed = TimedLoader(self.data.train_loader)
+        batches = self.output.log.progress(self.timed, count, f"epoch {progress.epoch}")
         stopped = engine.train_one_epoch(
             self.training,
             batches,
@@ -156,9 +164,9 @@ class Run:
         )
         if stopped and not self.at_last_step:
             raise Stopped
-        self.on_log(progress.step - 1, {}, self.training.health.check())
+        self.on_log(progress.step - 1, {}, self.training.nonfinite.check())
         self.share_bad_images()
-        images = (progress.step - done) * self.total_batch
+        images = (progress.step - done) * self.data.total_batch
         seconds = time.perf_counter() - began
         figures = self.read_meters(seconds)
         stats = {
@@ -170,7 +178,7 @@ class Run:
             "n_parameters": sum(
                 p.numel() for p in self.training.module.parameters() if p.requires_grad
             ),
-            "skipped_steps": int(self.training.health.told),
+            "skipped_steps": int(self.training.nonfinite.reported),
             "peak_memory_mb": utils.peak_memory_mb(self.training.processes.device),
         }
         self.end_epoch(stats)
@@ -182,96 +190,114 @@ class Run:
         return done % self.rules.eval_every == 0 or done == self.rules.epochs or self.at_last_step
 
     def evaluate(self) -> dict[str, float]:
-        watched = Watched(self.watch, self.val_loader, loaders.largest_share(self.val_loader))
-        return engine.evaluate_all(self.training, watched)
+        loader = self.data.val_loader
+        stoppable = StoppableLoader(self.agreement, loader, loaders.largest_share(loader))
+        return engine.evaluate_all(self.training, stoppable)
 
     def read_meters(self, seconds: float) -> dict[str, float]:
-        """The epoch's means over all ranks; says once per run if many of its `seconds` were spent
-        waiting for data."""
-        waits, meters = self.waits, self.progress.meters.copy()
-        meters.update(waits.batches, data_wait=waits.mean() * self.training.accum_steps)
-        if waits.is_long(seconds) and not self.has_warned:
-            self.has_warned = True
-            self.log.say(
-                f"warning: {waits.seconds / seconds:.0%} of this epoch's time went by waiting for "
-                "data; raise "
-                "--num-workers, or see --decoder, --resize and --randaugment"
+        """The epoch's means over all ranks. Warns once per run of long waits for data."""
+        timed, meters = self.timed, self.progress.meters.copy()
+        meters.update(timed.batches, data_wait=timed.mean() * self.training.accum_steps)
+        if timed.is_long(seconds) and not self.has_warned_of_waits:
+            self.has_warned_of_waits = True
+            self.output.log.say(
+                f"warning: {timed.seconds / seconds:.0%} of this epoch's time went by waiting for "
+                "data; raise --num-workers, or see --decoder, --resize and --randaugment"
             )
         return meters.reduce(self.training.processes).read()
 
-    def on_log(self, step: int, means: dict[str, float], trouble: str | None) -> None:
-        if trouble is not None:
-            self.log.say(f"warning: {trouble}")
+    def on_log(self, step: int, means: dict[str, float], warning: str | None) -> None:
+        if warning is not None:
+            self.output.log.say(f"warning: {warning}")
         if means:
-            wait = self.waits.recent() * self.training.accum_steps
-            values = {
-                **means,
-                "data_wait": wait,
-                "lr": self.training.optimizer.param_groups[0]["lr"],
-            }
-            self.log.note(values)
-            self.log.scalars(step, values)
+            wait = self.timed.recent() * self.training.accum_steps
+            rate = self.training.optimizer.param_groups[0]["lr"]
+            values = {**means, "data_wait": wait, "lr": rate}
+            self.output.log.note(values)
+            self.output.log.scalars(step, values)
 
-    def after_step(self, indices: torch.Tensor) -> bool:
-        """Counts a step, saves where that is due, and says whether all ranks stop."""
+    def after_step(self, batches: list[Batch]) -> bool:
+        """Counts a step and saves if that is due. Returns whether all ranks stop."""
         progress, every = self.progress, self.rules.save_steps
-        progress.step, progress.samples = progress.step + 1, progress.samples + self.total_batch
-        agreed = self.watch.agree(0 if self.corrupt is None else self.corrupt.see(indices))
+        progress.step += 1
+        progress.samples += self.data.total_batch
+        agreed = self.agreement.agree(sum(map(self.count_bad_images, batches)))
         if agreed.bad_images:
             self.share_bad_images()
         if agreed.save or (every and progress.step % every == 0 and not agreed.stop):
             self.save()
         return agreed.stop or self.at_last_step
 
+    def count_bad_images(self, batch: Batch) -> int:
+        """How many images of a batch are newly known to be unreadable on this rank."""
+        if self.data.bad_images is None or batch.replaced is None:
+            return 0
+        return self.data.bad_images.add(batch.indices, batch.replaced)
+
     def share_bad_images(self) -> None:
-        """Tells all ranks which images could not be read, says it once, and stops the run if they
-        are too many."""
-        if self.corrupt is None:
+        """Tells all ranks which images cannot be read, reports new ones once, and stops the run if
+        there are too many."""
+        bad = self.data.bad_images
+        if bad is None:
             return
-        new = self.corrupt.merge(self.training.processes.gather(self.corrupt.state()))
+        new = bad.merge(self.training.processes.gather(bad.state()))
         if new:
-            self.log.say(f"warning: {self.corrupt.report(new)}")
-        self.progress.bad_images = self.corrupt.state()
-        self.corrupt.stop_if_too_many()
+            self.output.log.say(f"warning: {bad.report(new)}")
+        self.progress.bad_images = bad.state()
+        bad.stop_if_too_many()
 
     def end_epoch(self, stats: dict[str, Any]) -> None:
-        progress = self.progress
-        if progress.samples < self.steps * self.total_batch:
-            self.log.epoch(stats)
-            self.log.say(
+        """Logs and saves what the epoch came to, whole or cut short by `--max-steps`."""
+        progress, log = self.progress, self.output.log
+        log.epoch(stats)
+        if progress.samples < self.data.steps * self.data.total_batch:
+            log.say(
                 f"ended in epoch {progress.epoch} after {progress.step} steps, as --max-steps says"
             )
-            self.save("checkpoint.pth")  # within the epoch, so that a longer run goes on there
+            self.save("checkpoint.pth")  # within the epoch, so that a longer run resumes there
             return
         self.schedule.after_epoch(progress.epoch)
         acc1 = stats.get("test_acc1", -1.0)  # below any, where it was not evaluated
         is_best = acc1 >= progress.best_acc1
         progress.best_acc1 = max(progress.best_acc1, acc1)
-        self.log.epoch(stats)
-        told = (
-            f"top-1 {acc1:.2f} %, best {progress.best_acc1:.2f} %"
-            if "test_acc1" in stats
-            else "not evaluated"
-        )
-        self.log.say(f"epoch {progress.epoch}: {told}")
-        if self.folder is not None and (picture := self.show(progress.epoch)) is not None:
-            pictures.save_png(picture, self.folder.path / "mixing.png")
-            self.log.picture("mixing", picture, progress.epoch)
+        result = "not evaluated"
+        if "test_acc1" in stats:
+            result = f"top-1 {acc1:.2f} %, best {progress.best_acc1:.2f} %"
+        log.say(f"epoch {progress.epoch}: {result}")
+        self.save_picture()
         progress.epoch, progress.samples, progress.meters = progress.epoch + 1, 0, Meters()
         self.save("checkpoint.pth", *(["best_checkpoint.pth"] if is_best else []))
 
-    def save(self, *names: str) -> None:
-        """Keeps the run as it is now; all ranks call it."""
-        if not self.is_kept:
+    def save_picture(self) -> None:
+        """Draws the epoch's mixed batch into the output folder and TensorBoard."""
+        if self.output.folder is None:
             return
-        if self.progress.samples and not loaders.can_start_within(self.train_loader):
-            self.log.say(
-                "a stream cannot be gone on with in the middle of an epoch: nothing is saved now"
+        picture = self.output.draw_picture(self.progress.epoch)
+        if picture is not None:
+            pictures.save_png(picture, self.output.folder.path / "mixing.png")
+            self.output.log.picture("mixing", picture, self.progress.epoch)
+
+    def save(self, *names: str) -> None:
+        """Writes a checkpoint of the run as it is now; all ranks call it.
+
+        Args:
+            names: files in the output folder that stand for this checkpoint too.
+        """
+        if not self.output.is_kept:
+            return
+        if self.progress.samples and not loaders.can_start_within(self.data.train_loader):
+            self.output.log.say(
+                "a stream cannot be resumed in the middle of an epoch: nothing is saved now"
             )
             return
         self.share_bad_images()
-        self.log.flush()
-        state.save(self.folder, self.training, self.progress, self.identity, names)
-        self.watch.saved()
-        if self.folder is not None:
-            self.folder.status("running", epoch=self.progress.epoch, step=self.progress.step)
+        self.output.log.flush()
+        state.save(self.output.folder, self.training, self.progress, self.identity, names)
+        self.agreement.saved()
+        self.write_status("running")
+
+    def write_status(self, status: str) -> None:
+        """Writes `status.json`: `running`, `done` or `preempted`, and how far the run is."""
+        if self.output.folder is not None:
+            epoch, step = self.progress.epoch, self.progress.step
+            self.output.folder.status(status, epoch=epoch, step=step)

@@ -18,7 +18,7 @@ from engine import Training
 from models.weights import load_strictly, own_keys, plain_weights
 from run.folder import RunFolder, candidates
 from run.saved_flags import accepts, check_settings, same_value, short
-from storage.checkpoints import FORMAT, load_checkpoint
+from storage.checkpoints import FORMAT, ReadCheckpoint, load_checkpoint
 from storage.files import to_plain
 from training.meters import Meters
 from training.nonfinite import NonFiniteLoss
@@ -60,7 +60,7 @@ class Identity:
     asked: dict[str, int] = field(default_factory=dict)
 
 
-def is_ours(checkpoint: dict[str, Any]) -> bool:
+def is_own_checkpoint(checkpoint: dict[str, Any]) -> bool:
     """Whether `save` wrote it: then it says itself which model and which input it is for.
 
     Raises:
@@ -85,7 +85,9 @@ def is_ours(checkpoint: dict[str, Any]) -> bool:
     return True
 
 
-def find(output_dir: str, given: str, automatic: bool) -> tuple[str, list[str]]:
+def find(
+    output_dir: str, given: str, automatic: bool, read: ReadCheckpoint = load_checkpoint
+) -> tuple[str, list[str]]:
     """The checkpoint to go on from: with `automatic` the output folder's newest sound one, else the
     one given, or "".
 
@@ -109,7 +111,7 @@ def find(output_dir: str, given: str, automatic: bool) -> tuple[str, list[str]]:
     notes: list[str] = []
     for path in there:
         try:
-            checkpoint = load_checkpoint(path)
+            checkpoint = read(path)
             _check_finite({name: checkpoint.get(name) or {} for name in ("model", "ema")})
             if given and Path(given).resolve() != path.resolve():
                 notes.append(
@@ -126,7 +128,7 @@ def find(output_dir: str, given: str, automatic: bool) -> tuple[str, list[str]]:
     )
 
 
-def check_agreement(path: str, processes: Processes) -> None:
+def check_all_see(path: str, processes: Processes) -> None:
     """Refuses that some ranks go on with a run and others cannot see it; all ranks call it.
 
     Raises:
@@ -174,7 +176,7 @@ def save(
         "best_acc1": progress.best_acc1,
         "first_rate": progress.first_rate,
         "meters": sums,
-        "skipped_steps": float(training.health.skipped),
+        "skipped_steps": float(training.nonfinite.skipped),
         "bad_images": progress.bad_images,
         "world_size": training.processes.world_size,
         "names": list(names),
@@ -196,13 +198,13 @@ def _check_finite(weights: Mapping[str, Any]) -> None:
                 )
 
 
-def read(path: str) -> dict[str, Any]:
+def read(path: str, read_file: ReadCheckpoint = load_checkpoint) -> dict[str, Any]:
     """A checkpoint that a run can be gone on from.
 
     Raises:
         InputError: it is not one, or a part is missing.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_file(path)
     needed = [
         "args",
         "model_config",
@@ -222,7 +224,7 @@ def read(path: str) -> dict[str, Any]:
             f"--resume {path}: holds no {', '.join(missing)}; to start a new run from its weights "
             "use --finetune"
         )
-    if not is_ours(checkpoint):
+    if not is_own_checkpoint(checkpoint):
         raise InputError(
             f"--resume {path}: was not written by this project's main.py; use --finetune"
         )
@@ -329,8 +331,8 @@ def load(
             checkpoint["args"]["amp"] == identity.args["amp"]
         ):  # a scale means something to its own precision only
             training.scaler.load_state_dict(checkpoint["scaler"])
-        training.health.skipped += checkpoint.get("skipped_steps", 0.0)
-        training.health.told = float(training.health.skipped)
+        training.nonfinite.skipped += checkpoint.get("skipped_steps", 0.0)
+        training.nonfinite.reported = float(training.nonfinite.skipped)
         meters = _own_meters(checkpoint.get("meters", []), training.processes)
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{source}: its state does not fit this run's: {error}") from error

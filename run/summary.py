@@ -51,7 +51,7 @@ def describe_run(
     ]
 
 
-def describe_going_on(
+def describe_resuming(
     path: str, checkpoint: Mapping[str, Any], progress: Progress, identity: Identity
 ) -> Iterator[str]:
     """Where a run goes on from, and whether with other libraries than before."""

@@ -9,6 +9,7 @@ leave a file: everything is written as plain data and read with `weights_only=Tr
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------- weights of a model
+
+
+ReadCheckpoint = Callable[[str | Path], dict[str, Any]]
+
+
+class CheckpointReader:
+    """`load_checkpoint` for one command: each file is read once, whoever asks for it."""
+
+    def __init__(self) -> None:
+        self.read: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, path: str | Path) -> dict[str, Any]:
+        key = os.path.realpath(path)
+        if key not in self.read:
+            self.read[key] = load_checkpoint(path)
+        return self.read[key]
+
+    def forget(self) -> None:
+        """Frees the memory of what was read."""
+        self.read.clear()

@@ -44,7 +44,7 @@ import main as main_py
 import run_with_submitit
 from config import flags as config_flags
 from config import second_networks
-from config.build_mixer import Settings, Surroundings, build_mixer
+from config.build_mixer import MixerContext, MixingSettings, build_mixer
 from config.mixing_flags import METHODS
 from models.build import build_model
 from models.weights import load_foreign, pick_weights, restore_model
@@ -215,7 +215,7 @@ class World:
     def go_on(self, path: str) -> None:
         """What `main.py --resume` does before its first step, and that step's update."""
         training = replace(
-            self.training, scaler=copy.deepcopy(self.training.scaler), health=cast(Any, None)
+            self.training, scaler=copy.deepcopy(self.training.scaler), nonfinite=cast(Any, None)
         )
         try:
             checkpoint = run_state.read(path)
@@ -328,7 +328,7 @@ def take_up(folder: Path, epoch: int) -> None:
         log.say("\n".join([found, *notes]))
         log.drop_epochs_from(epoch, step)
         if found:
-            place.go_on_from(Path(found), step, ("checkpoint.pth", "best_checkpoint.pth"))
+            place.rewind_to(Path(found), step, ("checkpoint.pth", "best_checkpoint.pth"))
         for name in ("args.json", "environment.json"):
             write_json(folder / name, {"epochs": 4})
         place.fail(
@@ -356,14 +356,14 @@ def _evaluate(checkpoint: dict[str, Any], words: list[str]) -> None:
     """What `main.py --eval` reads of a checkpoint before it builds the model."""
     with patch.object(storage_checkpoints, "load_checkpoint", lambda path: checkpoint):
         use_flags(main_py.read_args([*words, "--eval", "--resume", "x"]))
-    if run_state.is_ours(checkpoint):
+    if run_state.is_own_checkpoint(checkpoint):
         ImageSpec.from_plain(checkpoint["data"]["image_spec"])
 
 
 def use_flags(args: argparse.Namespace) -> None:
     """What is made of flags before there are data or a model."""
-    settings = Settings.from_flags(vars(args))
-    around = Surroundings(10, (14, 14), lambda pixels: pixels, lambda pixels: pixels)
+    settings = MixingSettings.from_flags(vars(args))
+    around = MixerContext(10, (14, 14), lambda pixels: pixels, lambda pixels: pixels)
     if args.mixer in METHODS:
         build_mixer(settings, around)
     if not args.eval:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config.build_mixer import Settings, Surroundings, build_mixer
+from config.build_mixer import MixerContext, MixingSettings, build_mixer
 from config.flags import get_args_parser
 from mixers.switch import Switch
 from pipeline.spec import ImageSpec
@@ -37,6 +37,6 @@ def make_switch(
     **flags: Any,
 ) -> Switch:
     """The switch that `main.py` would build with these flags, everything else at its default."""
-    settings = Settings.from_flags({**vars(get_args_parser().parse_args([])), **flags})
+    settings = MixingSettings.from_flags({**vars(get_args_parser().parse_args([])), **flags})
     pixels = partial(denormalise, spec=ImageSpec((1, 1)))
-    return build_mixer(settings, Surroundings(num_classes, grid_size, pixels, teacher))
+    return build_mixer(settings, MixerContext(num_classes, grid_size, pixels, teacher))

@@ -278,7 +278,7 @@ class Killed(BaseException):
 
 
 @contextmanager
-def watching_steps(see: Callable[[engine.Training, int], None]) -> Iterator[None]:
+def observing_steps(see: Callable[[engine.Training, int], None]) -> Iterator[None]:
     """Calls `see` with the training and the step's number after each optimizer step."""
     real = engine.train_step
 
@@ -298,7 +298,7 @@ def killed_after(last_step: int) -> Iterator[None]:
         if step == last_step:
             raise Killed
 
-    with watching_steps(kill):
+    with observing_steps(kill):
         yield
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from datasets import open_images
 from pipeline import loaders
-from pipeline.bad_images import CorruptImages, most_corrupt
+from pipeline.bad_images import BadImages, max_bad_images
 from pipeline.images import Images, UnreadableSampleError, read_files
 from pipeline.loaders import build_eval_loader, build_train_loader, closing, set_epoch
 from pipeline.samples import SUBSTITUTES, TrainSamples, eval_samples, train_samples
@@ -152,13 +152,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 BAD = {2, 7, 13}
+EVERY = torch.ones(10, dtype=torch.bool)  # image of a batch was replaced
 
 
 def shown(
     folder: Path, epochs: tuple[int, ...] = (0, 1), start: int = 0, **more
 ) -> list[tuple[bytes, int, int]]:
     """(image, label, index) of every sample of some epochs, in the order in which a loader gives
-    them."""
+    them; the index i of a replaced image as ~i."""
     samples = train_samples(
         opened(folder), build_train_transform(SPEC, Augment()), seed=0, skip_corrupt=True
     )
@@ -167,8 +168,9 @@ def shown(
     with closing(loader):
         for epoch in epochs:
             set_epoch(loader, epoch, start)
-            for images, labels, indices, *_ in loader:
-                triples = zip(images, labels.tolist(), indices.tolist(), strict=True)
+            for batch in loader:
+                indices = torch.where(batch.replaced, ~batch.indices, batch.indices)
+                triples = zip(batch.images, batch.labels.tolist(), indices.tolist(), strict=True)
                 found += [
                     (image.numpy().tobytes(), label, index) for image, label, index in triples
                 ]
@@ -272,34 +274,39 @@ def test_evaluation_never_replaces(workers: int, folder: Path) -> None:
 
 
 def test_the_limit_is_a_thousandth_and_ten_of_few() -> None:
-    assert [most_corrupt(number) for number in (1, 9_999, 11_000, 1_281_167)] == [10, 10, 11, 1281]
+    assert [max_bad_images(number) for number in (1, 9_999, 11_000, 1_281_167)] == [
+        10,
+        10,
+        11,
+        1281,
+    ]
 
 
 def test_ranks_come_to_know_the_same_images_and_each_is_new_once() -> None:
-    ranks = [CorruptImages(50, "image {}".format) for _ in range(2)]
-    assert ranks[0].see(torch.tensor([4, ~3, ~9, ~3])) == 2
-    assert ranks[0].see(torch.tensor([~9, 0])) == 0
-    assert ranks[1].see(torch.tensor([~9, ~0])) == 2
+    ranks = [BadImages(50, "image {}".format) for _ in range(2)]
+    assert ranks[0].add(torch.tensor([4, 3, 9, 3]), torch.tensor([False, True, True, True])) == 2
+    assert ranks[0].add(torch.tensor([9, 0]), torch.tensor([True, False])) == 0
+    assert ranks[1].add(torch.tensor([9, 0]), torch.tensor([True, True])) == 2
     states = [rank.state() for rank in ranks]
     assert states == [[3, 9], [0, 9]]
     assert [rank.merge(states) for rank in ranks] == [[0, 3, 9]] * 2
     assert [rank.merge([rank.state() for rank in ranks]) for rank in ranks] == [[], []]
-    assert [rank.see(torch.tensor([~0, ~3, ~9])) for rank in ranks] == [0, 0]
+    assert [rank.add(torch.tensor([0, 3, 9]), EVERY[:3]) for rank in ranks] == [0, 0]
     said = ranks[0].report([0, 3])
     assert "3 so far, at most 10" in said
     assert said.endswith("image 0\n  image 3")
-    resumed = CorruptImages(50, "image {}".format)
+    resumed = BadImages(50, "image {}".format)
     resumed.load(ranks[0].state())
-    assert resumed.see(torch.tensor([~0, ~3, ~9, ~4])) == 1
+    assert resumed.add(torch.tensor([0, 3, 9, 4]), EVERY[:4]) == 1
     assert resumed.state() == [0, 3, 4, 9]
 
 
 def test_one_more_than_the_limit_ends_the_run_with_the_list() -> None:
-    corrupt = CorruptImages(50, "image {}".format)
-    corrupt.see(torch.tensor([~index for index in range(10)]))
+    corrupt = BadImages(50, "image {}".format)
+    corrupt.add(torch.arange(10), EVERY)
     corrupt.merge([corrupt.state()])
     corrupt.stop_if_too_many()
-    corrupt.see(torch.tensor([~10]))
+    corrupt.add(torch.tensor([10]), EVERY[:1])
     corrupt.merge([corrupt.state()])
     message = message_of(InputError, corrupt.stop_if_too_many)
     assert "11 of 50 training images cannot be read" in message

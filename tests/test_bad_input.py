@@ -21,10 +21,10 @@ from tests.image_folders import make_image_folder
 from tests.runs import (
     Outcome,
     differences,
+    observing_steps,
     run_main,
     run_small,
     torchrun,
-    watching_steps,
     weights_of,
 )
 
@@ -465,14 +465,14 @@ def test_a_failed_loss_stops_before_the_update(
 
     def see(training: Any, step: int) -> None:
         seen.append(weights_of(training))
-        images.append(training.health.unchecked[-1].indices.tolist())
+        images.append(training.nonfinite.unchecked[-1].indices.tolist())
 
     monkeypatch.setattr(SMMixLoss, "__call__", planted)
     words: list[str | Path] = [
         "--batch-size 4 --epochs 3 --lr 0.1 --max-bad-steps 1 --log-every 1 --data-path",
         files["photos"],
     ]
-    with watching_steps(see):
+    with observing_steps(see):
         outcome = run_small(*words, "--output-dir", tmp_path)
     assert outcome.code == 3
     assert "Traceback" not in outcome.err

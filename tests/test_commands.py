@@ -27,7 +27,7 @@ import timm.optim
 import timm.scheduler.scheduler_factory
 from torch.distributed.run import parse_args as parse_torchrun
 
-from config.build_mixer import Settings
+from config.build_mixer import MixingSettings
 from config.flags import GONE, Parser, check_args, explicit_flags, get_args_parser
 from tools import show_mixing
 from tools.report import __main__ as report_command
@@ -335,7 +335,7 @@ def unread(parser: argparse.ArgumentParser) -> set[str]:
     main = (ROOT / "main.py").read_text() + (ROOT / "config/build.py").read_text().replace(
         "from __future__ import annotations", ""
     )
-    read = names_read(main, "args") | {field.name for field in fields(Settings)}
+    read = names_read(main, "args") | {field.name for field in fields(MixingSettings)}
     helpers = {
         "optimizer_kwargs": timm.optim.optimizer_kwargs,
         "scheduler_kwargs": timm.scheduler.scheduler_factory.scheduler_kwargs,
@@ -349,7 +349,7 @@ def unread(parser: argparse.ArgumentParser) -> set[str]:
 def test_every_flag_is_read() -> None:
     assert not unread(get_args_parser())
     module = Path(inspect.getfile(show_mixing)).read_text()
-    read = names_read(module, "args") | {field.name for field in fields(Settings)}
+    read = names_read(module, "args") | {field.name for field in fields(MixingSettings)}
     assert flags_of(show_mixing.get_args_parser()) <= read
 
 

@@ -20,6 +20,7 @@ import utils
 from losses import SMMixLoss
 from models.build import build_model
 from models.interface import ImageModel
+from pipeline.samples import Batch
 from smmix import VARIANTS, Drawn
 from tests.mixing import make_switch
 from training import optim, precision
@@ -65,10 +66,10 @@ def make_training(
     )
 
 
-def batch_of(rank: int, step: int, micro: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def batch_of(rank: int, step: int, micro: int = 0) -> Batch:
     generator = utils.keyed_generator("test", rank, step, micro)
     labels = torch.randint(CLASSES, (BATCH,), generator=generator)
-    return (
+    return Batch(
         torch.randn(BATCH, 3, *SIDE, generator=generator),
         labels,
         torch.arange(BATCH) + 100 * rank + 10 * step,
@@ -93,8 +94,8 @@ def work(rank: int, world_size: int, folder: str, variant: str) -> None:
     for step in range(STEPS):
         for micro in range(2):
             random = training.random(step, micro)
-            seen["choices"].append(bool(training.mixer.draw(random.shared).first))  # type: ignore[attr-defined]
-            seen["sizes"].append(training.mixer.first.draw(BATCH, SIDE, random.own).size)  # type: ignore[attr-defined]
+            seen["choices"].append(bool(training.mixer.draw(random.shared).first))
+            seen["sizes"].append(training.mixer.first.draw(BATCH, SIDE, random.own).size)
         engine.train_step(
             training, [batch_of(rank, step, micro) for micro in range(2)], step, Meters()
         )
@@ -120,7 +121,7 @@ def _remember_first_gradients(training: engine.Training, seen: dict[str, Any]) -
 
 def fail_on_one_rank(training: engine.Training, rank: int) -> dict[str, Any]:
     """Rank 1's loss is infinite on three steps in a row before anybody looks."""
-    training.health.limit = 3
+    training.nonfinite.limit = 3
     before, good = flat(training.module), training.criterion
 
     def planted(output: Any, batch: Any) -> Any:
@@ -132,7 +133,7 @@ def fail_on_one_rank(training: engine.Training, rank: int) -> dict[str, Any]:
         training.criterion = planted if rank == 1 else good
         engine.train_step(training, [batch_of(rank, step), batch_of(rank, step, 1)], step, Meters())
     try:
-        training.health.check()
+        training.nonfinite.check()
     except NonFiniteLoss as error:
         unchanged = torch.equal(before, flat(training.module))
         return {
@@ -192,7 +193,7 @@ def gradients_of_one_process(world_size: int, variant: str) -> dict[str, Tensor]
         parts = []
         for rank in range(world_size):
             random = make_training_random(training, rank, micro)
-            images, labels, _ = batch_of(rank, 0, micro)
+            images, labels, *_ = batch_of(rank, 0, micro)
             parts.append((rank, training.mixer(images, labels, training.guide, random)))
         losses = []
         for (
@@ -218,23 +219,22 @@ def test_the_joined_batch_gives_the_mean_of_the_ranks_gradients() -> None:
     mean of theirs."""
     training = make_training(utils.Processes(0, 1, torch.device("cpu")), "paper")
     model = training.module.eval()
-    mixer = training.mixer.first  # type: ignore[attr-defined]
+    mixer = training.mixer.first
     drawn = Drawn((2, 3))
     parts = [mixer.apply(*batch_of(rank, 0)[:2], drawn, training.guide) for rank in range(2)]
-    joined = type(parts[0])(
-        **{
-            name: torch.cat([getattr(part, name) for part in parts])
-            for name in (
-                "images",
-                "labels",
-                "lam",
-                "source_labels",
-                "target_labels",
-                "source_mask",
-                "reference_probs",
-            )
-        }
-    )
+    names = [
+        "images",
+        "labels",
+        "lam",
+        "source_labels",
+        "target_labels",
+        "source_mask",
+        "reference_probs",
+    ]
+    together: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in names
+    }
+    joined = type(parts[0])(**together)
     gradients = []
     for batches in (parts, [joined]):
         model.zero_grad()

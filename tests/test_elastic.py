@@ -32,11 +32,11 @@ from tests.runs import (
     changed,
     digest,
     fingerprint,
+    observing_steps,
     run_small,
     split,
     spoil_loss,
     state_of,
-    watching_steps,
 )
 from utils import InputError
 
@@ -221,7 +221,7 @@ def spoiled_on_one_rank(folder: Path, first: int, last: int, rank: int) -> Itera
         if rank == 1 and step == last:
             training.criterion = good.pop()
 
-    with watching_steps(see):
+    with observing_steps(see):
         yield
 
 
@@ -282,7 +282,7 @@ def lost(how: str, rank: int) -> Iterator[None]:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ArithmeticError("a bug")
 
-    with watching_steps(see):
+    with observing_steps(see):
         yield
 
 

@@ -19,6 +19,7 @@ from losses import SMMixLoss
 from mixers.switch import Choice, Switch
 from models.build import build_model
 from models.interface import ImageModel
+from pipeline.samples import Batch
 from samplers import EvalShard
 from smmix import Drawn, SMMix
 from tests.mixing import fake_teacher, make_switch
@@ -52,9 +53,9 @@ def make_training(amp: str = "none", opt: str = "adamw", **settings: Any) -> eng
     )
 
 
-def batch_of(step: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch_of(step: int) -> Batch:
     generator = torch.Generator().manual_seed(step)
-    return (
+    return Batch(
         torch.randn(4, 3, 16, 16, generator=generator),
         torch.arange(4),
         torch.arange(4) + 10 * step,
@@ -116,7 +117,7 @@ def test_a_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch, first: bool,
         engine.train_step(training, [batch_of(1)], 1, meters)
     assert not counter.reads
     with CountReads() as counter:  # the control
-        assert float(training.health.skipped) == 0
+        assert float(training.nonfinite.skipped) == 0
     assert counter.reads
 
 
@@ -148,7 +149,7 @@ def test_no_mixer_reads_the_device(flags: dict[str, Any], monkeypatch: pytest.Mo
 def test_an_optimizer_without_a_fused_form_still_skips_a_failed_step() -> None:
     training = make_training(opt="lamb")
     before = weights_of(training.module)
-    training.health.poison += float("nan")
+    training.nonfinite.poison += float("nan")
     engine.train_step(training, [batch_of(0)], 0, Meters())
     assert torch.equal(weights_of(training.module), before)
 
@@ -204,7 +205,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(
         True,
         True,
     ]
-    assert training.health.told == 1
+    assert training.nonfinite.reported == 1
     report = said[2]
     assert [trouble is None for trouble in said] == [True, True, False, True, True]
     assert report is not None
@@ -216,7 +217,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(
 
 def test_too_many_in_a_row_stop_the_run_with_the_evidence() -> None:
     training = make_training()
-    training.health.limit = 4
+    training.nonfinite.limit = 4
     kept = planted_loss(training, "cls", {1, 3, 4, 5, 6, 7, 8, 9})
     training.mixer = cast(Any, training.mixer).first
     with pytest.raises(NonFiniteLoss) as failure:
@@ -237,7 +238,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_evidence() -> None:
 
 def test_the_evidence_is_of_the_micro_batch_that_failed() -> None:
     training = make_training(accum_steps=2)
-    training.health.limit = 2
+    training.nonfinite.limit = 2
     training.mixer = cast(Any, training.mixer).first
     planted_loss(training, "cls", {4, 6})  # the first micro-batches of steps 2 and 3
     meters = Meters()
@@ -265,25 +266,25 @@ def test_what_was_mixed_leaves_the_device_before_the_next_batch() -> None:
     mixer = training.mixer
 
     def look(images: Tensor, *rest: Any) -> Any:
-        held.append([given.mixed for given in training.health.given])
+        held.append([kept.mixed for kept in training.nonfinite.kept])
         return mixer(images, *rest)
 
-    training.mixer = look
+    training.mixer = cast(Any, look)
     epoch_of(training, 3)
     assert held == [[], [{}], [{}]]
-    assert "mixed_images" in training.health.given[-1].mixed
+    assert "mixed_images" in training.nonfinite.kept[-1].mixed
 
 
 def test_a_row_that_ended_before_anybody_looked_stops_the_run_too() -> None:
     training = make_training()
-    training.health.limit = 3
+    training.nonfinite.limit = 3
     planted_loss(training, "cls", {3, 4, 5})
     training.mixer = cast(Any, training.mixer).first
     with pytest.raises(NonFiniteLoss) as failure:
         epoch_of(training, 20, log_every=7)
     assert "3 steps in a row were not finite" in str(failure.value)
     training = make_training()
-    training.health.limit = 3
+    training.nonfinite.limit = 3
     kept = planted_loss(training, "cls", {2, 3, 4})
     training.mixer = cast(Any, training.mixer).first
     with pytest.raises(NonFiniteLoss, match="step 2, total nan"):

@@ -13,6 +13,7 @@ from timm.data.random_erasing import RandomErasing
 import engine
 from pipeline import erasing
 from pipeline.erasing import Box, Erasing, as_tensor, erase
+from pipeline.samples import Batch
 from pipeline.spec import ERASE_MODES, ImageSpec
 from pipeline.transforms import normalise
 from utils import Processes, key_seed, seed_globals
@@ -141,17 +142,17 @@ def training_with(mode: str = "pixel", seed: int = 0, **settings: object) -> eng
     training = object.__new__(engine.Training)
     training.processes, training.seed, training.memory_format = CPU, seed, torch.contiguous_format
     spec = ImageSpec((20, 24))
-    training.finish = lambda images, boxes: erase(normalise(images, spec), boxes, mode)
+    training.finish = lambda images, boxes, operations: erase(normalise(images, spec), boxes, mode)
     vars(training).update(settings)
     return training
 
 
-def batch_of_pixels() -> tuple[torch.Tensor, ...]:
+def batch_of_pixels() -> Batch:
     torch.manual_seed(5)
     images = torch.randint(0, 256, (12, 3, 20, 24), dtype=torch.uint8).contiguous(
         memory_format=torch.channels_last
     )
-    return images, torch.arange(12), torch.arange(12), some_boxes(2)
+    return Batch(images, torch.arange(12), torch.arange(12), boxes=some_boxes(2))
 
 
 def test_the_step_finishes_pixels_with_noise_of_its_own_key() -> None:
@@ -163,7 +164,10 @@ def test_the_step_finishes_pixels_with_noise_of_its_own_key() -> None:
         [*range(12)],
     )
     seed_globals("erase", 0, 3, 1, 0)
-    expected = erase(normalise(batch[0].contiguous(), ImageSpec((20, 24))), batch[3], "pixel")
+    assert batch.boxes is not None
+    expected = erase(
+        normalise(batch.images.contiguous(), ImageSpec((20, 24))), batch.boxes, "pixel"
+    )
     assert torch.equal(images, expected)
     torch.manual_seed(77)
     assert torch.equal(engine.receive(training_with(), batch, 3, 1)[0], images)
@@ -182,6 +186,6 @@ def test_the_step_takes_the_layout_of_the_model() -> None:
 
 def test_images_that_are_float_are_taken_as_they_come() -> None:
     images, labels = torch.rand(2, 3, 4, 4), torch.tensor([1, 0])
-    received = engine.receive(training_with(finish=None), (images, labels, labels), 0, 0)
+    received = engine.receive(training_with(finish=None), Batch(images, labels, labels), 0, 0)
     assert torch.equal(received[0], images)
     assert torch.equal(received[1], labels)

@@ -12,7 +12,7 @@ import torch
 
 from config.mixing_flags import METHODS
 from tests.image_folders import make_image_folder
-from tests.runs import finish, read_log, run_small, split, watching_steps
+from tests.runs import finish, observing_steps, read_log, run_small, split
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +68,16 @@ def test_a_mixer_gets_the_steps_that_the_protocol_gives_it(
         named = f"{mixer} (paper)" if mixer == "smmix" else mixer
         text = named + (" at 0.5, else Mixup" if expected == 2 else "") + "; 0.8 of all batches"
         assert f"mixing              {text}" in outcome.out
-        assert switch.prob == 0.8  # type: ignore[attr-defined]
+        assert switch.prob == 0.8
 
 
 def test_mixing_ends_at_its_epoch_and_not_before(photos: Path) -> None:
     mixed: list[tuple[int, bool]] = []
 
     def see(training: object, step: int) -> None:
-        mixed.append((step, training.mixer.__class__.__name__ == "Switch"))  # type: ignore[attr-defined]
+        mixed.append((step, not training.mixer.is_off))  # type: ignore[attr-defined]
 
-    with watching_steps(see):
+    with observing_steps(see):
         outcome = run_small(
             "--data-path", photos, "--mixer cutmix --mix-off-epoch 2 --epochs 4 --no-model-ema"
         )

@@ -22,6 +22,7 @@ from models.build import FAMILIES, build_model, use_grad_checkpointing
 from models.interface import AttentionOf, ImageModel, ModelOutput
 from models.pvt import PVT
 from models.weights import adapt_weights, load_strictly, plain_weights
+from pipeline.samples import Batch
 from smmix import VARIANTS
 from tests.conftest import randomise
 from tests.mixing import make_switch
@@ -104,9 +105,10 @@ def make_training(family: str, variant: str) -> engine.Training:
     )
 
 
-def batch_of(step: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch_of(step: int) -> Batch:
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(4, 3, SIDE, SIDE, generator=generator), torch.arange(4), torch.arange(4)
+    images = torch.randn(4, 3, SIDE, SIDE, generator=generator)
+    return Batch(images, torch.arange(4), torch.arange(4))
 
 
 def test_every_family_is_in_this_contract() -> None:
@@ -161,7 +163,7 @@ def test_a_compiled_model_takes_the_same_step(family: str, monkeypatch: pytest.M
         if compiled:
             torch._dynamo.reset()
             training.model = torch.compile(training.module, backend="aot_eager")  # type: ignore[assignment]
-            call = torch.compile(training.module.look, backend="aot_eager")
+            call = torch.compile(training.module.motivating_pass, backend="aot_eager")
             training.guide = engine.make_guide(training.module, training.autocast, call)
         seen: list[Tensor] = []
         training.optimizer.register_step_pre_hook(

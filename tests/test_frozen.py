@@ -178,14 +178,14 @@ def test_images_that_are_known_are_left_as_they_are() -> None:
     ],
 )
 def test_a_name_says_what_its_weights_know(name: str, mean: tuple[float, ...]) -> None:
-    own = second_networks._own_spec(NOTHING, name, nn.Identity(), OTHER, "--motivator")
+    own = second_networks._spec_of(NOTHING, name, nn.Identity(), OTHER, "--motivator")
     assert own.mean == mean
 
 
 def test_a_name_that_timm_has_retired_says_it_too() -> None:
     name = "vit_tiny_patch16_224_in21k"
     network = timm.create_model(name, img_size=32, depth=1, num_classes=1)
-    assert second_networks._own_spec(NOTHING, name, network, OTHER, "--motivator").std == HALF.std
+    assert second_networks._spec_of(NOTHING, name, network, OTHER, "--motivator").std == HALF.std
 
 
 def test_a_checkpoint_says_itself_what_it_knows() -> None:
@@ -194,16 +194,16 @@ def test_a_checkpoint_says_itself_what_it_knows() -> None:
         "data": {"image_spec": OTHER.to_plain()},
     }
     assert (
-        second_networks._own_spec(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator")
+        second_networks._spec_of(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator")
         == OTHER
     )
     said["data"] = {}
     assert (
-        second_networks._own_spec(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator")
+        second_networks._spec_of(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator")
         == OF_STUDENT
     )
     with pytest.raises(InputError, match="has format 2, this version reads format 1"):
-        second_networks._said_in({"model_config": {"name": "test_resnet"}, "format": 2})
+        second_networks._description_in({"model_config": {"name": "test_resnet"}, "format": 2})
 
 
 @pytest.mark.parametrize("ours", [True, False])

@@ -19,11 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 import engine
 import utils
 from config import build_guide
-from config.build_guide import check_look_size
+from config.build_guide import check_guide_size
 from config.flags import check_args, get_args_parser
 from models.build import build_model, use_float32_attention
 from models.deit import PlainViT
-from models.interface import Glance, ImageModel, resize_score
+from models.interface import GuideOutput, ImageModel, resize_score
 from models.weights import adapt_weights, load_strictly, plain_weights
 from tests.conftest import randomise
 from tests.image_folders import make_image_folder
@@ -126,12 +126,12 @@ def watch(module: nn.Module, seen: list[Tensor]) -> None:
 
 
 def prediction(model: ImageModel, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    logits = model.look(images, size).logits
+    logits = model.motivating_pass(images, size).logits
     assert logits is not None
     return logits
 
 
-def same(ours: Glance, theirs: Any) -> None:
+def same(ours: GuideOutput, theirs: Any) -> None:
     """Equal; logits in half precision to a rounding or two, because kernels differ in where they
     round."""
     assert ours.logits is not None
@@ -154,7 +154,7 @@ def test_a_glance_shows_what_the_whole_pass_shows(case: str, in_float32: bool, a
         use_float32_attention(model, case)
     with torch.no_grad(), AUTOCASTS[amp]():
         whole = model(images, need_attention="image")
-        seen = model.look(images)
+        seen = model.motivating_pass(images)
     check_score(seen.image_attention, model)
     assert seen.image_attention.std() > 0
     same(seen, whole)
@@ -173,7 +173,7 @@ def test_the_last_mlp_sees_only_the_tokens_that_decide(case: str) -> None:
         model(batch_of(1)[0], need_attention="image")
         whole, short = [len(tokens[0]) for tokens in seen], SHORT.get(case)
         seen.clear()
-        model.look(batch_of(1)[0])
+        model.motivating_pass(batch_of(1)[0])
     assert [len(tokens[0]) for tokens in seen] == (whole if short is None else [*whole[:-1], short])
 
 
@@ -187,7 +187,7 @@ def test_a_block_of_an_unknown_kind_is_passed_as_a_whole() -> None:
 
     last.__class__ = Shifted
     with torch.no_grad():
-        same(model.look(images), model(images, need_attention="image"))
+        same(model.motivating_pass(images), model(images, need_attention="image"))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_attention_in_float32_gives_the_rest_what_its_layer_would(case: str) -> 
     watch(paths[-1], seen)
     with torch.no_grad(), AUTOCASTS["bf16"]():
         model(batch_of(1)[0])
-        model.look(batch_of(1)[0])
+        model.motivating_pass(batch_of(1)[0])
     both = (
         seen if case != "PyramidVisionTransformer" else seen[::2]
     )  # there one module drops both branches
@@ -217,7 +217,7 @@ def test_a_gate_on_the_attention_is_passed(case: str) -> None:
         pytest.skip("this timm has none")
     ungated = prediction(model, images)
     layer.gate = nn.Linear(24, 24)
-    same(model.look(images), model(images, need_attention="image"))
+    same(model.motivating_pass(images), model(images, need_attention="image"))
     assert not torch.allclose(prediction(model, images), ungated, atol=1e-3)
 
 
@@ -226,17 +226,17 @@ def test_a_gate_on_the_attention_is_passed(case: str) -> None:
 def test_a_glance_compiles_whole(case: str) -> None:
     model, images = make(case), batch_of(1)[0]
     torch._dynamo.reset()
-    compiled = torch.compile(model.look, backend="aot_eager", fullgraph=True)
-    sizes = [None, (32, 48)] if model.looks_smaller else [None]
+    compiled = torch.compile(model.motivating_pass, backend="aot_eager", fullgraph=True)
+    sizes = [None, (32, 48)] if model.accepts_other_sizes else [None]
     for size in sizes:
         for amp in ("none", "bf16"):
             with torch.no_grad(), AUTOCASTS[amp]():
-                same(compiled(images, size), model.look(images, size))
+                same(compiled(images, size), model.motivating_pass(images, size))
 
 
 def test_a_model_in_training_mode_is_not_looked_through() -> None:
     with pytest.raises(AssertionError, match="evaluation mode"):
-        make("VisionTransformer").train().look(batch_of(1)[0])
+        make("VisionTransformer").train().motivating_pass(batch_of(1)[0])
 
 
 # ----------------------------------------------------------------------------------------- no trace
@@ -253,7 +253,7 @@ def mixed_modes(model: nn.Module) -> dict[str, bool]:
 @cases
 def test_the_guide_leaves_no_trace(case: str, size: tuple[int, int] | None) -> None:
     model, images = make(case, drop=0.2, drop_path=0.2), batch_of(1)[0]
-    if size is not None and not model.looks_smaller:
+    if size is not None and not model.accepts_other_sizes:
         pytest.skip("one size only")
     modes, state, held = mixed_modes(model), copy.deepcopy(model.state_dict()), images.clone()
     buffers = {
@@ -336,7 +336,7 @@ def test_a_smaller_look_is_that_of_a_model_built_smaller(case: str) -> None:
     weights, _ = adapt_weights(small, plain_weights(model), model.grid_size)
     load_strictly(small, weights, source="the test")
     with torch.no_grad():
-        seen = model.look(images, size)
+        seen = model.motivating_pass(images, size)
         expected = small(
             interpolate(images, size, mode="bilinear", antialias=True), need_attention="image"
         )
@@ -356,8 +356,8 @@ def test_a_smaller_look_finds_what_the_full_one_finds() -> None:
         colours = torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(2))
         images = interpolate(colours, scale_factor=32, mode="nearest")  # 64 x 64 pixels
         full, small = (
-            model.look(images).image_attention,
-            model.look(images, (32, 32)).image_attention,
+            model.motivating_pass(images).image_attention,
+            model.motivating_pass(images, (32, 32)).image_attention,
         )
     inner = torch.ones(8, 8, dtype=torch.bool)
     inner[3:5] = inner[:, 3:5] = False  # where the quarters meet, the smaller score is in between
@@ -367,7 +367,7 @@ def test_a_smaller_look_finds_what_the_full_one_finds() -> None:
 
 
 def test_which_families_look_smaller() -> None:
-    assert [case for case in CASES if make(case).looks_smaller] == sorted(
+    assert [case for case in CASES if make(case).accepts_other_sizes] == sorted(
         LOOKERS, key=list(CASES).index
     )
 
@@ -403,15 +403,15 @@ REFUSED = [
 def test_a_size_that_does_not_do_is_refused(case: str, size: tuple[int, int], said: str) -> None:
     model = make(case)
     with pytest.raises(InputError, match=said):
-        check_look_size(model, "tiny", size)
-    check_look_size(make("VisionTransformer"), "tiny", (32, 64))
+        check_guide_size(model, "tiny", size)
+    check_guide_size(make("VisionTransformer"), "tiny", (32, 64))
 
 
 def test_a_transformer_of_another_make_does_not_look_smaller() -> None:
     model = make("VisionTransformer")
     assert isinstance(model, PlainViT)
     model.network.patch_embed.__class__ = type("Other", (type(model.network.patch_embed),), {})
-    assert not model.looks_smaller
+    assert not model.accepts_other_sizes
 
 
 # ---------------------------------------------------------------------------------------- the flags
@@ -531,8 +531,8 @@ def cut_after(model: ImageModel, block: int) -> ImageModel:
 def test_a_score_from_an_earlier_block_is_that_of_a_shorter_model(case: str) -> None:
     model, images = make(case), batch_of(1)[0]
     with torch.no_grad():
-        shorter = cut_after(model, 1).look(images)
-        seen, whole = model.look(images, block=1), model.look(images)
+        shorter = cut_after(model, 1).motivating_pass(images)
+        seen, whole = model.motivating_pass(images, block=1), model.motivating_pass(images)
     torch.testing.assert_close(seen.image_attention, shorter.image_attention, atol=1e-6, rtol=0)
     torch.testing.assert_close(seen.logits, whole.logits, atol=1e-5, rtol=1e-5)  # the pass went on
     assert not torch.allclose(seen.image_attention, whole.image_attention, atol=1e-5)
@@ -543,11 +543,11 @@ def test_every_block_that_is_offered_can_be_read(case: str) -> None:
     model, images = make(case), batch_of(1)[0]
     assert bool(model.score_blocks) == (case in READ_ANYWHERE), case
     with torch.no_grad():
-        last = model.look(images)
+        last = model.motivating_pass(images)
         for block in range(1, model.score_blocks + 1):
             seen, alone = (
-                model.look(images, block=block),
-                model.look(images, block=block, predict=False),
+                model.motivating_pass(images, block=block),
+                model.motivating_pass(images, block=block, predict=False),
             )
             check_score(seen.image_attention, model)
             assert alone.logits is None
@@ -556,7 +556,7 @@ def test_every_block_that_is_offered_can_be_read(case: str) -> None:
             )
             torch.testing.assert_close(seen.logits, last.logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(
-            model.look(images, predict=False).image_attention,
+            model.motivating_pass(images, predict=False).image_attention,
             last.image_attention,
             atol=1e-6,
             rtol=0,
@@ -572,11 +572,11 @@ def test_without_a_prediction_the_pass_ends_where_the_score_is_read(case: str) -
         if name.endswith(".mlp"):
             watch(module, seen)
     with torch.no_grad():
-        model.look(batch_of(1)[0])
+        model.motivating_pass(batch_of(1)[0])
         all_of_them = len(seen)
         for block in (None, *range(1, model.score_blocks + 1)):
             seen.clear()
-            assert model.look(batch_of(1)[0], block=block, predict=False).logits is None
+            assert model.motivating_pass(batch_of(1)[0], block=block, predict=False).logits is None
             wanted = (
                 block - 1
                 if block is not None

@@ -81,7 +81,7 @@ def same(one: list[tuple[torch.Tensor, ...]], other: list[tuple[torch.Tensor, ..
 
 def test_samples_depend_on_their_place_alone(folder: Path) -> None:
     samples = folder_samples(folder)
-    image, label, index, boxes, operations = samples[2, 7, 4]
+    image, label, index, _, boxes, operations = samples[2, 7, 4]
     assert (image.shape, image.dtype, label, index) == ((3, 32, 32), torch.uint8, 1, 7)
     assert boxes == operations == []
     torch.manual_seed(9)
@@ -153,13 +153,15 @@ def test_a_batch_is_its_samples_each_in_its_row(folder: Path) -> None:
     assert (batch.images.shape, batch.images.dtype) == ((5, 3, 32, 32), torch.uint8)
     assert batch.images.permute(0, 2, 3, 1).is_contiguous()
     for row, place in enumerate(places):
-        image, label, index, boxes, _ = samples[place]
+        image, label, index, _, boxes, _ = samples[place]
+        assert batch.boxes is not None
         assert torch.equal(batch.images[row], image)
         assert (batch.labels[row], batch.indices[row], batch.boxes[row].tolist()) == (
             label,
             index,
             [*map(list, boxes)],
         )
+    assert batch.boxes is not None
     assert batch.labels.dtype == batch.indices.dtype == batch.boxes.dtype == torch.int64
 
 
@@ -178,8 +180,10 @@ def test_boxes_to_erase_are_the_last_of_a_samples_draws(folder: Path) -> None:
         for erase in (None, Erasing(0.5, 2))
     )
     assert torch.equal(plain.images, erased.images)
+    assert plain.boxes is not None
+    assert erased.boxes is not None
     assert (plain.boxes.shape, erased.boxes.shape) == ((10, 0, 4), (10, 2, 4))
-    filled = (erased.boxes != torch.tensor(Box(0, 0, 0, 0))).any(dim=2).any(dim=1)
+    filled = torch.ne(erased.boxes, torch.tensor(Box(0, 0, 0, 0))).any(dim=2).any(dim=1)
     assert 1 < filled.sum() < 9
 
 

@@ -29,6 +29,7 @@ from tests.runs import (
     differences,
     finish,
     largest_difference,
+    observing_steps,
     read_log,
     run_main,
     run_small,
@@ -36,7 +37,6 @@ from tests.runs import (
     state_of,
     tensors_in,
     torchrun,
-    watching_steps,
     weights_of,
 )
 from training import optim
@@ -267,7 +267,7 @@ def test_micro_batches_add_up(photos: Path) -> None:
 
 def test_the_average_is_the_one_by_hand(photos: Path) -> None:
     decay, seen = 0.7, list[dict[str, Tensor]]()
-    with watching_steps(lambda training, step: seen.append(weights_of(training))):
+    with observing_steps(lambda training, step: seen.append(weights_of(training))):
         training = run_small(
             f"--model-ema-decay {decay} --lr 0.1 --epochs 2 --data-path", photos
         ).training
@@ -312,7 +312,9 @@ def test_every_combination_trains(
             teacher,
         )
     steps: list[dict[str, Tensor]] = []
-    with watching_steps(lambda training, step: steps.append(training.health.unchecked[-1].values)):
+    with observing_steps(
+        lambda training, step: steps.append(training.nonfinite.records[-1].values)
+    ):
         for smoothing in ("0", "0.1") if not loss else ("0",):
             run = run_small(*words, f"--smoothing {smoothing}")
             assert run.code == 0, run.err

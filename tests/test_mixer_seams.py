@@ -22,6 +22,7 @@ from mixers.interface import Guide, MixedBatch, Mixer, soft_labels
 from mixers.masks import paste
 from models.build import build_model
 from models.interface import ModelOutput
+from pipeline.samples import Batch
 from training import optim, precision
 from training.meters import Meters
 from utils import InputError
@@ -39,7 +40,7 @@ def make_training(mixer: Any, extra: nn.Module | None = None, **settings: Any) -
     optimizer = optim.make_optimizer(model, {"opt": "adamw", "lr": 1e-2})
     if extra is not None:
         optimizer.add_param_group({"params": list(extra.parameters())})
-    defaults = {
+    defaults: dict[str, Any] = {
         "criterion": SMMixLoss(),
         "mixer": mixer if isinstance(mixer, Mixer) else mixer(model),
     }
@@ -58,7 +59,8 @@ def make_training(mixer: Any, extra: nn.Module | None = None, **settings: Any) -
 def step(training: engine.Training) -> dict[str, float]:
     """One step on four images, and what the log says of it."""
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    engine.train_step(training, [(images, torch.arange(4), torch.arange(4))], 0, meters := Meters())
+    batch = Batch(images, torch.arange(4), torch.arange(4))
+    engine.train_step(training, [batch], 0, meters := Meters())
     return meters.read()
 
 

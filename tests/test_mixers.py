@@ -567,9 +567,14 @@ def test_labels_may_be_set_anew_on_any_mask(name: str) -> None:
 
 def test_mixing_ends_at_its_epoch() -> None:
     switch = Switch(CutMix(K), Mixup(K), off_epoch=3)
-    assert [switch.at(epoch) is switch for epoch in range(5)] == [True, True, True, False, False]
-    assert switch.at(3) is switch.plain
-    assert Switch(CutMix(K)).at(10_000) is not None
+    picked = []
+    for epoch in range(5):
+        switch.set_epoch(epoch)
+        picked.append(switch.pick(Choice(mix=True, first=True)))
+    assert picked == [switch.first] * 3 + [switch.plain] * 2
+    endless = Switch(CutMix(K))
+    endless.set_epoch(10_000)
+    assert endless.pick(Choice(mix=True, first=True)) is endless.first
 
 
 def test_a_grid_without_regions_is_refused_with_the_flags_that_help() -> None:

@@ -19,7 +19,7 @@ from losses import soft_cross_entropy
 from models.blocks import attention_map
 from models.build import ALIASES, build_model, use_distillation
 from models.interface import (
-    Glance,
+    GuideOutput,
     ImageModel,
     class_attention_score,
     image_attention_score,
@@ -770,9 +770,9 @@ def test_the_guide_calls_the_compiled_form_if_given_one(
 ) -> None:
     asked = []
 
-    def call(images: Tensor, *more: Any) -> Glance:
+    def call(images: Tensor, *more: Any) -> GuideOutput:
         asked.append((*more, tiny_model.training))
-        return tiny_model.look(images, *more)
+        return tiny_model.motivating_pass(images, *more)
 
     make_guide(tiny_model.train(), NO_AMP, call)(images)
     assert asked == [(None, None, True, False)]

@@ -23,7 +23,7 @@ from pipeline.spec import ImageSpec
 from storage.checkpoints import save_checkpoint
 from tests.conftest import randomise
 from tests.image_folders import make_image_folder
-from tests.runs import run_small, watching_steps, weights_of
+from tests.runs import observing_steps, run_small, weights_of
 from tests.test_families import CPU
 from utils import InputError
 
@@ -111,7 +111,7 @@ def test_its_score_comes_on_the_students_grid(
         student, choice, spec=OF_TEST_RESNET if choice.startswith("test_resnet=") else None
     )(images)
     with torch.no_grad():
-        expected = motivator.look(images)
+        expected = motivator.motivating_pass(images)
     assert motivator.grid_size == grid
     torch.testing.assert_close(seen.logits, expected.logits)
     torch.testing.assert_close(
@@ -130,7 +130,10 @@ def test_its_blocks_are_its_own(tmp_path: Path) -> None:
     )  # 6 blocks, the student has 4
     choice = f"vit_mini_patch4_32={saved(motivator, tmp_path / 'weights.pth')}"
     with torch.no_grad():
-        deep, mean = motivator.look(images, block=5), motivator.look(images, block="rollout")
+        deep, mean = (
+            motivator.motivating_pass(images, block=5),
+            motivator.motivating_pass(images, block="rollout"),
+        )
     seen = guide_of(network(), choice, "--score-block", "5")(images)
     torch.testing.assert_close(seen.image_attention, deep.image_attention)
     torch.testing.assert_close(seen.logits, deep.logits)
@@ -183,7 +186,10 @@ def test_it_sees_the_images_as_it_knows_them(
     shown = normalised(pixels, student)
     seen = guide_of(network(), choice, spec=student)(shown)
     with torch.no_grad():
-        expected, unchanged = motivator.look(normalised(pixels, own)), motivator.look(shown)
+        expected, unchanged = (
+            motivator.motivating_pass(normalised(pixels, own)),
+            motivator.motivating_pass(shown),
+        )
     torch.testing.assert_close(seen.logits, expected.logits, rtol=1e-4, atol=1e-4)
     assert unchanged.logits is not None
     assert not torch.allclose(seen.logits, unchanged.logits, rtol=1e-2, atol=1e-2)
@@ -204,8 +210,8 @@ def test_its_score_is_that_of_its_own_images(
     seen = guide_of(network(), path, *words.split())(shown)
     with torch.no_grad():
         expected, unchanged = (
-            motivator.look(normalised(pixels, OTHER), **how),
-            motivator.look(shown, **how),
+            motivator.motivating_pass(normalised(pixels, OTHER), **how),
+            motivator.motivating_pass(shown, **how),
         )
     torch.testing.assert_close(seen.image_attention, expected.image_attention, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(seen.image_attention, unchanged.image_attention, rtol=1e-2, atol=1e-4)
@@ -215,7 +221,7 @@ def test_its_score_is_that_of_its_own_images(
 def test_nothing_is_done_to_images_as_it_knows_them(names: str, tmp_path: Path) -> None:
     path = saved(network(), tmp_path / "weights.pth", names, drop=0.0)
     motivator, look = build_motivator(str(path), 3, OF_STUDENT)
-    assert look == motivator.look
+    assert look == motivator.motivating_pass
 
 
 # ------------------------------------------------------------------------------- classes of its own
@@ -266,7 +272,9 @@ def test_where_its_score_alone_is_used_it_may_have_any_classes(
     monkeypatch.setattr(second_networks, "_download", lambda name, flag: motivator.network)
     seen = guide_of(network(), choice, "--con-weight", "0")(images)
     with torch.no_grad():
-        torch.testing.assert_close(seen.image_attention, motivator.look(images).image_attention)
+        torch.testing.assert_close(
+            seen.image_attention, motivator.motivating_pass(images).image_attention
+        )
     assert seen.logits is None
     with pytest.raises(InputError, match=r"--motivator .*5"):
         guide_of(network(), choice)
@@ -331,8 +339,8 @@ def test_the_average_guides_as_it_is_on_each_step(photos: Path) -> None:
         images = images_of((16, 16))
         shown = training.guide(images)
         of_average, own = (
-            training.ema.module.eval().look(images),
-            training.module.eval().look(images),
+            training.ema.module.eval().motivating_pass(images),
+            training.module.eval().motivating_pass(images),
         )
         training.module.train()
         seen.append(
@@ -340,7 +348,7 @@ def test_the_average_guides_as_it_is_on_each_step(photos: Path) -> None:
             and not torch.equal(shown.logits, own.logits)
         )
 
-    with watching_steps(see):
+    with observing_steps(see):
         run = run_small(
             "--motivator ema --model-ema-decay 0.9 --mix-protocol single", "--data-path", photos
         )

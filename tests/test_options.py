@@ -114,7 +114,7 @@ SMMIX: dict[str, Any] = {
     "list_models": False,
     "eval_every": 1,
 }
-# Decided by the machine, the data or the model, see `config.build.resolve_defaults`.
+# Decided by the machine, the data or the model, see `config.resolve.resolve`.
 OPEN = {
     "decoder",
     "device",

@@ -35,9 +35,9 @@ from tests.runs import (
     digest,
     fingerprint,
     killed_after,
+    observing_steps,
     read_log,
     run_small,
-    watching_steps,
 )
 
 # Everything that draws or carries state. An epoch has six steps, and checkpoints are at 4, 6, 8 and
@@ -124,7 +124,7 @@ def stopped_in(step: int) -> Iterator[None]:
         if done == step:
             signal.raise_signal(signal.SIGTERM)
 
-    with watching_steps(ask):
+    with observing_steps(ask):
         yield
 
 
@@ -151,9 +151,9 @@ ENDINGS: dict[str, list[Disturbance]] = {
     "with the epoch's line written and nothing saved": [
         lambda: killed_at(RunLog, "epoch", before=False)
     ],
-    "with the epoch saved but not named": [lambda: killed_at(run_folder, "_stand_for")],
-    "with the epoch saved but not named the best": [lambda: killed_at(run_folder, "_stand_for", 1)],
-    "with the last epoch saved but not named": [lambda: killed_at(run_folder, "_stand_for", 2)],
+    "with the epoch saved but not named": [lambda: killed_at(run_folder, "_link_as")],
+    "with the epoch saved but not named the best": [lambda: killed_at(run_folder, "_link_as", 1)],
+    "with the last epoch saved but not named": [lambda: killed_at(run_folder, "_link_as", 2)],
     "politely": [lambda: stopped_in(2), lambda: stopped_in(4), lambda: stopped_in(9)],
     "politely on the last step of an epoch": [lambda: stopped_in(5)],
     "politely on the last step": [lambda: stopped_in(11)],
@@ -426,7 +426,7 @@ def test_p12_weights_that_are_not_finite_are_never_written(photos: Path, tmp_pat
         if step == 6:
             training.ema.module.network.norm.weight.data[0] = float("nan")
 
-    with watching_steps(spoil):
+    with observing_steps(spoil):
         outcome = run(photos, tmp_path)
     assert outcome.code == 3
     assert "ema.norm.weight is not finite" in outcome.err

@@ -17,6 +17,7 @@ from losses import SMMixLoss
 from mixers.interface import StepRandom, draw_beta
 from models.build import build_model
 from models.interface import ImageModel
+from pipeline.samples import Batch
 from smmix import VARIANTS
 from tests.mixing import make_switch
 from training import optim, precision
@@ -45,10 +46,10 @@ def tiny(separate: bool) -> ImageModel:
     )
 
 
-def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
+def batches() -> list[Batch]:
     generator = torch.Generator().manual_seed(7)
     return [
-        (
+        Batch(
             torch.randn(BATCH, 3, *SIDE, generator=generator),
             torch.randint(CLASSES, (BATCH,), generator=generator),
             torch.arange(BATCH),
@@ -181,7 +182,7 @@ def slow_run(
         name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()
     }
     history = []
-    for step, ((images, labels, _), random) in enumerate(
+    for step, ((images, labels, *_), random) in enumerate(
         zip(batches(), keys, strict=True), start=1
     ):
         smmix = torch.rand(2, generator=random.shared)[1].item() < 0.5

@@ -23,7 +23,7 @@ from tests.runs import run_main
 from tests.test_commands import ROOT
 from tests.test_tables import (
     COLUMNS,
-    OF_CON,
+    CONSISTENCY_FLAGS,
     OF_SMMIX,
     PAPER,
     PATH,
@@ -252,7 +252,7 @@ def test_a_network_to_look_through_gets_no_flag_that_is_for_rows(tmp_path: Path)
 
 
 def test_main_takes_every_rehearsal_whatever_is_given_for_some(tmp_path: Path) -> None:
-    runs = rehearsals("table2", tmp_path, *OF_SMMIX, *OF_CON)
+    runs = rehearsals("table2", tmp_path, *OF_SMMIX, *CONSISTENCY_FLAGS)
     assert [folder for folder, words in runs.items() if parse(words).variant == "released"] == [
         "table2/smmix"
     ]

@@ -384,15 +384,15 @@ def test_ranks_that_see_different_folders_are_refused(
     path = tmp_path / "a.pth"
     path.touch()
     processes = utils.Processes(0, 1, torch.device("cpu"))
-    run_state.check_agreement(str(path), processes)
-    run_state.check_agreement("", processes)
+    run_state.check_all_see(str(path), processes)
+    run_state.check_all_see("", processes)
     monkeypatch.setattr(
         utils.Processes, "gather", lambda self, value: [value, not value, value, not value]
     )
     with pytest.raises(
         InputError, match=r"a\.pth: ranks \[1, 3\] do not see this checkpoint; .* share"
     ):
-        run_state.check_agreement(str(path), processes)
+        run_state.check_all_see(str(path), processes)
 
 
 # ------------------------------------------------------------------------------ of earlier versions

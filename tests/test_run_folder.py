@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import engine
+from pipeline.samples import Batch
 from run import folder as run_folder
 from run.folder import RunFolder
 from tests.image_folders import make_image_folder, message_of
@@ -28,11 +29,11 @@ from tests.runs import (
     ROOT,
     changed,
     fingerprint,
+    observing_steps,
     read_log,
     run_small,
     split,
     spoil_loss,
-    watching_steps,
 )
 from utils import InputError
 
@@ -62,13 +63,13 @@ def test_p14_a_second_run_is_refused_and_the_first_goes_on(
     def begin_another(training: engine.Training, step: int) -> None:
         if step == 1:
             before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-            with watching_steps(lambda training, step: pytest.fail("it trains")):
+            with observing_steps(lambda training, step: pytest.fail("it trains")):
                 refused.append(run_small(*words, folder))
             assert {
                 path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
             } == before
 
-    with watching_steps(begin_another):
+    with observing_steps(begin_another):
         assert run_small(*words, folder).code == 0
     (second,) = refused
     assert second.code == 2
@@ -172,7 +173,7 @@ def meeting(trouble: str) -> Iterator[None]:
         if step == 0:
             spoil_loss(training)
 
-    with watching_steps(meet):
+    with observing_steps(meet):
         yield
 
 
@@ -260,7 +261,7 @@ def test_what_another_rank_left_is_taken_only_if_it_can_be_read(
 
 def test_the_status_tells_how_far_a_run_is(photos: Path, tmp_path: Path) -> None:
     seen = []
-    with watching_steps(lambda training, step: seen.append(read_status(tmp_path))):
+    with observing_steps(lambda training, step: seen.append(read_status(tmp_path))):
         run_small("--save-steps 2 --data-path", photos, "--output-dir", tmp_path)
     assert [(status["state"], status["step"]) for status in seen] == [
         ("running", 0),
@@ -277,7 +278,7 @@ def test_the_evidence_of_values_that_are_not_finite_can_be_read(
         outcome = run_small(words, photos, "--output-dir", tmp_path)
     assert outcome.code == 3
     evidence = torch.load(tmp_path / "not_finite_rank0.pth", weights_only=True)
-    assert set(evidence) == {*engine.LOADED, "mixed_images", "mixed_labels", "report"}
+    assert set(evidence) == {*Batch._fields, "mixed_images", "mixed_labels", "report"}
     assert evidence["images"].shape == evidence["mixed_images"].shape == (8, 3, 16, 16)
     assert evidence["images"].dtype == torch.uint8  # as the loader gave them
     assert "step 2" in evidence["report"]
@@ -292,7 +293,7 @@ def steps_in(folder: Path) -> list[int]:
 
 def test_the_newest_checkpoints_are_kept(photos: Path, tmp_path: Path) -> None:
     seen = []
-    with watching_steps(lambda training, step: seen.append(steps_in(tmp_path))):
+    with observing_steps(lambda training, step: seen.append(steps_in(tmp_path))):
         run_small(
             "--epochs 2 --save-steps 2 --keep-checkpoints 3 --data-path",
             photos,
@@ -358,7 +359,7 @@ def test_a_folder_in_the_place_of_a_checkpoints_name_is_named(name: str, tmp_pat
     (tmp_path / name).mkdir()
     said = rf"^{tmp_path / name}: .*; move away what is there, or choose another --output-dir$"
     with pytest.raises(InputError, match=said):
-        folder.go_on_from(run_folder.step_file(tmp_path, 1), 1, ("best_checkpoint.pth",))
+        folder.rewind_to(run_folder.step_file(tmp_path, 1), 1, ("best_checkpoint.pth",))
     if name == "best_checkpoint.pth":
         with pytest.raises(InputError, match=said):
             folder.save({"x": 10}, 10, ("best_checkpoint.pth",))
@@ -419,7 +420,7 @@ def test_going_back_gives_up_what_came_later(photos: Path, tmp_path: Path) -> No
     def stop(training: engine.Training, step: int) -> None:
         signal.raise_signal(signal.SIGTERM)
 
-    with watching_steps(stop):
+    with observing_steps(stop):
         run = run_small(*words, *back, "--resume", tmp_path / "checkpoints" / "0000000002.pth")
     assert "a later checkpoint is set aside as" in run.out
     assert (read_status(tmp_path)["state"], steps_in(tmp_path)) == ("preempted", [1, 2, 3])

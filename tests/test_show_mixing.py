@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import datasets
-from config.build_mixer import Settings
+from config.build_mixer import MixingSettings
 from models.build import build_model
 from models.weights import plain_weights
 from pipeline import transforms
@@ -132,7 +132,7 @@ def test_flags_of_mixing_are_those_of_training() -> None:
         ["--variant", "released", "--mixup-mode", "elem", "--relabel", "transmix"]
     )
     (flags,) = show_mixing.flags_by_method(args).values()
-    settings = Settings.from_flags(flags)
+    settings = MixingSettings.from_flags(flags)
     assert settings.arithmetic == VARIANTS["released"]
     assert (settings.mixup_mode, settings.relabel, settings.mix_protocol) == (
         "elem",
@@ -184,7 +184,7 @@ def test_flags_of_one_method_reach_it_alone_among_all() -> None:
         ["--mixer", "all", "--resize-placement", "clipped", "--mix-alpha", "0.2"]
     )
     settings = {
-        name: Settings.from_flags(flags)
+        name: MixingSettings.from_flags(flags)
         for name, flags in show_mixing.flags_by_method(args).items()
     }
     assert settings["resizemix"].resize_placement == "clipped"

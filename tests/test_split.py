@@ -15,7 +15,7 @@ from losses import SMMixLoss
 from mixers.interface import MixedBatch, StepRandom
 from mixers.mixup import Mixup
 from mixers.split import Split
-from models.interface import Glance, ModelOutput
+from models.interface import GuideOutput, ModelOutput
 from smmix import SMMix
 from tests.conftest import FakeGuide
 from tests.mixing import make_switch
@@ -129,7 +129,7 @@ def test_every_method_shares_a_batch(name: str) -> None:
     batch = switch(
         images,
         labels,
-        lambda shown: Glance(torch.zeros(len(shown), K), torch.rand(len(shown), N)),
+        lambda shown: GuideOutput(torch.zeros(len(shown), K), torch.rand(len(shown), N)),
         both_random(),
     )
     assert batch.images.shape == images.shape

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from config.build_mixer import MIXERS
 from config.flags import check_args, get_args_parser
-from config.mixing_flags import BY_MASK
+from config.mixing_flags import PASTING_METHODS
 from losses import SMMixLoss
 from mixers.interface import MixedBatch, StepRandom
-from models.interface import Glance, ModelOutput, resample_score, resize_score
+from models.interface import GuideOutput, ModelOutput, resample_score, resize_score
 from smmix import Drawn, Scheme, SMMix, mix_logits, mix_probs
 from tests.conftest import FakeGuide
 from tests.mixing import fake_teacher, make_switch
@@ -162,12 +162,12 @@ def test_rollout_is_the_mean_of_all_blocks(case: str) -> None:
     )
     with torch.no_grad():
         each = [
-            model.look(images, block=number + 1).image_attention
+            model.motivating_pass(images, block=number + 1).image_attention
             for number in range(model.score_blocks)
         ]
         seen, early = (
-            model.look(images, block="rollout"),
-            model.look(images, block="rollout", predict=False),
+            model.motivating_pass(images, block="rollout"),
+            model.motivating_pass(images, block="rollout", predict=False),
         )
     expected = torch.stack(each).mean(dim=0)
     torch.testing.assert_close(seen.image_attention, expected, atol=1e-6, rtol=1e-5)
@@ -224,7 +224,7 @@ def test_a_score_of_a_coarser_grid_is_the_bilinear_one() -> None:
 
 
 @pytest.mark.parametrize("rule", ["probs", "logits"])
-@pytest.mark.parametrize("method", [name for name in BY_MASK if name != "smmix"])
+@pytest.mark.parametrize("method", [name for name in PASTING_METHODS if name != "smmix"])
 def test_consistency_alone_adds_a_reference_and_nothing_else(method: str, rule: str) -> None:
     images, labels = batch_of(5)
     plain = make_switch(K, GRID, fake_teacher, mixer=method).first
@@ -286,7 +286,9 @@ def a_batch(
     )
     mixer = make_switch(K, GRID, con_temperature=temperature, consistency=rule).first
     guide = FakeGuide(GRID, K)
-    batch = mixer(images, labels, lambda shown: Glance(clean, guide.attention(shown)), random_of(0))
+    batch = mixer(
+        images, labels, lambda shown: GuideOutput(clean, guide.attention(shown)), random_of(0)
+    )
     output = ModelOutput(
         torch.randn(4, K, generator=generator),
         torch.zeros(0),

@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch.distributed.run import parse_args as parse_torchrun
 
-from config.build import resolve_defaults
 from config.flags import explicit_flags, get_args_parser
-from config.mixing_flags import METHODS, OWN, of_method
+from config.mixing_flags import METHOD_FLAGS, METHODS, flags_of_method
+from config.resolve import resolve
 from scripts.tables import _finished
 from tests.test_commands import RECIPE, ROOT, TABLE_1, check_command, commands_of_header, run_of
 from training import optim
@@ -600,7 +600,7 @@ def test_another_value_of_some_flags_needs_a_folder_of_its_own(table: str, flag:
 
 
 def test_which_mixer_has_a_use_for_a_flag_is_what_main_says() -> None:
-    flags = ["--" + name.replace("_", "-") for name in OWN]
+    flags = ["--" + name.replace("_", "-") for name in METHOD_FLAGS]
     code = """pretraining=0 has_fine=1 has_score=1
     for mixer in $1; do for has_con in 0 1; do for flag in $2; do
       ! has_no_use "$flag" || echo "$mixer $has_con $flag"
@@ -613,11 +613,11 @@ def test_which_mixer_has_a_use_for_a_flag_is_what_main_says() -> None:
     ]  # main.py refuses it beside --con-weight 0 by a rule of its own
     for mixer in METHODS:
         for has_con in (0, 1):
-            given = {**dict.fromkeys(OWN, "given"), "con_weight": float(has_con)}
-            kept = of_method(given, mixer)
+            given = {**dict.fromkeys(METHOD_FLAGS, "given"), "con_weight": float(has_con)}
+            kept = flags_of_method(given, mixer)
             expected += [
                 f"{mixer} {has_con} --{name.replace('_', '-')}"
-                for name in OWN
+                for name in METHOD_FLAGS
                 if kept[name] != given[name]
             ]
             expected += [f"{mixer} {has_con} --side-ratio"] if mixer != "smmix" else []
@@ -634,11 +634,19 @@ OF_SMMIX = [
     "--fine-temperature",
     "2",
 ]
-OF_CON = ["--consistency", "logits", "--con-temperature", "2", "--guide-size", "112", "112"]
+CONSISTENCY_FLAGS = [
+    "--consistency",
+    "logits",
+    "--con-temperature",
+    "2",
+    "--guide-size",
+    "112",
+    "112",
+]
 
 
 def test_a_flag_goes_to_the_rows_that_have_a_use_for_it() -> None:
-    printed = shown("table7", *OF_SMMIX, "--lr", "1", *OF_CON)
+    printed = shown("table7", *OF_SMMIX, "--lr", "1", *CONSISTENCY_FLAGS)
     runs = runs_in(printed)
     assert {run.args.lr for run in runs} == {1.0}
     kept = {
@@ -674,7 +682,13 @@ def test_main_takes_every_row_whatever_is_given_for_some(table: str) -> None:
     score = ["--score", "random"] if table == "tablea4" else []
     own = ["--cutmix-minmax", "0.2", "0.8", "--con-weight", "0.5", "--attentive-cells", "6"]
     runs = runs_in(
-        shown(table, *OF_SMMIX, *OF_CON, *score, *own[: None if table == "table1_transmix" else 5])
+        shown(
+            table,
+            *OF_SMMIX,
+            *CONSISTENCY_FLAGS,
+            *score,
+            *own[: None if table == "table1_transmix" else 5],
+        )
     )
     assert len(runs) == len(all_runs(table))
 
@@ -824,8 +838,7 @@ def test_the_processes_default_to_the_gpus_here_counted_once(tmp_path: Path) -> 
 
 def leave(run: Run, folder: Path, *lines: str, **changed: Any) -> None:
     """What a run leaves behind: the lines of its log, and its recipe but for what is changed."""
-    args = argparse.Namespace(**vars(run.args))
-    resolve_defaults(args, Processes(0, 1, torch.device("cpu")))
+    args = resolve(run.args, Processes(0, 1, torch.device("cpu")))
     total = args.batch_size * args.accum_steps * run.processes
     told = {
         "data": "IMNET somewhere",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
 from run import loop
-from run.loop import Waits
+from run.loop import TimedLoader
 from tests.image_folders import make_image_folder
 from tests.runs import read_log, run_small, scalars_in, split
 
@@ -26,7 +27,7 @@ class Slow:
 
 
 def test_waiting_is_measured_and_working_is_not() -> None:
-    waits = Waits(Slow())
+    waits = TimedLoader(cast(Any, Slow()))
     assert waits.mean() == waits.recent() == 0
     for number in waits:
         time.sleep(0.05)
@@ -40,7 +41,7 @@ def test_waiting_is_measured_and_working_is_not() -> None:
 
 
 def test_only_a_large_share_of_a_long_time_is_worth_a_word() -> None:
-    waits = Waits()
+    waits = TimedLoader()
     waits.first, waits.seconds = 30.0, 36.0
     assert waits.is_long(30 + 59)
     assert not waits.is_long(30 + 61)  # 6 of 61 seconds

@@ -20,11 +20,11 @@ import torch
 import engine
 import utils
 from run import agreement
-from run.agreement import Agreement, Stopped, Watch, Watched
+from run.agreement import Agreed, RankAgreement, StoppableLoader, Stopped
 from run.state import candidates
 from tests.image_folders import make_image_folder
 from tests.launches import Launch, Ranks, read_status, run_ranks, wait_until
-from tests.runs import SMALL, changed, fingerprint, split, watching_steps
+from tests.runs import SMALL, changed, fingerprint, observing_steps, split
 from utils import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -38,10 +38,10 @@ def test_a_signal_asks_for_a_stop_and_its_handler_goes_with_the_watch(
     number: signal.Signals,
 ) -> None:
     before = signal.getsignal(number)
-    with Watch(ALONE) as watching:
-        assert watching.agree() == Agreement()
+    with RankAgreement(ALONE) as watching:
+        assert watching.agree() == Agreed()
         signal.raise_signal(number)
-        assert watching.agree() == Agreement(stop=True)
+        assert watching.agree() == Agreed(stop=True)
         assert watching.reason == number.name
     assert signal.getsignal(number) is before
 
@@ -50,7 +50,7 @@ def test_p8_a_second_signal_later_acts_at_once(monkeypatch: pytest.MonkeyPatch) 
     ended: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
     try:
-        with Watch(ALONE) as watching:
+        with RankAgreement(ALONE) as watching:
             for _ in range(3):  # a launcher and a batch system may each send it
                 signal.raise_signal(signal.SIGTERM)
             assert ended == []
@@ -63,13 +63,13 @@ def test_p8_a_second_signal_later_acts_at_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_launcher_that_is_gone_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not Watch(ALONE).stop_is_asked_for()
+    assert not RankAgreement(ALONE).stop_is_asked_for()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(agreement, "LAUNCHER", os.getppid())
-    assert not Watch(ALONE).stop_is_asked_for()
+    assert not RankAgreement(ALONE).stop_is_asked_for()
     monkeypatch.setattr(agreement, "LAUNCHER", os.getppid() + 1)
-    watching = Watch(ALONE)
-    assert watching.agree() == Agreement(stop=True)
+    watching = RankAgreement(ALONE)
+    assert watching.agree() == Agreed(stop=True)
     assert watching.reason == "the launcher is gone"
 
 
@@ -91,7 +91,7 @@ def test_ranks_whose_launcher_was_killed_before_they_met_leave_at_once(
 def test_the_clock_asks_for_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    watching = Watch(ALONE, save_minutes=2)
+    watching = RankAgreement(ALONE, save_minutes=2)
     answers = []
     for now[0] in (100, 219, 220, 221):
         answers.append(watching.agree().save)
@@ -99,21 +99,21 @@ def test_the_clock_asks_for_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
     for now[0] in (222, 340, 341):
         answers.append(watching.agree().save)
     assert answers == [False, False, True, True, False, False, True]
-    assert not Watch(Processes(1, 1, torch.device("cpu")), 1e-9).agree().save, (
+    assert not RankAgreement(Processes(1, 1, torch.device("cpu")), 1e-9).agree().save, (
         "rank 0 has the clock"
     )
 
 
 @pytest.mark.parametrize(("batches", "calls"), [(3, 3), (2, 3), (0, 2), (2, 0)])
 def test_ranks_with_unequal_shares_ask_equally_often(batches: int, calls: int) -> None:
-    watching = Watch(ALONE)
-    with patch.object(Watch, "agree", return_value=Agreement()) as agree:
-        assert list(Watched(watching, range(batches), calls)) == list(range(batches))
+    watching = RankAgreement(ALONE)
+    with patch.object(RankAgreement, "agree", return_value=Agreed()) as agree:
+        assert list(StoppableLoader(watching, range(batches), calls)) == list(range(batches))
     assert agree.call_count == calls
     watching.asked_at = 1.0
     if calls:
         with pytest.raises(Stopped):
-            list(Watched(watching, range(batches), calls))
+            list(StoppableLoader(watching, range(batches), calls))
 
 
 # -------------------------------------------------------------------------------- several processes
@@ -164,7 +164,7 @@ def signal_at(where: str, number: signal.Signals, rank: int) -> Iterator[None]:
     with (
         patch.object(engine, "evaluate", evaluate)
         if where == "the evaluation"
-        else watching_steps(see)
+        else observing_steps(see)
     ):
         yield
 
@@ -201,7 +201,7 @@ def stuck_after(step: int, rank: int) -> Iterator[None]:
         if done == step:
             time.sleep(60)
 
-    with watching_steps(see):
+    with observing_steps(see):
         yield
 
 

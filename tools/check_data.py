@@ -23,7 +23,7 @@ import datasets
 from config.flags import Parser
 from config.mixing_flags import check_values
 from pipeline import loaders
-from pipeline.bad_images import most_corrupt
+from pipeline.bad_images import max_bad_images
 from pipeline.images import Images, StreamedImages, UnreadableSampleError
 from pipeline.workers import Loader
 from storage.files import write_atomically
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise StopRun(
         f"{len(names)} images cannot be read; mend or remove them. --skip-corrupt trains without "
         "up to "
-        f"{most_corrupt(len(halves['training']))} of them, evaluation needs all"
+        f"{max_bad_images(len(halves['training']))} of them, evaluation needs all"
     )
 
 

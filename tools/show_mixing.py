@@ -24,7 +24,7 @@ import datasets
 import engine
 import utils
 from config import mixing_flags as mixing
-from config.build_mixer import Settings, Surroundings, build_mixer
+from config.build_mixer import MixerContext, MixingSettings, build_mixer
 from config.flags import Parser
 from config.second_networks import build_feature_map
 from mixers.interface import MixedBatch, Mixer, StepRandom
@@ -176,7 +176,7 @@ def flags_by_method(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if args.mixer != "all":
         return {args.mixer: flags}
     names = [name for name in METHODS if name != "attentivemix" or args.attentive_teacher]
-    return {name: mixing.of_method(flags, name) for name in names}
+    return {name: mixing.flags_of_method(flags, name) for name in names}
 
 
 def make_mixers(
@@ -191,9 +191,9 @@ def make_mixers(
     if args.attentive_teacher:
         network = build_feature_map(args.attentive_teacher, model.input_size).to(device)
         teacher = engine.make_teacher(network, precision.make_autocast(device, "none"))
-    around = Surroundings(num_classes, model.grid_size, partial(denormalise, spec=spec), teacher)
+    around = MixerContext(num_classes, model.grid_size, partial(denormalise, spec=spec), teacher)
     return {
-        name: build_mixer(Settings.from_flags(flags), around).first
+        name: build_mixer(MixingSettings.from_flags(flags), around).first
         for name, flags in flags_by_method(args).items()
     }
 

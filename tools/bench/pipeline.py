@@ -137,13 +137,18 @@ def finished(
     """The device's part: move there, if that is elsewhere, do what was drawn, normalise and
     erase."""
     device = device or torch.device("cpu")
-    host = Batch(*(part.pin_memory() for part in batch)) if device.type == "cuda" else batch
+    assert batch.boxes is not None
+    assert batch.operations is not None
+    host_images, host_boxes, operations = (
+        part.pin_memory() if device.type == "cuda" else part
+        for part in (batch.images, batch.boxes, batch.operations)
+    )
 
     def finish() -> torch.Tensor:
-        images, boxes = (part.to(device, non_blocking=True) for part in (host.images, host.boxes))
+        images, boxes = (part.to(device, non_blocking=True) for part in (host_images, host_boxes))
         images = images.contiguous()
-        if host.operations.shape[1]:
-            images = randaugment_pixels.apply(images, host.operations, fill_color(inputs.spec))
+        if operations.shape[1]:
+            images = randaugment_pixels.apply(images, operations, fill_color(inputs.spec))
         return erase(normalise(images, inputs.spec), boxes, inputs.augment.remode)
 
     return finish

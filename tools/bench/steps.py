@@ -14,13 +14,15 @@ from torch.nn.functional import fold, unfold
 
 import engine
 import utils
-from config.build_mixer import Settings, Surroundings, build_mixer
+from config.build_mixer import MixerContext, MixingSettings, build_mixer
 from config.flags import get_args_parser
 from config.mixing_flags import METHODS
 from losses import SMMixLoss
 from mixers.interface import Guide, Mixer, Regions, StepRandom
+from mixers.switch import Switch
 from models.build import build_model
 from models.interface import ImageModel
+from pipeline.samples import Batch
 from pipeline.spec import ImageSpec
 from pipeline.transforms import denormalise
 from smmix import paste_regions
@@ -54,13 +56,15 @@ class Bench:
         self.autocast = precision.make_autocast(device, amp)
         wrapped: Any = torch.compile(self.model) if compiled else self.model
         self.guide = engine.make_guide(
-            self.model, self.autocast, torch.compile(self.model.look) if compiled else None
+            self.model,
+            self.autocast,
+            torch.compile(self.model.motivating_pass) if compiled else None,
         )
         self.training = engine.Training(
             module=self.model,
             model=wrapped,
             criterion=SMMixLoss(),
-            mixer=self.mixer("none"),
+            mixer=Switch(self.mixer("none")),
             guide=self.guide,
             optimizer=optim.make_optimizer(
                 self.model, {"opt": "adamw", "lr": 1e-6, "weight_decay": 0.05}
@@ -88,8 +92,8 @@ class Bench:
             return torch.nn.functional.adaptive_avg_pool2d(images, 7)
 
         to_bytes = partial(denormalise, spec=ImageSpec((1, 1)))
-        around = Surroundings(CLASSES, self.model.grid_size, to_bytes, teacher)
-        return build_mixer(Settings.from_flags(flags), around).first
+        around = MixerContext(CLASSES, self.model.grid_size, to_bytes, teacher)
+        return build_mixer(MixingSettings.from_flags(flags), around).first
 
     def cheaper_guides(self) -> dict[str, Guide]:
         """The motivating pass under each flag that makes it cheaper, by the flag, as far as this
@@ -99,7 +103,7 @@ class Bench:
             made["--guide-amp bf16"] = engine.make_guide(
                 model, precision.make_autocast(self.device, "bf16")
             )
-        if model.looks_smaller:
+        if model.accepts_other_sizes:
             cells = zip(model.grid_size, model.patch_size, strict=True)
             height, width = (max(2, count // 2) * patch for count, patch in cells)
             made[f"--guide-size {height} {width}"] = engine.make_guide(
@@ -116,11 +120,11 @@ class Bench:
     def take_step(self, mixer: Mixer[Any], guide: Guide | None = None) -> None:
         """Forward, backward and update on the batch mixed by `mixer`."""
         self.training.model.train()
-        self.training.mixer = mixer
+        self.training.mixer = Switch(mixer)
         self.training.guide = guide or self.guide
-        micro_batch = (self.images, self.labels, self.labels)
-        engine.train_step(self.training, [micro_batch], self.step, self.meters)
-        self.training.health.unchecked.clear()
+        batch = Batch(self.images, self.labels, self.labels)
+        engine.train_step(self.training, [batch], self.step, self.meters)
+        self.training.nonfinite.records.clear()
         self.step += 1
 
     def mix(self, mixer: Mixer[Any]) -> None:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from config.build import model_config, resolve_defaults
 from config.flags import get_args_parser
 from config.mixing_flags import METHODS
-from models.build import build_model
+from config.resolve import model_config, resolve
+from models.build import draft_model
 from run.saved_flags import FREE_ON_RESUME, same_value
 from tools.report.records import Other, Result, Row, Run, Sorted
 from utils import InputError, Processes
@@ -277,10 +277,7 @@ def flags_of(words: tuple[str, ...], device: str) -> dict[str, Any]:
         raise InputError(
             f"a row of scripts/tables/ is not for this main.py: {' '.join(words)}"
         ) from error
-    resolve_defaults(args, Processes(0, 1, torch.device(device)))
-    if args.input_size is None:
-        args.input_size = list(_facts_of(args.model, args.patch_size).input_size)
-    return dict(vars(args))
+    return dict(vars(resolve(args, Processes(0, 1, torch.device(device)))))
 
 
 @cache
@@ -288,7 +285,7 @@ def _facts_of(model: str, patch_size: int | None) -> ModelFacts:
     """What flags leave to a model."""
     args = get_args_parser().parse_args(["--model", model])
     args.patch_size = patch_size
-    built = build_model(**model_config(args, 10))
+    built = draft_model(**model_config(args, 10))
     return ModelFacts(built.input_size, built.score_blocks)
 
 
@@ -303,8 +300,6 @@ def changed_flags(run: Run) -> list[tuple[str, str, str]]:
     words = (
         "--data-set",
         "DIGITS",
-        "--input-size",
-        "1",
         "--mixer",
         mixer if mixer in METHODS else "none",
     )

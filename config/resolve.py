@@ -1,0 +1,83 @@
+"""From parsed flags to the frozen record of a run: every default that depends on the machine, on
+the model or on another flag is filled in here, once. Checkpoints keep the record."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import utils
+from config.build_mixer import MixingSettings
+from config.mixing_flags import con_weight_of
+from models.build import draft_model
+from training import optim
+from utils import Processes
+
+
+class Flags(argparse.Namespace):
+    """The resolved flags of a run, under their own names. They are read and never written."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        vars(self).update({name: _frozen(value) for name, value in values.items()})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name}: resolved flags are not changed; see config.resolve.resolve")
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def resolve(
+    args: argparse.Namespace, processes: Processes, changes: Mapping[str, Any] | None = None
+) -> Flags:
+    """The flags that a run really has.
+
+    Args:
+        args: the parsed command line.
+        changes: flags that another number of processes makes different (`batch_size` and
+            `accum_steps` of a resumed run).
+
+    Raises:
+        InputError: unknown model, or one that cannot be built with these settings.
+    """
+    flags = {**vars(args), **(changes or {})}
+    flags["data_set"] = args.data_set or ("IMNET" if args.data_path else "DIGITS")
+    flags["amp"] = args.amp or ("fp16" if processes.device.type == "cuda" else "none")
+    if args.num_workers is None:
+        flags["num_workers"] = min(10, utils.cores_per_process())
+    settings = MixingSettings.from_flags(vars(args))
+    if args.mixer == "smmix":
+        flags.update(vars(settings.arithmetic))
+    elif settings.has_con:
+        flags["consistency"] = settings.arithmetic.consistency
+    flags["con_weight"] = con_weight_of(args.mixer, args.con_weight)
+    flags["input_size"] = draft_model(**model_config(Flags(flags), num_classes=1)).input_size
+    return Flags(flags)
+
+
+def model_config(flags: argparse.Namespace, num_classes: int) -> dict[str, Any]:
+    """The keywords of `models.build.build_model`, which checkpoints keep."""
+    has_region_head = flags.region_head == "separate" and flags.fine_weight > 0
+    return {
+        "name": flags.model,
+        "num_classes": num_classes,
+        "input_size": None if flags.input_size is None else utils.as_pair(flags.input_size),
+        "patch_size": flags.patch_size,
+        "drop": flags.drop,
+        "drop_path": flags.drop_path,
+        "separate_region_head": flags.mixer == "smmix" and has_region_head,
+    }
+
+
+def total_batch(flags: argparse.Namespace, processes: Processes) -> int:
+    """Images per step, over all processes and micro-batches."""
+    return flags.batch_size * processes.world_size * flags.accum_steps
+
+
+def peak_rate(flags: argparse.Namespace, processes: Processes) -> float:
+    """The largest learning rate of the schedule."""
+    if flags.unscale_lr:
+        return flags.lr
+    return optim.scale_rate(flags.lr, total_batch(flags, processes))
