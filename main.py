@@ -1,6 +1,6 @@
 """Training and evaluation: flags -> objects -> epochs.
 
-    torchrun --nproc_per_node=4 main.py --model deit_small_patch16_224 --data-path /imagenet \
+    torchrun --nproc_per_node=4 main.py --model deit_small_patch16_224 --data-path /imagenet \\
         --output-dir output
 
 This file says in which order a run is put together; `config/` makes each object, `run/` trains.
@@ -43,7 +43,7 @@ from storage.checkpoints import (
     save_checkpoint,
 )
 from storage.files import write_json
-from training import optim, precision
+from training import precision
 from training.nonfinite import NonFiniteLoss
 from utils import Processes
 
@@ -117,11 +117,10 @@ def make_run(
     # Data, model and training.
     train_images = build.open_images(flags, True, read)
     val_images = build.open_images(flags, False, read)
-    class_names = train_images.class_names
-    datasets.check_same_classes(class_names, val_images.class_names)
-    model = build.make_model(
-        flags, len(class_names), processes, log.say, None if resume_from else read
-    )
+    datasets.check_same_classes(train_images.class_names, val_images.class_names)
+    num_classes = len(train_images.class_names)
+    read_weights = None if resume_from else read
+    model = build.make_model(flags, num_classes, processes, log.say, read_weights)
     spec = datasets.image_spec_for(flags.data_set, model.input_size, flags.eval_crop_ratio)
     data = Data(
         train_loader=build.make_train_loader(flags, train_images, spec, processes),
@@ -133,66 +132,57 @@ def make_run(
         data = data._replace(bad_images=bad_images)
     training = build.make_training(flags, model, spec, processes, read)
 
-    # What the run is, as its head and its checkpoints say it.
-    identity = run_state.Identity(
-        args=vars(flags),
-        model_config=model_config(flags, len(class_names)),
-        data={
-            "class_names": class_names,
-            "image_spec": spec.to_plain(),
-            "num_images": train_images.num_images,
-            "fingerprint": processes.from_main(train_images.fingerprint),
-        },
-        versions=utils.describe_versions(),
-        asked={"batch_size": args.batch_size, "accum_steps": args.accum_steps},
-    )
+    # What the run is, and how far.
+    identity = make_identity(args, flags, train_images, spec, processes)
     num_images = train_images.num_images, val_images.num_images
     log.table(summary.describe_run(identity, training, data.steps, num_images))
     for warning in summary.warnings(identity.args, data.steps, training):
         log.say(f"warning: {warning}")
-
-    # How far it is.
     progress = run_state.Progress(flags.start_epoch, flags.start_epoch * data.steps)
     if checkpoint is not None:
-        accepted = args.accept_changes or ()
-        source = f"--resume {resume_from}"
+        accepted, source = args.accept_changes or (), f"--resume {resume_from}"
         progress = run_state.load(checkpoint, source, training, identity, accepted)
         for line in summary.describe_resuming(resume_from, checkpoint, progress, identity):
             log.say(line)
     if data.bad_images is not None:
         data.bad_images.load(progress.bad_images)
-    prepare_output(
-        log, folder, resume_from, checkpoint, progress, identity, end_of(flags, progress)
-    )
-    schedule = optim.Schedule(
-        training.optimizer,
-        build.schedule_settings(flags, processes),
-        data.steps,
-        progress.epoch,
-        progress.step,
-    )
-    training.after_update = schedule.after_update
+    end = end_of(flags, progress)
+    prepare_output(log, folder, resume_from, checkpoint, progress, identity, end)
+    schedule = build.make_schedule(flags, training, processes, data.steps, progress)
+
     samples = data.val_loader.dataset if folder else None  # else nobody keeps the picture
+    draw_picture = make_picture_drawer(training, samples, spec, train_images.class_names)
     return Run(
-        rules=Rules(
-            epochs=flags.epochs,
-            log_every=flags.log_every,
-            save_steps=flags.save_steps,
-            max_steps=flags.max_steps,
-            eval_every=flags.eval_every,
-        ),
+        rules=Rules.of(flags),
         training=training,
         data=data,
         identity=identity,
         progress=progress,
         schedule=schedule,
         agreement=RankAgreement(processes, flags.save_minutes),
-        output=Output(
-            log=log,
-            folder=folder,
-            is_kept=bool(flags.output_dir),
-            draw_picture=make_picture_drawer(training, samples, spec, class_names),
-        ),
+        output=Output(log, folder, bool(flags.output_dir), draw_picture),
+    )
+
+
+def make_identity(
+    args: argparse.Namespace,
+    flags: Flags,
+    train_images: Any,
+    spec: ImageSpec,
+    processes: Processes,
+) -> run_state.Identity:
+    """What the run is, as its checkpoints keep it."""
+    return run_state.Identity(
+        args=vars(flags),
+        model_config=model_config(flags, len(train_images.class_names)),
+        data={
+            "class_names": train_images.class_names,
+            "image_spec": spec.to_plain(),
+            "num_images": train_images.num_images,
+            "fingerprint": processes.from_main(train_images.fingerprint),
+        },
+        versions=utils.describe_versions(),
+        asked={"batch_size": args.batch_size, "accum_steps": args.accum_steps},
     )
 
 

@@ -1,7 +1,7 @@
 """Submits `main.py` to Slurm through submitit: one task for each GPU, sent to the queue again when
 its time is up.
 
-    python -m run_with_submitit --nodes 2 --ngpus 8 --timeout 2800 --job-dir jobs/%j \
+    python -m run_with_submitit --nodes 2 --ngpus 8 --timeout 2800 --job-dir jobs/%j \\
         --partition gpu --data-path /imagenet --model deit_base_patch16_224 --batch-size 64
 
 Its own flags may stand anywhere among those of main.py. The job's folder is the output folder, and

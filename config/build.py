@@ -209,6 +209,26 @@ def schedule_settings(flags: Flags, processes: Processes) -> dict[str, Any]:
     return settings
 
 
+def make_schedule(
+    flags: Flags, training: engine.Training, processes: Processes, steps: int, progress: Any
+) -> optim.Schedule:
+    """The schedule of learning rates, which follows every update of `training` from now on.
+
+    Args:
+        steps: per epoch.
+        progress: how far the run is (`run.state.Progress`).
+    """
+    schedule = optim.Schedule(
+        training.optimizer,
+        schedule_settings(flags, processes),
+        steps,
+        progress.epoch,
+        progress.step,
+    )
+    training.after_update = schedule.after_update
+    return schedule
+
+
 def make_training(
     flags: Flags,
     model: ImageModel,

@@ -1,2 +1,1 @@
-"""Image mixing methods: `interface.py` is their contract, `build.py` finds one by name. SMMix is
-`smmix.py`."""
+"""Mixing methods, one file each; `interface.py` is their contract. SMMix is `smmix.py`."""

@@ -1,2 +1,2 @@
-"""Architectures: `interface.py` says what SMMix asks of one, each family has a file, `build.py`
-finds one by name."""
+"""Architectures: `interface.py` says what mixing asks of one, each family has a file, `build.py`
+finds one by its name."""

@@ -81,6 +81,11 @@ class Rules(NamedTuple):
     max_steps: int | None = None
     eval_every: int = 1  # epochs
 
+    @classmethod
+    def of(cls, flags: Any) -> Rules:
+        """From resolved flags of the same names."""
+        return cls(*(getattr(flags, name) for name in cls._fields))
+
 
 class Data(NamedTuple):
     """What a run reads."""

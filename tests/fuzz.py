@@ -54,7 +54,6 @@ from pipeline.transforms import build_train_transform
 from run import state as run_state
 from run.folder import RunFolder, step_file
 from run.log import RunLog
-from storage import checkpoints as storage_checkpoints
 from storage.checkpoints import load_checkpoint
 from storage.files import write_json
 from tests import junk, recorded_runs
@@ -279,9 +278,9 @@ class World:
         shutil.copytree(self.recorded, root / "run")
         (folder / "case.txt").write_text("\n".join(junk.spoil(rng, root / "run")), encoding="utf-8")
         words = [str(root), "--output", str(folder / "report")]
-        yield attempt("report.py", lambda: self.report(words))
+        yield attempt("report", lambda: self.report(words))
         yield attempt("as in --auto-resume", lambda: take_up(root / "run", rng.randint(0, 4)))
-        yield attempt("report.py, gone on", lambda: self.report(words))
+        yield attempt("report, gone on", lambda: self.report(words))
 
     def report(self, words: list[str]) -> None:
         with patch.object(tables, "read_rows", lambda: self.rows):  # else scripts/tables/ are asked
@@ -354,8 +353,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
 
 def _evaluate(checkpoint: dict[str, Any], words: list[str]) -> None:
     """What `main.py --eval` reads of a checkpoint before it builds the model."""
-    with patch.object(storage_checkpoints, "load_checkpoint", lambda path: checkpoint):
-        use_flags(main_py.read_args([*words, "--eval", "--resume", "x"]))
+    use_flags(main_py.read_args([*words, "--eval", "--resume", "x"], lambda path: checkpoint))
     if run_state.is_own_checkpoint(checkpoint):
         ImageSpec.from_plain(checkpoint["data"]["image_spec"])
 

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+
+from tools.bench.image_folder import jpeg_bytes as jpeg_bytes
+from tools.bench.image_folder import make_image_folder as make_image_folder
+from tools.bench.image_folder import picture as picture
 
 
 def message_of(error: type[Exception], call, *arguments, **more) -> str:
@@ -22,29 +25,6 @@ def message_of(error: type[Exception], call, *arguments, **more) -> str:
     with pytest.raises(error) as caught:
         call(*arguments, **more)
     return caught.value.text  # type: ignore[attr-defined]
-
-
-def picture(number: int, size: tuple[int, int] = (48, 40), mode: str = "RGB") -> Image.Image:
-    """A picture (width, height) that differs for every number: a gradient and a square, in a colour
-    of its own."""
-    width, height = size
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    pixels = np.stack([x, y, np.full_like(x, (number * 37) % 256)], axis=-1).astype(np.uint8)
-    side = min(size) // 4
-    top, left = (number * 5) % (height - side), (number * 11) % (width - side)
-    pixels[top : top + side, left : left + side] = [
-        (number * 83) % 256,
-        255 - (number * 29) % 256,
-        128,
-    ]
-    return Image.fromarray(pixels).convert(mode)
-
-
-def jpeg_bytes(number: int, size: tuple[int, int] = (48, 40)) -> bytes:
-    """`picture` as a JPEG file's content."""
-    buffer = io.BytesIO()
-    picture(number, size).save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 def bomb(content: bytes = b"") -> bytes:
@@ -93,25 +73,6 @@ def damage(path: Path, how: str = "cut in half") -> Path:
     """Damages a JPEG in its place, in one of the ways of `DAMAGE`. Returns its path."""
     path.write_bytes(DAMAGE[how][0](path.read_bytes()))
     return path
-
-
-def make_image_folder(
-    root: Path,
-    classes: Sequence[str] = ("ant", "bee"),
-    per_class: int = 5,
-    splits: Sequence[str] = ("train", "val"),
-    size: tuple[int, int] = (48, 40),
-) -> Path:
-    """IMNET and `timm/`: root/<split>/<class>/<number>.jpg. Returns root."""
-    number = 0
-    for split in splits:
-        for name in classes:
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for place in range(per_class):
-                (folder / f"{place}.jpg").write_bytes(jpeg_bytes(number, size))
-                number += 1
-    return root
 
 
 def make_tar_pair(root: Path, classes: Sequence[str] = ("ant", "bee"), per_class: int = 2) -> Path:

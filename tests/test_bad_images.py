@@ -210,12 +210,12 @@ def test_a_substitute_is_another_image_with_its_own_label(folder: Path) -> None:
     }
     drawn = set()
     for position in range(40):
-        image, label, index, *_ = samples[0, 7, position]
+        image, label, number, replaced, *_ = samples[0, 7, position]
         other = whole[image.numpy().tobytes()]
-        assert (index, label) == (~7, images[other][1])
+        assert (number, replaced, label) == (7, True, images[other][1])
         drawn.add(other)
     assert len(drawn) > 10
-    assert samples[0, 8, 0][2] == 8
+    assert samples[0, 8, 0][2:4] == (8, False)
 
 
 def test_what_is_not_a_damaged_file_is_not_replaced(

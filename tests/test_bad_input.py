@@ -465,7 +465,7 @@ def test_a_failed_loss_stops_before_the_update(
 
     def see(training: Any, step: int) -> None:
         seen.append(weights_of(training))
-        images.append(training.nonfinite.unchecked[-1].indices.tolist())
+        images.append(training.nonfinite.records[-1].indices.tolist())
 
     monkeypatch.setattr(SMMixLoss, "__call__", planted)
     words: list[str | Path] = [

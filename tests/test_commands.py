@@ -12,6 +12,7 @@ import argparse
 import ast
 import importlib
 import inspect
+import itertools
 import os
 import re
 import shlex
@@ -29,15 +30,15 @@ from torch.distributed.run import parse_args as parse_torchrun
 
 from config.build_mixer import MixingSettings
 from config.flags import GONE, Parser, check_args, explicit_flags, get_args_parser
+from run.loop import Rules
 from tools import show_mixing
-from tools.report import __main__ as report_command
 from training import optim
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 SCRIPTS = sorted(path for path in ROOT.glob("scripts/*.sh") if not path.name.startswith("_"))
-MODULES = sorted([*ROOT.glob("*.py"), *ROOT.glob("evaluation/*.py")])
+MODULES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")])
 OTHER_PROGRAMS = {"source", "pip", "ruff", "mypy", "pre-commit", "tensorboard"}  # no parser of ours
 
 
@@ -231,11 +232,9 @@ def check_python(words: list[str]) -> list[argparse.Namespace]:
             return check_command(shlex.join(["torchrun", *words[2:]]))
         if words[1] in ("venv", "pytest", "ruff", "mypy"):
             return []
-        module = importlib.import_module(words[1])
+        name = "tools.report.__main__" if words[1] == "tools.report" else words[1]
+        module = importlib.import_module(name)
         module.read_args(words[2:])
-        return []
-    if words[0] == "report.py":
-        report_command.read_args(words[1:])
         return []
     assert Path(words[0]).name == "main.py", f"no rule for python {words[0]}"
     args = get_args_parser().parse_args(words[1:])
@@ -330,18 +329,18 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def unread(parser: argparse.ArgumentParser) -> set[str]:
-    """Flags of main.py that nothing reads: neither the files that see the namespace, nor what these
-    hand it to."""
-    main = (ROOT / "main.py").read_text() + (ROOT / "config/build.py").read_text().replace(
-        "from __future__ import annotations", ""
-    )
-    read = names_read(main, "args") | {field.name for field in fields(MixingSettings)}
+    """Flags of main.py that nothing reads: neither the files that see them, nor what these call."""
+    files = ["main.py", *(f"config/{name}.py" for name in ("resolve", "build", "build_guide"))]
+    texts = [(ROOT / file).read_text() for file in files]
+    read = {field.name for field in fields(MixingSettings)} | {*Rules._fields}
+    for text, variable in itertools.product(texts, ("args", "flags")):
+        read |= names_read(text, variable)
     helpers = {
         "optimizer_kwargs": timm.optim.optimizer_kwargs,
         "scheduler_kwargs": timm.scheduler.scheduler_factory.scheduler_kwargs,
     }
     for name, helper in helpers.items():
-        assert f"{name}(args)" in main
+        assert any(f"{name}(flags)" in text for text in texts)
         read |= names_read(inspect.getsource(helper), "cfg")
     return flags_of(parser) - read
 

@@ -1,237 +1,282 @@
-"""Imports point one way: the levels of the table in `docs/architecture.md`, read from the table
-itself. And sizes."""
+"""Imports point one way, as the list of places in `docs/architecture.md` says. And sizes."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LINES, FUNCTION_LINES = 350, 60
-TOP = (
-    "scripts/",
-    "tests/",
-    "benchmarks/",
-)  # anything may be imported there, and nothing imports them
-ROOMS = ("models", "mixers", "evaluation", "reporting")
-
-# What the last column says in words and a parser can see: a file (or folder) and what it must not
-# import.
-FORBIDDEN = {
-    "utils.py": {"timm", "models", "mixers", "transforms", "datasets", "PIL"},
-    "models/interface.py": {"timm", "mixers"},
-    "models/build.py": {"engine", "mixers", "losses"},
-    "mixers/boxes.py": {"mixers", "models"},
-    "mixers/": {"models.build", "models.deit", "models.blocks", "random"},
-    "models/": {"mixers", "losses", "smmix", "engine"},
-    "samplers.py": {"torchvision", "PIL", "transforms"},
-    "config/flags.py": {"torch", "timm", "models", "mixers.build", "mixers.interface", "smmix"},
-    "config/mixing_flags.py": {"torch", "timm", "models", "mixers", "smmix"},
-    "mixers/masks.py": {"mixers", "models"},
-    "mixers/saliency.py": {"mixers", "models"},
-    "storage/checkpoints.py": {"timm", "models", "engine"},
-    "pipeline/images.py": {"transforms", "datasets", "mixers", "models"},
-    "training/optim.py": {"argparse", "engine", "options"},
-    "run/log.py": {"losses", "models", "mixers"},
-    "datasets.py": {"loaders", "mixers", "models", "torch.distributed"},
-    "pipeline/loaders.py": {"datasets", "mixers", "models", "torch.distributed"},
-    "run/state.py": {"argparse", "options"},
-    "report.py": {"main", "running", "engine", "torch"},
-    "reporting/": {"main", "running", "engine", "checkpoints", "losses", "smmix"},
-    "pipeline/randaugment.py": {"transforms", "numpy", "torch.nn"},
-    "pipeline/randaugment_pixels.py": {"transforms", "random", "numpy", "PIL", "timm"},
-    "smmix.py": {"losses", "models", "engine", "random", "numpy"},
-    "losses.py": {"smmix", "random", "numpy"},
-    "engine.py": {"smmix", "argparse", "pathlib", "timm", "models.build", "models.deit"},
-    "main.py": {"torch.nn.functional"},
-    "config/build.py": {"torch.nn.functional", "smmix"},
+ROOT_FILES = {
+    "main.py",
+    "engine.py",
+    "smmix.py",
+    "losses.py",
+    "datasets.py",
+    "samplers.py",
+    "utils.py",
+    "hubconf.py",
+    "run_with_submitit.py",
 }
+MOST_PLACES, MOST_LEVELS = 21, 8
+FILE_LINES, FUNCTION_LINES = 450, 70
+GROUND = ("pipeline", "storage", "training", "models")
+FREE = ("scripts", "tests")  # may import anything; nothing imports them
+
+# Methods, families and commands do not import each other; these files of their packages are shared.
+SHARED = {
+    "mixers": {"interface", "boxes", "masks", "saliency"},
+    "models": {"interface", "blocks", "prefix_tokens", "float32_attention", "build", "weights"},
+    "tools": set[str](),
+}
+Files = Mapping[str, str]  # path -> source
 
 
-def source_files() -> list[str]:
-    """Every python file of the project outside `TOP`, as written in the table; hidden folders are
-    not ours."""
-    paths = (path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
-    return sorted(
-        path
-        for path in paths
-        if not path.startswith(TOP) and not path.startswith(".") and "/." not in path
-    )
+def project() -> dict[str, str]:
+    """Every Python file of the project outside `FREE` and hidden folders."""
+    paths = (path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+    ours = (p for p in paths if p.parts[0] not in FREE and not any(q[0] == "." for q in p.parts))
+    return {path.as_posix(): (ROOT / path).read_text(encoding="utf-8") for path in sorted(ours)}
 
 
-FILES = source_files()
-files = pytest.mark.parametrize("path", FILES)
+FILES = project()
 
 
-def parse(path: str) -> ast.Module:
-    return ast.parse((ROOT / path).read_text(encoding="utf-8"), filename=path)
+def places() -> dict[str, int]:
+    """The list in the documentation: file or folder -> level."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| `([^`]+)` \|", text, flags=re.M)
+    return {place: int(level) for level, place in rows}
 
 
-def table() -> dict[str, int]:
-    """The first two columns of the table: file or pattern -> level."""
-    found: dict[str, int] = {}
-    for line in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines():
-        if match := re.match(r"\|\s*(\d)\s*\|([^|]+)\|", line):
-            found.update(dict.fromkeys(re.findall(r"`([^`]+)`", match[2]), int(match[1])))
-    return found
+PLACES = places()
 
 
-def level(path: str) -> int | None:
-    """The level of a file: its own row, else its folder's pattern; None if the table forgot it."""
-    levels = table()
-    if path in levels:
-        return levels[path]
-    folder = path.split("/")[0] + "/"
-    patterns = [
-        value
-        for key, value in levels.items()
-        if key.startswith(folder) and ("<" in key or "*" in key)
-    ]
-    return patterns[0] if patterns and "/" in path else None
+def place_of(path: str) -> str:
+    return path if "/" not in path else path.split("/")[0] + "/"
 
 
-def imports(path: str) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of everything a file imports, also inside functions; `from a import b`
-    gives a and a.b."""
-    for node in ast.walk(parse(path)):
+def imported_names(source: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of all imports, also inside functions; `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            assert node.module is not None
-            yield node.lineno, node.module
-            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+            module = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
 
 
-def imported_files(path: str) -> set[tuple[int, str]]:
+def imported_files(files: Files, path: str) -> set[tuple[int, str]]:
     """(line, file) of what a file imports from the project."""
     found = set()
-    for line, name in imports(path):
-        candidates = (name.replace(".", "/") + ".py", name.replace(".", "/") + "/__init__.py")
-        found |= {(line, candidate) for candidate in candidates if (ROOT / candidate).is_file()}
+    for line, name in imported_names(files[path]):
+        parts = name.split(".")
+        candidates = ["/".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        named = (f"{stem}{end}" for stem in candidates for end in (".py", "/__init__.py"))
+        target = next((file for file in named if file in files), None)
+        if target is not None and not target.endswith("__init__.py"):
+            found.add((line, target))
     return found
 
 
-def test_the_reader_understands_the_table() -> None:
-    levels = table()
-    assert levels["utils.py"] == level("models/interface.py") == 0
-    assert levels["smmix.py"] == level("models/deit.py") == level("mixers/cutmix.py") == 2
-    assert level("tools/show_mixing.py") == levels["main.py"] > levels["engine.py"] > 2
-    assert level("no_such_room.py") is None
-    assert {"smmix.py", "engine.py", "main.py", "models/deit.py"} <= set(FILES)
-    assert "mixers/interface.py" in {name for _, name in imported_files("smmix.py")}
+# --------------------------------------------------------------------------------------- the rules
 
 
-def test_every_row_of_the_table_exists() -> None:
-    rows = [row for row in table() if "<" not in row and "*" not in row and not row.startswith(TOP)]
-    assert [row for row in rows if not (ROOT / row).exists()] == []
+def misplaced(files: Files) -> Iterator[str]:
+    for path in files:
+        if "/" not in path and path not in ROOT_FILES:
+            yield f"{path}: the root holds DeiT's own names only"
+        elif place_of(path) not in PLACES:
+            yield f"{path}: docs/architecture.md has no place for it"
 
 
-@files
-def test_every_file_has_a_room(path: str) -> None:
-    assert path.endswith("__init__.py") or level(path) is not None, (
-        f"docs/architecture.md has no row for {path}"
-    )
+def wrong_way(files: Files) -> Iterator[str]:
+    for path in files:
+        own = place_of(path)
+        for line, other in sorted(imported_files(files, path)):
+            theirs = place_of(other)
+            if own == theirs or own not in PLACES or theirs not in PLACES:
+                continue
+            if PLACES[theirs] >= PLACES[own]:
+                levels = f"level {PLACES[own]} imports level {PLACES[theirs]}"
+                yield f"{path}:{line} imports {other}: {levels}"
+            elif own.rstrip("/") in GROUND and theirs not in ("utils.py", "samplers.py"):
+                yield f"{path}:{line} imports {other}: {own} stands on utils and samplers alone"
 
 
-@files
-def test_imports_point_to_lower_levels(path: str) -> None:
-    own = level(path)
-    if path.endswith("__init__.py") or own is None:
-        return
-    wrong = []
-    for line, other in sorted(imported_files(path)):
-        theirs = level(other)
-        if not other.endswith("__init__.py") and theirs is not None and theirs >= own:
-            wrong.append(f"{path}:{line} (level {own}) imports {other} (level {theirs})")
-    assert wrong == []
+def circles(files: Files) -> Iterator[str]:
+    edges = {path: {other for _, other in imported_files(files, path)} for path in files}
+    done: set[str] = set()
+
+    def visit(path: str, trail: list[str]) -> Iterator[str]:
+        if path in trail:
+            yield "circle: " + " -> ".join([*trail[trail.index(path) :], path])
+        elif path not in done:
+            for other in sorted(edges[path]):
+                yield from visit(other, [*trail, path])
+            done.add(path)
+
+    for path in files:
+        yield from visit(path, [])
 
 
-@files
-def test_nothing_imports_tests_or_scripts(path: str) -> None:
-    tops = {top.rstrip("/") for top in TOP}
-    assert [name for _, name in imports(path) if name.split(".")[0] in tops] == []
+def siblings(files: Files) -> Iterator[str]:
+    def unit(path: str) -> str:
+        """A file, or the sub-package of a command."""
+        return path.split("/")[1].removesuffix(".py")
+
+    for path in files:
+        package = path.split("/")[0]
+        if package not in SHARED or "/" not in path:
+            continue
+        if unit(path) in SHARED[package] | {
+            "__init__",
+            "switch",
+            "split",
+            "consistent",
+            "transmix",
+        }:
+            continue
+        for line, other in sorted(imported_files(files, path)):
+            same = other.startswith(f"{package}/") and unit(other) != unit(path)
+            if same and unit(other) not in SHARED[package]:
+                yield f"{path}:{line} imports its sibling {other}"
 
 
-@files
-def test_what_the_last_column_forbids(path: str) -> None:
-    rows = [
-        where
-        for where in FORBIDDEN
-        if path == where or (where.endswith("/") and path.startswith(where))
-    ]
-    rules = set().union(*(FORBIDDEN[where] for where in rows))
-    bad = [
-        f"{path}:{line} imports {name}"
-        for line, name in imports(path)
-        if any(name == rule or name.startswith(f"{rule}.") for rule in rules)
-    ]
-    assert bad == []
+def importers_of_smmix(files: Files) -> Iterator[str]:
+    for path in files:
+        users = {other for _, other in imported_files(files, path)}
+        if "smmix.py" in users and not path.startswith(("config/", "tools/")):
+            yield f"{path}: knows which method it runs"
 
 
-def test_the_rules_are_about_files_that_exist() -> None:
-    assert [where for where in FORBIDDEN if not (ROOT / where).exists()] == []
+def outsiders(files: Files) -> Iterator[str]:
+    for path, source in files.items():
+        for line, name in imported_names(source):
+            if name.split(".")[0] in FREE:
+                yield f"{path}:{line} imports {name}"
+            if name.startswith("."):
+                yield f"{path}:{line}: relative import"
 
 
-def test_only_the_builder_and_the_commands_import_smmix() -> None:
-    """The step and the mixers do not know which method they run."""
-    users = {path for path in FILES if "smmix.py" in {name for _, name in imported_files(path)}}
-    assert {path for path in users if not path.startswith("evaluation/")} == {
-        "config/build_mixer.py"
-    }
-
-
-@files
-def test_commands_and_methods_do_not_import_each_other(path: str) -> None:
-    folder = path.split("/")[0]
-    if "/" not in path or path.endswith(("/build.py", "/interface.py", "/frozen.py")):
-        return
-    shared = {
-        "interface.py",
-        "boxes.py",
-        "masks.py",
-        "saliency.py",
-        "blocks.py",
-        "partial.py",
-        "precision.py",
-        "charts.py",
-        "style.py",
-        "__init__.py",
-    }
-    siblings = {name for _, name in imported_files(path) if name.startswith(f"{folder}/")}
-    assert {name for name in siblings if name.rsplit("/", 1)[1] not in shared} == set()
-
-
-@pytest.mark.parametrize("path", [path for path in FILES if path.endswith("__init__.py")])
-def test_init_files_hold_a_docstring_and_no_code(path: str) -> None:
-    body = parse(path).body
-    assert len(body) == 1
-    assert ast.get_docstring(parse(path))
-
-
-def test_the_rooms_are_packages() -> None:
-    assert {path.split("/")[0] for path in FILES if path.endswith("__init__.py")} >= set(ROOMS)
-
-
-@files
-def test_files_and_functions_stay_readable(path: str) -> None:
-    lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
-    assert lines <= LINES, f"{path} has {lines} lines; split it"
+def shapes(files: Files) -> Iterator[str]:
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    long = [
-        f"{path}:{node.lineno} {node.name} has {node.end_lineno - node.lineno + 1} lines"
-        for node in ast.walk(parse(path))
-        if isinstance(node, functions)
-        and node.end_lineno is not None
-        and node.end_lineno - node.lineno >= FUNCTION_LINES
-    ]
-    assert long == []
+    for path, source in files.items():
+        tree = ast.parse(source)
+        if ast.get_docstring(tree) is None:
+            yield f"{path}: no docstring says what it is for"
+        if path.endswith("__init__.py") and len(tree.body) > 1:
+            yield f"{path}: holds more than a docstring"
+        if (lines := len(source.splitlines())) > FILE_LINES:
+            yield f"{path}: {lines} lines; split it"
+        for node in ast.walk(tree):
+            if isinstance(node, functions):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > FUNCTION_LINES:
+                    yield f"{path}:{node.lineno} {node.name}: {length} lines; split it"
 
 
-@files
-def test_every_file_says_what_it_is_for(path: str) -> None:
-    assert ast.get_docstring(parse(path)), f"{path} has no module docstring"
+RULES = (
+    misplaced,
+    wrong_way,
+    circles,
+    siblings,
+    importers_of_smmix,
+    outsiders,
+    shapes,
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_project_keeps_the_rule(rule) -> None:
+    assert list(rule(FILES)) == []
+
+
+DOC = '"""Planted."""\n'
+PLANTED = {
+    "a new file in the root": (misplaced, "helpers.py", DOC),
+    "a package without a place": (misplaced, "helpers/tools.py", DOC),
+    "an import upwards": (wrong_way, "pipeline/planted.py", DOC + "from mixers import boxes\n"),
+    "an import sideways": (wrong_way, "config/planted.py", DOC + "import run.loop\n"),
+    "an import inside a function": (
+        wrong_way,
+        "models/planted.py",
+        DOC + "def read():\n    from storage.checkpoints import load_checkpoint\n",
+    ),
+    "a level of its own skipped": (
+        wrong_way,
+        "storage/planted.py",
+        DOC + "from training.meters import Meters\n",
+    ),
+    "a circle": (circles, "models/interface.py", DOC + "from models import build\n"),
+    "a method that imports another": (
+        siblings,
+        "mixers/planted.py",
+        DOC + "from mixers.cutmix import CutMix\n",
+    ),
+    "a family that imports another": (
+        siblings,
+        "models/planted.py",
+        DOC + "from models import cait\n",
+    ),
+    "a command that imports another": (
+        siblings,
+        "tools/planted.py",
+        DOC + "from tools.report import html\n",
+    ),
+    "a step that knows its method": (importers_of_smmix, "run/loop.py", DOC + "import smmix\n"),
+    "code that needs the tests": (outsiders, "main.py", DOC + "from tests import runs\n"),
+    "a relative import": (outsiders, "run/state.py", DOC + "from . import loop\n"),
+    "a package that re-exports": (shapes, "run/__init__.py", DOC + "from run import loop\n"),
+    "a file without a docstring": (shapes, "run/planted.py", "import os\n"),
+    "a long file": (shapes, "run/planted.py", DOC + "x = 1\n" * FILE_LINES),
+    "a long function": (
+        shapes,
+        "run/planted.py",
+        DOC + "def f():\n" + "    x = 1\n" * FUNCTION_LINES,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_violation_is_found(name: str) -> None:
+    rule, path, source = PLANTED[name]
+    found = list(rule({**FILES, path: source}))
+    assert found
+    assert any(path in line for line in found)
+
+
+def test_the_list_is_short_and_names_what_is_there() -> None:
+    assert [place for place in PLACES if not (ROOT / place).exists()] == []
+    assert len(PLACES) + len(FREE) <= MOST_PLACES
+    assert max(PLACES.values()) <= MOST_LEVELS
+    assert {place for place in PLACES if place.endswith(".py")} == ROOT_FILES
+
+
+ALONE = """
+import importlib, pkgutil, sys
+package, *absent = sys.argv[1:]
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ImportError(f"{name} is made unimportable")
+
+sys.meta_path.insert(0, Absent())
+home = importlib.import_module(package)
+for module in pkgutil.iter_modules(home.__path__, f"{package}."):
+    importlib.import_module(module.name)
+"""
+
+
+@pytest.mark.parametrize("package", GROUND)
+def test_a_ground_package_is_imported_without_the_others(package: str) -> None:
+    others = [other for other in GROUND if other != package]
+    command = [sys.executable, "-c", ALONE, package, *others]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

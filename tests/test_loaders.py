@@ -199,7 +199,7 @@ def test_world_sizes_and_layouts_see_equal_samples(folder: Path) -> None:
                 repeats=3,
                 layout=layout,
             )
-            for images, _, indices, boxes, _ in loader:
+            for images, _, indices, _, boxes, _ in loader:
                 for image, index, erased in zip(images, indices.tolist(), boxes, strict=True):
                     found.setdefault(index, []).append(
                         image.numpy().tobytes() + erased.numpy().tobytes()
@@ -280,7 +280,7 @@ def test_a_stream_repeats_exactly_and_resumes_at_an_epoch(tmp_path: Path) -> Non
     torch.manual_seed(1)
     first = epochs_of(loader)
     assert (len(loader), steps_per_epoch(loader), len(first)) == (4, 4, 8)
-    images, labels, numbers, boxes, _ = first[0]
+    images, labels, numbers, _, boxes, _ = first[0]
     assert (images.shape, images.dtype, labels.dtype) == ((3, 3, 32, 32), torch.uint8, torch.int64)
     assert (numbers.tolist(), boxes.shape) == ([0, 1, 2], (3, 0, 4))
     torch.manual_seed(2)

@@ -97,7 +97,8 @@ def test_p14_a_run_waits_for_one_that_is_about_to_leave(tmp_path: Path) -> None:
 @linux
 def test_p14_a_killed_run_holds_nothing(tmp_path: Path) -> None:
     script = (
-        f"import run_folder, time; folder = run_folder.RunFolder({str(tmp_path)!r}); folder.open()"
+        "import time; from run.folder import RunFolder; "
+        f"folder = RunFolder({str(tmp_path)!r}); folder.open()"
     )
     script += "; print(1, flush=True); time.sleep(99)"
     with subprocess.Popen(

@@ -53,7 +53,8 @@ def test_a_run_logs_its_waits_and_warns_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make_image_folder(tmp_path / "images", per_class=16)
-    monkeypatch.setattr(loop, "LONG_WAIT", (0.0, 0.0))
+    monkeypatch.setattr(loop, "LONG_WAIT_SHARE", 0.0)
+    monkeypatch.setattr(loop, "LONG_WAIT_SECONDS", 0.0)
     with monkeypatch.context() as patched:
         patched.setattr("tests.runs.CLOCKS", ())
         words = split(

@@ -1,2 +1,1 @@
-"""Tools that look at a trained model: one table, figure or picture a file, each with a command line
-of its own."""
+"""Commands beside training, each run with `python -m tools.<name>`."""

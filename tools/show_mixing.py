@@ -2,9 +2,10 @@
 image, label share.
 
     python -m tools.show_mixing --model deit_tiny_patch16_224 --data-set DIGITS --output mixed.png
-    python -m tools.show_mixing --resume output/checkpoint.pth --data-path /imagenet --output
-    mixed.png python -m tools.show_mixing --mixer all --attentive-teacher resnet50=resnet50.pth
-    --output all.png
+    python -m tools.show_mixing --resume output/checkpoint.pth --data-path /imagenet \\
+        --output mixed.png
+    python -m tools.show_mixing --mixer all --attentive-teacher resnet50=resnet50.pth \\
+        --output all.png
 
 With `--mixer all`, the same pairs mixed by every method side by side.
 

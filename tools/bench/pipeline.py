@@ -32,7 +32,7 @@ from pipeline.samples import Batch, TrainSamples
 from pipeline.spec import AUGMENTERS, Augment, ImageSpec
 from pipeline.transforms import build_train_transform, fill_color, guard_posterize, normalise
 from samplers import Place
-from tests.image_folders import make_image_folder
+from tools.bench.image_folder import make_image_folder
 from tools.bench.timing import Case
 from utils import InputError, keyed_globals
 

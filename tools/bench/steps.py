@@ -18,7 +18,7 @@ from config.build_mixer import MixerContext, MixingSettings, build_mixer
 from config.flags import get_args_parser
 from config.mixing_flags import METHODS
 from losses import SMMixLoss
-from mixers.interface import Guide, Mixer, Regions, StepRandom
+from mixers.interface import Guide, Regions, StepRandom
 from mixers.switch import Switch
 from models.build import build_model
 from models.interface import ImageModel
@@ -64,7 +64,7 @@ class Bench:
             module=self.model,
             model=wrapped,
             criterion=SMMixLoss(),
-            mixer=Switch(self.mixer("none")),
+            mixer=self.mixer("none"),
             guide=self.guide,
             optimizer=optim.make_optimizer(
                 self.model, {"opt": "adamw", "lr": 1e-6, "weight_decay": 0.05}
@@ -78,7 +78,7 @@ class Bench:
         self.labels = torch.arange(batch_size, device=device) % CLASSES
         self.meters, self.step = Meters(), 0
 
-    def mixer(self, name: str, **more: Any) -> Mixer[Any]:
+    def mixer(self, name: str, **more: Any) -> Switch:
         """A method alone. AttentiveMix looks through a stand-in that costs nothing; its teacher's
         cost is apart."""
         flags = {
@@ -93,7 +93,7 @@ class Bench:
 
         to_bytes = partial(denormalise, spec=ImageSpec((1, 1)))
         around = MixerContext(CLASSES, self.model.grid_size, to_bytes, teacher)
-        return build_mixer(MixingSettings.from_flags(flags), around).first
+        return build_mixer(MixingSettings.from_flags(flags), around)
 
     def cheaper_guides(self) -> dict[str, Guide]:
         """The motivating pass under each flag that makes it cheaper, by the flag, as far as this
@@ -117,17 +117,17 @@ class Bench:
             )
         return made
 
-    def take_step(self, mixer: Mixer[Any], guide: Guide | None = None) -> None:
+    def take_step(self, mixer: Switch, guide: Guide | None = None) -> None:
         """Forward, backward and update on the batch mixed by `mixer`."""
         self.training.model.train()
-        self.training.mixer = Switch(mixer)
+        self.training.mixer = mixer
         self.training.guide = guide or self.guide
         batch = Batch(self.images, self.labels, self.labels)
         engine.train_step(self.training, [batch], self.step, self.meters)
         self.training.nonfinite.records.clear()
         self.step += 1
 
-    def mix(self, mixer: Mixer[Any]) -> None:
+    def mix(self, mixer: Switch) -> None:
         generator = utils.keyed_generator("bench", self.step)
         mixer(self.images, self.labels, self.guide, StepRandom(generator, generator))
 

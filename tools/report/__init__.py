@@ -1,2 +1,1 @@
-"""What `report.py` is made of: reading run folders, the rows of the paper's tables, and the two
-forms of the page."""
+"""The report: run folders and the rows of the paper's tables, as a page and as Markdown."""

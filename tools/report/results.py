@@ -307,7 +307,7 @@ def skipped_section(skipped: Sequence[Skipped]) -> Section | None:
 
 
 def build(root: str, runs: Sequence[Run], skipped: Sequence[Skipped], found: Sorted) -> Report:
-    """Everything but the pages of the runs, which `report.py` adds."""
+    """Everything but the pages of the runs, which the command adds."""
     words = Words(runs)
     sections = [full_section(found, words), *small_sections(found, words)]
     sections += [

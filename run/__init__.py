@@ -1,0 +1,1 @@
+"""A run under way: its loop, its state, its output folder, its log."""

@@ -1,0 +1,1 @@
+"""What one training step leans on: means, non-finite values, optimizer, precision."""
