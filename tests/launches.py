@@ -2,7 +2,7 @@
 launcher.
 
 A fresh python needs seconds to import torch and timm. Processes here are forked from a server that
-has done so once; torchrun is torch's own, and forks its ranks too. `tests.runs.torchrun` starts
+has done so once; torchrun is torch's own, and forks its ranks too. `Launch(forked=False)` starts
 everything anew, as a user does.
 """
 

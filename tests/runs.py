@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -117,14 +116,6 @@ def finish(*command: str, timeout: float = 150) -> subprocess.CompletedProcess[s
         out, err = started.communicate()
         raise AssertionError(f"still running after {timeout} s:\n{out}\n{err}") from None
     return subprocess.CompletedProcess(command, started.returncode, out, err)
-
-
-def torchrun(
-    *words: str | Path, processes: int = 2, timeout: float = 150
-) -> subprocess.CompletedProcess[str]:
-    """`main.py` under torchrun."""
-    launcher = split(f"-m torch.distributed.run --standalone --nproc_per_node={processes} main.py")
-    return finish(sys.executable, *launcher, *split(*words), timeout=timeout)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
