@@ -1,5 +1,4 @@
-"""Every mixer through `main.py`: on two processes; where mixing ends; and
-what the log says."""
+"""Every mixer through `main.py`: on two processes; where mixing ends; and what the log says."""
 
 from __future__ import annotations
 
