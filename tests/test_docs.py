@@ -23,24 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 TEXTS = sorted(
     path
-    for pattern in (
-        "*.md",
-        "*.py",
-        "*.toml",
-        "*.txt",
-        "NOTICE",
-        ".pre-commit-config.yaml",
-        ".ci/*",
-        "docs/*.md",
-        "scripts/*",
-        "models/*.py",
-        "mixers/*.py",
-        "evaluation/*.py",
-        "tests/*.py",
-        "benchmarks/**/*.*",
-    )
+    for pattern in ("*.*", "NOTICE", ".ci/*", "scripts/**/*", "*/*.md", "*/**/*.py")
     for path in ROOT.glob(pattern)
-    if path.is_file()
+    if path.is_file() and path.suffix not in (".pth", ".pyc") and ".venv" not in path.parts
 )
 FLAGS_PAGE = ROOT / "docs/flags.md"
 OTHER_FLAGS = {
