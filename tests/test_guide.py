@@ -20,7 +20,8 @@ import engine
 import utils
 from config import build_guide
 from config.build_guide import check_guide_size
-from config.flags import check_args, get_args_parser
+from config.checks import check_args
+from config.flags import get_args_parser
 from models.build import build_model, use_float32_attention
 from models.deit import PlainViT
 from models.interface import GuideOutput, ImageModel, resize_score

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import utils
 from config import build_guide, second_networks
-from config.flags import check_args, get_args_parser
+from config.checks import check_args
+from config.flags import get_args_parser
 from config.second_networks import build_motivator, check_motivator_classes
 from models.build import build_model
 from models.interface import ImageModel, resample_score
