@@ -298,7 +298,7 @@ def test_one_that_cannot_guide_is_refused(tmp_path: Path) -> None:
     )
     assert "nor a file" in refusal(str(tmp_path / "missing.pth"))
     assert "there is no file" in refusal(f"vit_nano_patch4_32={tmp_path / 'missing.pth'}")
-    assert "names no file behind the =" in refusal("vit_nano_patch4_32=")
+    assert "names no file after the =" in refusal("vit_nano_patch4_32=")
     assert "Invalid pretrained tag (nosuch) for vit_base_patch16_224" in refusal(
         "vit_base_patch16_224.nosuch"
     )
@@ -318,7 +318,7 @@ def test_what_it_cannot_show_is_refused(tmp_path: Path) -> None:
     path = saved(network(name="test_resnet"), tmp_path / "resnet.pth")
     with pytest.raises(
         InputError,
-        match=r"--score rollout: test_resnet=.*, a ResNet, is read in its last block only",
+        match=r"--score rollout: test_resnet=.*, a ResNet, has a score in its last block only",
     ):
         guide_of(network(), f"test_resnet={path}", "--score", "rollout")
 
