@@ -30,7 +30,9 @@ from typing import Any
 
 import utils
 from config import flags
-from config.mixing_flags import check_values
+from config.checks import check_args
+from config.parser import Parser, explicit_flags
+from config.value_checks import check_values
 
 PORTS = 15000, 10000  # the first, and how many: below those that Linux gives out by itself
 GRACE = 600.0  # seconds in which Slurm may end or requeue a job that was asked to stop
@@ -160,10 +162,8 @@ def _status(folder: str) -> str:
 # -------------------------------------------------------------------------------------- the command
 
 
-def get_args_parser() -> flags.Parser:
-    parser = flags.Parser(
-        "submission of main.py; all other flags are main.py's", allow_abbrev=False
-    )
+def get_args_parser() -> Parser:
+    parser = Parser("submission of main.py; all other flags are main.py's", allow_abbrev=False)
     parser.add_argument(
         "--job-dir", "--job_dir", required=True, help="output folder; %%j: the job's number"
     )
@@ -211,19 +211,14 @@ def read_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]
     launch, arguments = own.parse_known_args(argv)
     own.check_kinds(launch)
     parser = flags.get_args_parser()
-    given = flags.explicit_flags(parser, arguments)
+    given = explicit_flags(parser, arguments)
     if "output_dir" in given:
         raise utils.InputError(
             "--output-dir: the job's folder is the output folder; use --job-dir alone"
         )
-    flags.check_args(parser.parse_args([*arguments, "--output-dir", launch.job_dir]))
-    check_values(
-        vars(launch),
-        ("nodes", "ngpus", "timeout", "cpus_per_task", "mem_gb", "signal_delay"),
-        (),
-        (),
-        (),
-    )
+    check_args(parser.parse_args([*arguments, "--output-dir", launch.job_dir]))
+    counts = ("nodes", "ngpus", "timeout", "cpus_per_task", "mem_gb", "signal_delay")
+    check_values(vars(launch), positive=counts)
     for pair in launch.sbatch:
         if not re.fullmatch(r"[\w-]+=.+", pair):
             raise utils.InputError(f"--sbatch {pair}: must be NAME=VALUE, such as account=vision")

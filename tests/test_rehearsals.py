@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from config.flags import check_args, explicit_flags, get_args_parser
+from config.checks import check_args
+from config.flags import get_args_parser
+from config.parser import explicit_flags
 from scripts.tables import _finished
 from tests.image_folders import make_image_folder
 from tests.runs import run_main

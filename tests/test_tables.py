@@ -21,8 +21,9 @@ import pytest
 import torch
 from torch.distributed.run import parse_args as parse_torchrun
 
-from config.flags import explicit_flags, get_args_parser
+from config.flags import get_args_parser
 from config.mixing_flags import METHOD_FLAGS, METHODS, flags_of_method
+from config.parser import explicit_flags
 from config.resolve import resolve
 from scripts.tables import _finished
 from tests.test_commands import RECIPE, ROOT, TABLE_1, check_command, commands_of_header, run_of

@@ -20,8 +20,8 @@ from typing import NamedTuple
 from torch.utils.data import Dataset
 
 import datasets
-from config.flags import Parser
-from config.mixing_flags import check_values
+from config.parser import Parser
+from config.value_checks import check_values
 from pipeline import loaders
 from pipeline.bad_images import max_bad_images
 from pipeline.images import Images, StreamedImages, UnreadableSampleError

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config.flags import Parser
+from config.parser import Parser
 from models.build import ALIASES
 from models.weights import plain_weights, restore_model
 from pipeline.spec import ImageSpec

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from config.flags import Parser
+from config.parser import Parser
 from models.build import build_model, describe_families
 from storage.files import write_atomically
 from utils import run_command

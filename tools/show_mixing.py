@@ -24,9 +24,10 @@ import torch
 import datasets
 import engine
 import utils
-from config import mixing_flags as mixing
+from config import mixing_flags
 from config.build_mixer import MixerContext, MixingSettings, build_mixer
-from config.flags import Parser
+from config.mixing_checks import check_mixing_values, mixing_conflicts
+from config.parser import Parser
 from config.second_networks import build_feature_map
 from mixers.interface import MixedBatch, Mixer, StepRandom
 from models.build import build_model
@@ -47,7 +48,7 @@ from storage.checkpoints import load_checkpoint
 from training import precision
 from utils import InputError, run_command
 
-METHODS = tuple(name for name in mixing.METHODS if name != "none")
+METHODS = tuple(name for name in mixing_flags.METHODS if name != "none")
 EVERY_IMAGE = {
     "mix_protocol": "single",
     "mixup_prob": 1.0,
@@ -83,7 +84,7 @@ def get_args_parser() -> Parser:
     parser.add_argument(
         "--patch-size", type=int, help="side of a patch in pixels; default: the model's own"
     )
-    mixing.add_method_flags(
+    mixing_flags.add_method_flags(
         parser.add_argument_group("mixing, as in main.py"), methods=(*METHODS, "all")
     )
     parser.add_argument(
@@ -102,7 +103,7 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
         InputError: a value makes no sense, or flags contradict each other.
     """
     args = get_args_parser().parse_args(argv)
-    mixing.check_values(vars(args))
+    check_mixing_values(vars(args))
     args.data_set = args.data_set or ("IMNET" if args.data_path else "DIGITS")
     given = [
         name for name in ("model", "weights", "input_size", "patch_size") if getattr(args, name)
@@ -113,7 +114,7 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
         *(
             rule
             for one in flags_by_method(args).values()
-            for rule in mixing.conflicts(argparse.Namespace(**one))
+            for rule in mixing_conflicts(argparse.Namespace(**one))
         ),
         (args.count < 1, f"--count {args.count}: must be above 0"),
         (
@@ -177,7 +178,7 @@ def flags_by_method(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if args.mixer != "all":
         return {args.mixer: flags}
     names = [name for name in METHODS if name != "attentivemix" or args.attentive_teacher]
-    return {name: mixing.flags_of_method(flags, name) for name in names}
+    return {name: mixing_flags.flags_of_method(flags, name) for name in names}
 
 
 def make_mixers(

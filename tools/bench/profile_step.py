@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 
 import utils
-from config.flags import Parser
+from config.parser import Parser
 from tools.bench.recorders import ByProfiler, Recorder, by_cuda_events
 from tools.bench.steps import Bench
 from tools.bench.timing import describe_machine

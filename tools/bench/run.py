@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import utils
-from config.flags import Parser
+from config.parser import Parser
 from tools.bench import pipeline, stages, steps
 from tools.bench.results import Found, Results
 from tools.bench.timing import Case, describe_machine, measure

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from config.flags import Parser
+from config.parser import Parser
 from storage.files import write_atomically
 from tools.report import details, folders, matching, tables
 from tools.report import html as report_html
