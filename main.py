@@ -112,7 +112,7 @@ def make_run(
     read: CheckpointReader,
 ) -> Run:
     """Everything a run needs, at the place where the checkpoint `resume_from` left it."""
-    run_state.check_all_see(resume_from, processes)
+    run_state.check_visible_to_all(resume_from, processes)
     checkpoint = run_state.read(resume_from, read) if resume_from else None
     flags = resolve(args, processes, shares_of_resumed(args, checkpoint, processes, log))
 

@@ -85,7 +85,7 @@ def test_mixing_ends_at_its_epoch_and_not_before(photos: Path) -> None:
     assert mixed == [(step, step < 6) for step in range(12)]  # 3 steps per epoch
     assert "cutmix at 0.5, else Mixup; nothing from epoch 2 on" in outcome.out
     late = run_small("--data-path", photos, "--mix-off-epoch 9 --epochs 1 --no-model-ema")
-    assert "warning: --mix-off-epoch 9: never comes, the run has --epochs 1" in late.out
+    assert "warning: --mix-off-epoch 9 has no effect: the run has --epochs 1" in late.out
 
 
 @pytest.mark.parametrize(
