@@ -898,8 +898,10 @@ def test_a_finished_row_of_another_recipe_stops_the_table_before_it_begins(tmp_p
         "--accum-steps",
         "2",
     )
-    differs = "--lr 0.0005 (asked now: 9.0)"
-    where = f"table7, row 6, all on deit_small: {last.folder} is finished with another recipe"
+    differs = "--lr 0.0005 (this command has 9.0)"
+    where = (
+        f"table7, row 6, all on deit_small: {last.folder} holds a finished run with another recipe"
+    )
     assert message == f"error: {where}: {differs}; choose another --output\n"
 
 
@@ -919,14 +921,14 @@ def test_a_finished_row_of_another_recipe_stops_the_table_before_it_begins(tmp_p
             "",
         ),
         ({"batch_size": 128, "accum_steps": 2}, 4, ""),
-        ({}, 2, "total batch 1024 (asked now: 512)"),
-        ({"epochs": 301}, 4, "--epochs 301 (asked now: 300)"),
-        ({"variant": "released"}, 4, "--variant released (asked now: paper)"),
-        ({"max_steps": 5}, 4, "--max-steps 5 (asked now: none)"),
+        ({}, 2, "total batch 1024 (this command has 512)"),
+        ({"epochs": 301}, 4, "--epochs 301 (this command has 300)"),
+        ({"variant": "released"}, 4, "--variant released (this command has paper)"),
+        ({"max_steps": 5}, 4, "--max-steps 5 (this command has none)"),
         (
             {"cool": 1, "mixup": 0.1},
             4,
-            "--cool 1 (asked now: nothing, it is unknown here), --mixup 0.1 (asked now: 0.8)",
+            "--cool 1 (this command has no such flag), --mixup 0.1 (this command has 0.8)",
         ),
     ],
 )
@@ -956,7 +958,7 @@ def test_other_weights_are_another_recipe(tmp_path: Path) -> None:
     command = [*shlex.split(line), *words]
     told = _finished.what_differs(_finished.Finished("row", tmp_path / "run", command))
     weights = "deit_tiny_patch16_224"
-    assert told == f"--motivator {weights}=a.pth (asked now: {weights}=b.pth)"
+    assert told == f"--motivator {weights}=a.pth (this command has {weights}=b.pth)"
     command[-1] = f"{weights}=elsewhere/a.pth"
     assert _finished.what_differs(_finished.Finished("row", tmp_path / "run", command)) == ""
 
