@@ -671,8 +671,8 @@ def test_a_flag_goes_to_the_rows_that_have_a_use_for_it() -> None:
         "all": (*smmix, 2.0, "logits", 2.0, [112, 112]),
     }
     assert (
-        f"== table7, row 3, consistency on deit_small: without {' '.join(OF_SMMIX)}, which it has "
-        "no use for" in printed
+        f"== table7, row 3, consistency on deit_small: without {' '.join(OF_SMMIX)}, which it does "
+        "not use" in printed
     )
     assert "row 6, all on deit_small: without" not in printed
 
@@ -879,7 +879,7 @@ def test_a_finished_row_is_left_out_and_one_that_is_not_goes_on(tmp_path: Path) 
     assert names(runs)[0] == second.name
     assert runs[0].args.auto_resume
     assert f"finished, epoch 9 is in {first.folder}/log.txt; skipped" in printed
-    assert f"going on with {second.folder}" in printed
+    assert f"resuming in {second.folder}" in printed
 
 
 def test_a_finished_row_of_another_recipe_stops_the_table_before_it_begins(tmp_path: Path) -> None:
@@ -1059,7 +1059,7 @@ def test_a_run_that_fails_stops_the_table_with_its_exit_code(table: str, tmp_pat
     )
     assert done.returncode == 3
     assert (tmp_path / "calls").read_text().split() == list(all_runs(table))[:1]
-    assert "stopped with exit code 3, see above; the same command goes on from here" in done.stderr
+    assert "stopped with exit code 3, see above; the same command resumes from here" in done.stderr
 
 
 def test_a_run_that_is_stopped_politely_stops_the_table_too(tmp_path: Path) -> None:
@@ -1078,9 +1078,7 @@ def test_a_run_that_is_stopped_politely_stops_the_table_too(tmp_path: Path) -> N
     )
     assert done.returncode == 1
     assert (tmp_path / "calls").read_text().split() == list(all_runs("table7"))[:1]
-    assert (
-        "stopped when asked to, before its end; the same command goes on from here" in done.stderr
-    )
+    assert "stopped by a signal before its end; the same command resumes from here" in done.stderr
     assert names(runs_in(shown("table7", "--output", str(tmp_path / "runs")))) == list(
         all_runs("table7")
     )
