@@ -21,7 +21,9 @@ import datasets
 import engine
 import utils
 from config import build
-from config.flags import check_args, explicit_flags, get_args_parser
+from config.checks import check_args
+from config.flags import get_args_parser
+from config.parser import explicit_flags
 from config.resolve import Flags, model_config, resolve, total_batch
 from mixers.interface import NoMixing, StepRandom
 from models.build import build_model, list_models, use_float32_attention
@@ -110,7 +112,7 @@ def make_run(
     read: CheckpointReader,
 ) -> Run:
     """Everything a run needs, at the place where the checkpoint `resume_from` left it."""
-    run_state.check_all_see(resume_from, processes)
+    run_state.check_visible_to_all(resume_from, processes)
     checkpoint = run_state.read(resume_from, read) if resume_from else None
     flags = resolve(args, processes, shares_of_resumed(args, checkpoint, processes, log))
 

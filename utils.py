@@ -1,7 +1,6 @@
-"""What every room needs and no room owns: processes, devices, keyed randomness, errors, versions.
+"""Shared helpers: errors, process group, devices, keyed randomness, versions and memory.
 
-Level 0: imports nothing from the project. It knows ranks, seeds and messages; it must not know what
-an image, a class token, a mixer or a loss is.
+Nothing here knows images, models, mixers or losses.
 """
 
 from __future__ import annotations
@@ -32,7 +31,24 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import get_worker_info
 
 Made = TypeVar("Made")
-PEER_TIMEOUT = timedelta(minutes=10)  # the least of any message between ranks
+PEER_TIMEOUT = timedelta(minutes=10)  # the shortest time that a rank waits for another rank
+
+# The dtypes that a tensor of weights may have.
+NUMBERS = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+}
+
+
+# ------------------------------------------------------------------------------------------- errors
 
 
 class StopRun(Exception):
@@ -47,22 +63,67 @@ class StopRun(Exception):
 
 
 class InputError(StopRun):
-    """Something the user gave is wrong. The message names the flag, file or value, and the fix."""
+    """The user's input is wrong. The message names the flag, file or value, and the fix."""
 
     exit_code = 2
 
 
 class SampleError(InputError):
-    """One file is bad: only the rank that read it knows."""
+    """One image cannot be used. Only the rank that reads this image raises the error."""
 
 
-# ---------------------------------------------------------------------------------------- processes
+def run_command(command: Callable[[], None]) -> int:
+    """Runs the body of a command and prints the message of a `StopRun`. Returns the exit code.
+
+    All ranks raise a `StopRun` alike, and rank 0 prints it; a `SampleError` is printed by the rank
+    that raises it. Under torchrun the message is also in the launcher's closing summary.
+    """
+
+    @record  # so that torchrun prints the traceback of an unexpected error
+    def guarded() -> int:
+        try:
+            command()
+            return 0
+        except StopRun as error:
+            _report(error)
+            return error.exit_code
+        except RuntimeError as error:
+            if is_lost_peer(error):
+                # Another rank failed first; wait so that its error is the one torchrun reports.
+                time.sleep(5)
+            raise
+
+    try:
+        return guarded() or 0
+    finally:
+        close_processes()
+
+
+def _report(error: StopRun) -> None:
+    """Writes the message for torchrun, and prints it on the rank that is responsible for it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        entry = {"message": f"error: {error.text}", "timestamp": int(time.time())}
+        Path(path).write_text(json.dumps(entry))
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, SampleError):
+        print(f"error: {error.text}", file=sys.stderr, flush=True)
+    else:
+        # The launcher ends all ranks when the first one exits. Wait until rank 0 has printed.
+        time.sleep(2)
+
+
+# --------------------------------------------------------------------------- devices and processes
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Where this process stands among its peers. `device` is the one it computes on; for a peer's
-    message it waits no longer than `timeout`."""
+    """The process group as one process sees it; `world_size` is 1 without torchrun.
+
+    Args:
+        rank: number of this process.
+        world_size: number of processes.
+        device: the device that this process computes on.
+        timeout: how long this process waits for a message of another rank.
+    """
 
     rank: int
     world_size: int
@@ -78,7 +139,7 @@ class Processes:
             dist.barrier()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of `values` over all ranks, as a new tensor; itself with one process."""
+        """The sum of `values` over all ranks, as a new tensor; one process gets `values` back."""
         if self.world_size == 1:
             return values
         total = values.clone()
@@ -86,8 +147,11 @@ class Processes:
         return total
 
     def from_main(self, make: Callable[[], Made]) -> Made:
-        """What rank 0 makes (anything picklable), on all ranks; a `StopRun` of its is raised by all
-        alike."""
+        """Calls `make` on rank 0 and returns its result (anything picklable) on all ranks.
+
+        Raises:
+            StopRun: `make` raised it on rank 0; then all ranks raise it.
+        """
         made: Any = None
         if self.is_main:
             try:
@@ -100,7 +164,7 @@ class Processes:
         return made
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` (anything picklable) of every rank, in rank order."""
+        """The `value` (anything picklable) of every rank, in the order of ranks."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -109,10 +173,10 @@ class Processes:
 
 
 def pick_device(name: str) -> str:
-    """Turns `--device` into a device type: `auto` is the first of CUDA, MPS, CPU that is there.
+    """The device type for `--device`; `auto` is the first available of CUDA, MPS and CPU.
 
     Raises:
-        InputError: the device that was asked for is not available.
+        InputError: the device `name` is not available.
     """
     available: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
@@ -120,7 +184,7 @@ def pick_device(name: str) -> str:
     }
     available["cpu"] = lambda: True
     if name == "auto":
-        return next(kind for kind, is_there in available.items() if is_there())
+        return next(kind for kind, is_available in available.items() if is_available())
     if not available[name]():
         raise InputError(
             f"--device {name}: this machine or this build of torch has none; use --device auto"
@@ -128,28 +192,41 @@ def pick_device(name: str) -> str:
     return name
 
 
+def cores_per_process() -> int:
+    """The CPU cores of this machine divided by the number of its processes, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def peer_timeout(data_timeout: float) -> timedelta:
-    """How long a rank waits for its peers: longer than a peer may wait for its data, whose message
-    names the cause.
+    """How long a rank waits for another rank.
+
+    It is longer than the other rank may wait for data, whose error message names the cause.
 
     Args:
-        data_timeout: seconds, 0 for ever.
+        data_timeout: seconds; 0 means no limit.
     """
-    return (
-        max(PEER_TIMEOUT, timedelta(seconds=1.1 * data_timeout))
-        if data_timeout
-        else timedelta(days=365)
-    )
+    if not data_timeout:
+        return timedelta(days=365)
+    return max(PEER_TIMEOUT, timedelta(seconds=1.1 * data_timeout))
 
 
 def init_processes(device_name: str, data_timeout: float = 600) -> Processes:
-    """Joins the process group that torchrun described in the environment; one process needs none.
+    """Joins the process group that torchrun describes in the environment; one process needs none.
 
-    Rank and world size come from `RANK`, `WORLD_SIZE` and `LOCAL_RANK` only. NCCL on CUDA, gloo
-    elsewhere.
+    Rank and world size come from `RANK`, `WORLD_SIZE` and `LOCAL_RANK` only. The backend is NCCL on
+    CUDA and gloo elsewhere.
 
     Args:
+        device_name: the value of `--device`.
         data_timeout: see `peer_timeout`.
+
+    Raises:
+        InputError: the device is not available, or this machine has fewer GPUs than processes.
+        StopRun: the launcher does not answer.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -157,8 +234,7 @@ def init_processes(device_name: str, data_timeout: float = 600) -> Processes:
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise InputError(
             f"local rank {local_rank} has no GPU: torchrun started more processes than the "
-            f"{torch.cuda.device_count()} "
-            "GPUs here; lower --nproc_per_node"
+            f"{torch.cuda.device_count()} GPUs here; lower --nproc_per_node"
         )
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
@@ -173,23 +249,28 @@ def init_processes(device_name: str, data_timeout: float = 600) -> Processes:
     return Processes(rank, world_size, device, peer_timeout(data_timeout))
 
 
+def close_processes() -> None:
+    """Leaves the process group, if this process is in one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a rank ends because another one did or is silent: gloo's "connection closed", NCCL's
-    DistBackendError."""
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    return (
-        not alone
-        and isinstance(error, RuntimeError)
-        and (isinstance(error, dist.DistError) or "gloo" in str(error))
-    )
+    """Whether this error is the result of another rank that ended or does not answer.
+
+    Gloo raises a RuntimeError ("connection closed") then, and NCCL a DistBackendError.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _store_of_this_attempt(rank: int, world_size: int) -> dict[str, Any]:
-    """Arguments that give each attempt of `torchrun --max-restarts` keys of its own.
+    """Arguments of `init_process_group` that give each attempt of `--max-restarts` its own keys.
 
-    All attempts share the launcher's store, where a new rank could read the address of its dead
-    predecessor. The count of attempts is one node's, so on several nodes
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is what helps.
+    All attempts of torchrun share the launcher's store, where a new rank could read the address of
+    the ended rank before it. Each node counts its own attempts, so on several nodes this does not
+    help; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
     """
     environment = os.environ
     attempt = environment.get("TORCHELASTIC_RESTART_COUNT")
@@ -209,10 +290,13 @@ def _store_of_this_attempt(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def _check_launcher(address: str, port: int) -> None:
-    """Its store was there before its ranks. Torch would ask again and again until the time is up.
+    """Checks that the launcher's store answers.
+
+    The launcher opens its store before it starts the ranks. If the store is gone, torch would try
+    to connect until the timeout.
 
     Raises:
-        StopRun: nobody answers.
+        StopRun: the store does not answer.
     """
     try:
         socket.create_connection((address, port), timeout=30).close()
@@ -222,43 +306,29 @@ def _check_launcher(address: str, port: int) -> None:
         ) from error
 
 
-def cores_per_process() -> int:
-    """How many cores this process may count as its own, its peers on the machine having as many."""
-    there = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    )
-    return max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def close_processes() -> None:
-    """Leaves the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
 # --------------------------------------------------------------------------------- keyed randomness
-# A draw depends on its position (seed, epoch, index, step, rank, ...) and on nothing that happened
-# before it, so that resuming, another number of workers or another world size leave it as it is.
+# A draw depends on its place (seed, epoch, index, step, rank, ...) and not on earlier draws.
+# Resuming, another number of workers or another world size do not change it.
 
 
 def key_seed(*key: int | str) -> int:
-    """Hashes a position to a seed of 32 bits, all that torch's CPU generator reads of one."""
+    """A seed of 32 bits from the hash of a place. Torch's CPU generator uses no more bits."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator for the draws at one position. Reading its numbers on the host never waits
-    for a device."""
+    """A generator for the draws of one place, on the CPU, so that no draw waits for a device."""
     return torch.Generator().manual_seed(key_seed(*key))
 
 
 def seed_globals(*key: int | str, device: bool = True) -> None:
-    """Seeds python's, numpy's and torch's own generators, which libraries we call draw from
-    (dropout, RandAugment).
+    """Seeds the global generators of Python, numpy and torch, for libraries that draw from them.
+
+    Dropout and RandAugment are examples.
 
     Args:
-        device: torch's device generators too; without them the call is 100 times cheaper.
+        device: also seed torch's device generators; the call is 100 times faster without.
     """
     seed = key_seed(*key)
     random.seed(seed)
@@ -271,40 +341,58 @@ def seed_globals(*key: int | str, device: bool = True) -> None:
 
 @contextmanager
 def keyed_globals(*key: int | str) -> Iterator[None]:
-    """Inside, the global generators are those of one position; in the main process they are put
-    back afterwards."""
-    if get_worker_info() is not None:  # a worker has no other use for them
+    """A context in which the global generators are seeded with one place.
+
+    The main process restores their state afterwards. A loader worker does not: nothing else draws
+    from them there.
+    """
+    if get_worker_info() is not None:
         seed_globals(*key, device=False)
         yield
         return
-    python, numpy_state, torch_state = (
-        random.getstate(),
-        np.random.get_state(),
-        torch.get_rng_state(),
-    )
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = torch.get_rng_state()
     try:
         seed_globals(*key, device=False)
         yield
     finally:
-        random.setstate(python)
+        random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
 
 
-# ----------------------------------------------------------------------------------------- the rest
+# ------------------------------------------------------------------------- values, versions, memory
 
 
 def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """One side or (height, width) as (height, width)."""
+    """(height, width) from one side of a square, or from a sequence of one or two sides."""
     if isinstance(value, int):
         return value, value
     height, width = value if len(value) == 2 else (value[0], value[0])
     return int(height), int(width)
 
 
+def first_of(texts: list[str], separator: str = ", ", limit: int = 8) -> str:
+    """The first `limit` texts, joined, and the number of the others."""
+    rest = len(texts) - limit
+    return separator.join(texts[:limit]) + (f"{separator}and {rest} more" if rest > 0 else "")
+
+
+def is_ordinary(value: Any) -> bool:
+    """Whether `value` is a dense tensor of real numbers with data, fit to be copied into a module.
+
+    Tensors that are sparse, quantized, complex or on the meta device are not.
+    """
+    ordinary = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    return ordinary and value.dtype in NUMBERS
+
+
 def describe_versions() -> dict[str, str]:
-    """Versions of what shapes a result, and the commit of this code (`unknown` outside a git
-    checkout)."""
+    """The versions of Python, of the main libraries and of this code.
+
+    The version of the code is its git commit, or `unknown` outside a git checkout.
+    """
     packages = ("torch", "torchvision", "timm", "numpy", "pillow")
     versions = {name: metadata.version(name) for name in packages}
     try:
@@ -330,72 +418,5 @@ def peak_memory_mb(device: torch.device) -> float:
     except ImportError:  # Windows
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (
-        peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-    )  # bytes on macOS, KiB on Linux
-
-
-def run_command(command: Callable[[], None]) -> int:
-    """Runs a command's body and turns a `StopRun` into its message. Returns the exit code.
-
-    All ranks meet a `StopRun` alike and rank 0 prints it; a `SampleError` is printed by the rank
-    that met it. Under torchrun the message also stands in the launcher's closing summary.
-    """
-
-    @record  # lets torchrun show the traceback of what nobody foresaw
-    def guarded() -> int:
-        try:
-            command()
-            return 0
-        except StopRun as error:
-            _report(error)
-            return error.exit_code
-        except RuntimeError as error:
-            if is_lost_peer(error):
-                time.sleep(
-                    5
-                )  # the peer that left first has the word: the launcher ends this one meanwhile
-            raise
-
-    try:
-        return guarded() or 0
-    finally:
-        close_processes()
-
-
-def _report(error: StopRun) -> None:
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(path).write_text(
-            json.dumps({"message": f"error: {error.text}", "timestamp": int(time.time())})
-        )
-    if os.environ.get("RANK", "0") == "0" or isinstance(error, SampleError):
-        print(f"error: {error.text}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)  # the launcher ends all ranks with the first that leaves: rank 0 has the word
-
-
-def first_of(texts: list[str], separator: str = ", ", limit: int = 8) -> str:
-    rest = len(texts) - limit
-    return separator.join(texts[:limit]) + (f"{separator}and {rest} more" if rest > 0 else "")
-
-
-# The numbers that a tensor of weights may be made of.
-NUMBERS = {
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-}
-
-
-def is_ordinary(value: Any) -> bool:
-    """Whether it is a tensor that can be copied into a module: with content, in rows, of real
-    numbers."""
-    ordinary = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-    return ordinary and value.dtype in NUMBERS
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
+    return peak / unit

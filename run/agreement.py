@@ -1,8 +1,7 @@
-"""What the ranks agree on between steps: to stop, to save, that an image was bad. And who asks for
-it: signals, clock.
+"""The agreement of all ranks between steps: to stop, to save, and on unreadable images.
 
-A polite stop is a signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP) to any rank or to the launcher, or a
-launcher that is gone: all ranks finish their step, save and leave. Knows no training state.
+A stop is requested by a signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP) to any rank or to the launcher,
+or by the end of the launcher. All ranks then finish their step, save a checkpoint and exit.
 """
 
 from __future__ import annotations
@@ -24,18 +23,20 @@ SIGNALS = tuple(
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
     if hasattr(signal, name)
 )
-LAUNCHER = (
-    os.getppid()
-)  # asked for early: while the ranks meet in its store, it must still be there
-IMPATIENT_AFTER = 3.0  # seconds; a launcher and a batch system may send the same signal twice
+# The launcher's process id. It is read at import, when the launcher must still be alive: the ranks
+# have not met in its store yet.
+LAUNCHER = os.getppid()
+# A second signal ends the process at once, but not within this many seconds: the launcher and the
+# batch system may both send the first one.
+IMPATIENT_AFTER = 3.0
 
 
 class Agreed(NamedTuple):
-    """What some rank asked for, the same on all of them."""
+    """The requests of all ranks together; equal on all ranks."""
 
-    stop: bool = False
+    stop: bool = False  # any rank requests it
     save: bool = False
-    bad_images: int = 0  # new ones, of all ranks
+    bad_images: int = 0  # newly found unreadable images, summed over ranks
 
 
 class Stopped(Exception):
@@ -43,23 +44,24 @@ class Stopped(Exception):
 
 
 class RankAgreement:
-    """Used as a context around training. Answers come one call late, so that no rank waits for
-    another's message.
+    """Collects the requests of all ranks after each step. Use it as a context around training.
+
+    With more than one process an answer comes one call late, so that no rank waits for a message.
 
     Args:
-        save_minutes: rank 0 asks for a save so long after the last one; 0 for never.
+        save_minutes: a checkpoint is requested this long after the last one; 0 for never.
     """
 
     def __init__(self, processes: Processes, save_minutes: float = 0) -> None:
         self.processes, self.save_minutes = processes, save_minutes
-        self.asked_at: float | None = None  # for a stop
+        self.stop_requested_at: float | None = None  # time.monotonic()
         self.reason = ""
         self.saved_at = time.monotonic()
         self.launcher = LAUNCHER if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.previous: dict[int, Any] = {}
         self.pending: tuple[torch.Tensor, Any] | None = None
-        # Messages of their own group travel beside the gradients, on the host: no device is waited
-        # for.
+        # A separate group of processes on the host: its messages wait for no device and do not
+        # mix with those of the gradients.
         self.group: Any = None
         if processes.world_size > 1:
             self.group = dist.new_group(backend="gloo", timeout=processes.timeout)
@@ -82,65 +84,71 @@ class RankAgreement:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        if self.asked_at is not None and now - self.asked_at > IMPATIENT_AFTER:
-            signal.signal(number, self.previous[number])  # asked again: at once
+        if self.stop_requested_at is None:
+            self.stop_requested_at, self.reason = now, name
+        elif now - self.stop_requested_at > IMPATIENT_AFTER:
+            # The second request: end at once, by the handler from before training.
+            signal.signal(number, self.previous[number])
             os.kill(os.getpid(), number)
-            return
-        if self.asked_at is None:
-            self.asked_at, self.reason = now, name
 
-    def stop_is_asked_for(self) -> bool:
+    def is_stop_requested(self) -> bool:
+        """Whether this rank got a signal, or its launcher has ended."""
         if self.launcher is not None and os.getppid() != self.launcher:
-            self.asked_at, self.reason = (
-                self.asked_at or time.monotonic(),
-                self.reason or "the launcher is gone",
-            )
-        return self.asked_at is not None
+            self.stop_requested_at = self.stop_requested_at or time.monotonic()
+            self.reason = self.reason or "the launcher is gone"
+        return self.stop_requested_at is not None
 
     def saved(self) -> None:
-        """Starts the clock of `save_minutes` anew."""
+        """Restarts the clock of `save_minutes`; called after each checkpoint."""
         self.saved_at = time.monotonic()
 
     def agree(self, bad_images: int = 0) -> Agreed:
-        """Tells the others what this rank wants, and returns what all wanted a call ago. All ranks
-        call it together."""
-        late = (
-            self.processes.is_main
-            and 0 < self.save_minutes * 60 <= time.monotonic() - self.saved_at
-        )
-        wanted = torch.tensor([self.stop_is_asked_for(), late, bad_images], dtype=torch.int64)
+        """Sends the requests of this rank. All ranks call it together.
+
+        Args:
+            bad_images: number of unreadable images that this rank found since the last call.
+
+        Returns:
+            The requests of all ranks: those of the last call, or of this one with one process.
+        """
+        is_due = 0 < self.save_minutes * 60 <= time.monotonic() - self.saved_at
+        save = self.processes.is_main and is_due
+        requests = torch.tensor([self.is_stop_requested(), save, bad_images], dtype=torch.int64)
         if self.group is None:
-            return Agreed(bool(wanted[0]), bool(wanted[1]), int(wanted[2]))
-        before, self.pending = (
-            self.pending,
-            (wanted, dist.all_reduce(wanted, group=self.group, async_op=True)),
-        )
-        if before is None:
+            return Agreed(bool(requests[0]), bool(requests[1]), int(requests[2]))
+        last = self.pending
+        self.pending = requests, dist.all_reduce(requests, group=self.group, async_op=True)
+        if last is None:
             return Agreed()
-        before[1].wait()
-        stop, save, bad = before[0].tolist()
-        return Agreed(stop > 0, save > 0, bad)
+        sums, work = last
+        work.wait()
+        stops, saves, bad = sums.tolist()
+        return Agreed(stops > 0, saves > 0, bad)
 
 
 class StoppableLoader:
-    """A loader whose ranks agree after each batch, `calls` times in all, however many batches this
-    rank has.
+    """A loader after each of whose batches the ranks may agree to stop.
 
-    Its iteration raises `Stopped` where they agree to stop.
+    Its iteration raises `Stopped` when they agree.
+
+    Args:
+        calls: how often to call `agree`, equal on all ranks, also if they have unequal numbers of
+            batches.
     """
 
-    def __init__(self, watch: RankAgreement, loader: Iterable[Any], calls: int) -> None:
-        self.watch, self.loader, self.calls = watch, loader, calls
+    def __init__(self, agreement: RankAgreement, loader: Iterable[Any], calls: int) -> None:
+        self.agreement, self.loader, self.calls = agreement, loader, calls
 
     def __iter__(self) -> Iterator[Any]:
-        left = self.calls
+        remaining = self.calls
         for batch in self.loader:
             yield batch
-            left -= 1
-            self._stop_if_agreed(left >= 0)
-        for _ in range(left):
-            self._stop_if_agreed(True)
+            remaining -= 1
+            if remaining >= 0:
+                self._stop_if_agreed()
+        for _ in range(remaining):
+            self._stop_if_agreed()
 
-    def _stop_if_agreed(self, ask: bool) -> None:
-        if ask and self.watch.agree().stop:
+    def _stop_if_agreed(self) -> None:
+        if self.agreement.agree().stop:
             raise Stopped

@@ -1,7 +1,7 @@
-"""The output folder of a run: one writer, its status, and which checkpoints are kept.
+"""The output folder of a run: its lock, `status.json`, and which checkpoints are kept.
 
-Rank 0 alone holds one. Writing and checking single files is in `storage/checkpoints.py`; what is in
-them is `run/state.py`'s.
+Only rank 0 has a `RunFolder`. `storage/checkpoints.py` writes and reads the single checkpoint, and
+`run/state.py` defines its content.
 """
 
 from __future__ import annotations
@@ -26,33 +26,38 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-WAIT_FOR_LOCK = (
-    30.0  # seconds: the ranks of a launcher that was killed need a step and a save to leave
-)
+# Seconds. If a launcher was killed, its ranks finish a step and save before they exit.
+WAIT_FOR_LOCK = 30.0
 WAIT_FOR_FAILURE_FILE = 2.0  # seconds
-STEPS = "checkpoints"  # the folder of checkpoints by step
+STEPS = "checkpoints"  # the folder with the checkpoints named by step
 FAILURE_FILES = "failed_rank*.json"
 
 
 def step_file(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates is; names sort like steps."""
+    """The path of the checkpoint after `step` updates. Names sort like steps."""
     return folder / STEPS / f"{step:010d}.pth"
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The checkpoints that a run may go on from, the newest first; last `checkpoint.pth`, all that
-    old runs have."""
+    """The checkpoints that a run may be resumed from, the newest first.
+
+    The last one is `checkpoint.pth`: runs of older versions have no other.
+    """
     by_step = sorted(
         path for path in (folder / STEPS).glob("*.pth") if re.fullmatch(r"\d{10}\.pth", path.name)
     )
-    return [*reversed(by_step), *(path for path in [folder / "checkpoint.pth"] if path.exists())]
+    latest = folder / "checkpoint.pth"
+    return [*reversed(by_step), *([latest] if latest.exists() else [])]
 
 
 def write_failure(folder: Path, rank: int, cause: dict[str, Any]) -> None:
-    """A rank without a `RunFolder` says why it ends, for the one that writes `status.json`.
+    """Writes why this rank ends, for rank 0, which writes `status.json`.
+
+    Args:
+        cause: `exit_code` and `error`.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     write_json(
         folder / FAILURE_FILES.replace("*", str(rank)),
@@ -61,7 +66,7 @@ def write_failure(folder: Path, rank: int, cause: dict[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """An object as it stands in a file; nothing of a file that is missing or damaged."""
+    """The JSON object in a file; an empty dict if the file is missing or damaged."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -70,10 +75,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """Locked between `open` and `close`.
+    """The output folder of one run, which is locked from `open` to `close`.
 
     Args:
-        keep: how many checkpoints by step to keep.
+        keep: number of checkpoints named by step to keep.
     """
 
     def __init__(self, path: str | Path, keep: int = 2) -> None:
@@ -81,22 +86,22 @@ class RunFolder:
         self.lock: Any = None
 
     def open(self) -> None:
-        """Makes the folder, locks it, and clears what killed runs left behind.
+        """Makes the folder, locks it, and deletes the temporary files of killed runs.
 
         Raises:
-            InputError: it cannot be written, or another run writes there.
+            InputError: the folder cannot be written, or another run is writing to it.
         """
         self._make(self.path / STEPS)
         self.lock = self._lock()
         remove_stale(self.path)
         remove_stale(self.path / STEPS)
-        for word in self.path.glob(FAILURE_FILES):
-            with suppress(OSError):  # a folder of such a name says nothing
-                word.unlink(missing_ok=True)
+        for file in self.path.glob(FAILURE_FILES):
+            with suppress(OSError):  # a folder with such a name does no harm
+                file.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self.lock is not None:
-            self.lock.close()  # the system takes the lock back, also from a process that was killed
+            self.lock.close()  # releases the lock; the system does so too if the process is killed
 
     def _make(self, folder: Path) -> None:
         try:
@@ -107,10 +112,11 @@ class RunFolder:
             ) from error
 
     def _lock(self) -> Any:
+        """The open and locked file `.lock`; it stays open until the run ends."""
         if fcntl is None:
             return None
-        with _naming(self.path / ".lock") as path:
-            lock = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115, held as long as the run
+        with _as_input_error(self.path / ".lock") as path:
+            lock = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         begun = time.monotonic()
         while True:
             try:
@@ -126,26 +132,29 @@ class RunFolder:
                         "another folder"
                     ) from error
                 time.sleep(0.2)
-            except OSError:  # a file system without locks: one writer cannot be promised there
+            except OSError:  # a file system without locks, where a second run is not detected
                 return lock
-        with suppress(OSError):  # a full disk: the lock holds without a name in it
+        with suppress(OSError):  # a full disk: the lock works without its owner's name
             lock.truncate(0)
             os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return lock
 
     def rewind_to(self, path: Path, step: int, names: Sequence[str]) -> list[Path]:
-        """Leaves the folder as it was when the checkpoint at `path` was written, after `step`
-        updates.
+        """Restores the folder to its state just after the checkpoint at `path` was written.
 
-        Later ones are damaged or of a course that is given up: they keep their content under
-        another name. And the checkpoint gets its `names` again, because a kill may have come
-        before.
+        Later checkpoints are damaged or will be made again, so they are renamed. The checkpoint
+        gets its `names` again, because the run may have been killed before it got them.
+
+        Args:
+            path: the checkpoint from which the run is resumed.
+            step: number of updates before this checkpoint.
+            names: the checkpoint's other names in the folder, such as `best_checkpoint.pth`.
 
         Returns:
-            What the later ones are called now.
+            The new paths of the later checkpoints.
 
         Raises:
-            InputError: something else is in the way of a name.
+            InputError: a name cannot be given, for example because a folder has it.
         """
         later = [
             file
@@ -158,47 +167,57 @@ class RunFolder:
         return [_move_aside(file) for file in later]
 
     def status(self, state: str, **more: Any) -> None:
-        """Writes `status.json`: `running`, `done`, `preempted` or `failed`, when, and how far."""
+        """Writes `status.json`.
+
+        Args:
+            state: `running`, `done`, `preempted` or `failed`.
+            more: further entries, such as `epoch` and `step`.
+        """
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_json(
-            self.path / "status.json", {"state": state, "time": now, "pid": os.getpid(), **more}
-        )
+        status = {"state": state, "time": now, "pid": os.getpid(), **more}
+        write_json(self.path / "status.json", status)
 
     def fail(self, cause: dict[str, Any], has_begun: bool, is_consequence: bool) -> None:
-        """Writes that the run failed, and how far it had come.
+        """Writes to `status.json` that the run failed, and its last epoch and step.
 
         Args:
             cause: `exit_code` and `error`.
-            has_begun: training has; else a run that was done before stays so.
-            is_consequence: of another rank's end, whose word is taken in the place of `cause` if it
-                left one.
+            has_begun: whether training has begun. If not, the status `done` of an earlier run is
+                not overwritten.
+            is_consequence: whether this rank failed because another one ended. Then the cause that
+                the other rank has written is preferred, if it has written one.
         """
         before = _read_json(self.path / "status.json")
         if before.get("state") == "done" and not has_begun:
             return
         kept = {name: before[name] for name in ("epoch", "step") if type(before.get(name)) is int}
-        self.status(
-            "failed", **kept, **((is_consequence and self._failure_of_other_rank()) or cause)
-        )
+        if is_consequence:
+            cause = self._failure_of_other_rank() or cause
+        self.status("failed", **kept, **cause)
 
     def _failure_of_other_rank(self) -> dict[str, Any]:
-        """What another rank left, see `write_failure`; it may be about to."""
+        """The cause that another rank wrote by `write_failure`; empty if there is none.
+
+        Waits for the file, because the other rank may still be about to write it.
+        """
         begun = time.monotonic()
-        while (
-            not (words := sorted(self.path.glob(FAILURE_FILES)))
-            and time.monotonic() - begun < WAIT_FOR_FAILURE_FILE
-        ):
+        while not (files := sorted(self.path.glob(FAILURE_FILES))):
+            if time.monotonic() - begun >= WAIT_FOR_FAILURE_FILE:
+                return {}
             time.sleep(0.1)
-        word = _read_json(words[0]) if words else {}
-        sound = type(word.get("exit_code")) is int and isinstance(word.get("error"), str)
-        return {name: word[name] for name in ("exit_code", "error")} if sound else {}
+        cause = _read_json(files[0])
+        is_valid = type(cause.get("exit_code")) is int and isinstance(cause.get("error"), str)
+        return {name: cause[name] for name in ("exit_code", "error")} if is_valid else {}
 
     def save(self, state: dict[str, Any], step: int, names: tuple[str, ...] = ()) -> None:
-        """Writes the checkpoint after `step` updates, lets `names` stand for it too, and forgets
-        the oldest ones.
+        """Writes the checkpoint after `step` updates, and deletes all but the newest `keep`.
+
+        Args:
+            state: the content of the checkpoint.
+            names: further names of the same checkpoint in the folder.
 
         Raises:
-            InputError: the disk is full, or something else is in the way of a name.
+            InputError: the disk is full, or a name cannot be given (see `rewind_to`).
         """
         path = step_file(self.path, step)
         save_checkpoint(path, state)
@@ -207,41 +226,40 @@ class RunFolder:
         files = [file for file in candidates(self.path) if not file.is_dir()]
         for old in files[self.keep :]:
             if old.parent.name == STEPS and old != path:
-                with _naming(old):
+                with _as_input_error(old):
                     old.unlink(missing_ok=True)
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[Path]:
-    """Inside, what the system refuses becomes an InputError that names the file at `path`."""
+def _as_input_error(path: Path) -> Iterator[Path]:
+    """A context that turns an OSError into an InputError with the name of the file at `path`."""
     try:
         yield path
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
-            f"{path}: {reason}; move away what is there, or choose another --output-dir"
+            f"{path}: {reason}; move this file or folder away, or choose another --output-dir"
         ) from error
 
 
 def _move_aside(file: Path) -> Path:
-    with _naming(aside := Path(f"{file}.aside")):
+    with _as_input_error(aside := Path(f"{file}.aside")):
         return file.replace(aside)
 
 
 def _link_as(path: Path, name: Path) -> None:
-    """Makes `name` the same file as `path`, at once."""
+    """Atomically makes `name` a hard link to `path`, or a copy of it."""
     temporary = name.with_name(f"{name.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     with suppress(OSError):
         temporary.unlink(missing_ok=True)
     try:
-        with _naming(name):
+        with _as_input_error(name):
             try:
                 os.link(path, temporary)
             except OSError:  # a file system without links
                 shutil.copyfile(path, temporary)
             os.replace(temporary, name)
     finally:
+        # os.replace does nothing if both names were links to the same file already.
         with suppress(OSError):
-            temporary.unlink(
-                missing_ok=True
-            )  # where both were the same file already, replacing does nothing
+            temporary.unlink(missing_ok=True)

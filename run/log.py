@@ -1,8 +1,4 @@
-"""What a run tells: `log.txt`, `train.log`, TensorBoard, the progress bar.
-
-Level 1: imports `utils`, and `checkpoints` for its atomic writer. It may not know what a value
-means (a loss, an accuracy, a learning rate): names and numbers come from the caller.
-"""
+"""The output of a run: printed lines, `train.log`, `log.txt`, TensorBoard, the progress bar."""
 
 from __future__ import annotations
 
@@ -23,22 +19,19 @@ from utils import InputError, Processes, StopRun
 Item = TypeVar("Item")
 
 
-# -------------------------------------------------------------------------------------------- files
-
-
-# ---------------------------------------------------------------------------------------------- run
-
-
 class RunLog:
-    """What the user sees of a run, on rank 0; on the other ranks every method does nothing.
+    """Prints and records the progress of a run on rank 0. On other ranks each method does nothing.
 
-    Files in `output_dir` (none if it is None): `train.log`, the printed lines with their time;
-    `log.txt`, one JSON object per epoch; TensorBoard events, per epoch in the folder itself and per
-    step in `steps/`. Two TensorBoard runs, because a resumed one hides everything from its first
-    step on, and epochs and steps do not count alike.
+    It writes these files into `output_dir`: `train.log` (the printed lines with their time),
+    `log.txt` (one JSON object per epoch), and TensorBoard events (values per epoch in the folder
+    itself, values per step in `steps/`). These are two TensorBoard runs, because TensorBoard hides
+    the values of a resumed run from one step number on, and epochs and steps have other numbers.
+
+    Args:
+        output_dir: the folder for the files; None for no files.
 
     Raises:
-        InputError: a file in `output_dir` cannot be written, at the beginning or later.
+        InputError: a file in `output_dir` cannot be written; any method may raise this.
     """
 
     def __init__(
@@ -50,14 +43,16 @@ class RunLog:
         self._tensorboard = tensorboard and self._folder is not None
         self._purge_steps: dict[str, int | None] = {}
         self._bar: Any = None
-        self._has_spoken = False
-        self._progress = ""  # description and total of the loop under way
+        self._has_printed = False
+        self._position = ""  # format of the position in the current loop, such as "epoch 3 [{}/9]"
         self._done = 0
-        self._append("train.log", "")  # finds out now whether that is possible
+        self._append("train.log", "")  # raises now if the file cannot be written
 
     def _append(self, name: str, text: str) -> None:
-        """Adds to a file of the folder. Opened each time, so that a kill loses nothing that was
-        said."""
+        """Appends to a file of the folder.
+
+        The file is opened each time, so that a killed run loses no text.
+        """
         if self._folder is None:
             return
         try:
@@ -65,25 +60,26 @@ class RunLog:
             with open(self._folder / name, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise _refused("write", self._folder / name, error) from error
+            raise _file_error("write", self._folder / name, error) from error
 
     def say(self, text: str) -> None:
-        """Prints `text` to stdout, above the bar if there is one, and to `train.log`."""
+        """Prints `text` to stdout (above the progress bar) and appends it to `train.log`."""
         if not self._active:
             return
-        self._has_spoken = True
+        self._has_printed = True
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
-        self._keep(text)
+        self._append_with_time(text)
 
-    def _keep(self, text: str) -> None:
+    def _append_with_time(self, text: str) -> None:
+        """Appends `text` to `train.log`, each line with the time."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         self._append("train.log", "".join(f"{now} {line}\n" for line in text.splitlines()))
 
     def table(self, rows: list[tuple[str, str]]) -> None:
-        """Says the rows as two aligned columns."""
+        """Prints the rows as two aligned columns."""
         width = max((len(name) for name, _ in rows), default=0)
         self.say("\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows))
 
@@ -92,16 +88,22 @@ class RunLog:
     def progress(
         self, iterable: Iterable[Item], total: int | None, description: str
     ) -> Iterator[Item]:
-        """Passes the items on: under a bar if stderr is a terminal and tqdm is there, else `note`
-        says plain lines."""
+        """Yields the items of `iterable` and counts them.
+
+        A progress bar is drawn if stderr is a terminal and tqdm is installed. Otherwise `note`
+        prints plain lines.
+
+        Args:
+            total: number of items; None if it is not known.
+            description: name of the loop, such as `epoch 3`.
+        """
         if not self._active:
             yield from iterable
             return
-        self._close_bar()  # of a loop that was left early
+        self._close_bar()  # the last loop may have ended early
         self._bar = _open_bar(total, description)
-        self._progress = (
-            f"{description} [{{}}/{total}]" if total is not None else f"{description} [{{}}]"
-        )
+        count = "{}" if total is None else f"{{}}/{total}"
+        self._position = f"{description} [{count}]"
         self._done = 0
         try:
             for item in iterable:
@@ -113,44 +115,50 @@ class RunLog:
             self._close_bar()
 
     def note(self, values: Mapping[str, Any]) -> None:
-        """Shows current values: in the bar, or as a plain line with the position in the loop; in
-        `train.log` always."""
+        """Writes current values into the bar or a printed line, and always into `train.log`.
+
+        The line begins with the position in the loop of `progress`.
+        """
         if not self._active:
             return
-        shown = {
+        texts = {
             name: f"{value:.4g}" if isinstance(value, float) else str(value)
             for name, value in values.items()
         }
-        # the item in the caller's hands counts as done: notes come after its work
-        where = self._progress.format(self._done + 1) + " " if self._progress else ""
-        line = where + "  ".join(f"{name} {value}" for name, value in shown.items())
+        # The current item counts as done, because the caller has finished its work on it.
+        position = self._position.format(self._done + 1) + " " if self._position else ""
+        line = position + "  ".join(f"{name} {text}" for name, text in texts.items())
         if self._bar is None:
             self.say(line)
             return
-        self._bar.set_postfix(shown, refresh=False)  # refreshed by the bar's own rhythm
-        self._keep(line)
+        self._bar.set_postfix(texts, refresh=False)  # the bar redraws itself at its own rate
+        self._append_with_time(line)
 
     def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._bar, self._progress = None, ""
+        self._bar, self._position = None, ""
 
     # ---- numbers
 
     def epoch(self, stats: Mapping[str, Any]) -> None:
-        """Appends `stats`, which has an `epoch`, to `log.txt` (NaN and infinities as null) and its
-        numbers, under the same names, to TensorBoard."""
+        """Appends the values of an epoch to `log.txt`, and its numbers to TensorBoard.
+
+        NaN and inf are null in `log.txt`.
+
+        Args:
+            stats: the values by name; `epoch` is one of them.
+        """
         if self._folder is None:
             return
         self._append("log.txt", to_json(stats) + "\n")
-        plain = to_plain(stats)
-        self._write_scalars(
-            "", int(plain["epoch"]), {k: v for k, v in plain.items() if k != "epoch"}
-        )
+        values = to_plain(stats)
+        epoch = int(values.pop("epoch"))
+        self._write_scalars("", epoch, values)
         self.flush()
 
     def flush(self) -> None:
-        """Writes out what TensorBoard holds, so that a kill does not lose it."""
+        """Writes TensorBoard's pending events to disk, so that a killed run does not lose them."""
         for writer in self._writers.values():
             writer.flush()
 
@@ -164,14 +172,14 @@ class RunLog:
             writer.add_image(tag, image.cpu(), epoch)
 
     def drop_epochs_from(self, epoch: int, step: int | None = None) -> None:
-        """Before epoch `epoch` is run again: takes it and later ones out of `log.txt`, and hides
-        them in TensorBoard.
+        """Removes epoch `epoch` and later ones from `log.txt`, and hides them in TensorBoard.
 
-        Lines that cannot be read, such as one that a kill cut short, go too, and it is said which.
+        Call it before these epochs are run again. Lines that cannot be read, such as the last line
+        of a killed run, are removed too, with a warning.
 
         Args:
-            step: the first training step that will be run again; None leaves the step scalars as
-                they are.
+            epoch: the first epoch to be run again.
+            step: the first step to be run again; None keeps all values per step.
 
         Raises:
             InputError: `log.txt` cannot be read or written.
@@ -184,25 +192,23 @@ class RunLog:
         self._purge_steps = {"": epoch, "steps": step}
 
     def _cut(self, path: Path, epoch: int) -> None:
-        """Leaves the lines of epochs before `epoch` in the file at `path`, as they are."""
+        """Removes all lines from the file at `path` but those of epochs before `epoch`."""
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise _refused("read", path, error) from error
+            raise _file_error("read", path, error) from error
         lines = [(line, _epoch_of(line)) for line in content.splitlines()]
         kept = b"".join(line + b"\n" for line, own in lines if own is not None and own < epoch)
         write_atomically(path, lambda stream: stream.write(kept))
         damaged = [
-            number
+            f"line {number} ({line[:40]!r})"
             for number, (line, own) in enumerate(lines, start=1)
             if own is None and line.strip()
         ]
         if damaged:
-            shown = ", ".join(
-                f"line {number} ({lines[number - 1][0][:40]!r})" for number in damaged[:5]
-            )
             rest = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
-            self.say(f"warning: {path}: left out what cannot be read: {shown}{rest}")
+            names = ", ".join(damaged[:5]) + rest
+            self.say(f"warning: {path}: removed lines that cannot be read: {names}")
 
     def _write_scalars(self, run: str, step: int, values: Mapping[str, Any]) -> None:
         if (writer := self._writer(run)) is None:
@@ -212,30 +218,31 @@ class RunLog:
                 writer.add_scalar(name, value, step)
 
     def _writer(self, run: str) -> Any:
-        """The TensorBoard writer of the folder itself (`run` is "") or of a folder in it; None if
-        there is none."""
+        """The TensorBoard writer of one run; None without a folder or without TensorBoard.
+
+        Args:
+            run: "" for the folder itself, or the name of a folder in it.
+        """
         if not self._tensorboard or self._folder is None:
             return None
         if run not in self._writers:
+            # Imported here because the import takes seconds and TensorBoard may be missing. If it
+            # does not fit to another package's version, the import may raise any error.
             try:
-                from torch.utils.tensorboard import (
-                    SummaryWriter,
-                )  # seconds to import; and it may be absent
-            except (
-                Exception
-            ) as error:  # absent (ImportError), or broken by another package's version (any error)
+                from torch.utils.tensorboard import SummaryWriter
+            except Exception as error:
                 self._tensorboard = False
                 self.say(
                     f"no TensorBoard ({error}); pip install tensorboard. log.txt has the same "
                     "numbers per epoch"
                 )
                 return None
-            # consumed, so that a writer reopened later does not hide what came in between
+            # Removed, so that a writer that is opened later does not hide the values since then.
             purge_step = self._purge_steps.pop(run, None)
             try:
                 self._writers[run] = SummaryWriter(str(self._folder / run), purge_step=purge_step)
             except OSError as error:
-                raise _refused("write into", self._folder / run, error) from error
+                raise _file_error("write into", self._folder / run, error) from error
         return self._writers[run]
 
     # ---- end
@@ -246,8 +253,7 @@ class RunLog:
         self._writers = {}
 
     def close(self) -> None:
-        """Closes the bar and writes out what TensorBoard still holds. Calling it twice does no
-        harm."""
+        """Closes the bar and the TensorBoard writers. It may be called twice."""
         self._close_bar()
         self._close_writers()
 
@@ -260,15 +266,15 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if (
-            isinstance(error, StopRun) and self._has_spoken
-        ):  # printed by who catches it; a refused run leaves no trace
-            self._keep(f"error: {error.text}")
+        # `utils.run_command` prints the message. A run that is refused before it has printed
+        # anything writes nothing.
+        if isinstance(error, StopRun) and self._has_printed:
+            self._append_with_time(f"error: {error.text}")
         self.close()
 
 
 def _open_bar(total: int | None, description: str) -> Any:
-    """A tqdm bar, or None where it would not be seen or tqdm is missing."""
+    """A tqdm bar; None if stderr is not a terminal or tqdm is not installed."""
     if not sys.stderr.isatty():
         return None
     try:
@@ -279,7 +285,7 @@ def _open_bar(total: int | None, description: str) -> Any:
 
 
 def _epoch_of(line: bytes) -> int | None:
-    """The epoch that a line of `log.txt` is of; None if it cannot be read."""
+    """The epoch of a line of `log.txt`; None if the line cannot be read."""
     try:
         epoch = json.loads(line.decode())["epoch"]
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -287,8 +293,8 @@ def _epoch_of(line: bytes) -> int | None:
     return epoch if type(epoch) is int and epoch >= 0 else None
 
 
-def _refused(what: str, path: Path, error: OSError) -> InputError:
-    """The message of what the system does not let us do with a file."""
+def _file_error(what: str, path: Path, error: OSError) -> InputError:
+    """The InputError for a file operation `what` (`read`, `write`) that the system refused."""
     advice = "move it away" if os.path.exists(path) else "make room for it"
     return InputError(
         f"cannot {what} {path}: {error.strerror or error}; {advice}, or choose another output "

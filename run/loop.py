@@ -1,6 +1,6 @@
-"""A run under way: its epochs, what it prints and saves, and where it stops.
+"""The loop over the epochs of a run: training, evaluation, logging, saving and stopping.
 
-Knows no flags as such: those that govern a run are in `Rules`. What is trained is built elsewhere.
+`main.py` builds the objects that a `Run` holds.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from run.log import RunLog
 from training import optim
 from training.meters import Meters
 
-# Warn if more than this share of an epoch, and more than so many seconds, are spent waiting for
-# data.
+# A warning is printed if the waiting for data takes more than this share of an epoch and also more
+# than this number of seconds.
 LONG_WAIT_SHARE, LONG_WAIT_SECONDS = 0.1, 5.0
 
 
 class TimedLoader:
-    """Passes on the batches of an epoch and measures how long the host waits for each.
+    """Yields the batches of an epoch and measures how long the host waits for each.
 
-    The first wait of an epoch, in which workers start, counts in the mean and not in the share. No
-    checkpoint keeps these times.
+    The workers start during the first wait of an epoch. It counts in `mean`, but not in `is_long`.
+    These times are not saved in checkpoints.
     """
 
     def __init__(self, loader: Iterable[Batch] = ()) -> None:
@@ -44,40 +44,40 @@ class TimedLoader:
     def __iter__(self) -> Iterator[Batch]:
         batches = None
         while True:
-            asked = time.perf_counter()
-            batches = iter(self.loader) if batches is None else batches  # starts workers
+            began = time.perf_counter()
+            batches = iter(self.loader) if batches is None else batches  # starts the workers
             batch = next(batches, None)
             if batch is None:
                 return
-            waited = time.perf_counter() - asked
+            waited = time.perf_counter() - began
             self.first = self.first if self.batches else waited
             self.seconds, self.batches = self.seconds + waited, self.batches + 1
             yield batch
 
     def mean(self) -> float:
-        """Seconds per batch so far."""
+        """Seconds of waiting per batch, over all batches so far."""
         return self.seconds / max(self.batches, 1)
 
     def recent(self) -> float:
-        """Seconds per batch since the last call."""
+        """Seconds of waiting per batch since the last call."""
         seconds = self.seconds - self.reported_seconds
         batches = self.batches - self.reported_batches
         self.reported_seconds, self.reported_batches = self.seconds, self.batches
         return seconds / max(batches, 1)
 
     def is_long(self, seconds: float) -> bool:
-        """Whether an epoch that took `seconds` spent too much of them waiting for data."""
+        """Whether an epoch of this many seconds spent too many of them waiting for data."""
         waited = self.seconds - self.first
         is_large_share = waited > LONG_WAIT_SHARE * (seconds - self.first)
         return waited > LONG_WAIT_SECONDS and is_large_share
 
 
 class Rules(NamedTuple):
-    """The flags that say how far a run goes and how often it logs, evaluates and saves."""
+    """The flags that decide where a run ends and how often it logs, evaluates and saves."""
 
     epochs: int
     log_every: int  # steps
-    save_steps: int  # 0: only after epochs
+    save_steps: int  # steps; 0 saves only after epochs
     max_steps: int | None = None
     eval_every: int = 1  # epochs
 
@@ -88,12 +88,12 @@ class Rules(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a run reads."""
+    """The loaders of a run, and its unreadable images."""
 
     train_loader: loaders.Loader
     val_loader: loaders.Loader
     total_batch: int  # images of all ranks per step
-    bad_images: BadImages | None = None  # with `--skip-corrupt`
+    bad_images: BadImages | None = None  # None without `--skip-corrupt`
 
     @property
     def steps(self) -> int:
@@ -102,17 +102,17 @@ class Data(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Where a run writes."""
+    """Where a run prints and saves."""
 
     log: RunLog
-    folder: RunFolder | None  # on rank 0, if there is an output folder
-    is_kept: bool  # whether there is an output folder
+    folder: RunFolder | None  # None on ranks other than 0, and without `--output-dir`
+    is_kept: bool  # whether the run has an output folder; equal on all ranks
     draw_picture: Callable[[int], torch.Tensor | None]  # epoch -> picture of a mixed batch
 
 
 @dataclass
 class Run:
-    """A run under way: what is trained, on what, how far it is, and where that is written."""
+    """A run with everything that it needs: rules, model, data, progress and output."""
 
     rules: Rules
     training: engine.Training
@@ -137,7 +137,7 @@ class Run:
             except Stopped:
                 self.save()
                 where = f"epoch {self.progress.epoch}, step {self.progress.step}"
-                reason = self.agreement.reason or "another process was asked to"
+                reason = self.agreement.reason or "requested by another rank"
                 self.output.log.say(
                     f"stopped at {where} ({reason}); resume with the same command and --auto-resume"
                 )
@@ -149,7 +149,11 @@ class Run:
         return self.rules.max_steps is not None and self.progress.step >= self.rules.max_steps
 
     def run_epoch(self) -> None:
-        """Trains what is left of this epoch, evaluates, and saves."""
+        """Trains the rest of the current epoch, evaluates, and saves a checkpoint.
+
+        Raises:
+            Stopped: all ranks have agreed to stop, and no checkpoint is saved yet.
+        """
         progress, groups = self.progress, self.training.optimizer.param_groups
         if progress.samples == 0 or progress.first_rate is None:
             progress.first_rate = groups[0]["lr"]
@@ -173,16 +177,15 @@ class Run:
         self.share_bad_images()
         images = (progress.step - done) * self.data.total_batch
         seconds = time.perf_counter() - began
-        figures = self.read_meters(seconds)
+        means = self.read_meters(seconds)
+        trained = [p for p in self.training.module.parameters() if p.requires_grad]
         stats = {
             "epoch": progress.epoch,
             "lr": progress.first_rate,
-            **{f"train_{name}": value for name, value in figures.items()},
+            **{f"train_{name}": value for name, value in means.items()},
             "train_images_per_second": images / seconds,
             **(self.evaluate() if self.is_evaluated else {}),
-            "n_parameters": sum(
-                p.numel() for p in self.training.module.parameters() if p.requires_grad
-            ),
+            "n_parameters": sum(p.numel() for p in trained),
             "skipped_steps": int(self.training.nonfinite.reported),
             "peak_memory_mb": utils.peak_memory_mb(self.training.processes.device),
         }
@@ -190,28 +193,38 @@ class Run:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the epoch under way ends with an evaluation."""
+        """Whether the current epoch ends with an evaluation."""
         done = self.progress.epoch + 1
         return done % self.rules.eval_every == 0 or done == self.rules.epochs or self.at_last_step
 
     def evaluate(self) -> dict[str, float]:
+        """The figures of the validation images, under the names of `log.txt`.
+
+        Raises:
+            Stopped: all ranks have agreed to stop.
+        """
         loader = self.data.val_loader
         stoppable = StoppableLoader(self.agreement, loader, loaders.largest_share(loader))
         return engine.evaluate_all(self.training, stoppable)
 
     def read_meters(self, seconds: float) -> dict[str, float]:
-        """The epoch's means over all ranks. Warns once per run of long waits for data."""
+        """The epoch's means over all ranks. Warns about long waits for data, once per run.
+
+        Args:
+            seconds: how long the training of this epoch took.
+        """
         timed, meters = self.timed, self.progress.meters.copy()
         meters.update(timed.batches, data_wait=timed.mean() * self.training.accum_steps)
         if timed.is_long(seconds) and not self.has_warned_of_waits:
             self.has_warned_of_waits = True
             self.output.log.say(
-                f"warning: {timed.seconds / seconds:.0%} of this epoch's time went by waiting for "
-                "data; raise --num-workers, or see --decoder, --resize and --randaugment"
+                f"warning: {timed.seconds / seconds:.0%} of this epoch's time was spent waiting "
+                "for data; raise --num-workers, or see --decoder, --resize and --randaugment"
             )
         return meters.reduce(self.training.processes).read()
 
     def on_log(self, step: int, means: dict[str, float], warning: str | None) -> None:
+        """Prints a warning and the means since the last logging step, if there are any."""
         if warning is not None:
             self.output.log.say(f"warning: {warning}")
         if means:
@@ -222,7 +235,7 @@ class Run:
             self.output.log.scalars(step, values)
 
     def after_step(self, batches: list[Batch]) -> bool:
-        """Counts a step and saves if that is due. Returns whether all ranks stop."""
+        """Counts a step, and saves a checkpoint if one is due. Returns whether to stop now."""
         progress, every = self.progress, self.rules.save_steps
         progress.step += 1
         progress.samples += self.data.total_batch
@@ -234,14 +247,17 @@ class Run:
         return agreed.stop or self.at_last_step
 
     def count_bad_images(self, batch: Batch) -> int:
-        """How many images of a batch are newly known to be unreadable on this rank."""
+        """How many images of a batch are unreadable and were not known as such on this rank."""
         if self.data.bad_images is None or batch.replaced is None:
             return 0
         return self.data.bad_images.add(batch.indices, batch.replaced)
 
     def share_bad_images(self) -> None:
-        """Tells all ranks which images cannot be read, reports new ones once, and stops the run if
-        there are too many."""
+        """Gathers the unreadable images of all ranks, and warns about those that are new.
+
+        Raises:
+            InputError: too many images cannot be read.
+        """
         bad = self.data.bad_images
         if bad is None:
             return
@@ -252,17 +268,20 @@ class Run:
         bad.stop_if_too_many()
 
     def end_epoch(self, stats: dict[str, Any]) -> None:
-        """Logs and saves what the epoch came to, whole or cut short by `--max-steps`."""
+        """Logs the values of an epoch and saves a checkpoint.
+
+        If `--max-steps` has cut the epoch short, the checkpoint is within the epoch, so that a run
+        with more steps resumes there.
+        """
         progress, log = self.progress, self.output.log
         log.epoch(stats)
         if progress.samples < self.data.steps * self.data.total_batch:
-            log.say(
-                f"ended in epoch {progress.epoch} after {progress.step} steps, as --max-steps says"
-            )
-            self.save("checkpoint.pth")  # within the epoch, so that a longer run resumes there
+            steps = progress.step
+            log.say(f"ended in epoch {progress.epoch} after {steps} steps because of --max-steps")
+            self.save("checkpoint.pth")
             return
         self.schedule.after_epoch(progress.epoch)
-        acc1 = stats.get("test_acc1", -1.0)  # below any, where it was not evaluated
+        acc1 = stats.get("test_acc1", -1.0)  # without evaluation, lower than any accuracy
         is_best = acc1 >= progress.best_acc1
         progress.best_acc1 = max(progress.best_acc1, acc1)
         result = "not evaluated"
@@ -274,7 +293,7 @@ class Run:
         self.save("checkpoint.pth", *(["best_checkpoint.pth"] if is_best else []))
 
     def save_picture(self) -> None:
-        """Draws the epoch's mixed batch into the output folder and TensorBoard."""
+        """Saves the epoch's picture of a mixed batch to the output folder and TensorBoard."""
         if self.output.folder is None:
             return
         picture = self.output.draw_picture(self.progress.epoch)
@@ -283,16 +302,16 @@ class Run:
             self.output.log.picture("mixing", picture, self.progress.epoch)
 
     def save(self, *names: str) -> None:
-        """Writes a checkpoint of the run as it is now; all ranks call it.
+        """Writes a checkpoint of the current state. All ranks call it.
 
         Args:
-            names: files in the output folder that stand for this checkpoint too.
+            names: further names of this checkpoint in the output folder.
         """
         if not self.output.is_kept:
             return
-        if self.progress.samples and not loaders.can_start_within(self.data.train_loader):
+        if self.progress.samples and not loaders.can_start_mid_epoch(self.data.train_loader):
             self.output.log.say(
-                "a stream cannot be resumed in the middle of an epoch: nothing is saved now"
+                "a stream cannot be resumed in the middle of an epoch: no checkpoint is saved now"
             )
             return
         self.share_bad_images()
@@ -302,7 +321,7 @@ class Run:
         self.write_status("running")
 
     def write_status(self, status: str) -> None:
-        """Writes `status.json`: `running`, `done` or `preempted`, and how far the run is."""
+        """Writes `status.json`: `running`, `done` or `preempted`, with epoch and step."""
         if self.output.folder is not None:
             epoch, step = self.progress.epoch, self.progress.step
             self.output.folder.status(status, epoch=epoch, step=step)

@@ -1,10 +1,7 @@
-"""The picture of one mixed batch: who gave which region to whom, and what the guide was looking at.
+"""Pictures of a mixed batch: sources, targets, scores, regions and mixed images.
 
-Level 2: knows `MixedBatch` and pixels and draws with Pillow; only `save_png` writes a file. It must
-not know which method mixed, how a model is built, or training.
-
-Letters: B batch, K classes, N = rows * columns image tokens. Image i is the target and image B - 1
-- i the source.
+Letters: B batch, K classes, N = rows * columns image tokens. Image i of a batch is the target, and
+image B - 1 - i its source.
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset, IterableDataset
 
 from mixers.interface import MixedBatch, Regions
@@ -33,34 +31,27 @@ Color = tuple[int, int, int]
 SMALLEST_PANEL = 160  # pixels; smaller images are enlarged
 GAP = 8  # pixels between panels and around them
 OUTLINE = 3  # pixels
-PAPER, INK, HALO = (255, 255, 255), (32, 32, 32), (0, 0, 0)
-SOURCE_COLOR, TARGET_COLOR = (
-    (255, 96, 32),
-    (255, 255, 255),
-)  # of the outlines; neither is on the heat map's scale
-HEAT = (
-    (68, 1, 84),
-    (59, 82, 139),
-    (33, 145, 140),
-    (94, 201, 98),
-    (253, 231, 37),
-)  # viridis at 0, 1/4, ..., 1
-HEAT_SHARE = 0.6  # of a heat map laid over its image
+BACKGROUND, TEXT_COLOR, OUTLINE_EDGE = (255, 255, 255), (32, 32, 32), (0, 0, 0)
+# Colours of the outlines. Neither is a colour of the heat map.
+SOURCE_COLOR, TARGET_COLOR = (255, 96, 32), (255, 255, 255)
+# Colours of the heat map: viridis at 0, 1/4, ..., 1.
+HEAT_COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+HEAT_OPACITY = 0.6  # of a heat map over its image
 TITLES_WITH_REGIONS = ("source", "source: most attended", "target: least attended", "mixed")
 TITLES = ("source", "target", "mixed")
-TRIES = 16  # samples looked at for each one taken
+TRIES = 16  # samples that are read to find one of a new class
 
 
-# ---------------------------------------------------------------------------- what there is to show
+# -------------------------------------------------------------------------------- pairs and samples
 
 
 class Pair(NamedTuple):
-    """One row of the picture, in words and numbers."""
+    """The texts and numbers of one row of the picture."""
 
-    source: str
-    target: str
-    lam: float | None  # the source's share; None where nothing was mixed
-    region: str | None  # size of the pasted region
+    source: str  # class name
+    target: str  # class name
+    lam: float | None  # share of the source; None if the pair is not mixed
+    region: str | None  # size of the pasted region; None for a mixer without regions
 
     @property
     def share(self) -> str:
@@ -72,7 +63,7 @@ class Pair(NamedTuple):
 
     @property
     def captions(self) -> list[str]:
-        """What stands below the panels, one text each."""
+        """The texts below the panels, one for each panel."""
         return [self.source, *([self.region] if self.region else []), self.target, self.share]
 
     def __str__(self) -> str:
@@ -83,13 +74,12 @@ class Pair(NamedTuple):
 def describe_pairs(
     batch: MixedBatch, labels: Tensor, class_names: Sequence[str], grid_size: tuple[int, int]
 ) -> list[Pair]:
-    """Every pair of a batch once, the first half of the batch as targets; the middle of an odd
-    batch is its own source.
+    """Each pair of a batch once: targets are its first half, with the middle image of an odd batch.
 
     Args:
-        labels: (B,) int64, of the clean images.
+        labels: (B,) int64, labels of the clean images.
         class_names: one per label.
-        grid_size: the token grid (rows, columns) that `batch.regions` counts in.
+        grid_size: the token grid (rows, columns), the unit of `batch.regions`.
     """
     region = None
     if batch.regions is not None:
@@ -101,12 +91,14 @@ def describe_pairs(
 
 
 def spread_samples(samples: Dataset[tuple[Tensor, int]], count: int) -> tuple[Tensor, Tensor]:
-    """`count` fixed samples from all over a data set, of different classes where they are near; of
-    a stream the first.
+    """`count` samples that are spread evenly over a data set, always the same ones.
+
+    They have different classes if `TRIES` samples from each place contain a new class. The samples
+    of a stream are its first ones.
 
     Args:
         samples: index -> (image (3, H, W), label), or an iterable of these.
-        count: fewer are given if the data set has fewer.
+        count: number of samples; a smaller data set gives all that it has.
 
     Returns:
         Images (count, 3, H, W) and labels (count,) int64.
@@ -118,25 +110,25 @@ def spread_samples(samples: Dataset[tuple[Tensor, int]], count: int) -> tuple[Te
         edges = [length * i // count for i in range(count + 1)]
         taken = []
         for start, end in pairwise(edges):
-            seen = {label for _, label in taken}
-            found = (samples[index] for index in range(start, min(end, start + TRIES)))
-            new = next((sample for sample in found if sample[1] not in seen), None)
+            classes = {label for _, label in taken}
+            tried = (samples[index] for index in range(start, min(end, start + TRIES)))
+            new = next((sample for sample in tried if sample[1] not in classes), None)
             if new is not None or start < end:
                 taken.append(new or samples[start])
     return torch.stack([image for image, _ in taken]), torch.tensor([label for _, label in taken])
 
 
-# ---------------------------------------------------------------------------------- how it is shown
+# ------------------------------------------------------------------------------- layout and drawing
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies on the page, in pixels. Places are (x, y) of a top left corner, as
-    Pillow counts.
+    """The positions on the page, in pixels: (x, y) of a top left corner, as in Pillow.
 
     Args:
         image_size: height and width of the images.
-        rows, columns: of panels.
+        rows: number of rows of panels.
+        columns: number of columns of panels.
     """
 
     image_size: tuple[int, int]
@@ -145,12 +137,12 @@ class Layout:
 
     @property
     def scale(self) -> int:
-        """Whole, so that nearest neighbour keeps every pixel a square."""
+        """Enlargement of the images, a whole number, so that each pixel stays a square."""
         return max(1, math.ceil(SMALLEST_PANEL / min(self.image_size)))
 
     @property
     def panel(self) -> tuple[int, int]:
-        """Height and width."""
+        """Height and width of a panel."""
         return self.image_size[0] * self.scale, self.image_size[1] * self.scale
 
     @cached_property
@@ -159,16 +151,17 @@ class Layout:
 
     @property
     def line(self) -> int:
-        """Height of a line of text with the space around it."""
+        """Height of a line of text, with the space around it."""
         return 2 * int(self.font.size) + GAP // 2
 
     @property
     def page(self) -> tuple[int, int]:
-        """Width and height."""
+        """Width and height of the page."""
         height, width = self.panel
         return GAP + self.columns * (width + GAP), self.line + self.rows * (height + self.line)
 
     def corner(self, row: int, column: int) -> tuple[int, int]:
+        """(x, y) of the top left corner of a panel."""
         height, width = self.panel
         return GAP + column * (width + GAP), self.line + row * (height + self.line)
 
@@ -180,8 +173,13 @@ class Layout:
         size: Sequence[int],
         grid_size: tuple[int, int],
     ) -> tuple[int, int, int, int]:
-        """First and last pixels (x0, y0, x1, y1) of a window whose top left grid cell is
-        `cells`."""
+        """The first and last pixels (x0, y0, x1, y1) of a window in a panel.
+
+        Args:
+            cells: row and column of the window's top left grid cell.
+            size: rows and columns of the window, in grid cells.
+            grid_size: rows and columns of the grid.
+        """
         x, y = self.corner(row, column)
         cell_height, cell_width = self.panel[0] // grid_size[0], self.panel[1] // grid_size[1]
         top, left = y + cells[0] * cell_height, x + cells[1] * cell_width
@@ -189,99 +187,98 @@ class Layout:
 
 
 def heat_colors(heat: Tensor) -> Tensor:
-    """Values in 0..1 of any shape as colours (..., 3) float32 in 0..255, by interpolation between
-    those of `HEAT`."""
-    anchors = torch.tensor(HEAT, dtype=torch.float32)
-    place = heat.float().clamp(0, 1) * (len(anchors) - 1)
-    below = place.long().clamp(max=len(anchors) - 2)
-    return torch.lerp(anchors[below], anchors[below + 1], (place - below)[..., None])
+    """Colours of a heat map, interpolated between those of `HEAT_COLORS`.
+
+    Args:
+        heat: values in 0..1, of any shape.
+
+    Returns:
+        (..., 3) float32 in 0..255.
+    """
+    anchors = torch.tensor(HEAT_COLORS, dtype=torch.float32)
+    position = heat.float().clamp(0, 1) * (len(anchors) - 1)
+    below = position.long().clamp(max=len(anchors) - 2)
+    return torch.lerp(anchors[below], anchors[below + 1], (position - below)[..., None])
 
 
 def overlay_heat(image: Tensor, scores: Tensor) -> Tensor:
-    """An image in grey under its attention in colour, one flat cell for each token, from its own
-    least to its most.
+    """A grey image under the heat map of its scores, with one cell of one colour for each token.
+
+    The colours go from the lowest to the highest score of this image.
 
     Args:
         image: (3, H, W) uint8.
         scores: (rows, columns) float.
+
+    Returns:
+        (3, H, W) uint8.
     """
     span = scores.amax() - scores.amin()
     heat = (scores - scores.amin()) / span.clamp(min=torch.finfo(torch.float32).tiny)
-    cells = torch.nn.functional.interpolate(
-        heat[None, None].float(), image.shape[1:], mode="nearest"
-    )[0, 0]
+    heat = heat[None, None].float()  # (1, 1, rows, columns)
+    cells = functional.interpolate(heat, image.shape[1:], mode="nearest")[0, 0]  # (H, W)
     colors = heat_colors(cells).permute(2, 0, 1)  # (3, H, W)
-    grey = (image.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(
-        dim=0, keepdim=True
-    )
-    return torch.lerp(grey.expand_as(colors), colors, HEAT_SHARE).round().to(torch.uint8)
+    luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    grey = (image.float() * luma).sum(dim=0, keepdim=True)  # (1, H, W)
+    return torch.lerp(grey.expand_as(colors), colors, HEAT_OPACITY).round().to(torch.uint8)
 
 
 def fit_text(text: str, font: Any, width: int) -> str:
-    """`text`, or as much of its beginning as `width` pixels hold, with an ellipsis."""
+    """`text`, cut and with an ellipsis if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
-    end = next(
-        (
-            end
-            for end in range(len(text), 0, -1)
-            if font.getlength(text[:end].rstrip() + "…") <= width
-        ),
-        0,
-    )
-    return text[:end].rstrip() + "…"
+    for end in range(len(text), 0, -1):
+        cut = text[:end].rstrip() + "…"
+        if font.getlength(cut) <= width:
+            return cut
+    return "…"
 
 
 class Page:
-    """A picture while it is drawn."""
+    """The picture that is drawn."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.image = Image.new("RGB", layout.page, PAPER)
+        self.image = Image.new("RGB", layout.page, BACKGROUND)
         self.draw = ImageDraw.Draw(self.image)
 
     def text(self, row: int, column: int, text: str) -> None:
-        """A line below a panel, nearer to it than to the next one; row -1 is the line of titles."""
+        """Draws a line below a panel, nearer to it than to the next one; row -1 is for titles."""
         layout = self.layout
         x, y = layout.corner(row + 1, column)
-        nearer = GAP // 4 if row < 0 else -GAP // 4
-        place = (x + layout.panel[1] // 2, y - layout.line // 2 + nearer)
-        self.draw.text(
-            place, fit_text(text, layout.font, layout.panel[1]), INK, layout.font, anchor="mm"
-        )
+        shift = GAP // 4 if row < 0 else -GAP // 4
+        center = (x + layout.panel[1] // 2, y - layout.line // 2 + shift)
+        fitted = fit_text(text, layout.font, layout.panel[1])
+        self.draw.text(center, fitted, TEXT_COLOR, layout.font, anchor="mm")
 
     def panel(self, row: int, column: int, image: Tensor) -> None:
-        """An image (3, H, W) uint8, enlarged."""
+        """Draws an image (3, H, W) uint8, enlarged."""
         height, width = self.layout.panel
         small = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         large = small.resize((width, height), Image.Resampling.NEAREST)
         self.image.paste(large, self.layout.corner(row, column))
 
     def fill(self, row: int, images: Sequence[Tensor], captions: Sequence[str]) -> None:
-        """Panels from left to right with a line below each."""
+        """Draws the panels of one row from left to right, with a line of text below each."""
         for column, (image, caption) in enumerate(zip(images, captions, strict=True)):
             self.panel(row, column, image)
             self.text(row, column, caption)
 
     def outline(self, window: tuple[int, int, int, int], color: Color) -> None:
-        """A frame just inside the window's pixels, between dark lines so that it is seen on any
-        ground."""
+        """Draws a frame just inside the window, between dark lines, visible on any image."""
         x0, y0, x1, y1 = window
-        self.draw.rectangle(window, outline=HALO, width=OUTLINE + 2)
+        self.draw.rectangle(window, outline=OUTLINE_EDGE, width=OUTLINE + 2)
         self.draw.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), outline=color, width=OUTLINE)
 
     def regions(self, row: int, regions: Regions, grid_size: tuple[int, int]) -> None:
-        """The frames of one row: taken from the source, given up by the target, and pasted."""
+        """Draws the frames of one row: the region in source, target and mixed image."""
         source, target = regions.source_corners[row].tolist(), regions.target_corners[row].tolist()
-        for column, cell, color in (
-            (1, source, SOURCE_COLOR),
-            (2, target, TARGET_COLOR),
-            (3, target, SOURCE_COLOR),
-        ):
+        frames = (1, source, SOURCE_COLOR), (2, target, TARGET_COLOR), (3, target, SOURCE_COLOR)
+        for column, cell, color in frames:
             self.outline(self.layout.window(row, column, cell, regions.size, grid_size), color)
 
     def tensor(self) -> Tensor:
-        """(3, height, width) uint8."""
+        """The picture as (3, height, width) uint8."""
         return torch.from_numpy(np.array(self.image)).permute(2, 0, 1).contiguous()
 
 
@@ -294,15 +291,15 @@ def mixing_picture(
     class_names: Sequence[str],
     grid_size: tuple[int, int],
 ) -> Tensor:
-    """Rows of source, source's attention, target's attention and mixed image, the regions outlined;
-    one row per pair.
+    """The picture of a mixed batch, with one row per pair.
 
-    Without regions (CutMix, Mixup) the rows are source, target and mixed image.
+    A row has the source, the scores of source and target, and the mixed image, with the outlines of
+    the regions. For a mixer without regions (CutMix, Mixup) it has source, target and mixed image.
 
     Args:
-        images: (B, 3, H, W), normalised, as the mixer got them.
-        batch: what the mixer made of them.
-        labels: (B,) int64.
+        images: (B, 3, H, W), the normalised clean images.
+        batch: the mixer's result for these images.
+        labels: (B,) int64, labels of the clean images.
         spec: how the images were normalised.
         class_names: one per label.
         grid_size: the model's token grid (rows, columns).
@@ -312,21 +309,21 @@ def mixing_picture(
     """
     clean, mixed = denormalise(images, spec).cpu(), denormalise(batch.images, spec).cpu()
     pairs, regions = describe_pairs(batch, labels, class_names, grid_size), batch.regions
-    looked = clean
+    with_heat = clean
     if batch.image_attention is not None:
         scores = batch.image_attention.detach().cpu().unflatten(1, grid_size)  # (B, rows, columns)
-        looked = torch.stack(
-            [overlay_heat(*one) for one in zip(clean, scores, strict=True)]
-        )  # (B, 3, H, W)
+        overlays = [overlay_heat(*one) for one in zip(clean, scores, strict=True)]
+        with_heat = torch.stack(overlays)  # (B, 3, H, W)
     titles = TITLES if regions is None else TITLES_WITH_REGIONS
     page = Page(Layout((images.shape[2], images.shape[3]), len(pairs), len(titles)))
     for column, title in enumerate(titles):
         page.text(-1, column, title)
     for row, pair in enumerate(pairs):
-        sources = [clean[-1 - row]] if regions is None else [clean[-1 - row], looked[-1 - row]]
-        target = clean[row] if regions is None else looked[row]
-        page.fill(row, [*sources, target, mixed[row]], pair.captions)
-        if regions is not None:
+        if regions is None:
+            page.fill(row, [clean[-1 - row], clean[row], mixed[row]], pair.captions)
+        else:
+            panels = [clean[-1 - row], with_heat[-1 - row], with_heat[row], mixed[row]]
+            page.fill(row, panels, pair.captions)
             page.regions(row, regions, grid_size)
     return page.tensor()
 
@@ -339,11 +336,13 @@ def side_by_side(
     spec: ImageSpec,
     class_names: Sequence[str],
 ) -> Tensor:
-    """Rows of source, target and what each method makes of them; one row per pair. Arguments as in
-    `mixing_picture`.
+    """The pictures of several mixers side by side, with one row per pair.
+
+    A row has the source, the target and the mixed image of each mixer. The other arguments are
+    those of `mixing_picture`.
 
     Args:
-        batches: by the name of the method.
+        batches: name of the mixer -> its mixed batch.
 
     Returns:
         (3, height, width) uint8, on the CPU.
@@ -356,18 +355,17 @@ def side_by_side(
     for column, title in enumerate(titles):
         page.text(-1, column, title)
     for row, pairs in enumerate(zip(*shares, strict=True)):
-        panels = [clean[-1 - row], clean[row], *(made[row] for made in mixed)]
-        page.fill(
-            row, panels, [pairs[0].source, pairs[0].target, *(pair.short_share for pair in pairs)]
-        )
+        panels = [clean[-1 - row], clean[row], *(mixed_images[row] for mixed_images in mixed)]
+        captions = [pairs[0].source, pairs[0].target, *(pair.short_share for pair in pairs)]
+        page.fill(row, panels, captions)
     return page.tensor()
 
 
 def save_png(picture: Tensor, path: str | Path) -> None:
-    """Writes (3, height, width) uint8 as a PNG file, whole or not at all.
+    """Writes a picture (3, height, width) uint8 to a PNG file, atomically.
 
     Raises:
-        InputError: the folder cannot be written, or the disk is full.
+        InputError: the folder is not writable, or the disk is full.
     """
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
     write_atomically(Path(path), lambda stream: image.save(stream, format="PNG", optimize=True))

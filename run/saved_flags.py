@@ -1,7 +1,6 @@
-"""Saved flags of a run beside those of a command line: which may differ, and what is said where
-they may not.
+"""Compares the flags in a checkpoint with those of a command line.
 
-Level 1: imports `utils` only. It must not know what a flag does, nor what else a checkpoint holds.
+It defines which flags may differ when a run is evaluated or resumed.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from typing import Any
 
 from utils import InputError
 
-# Evaluation may be asked for elsewhere, on other images or in another precision; the rest makes the
-# model what it is.
+# Evaluation may run on another machine, on other images or in another precision. The other flags
+# define the model.
 FREE_IN_EVALUATION = {
     "eval",
     "resume",
@@ -29,7 +28,8 @@ FREE_IN_EVALUATION = {
     "nb_classes",
     "eval_crop_ratio",
 }
-OF_ONE_CALL = {
+# Flags that evaluation never takes from the checkpoint.
+NOT_FROM_CHECKPOINT = {
     "eval",
     "resume",
     "output_dir",
@@ -39,9 +39,9 @@ OF_ONE_CALL = {
     "auto_resume",
     "finetune",
 }
-# What may differ when a run is gone on with: none of it changes what is learned. The total batch is
-# looked at apart.
-FREE_ON_RESUME = (OF_ONE_CALL - {"amp"}) | {
+# Flags that may differ when a run is resumed, because they do not change what it learns.
+# `run.state.keep_total_batch` checks the total batch.
+FREE_ON_RESUME = (NOT_FROM_CHECKPOINT - {"amp"}) | {
     "start_epoch",
     "log_every",
     "pin_mem",
@@ -67,56 +67,70 @@ FREE_ON_RESUME = (OF_ONE_CALL - {"amp"}) | {
 
 
 def flags_for_evaluation(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a run with those of an evaluation's command line over them.
+    """The flags of a run, updated with those of the evaluation's command line.
+
+    Args:
+        saved: the flags in the checkpoint.
+        given: the flags on the command line.
 
     Raises:
-        InputError: one that was given contradicts what the checkpoint is.
+        InputError: a given flag contradicts the checkpoint.
     """
     for name, value in given.items():
         if name not in FREE_IN_EVALUATION and not same_value(saved.get(name), value):
             raise InputError(
                 f"--{name.replace('_', '-')} {value}: --eval takes this from the checkpoint, which "
-                "has "
-                f"{saved.get(name)}; leave the flag out"
+                f"has {saved.get(name)}; leave the flag out"
             )
-    return {**{name: value for name, value in saved.items() if name not in OF_ONE_CALL}, **given}
+    kept = {name: value for name, value in saved.items() if name not in NOT_FROM_CHECKPOINT}
+    return {**kept, **given}
 
 
 def accepts(accepted: Collection[str], name: str) -> bool:
-    return bool({word.lstrip("-").replace("-", "_") for word in accepted} & {name, "all"})
+    """Whether `--accept-changes` has the flag `name` or `all`. Both spellings of a flag count."""
+    return bool({flag.lstrip("-").replace("-", "_") for flag in accepted} & {name, "all"})
 
 
 def check_settings(
     saved: Mapping[str, Any], wanted: Mapping[str, Any], source: str, accepted: Collection[str]
 ) -> None:
-    """Refuses settings that differ from those a run was begun with, unless they are accepted by
-    name."""
+    """Compares the settings of a resumed run with those in its checkpoint.
+
+    Args:
+        saved: the flags in the checkpoint.
+        wanted: the flags of this run.
+        source: the path of the checkpoint, for messages.
+        accepted: names of flags that may differ, or `all`.
+
+    Raises:
+        InputError: a setting differs that must not, or another optimizer is chosen.
+    """
     changed = {
         name: f"--{name.replace('_', '-')} {short(saved[name])} -> {short(value)}"
         for name, value in wanted.items()
-        if name in saved
-        and name not in FREE_ON_RESUME
-        and not same_value(saved[name], value)
-        and not (
-            name == "motivator" and {saved[name], value}.isdisjoint({"self", "ema"})
-        )  # a network may move
+        if name in saved and name not in FREE_ON_RESUME and not _is_same(name, saved[name], value)
     }
     if "opt" in changed:
         raise InputError(
-            f"{source}: {changed['opt']}: one optimizer cannot go on with another's state"
+            f"{source}: {changed['opt']}: an optimizer cannot use the state of another one"
         )
     if refused := [name for name in changed if not accepts(accepted, name)]:
         flags = " ".join(name.replace("_", "-") for name in refused)
         raise InputError(
-            f"{source}: the run was begun with other settings: "
-            f"{', '.join(changed[name] for name in refused)}; "
-            f"to go on with the new ones add --accept-changes {flags}, or choose another "
-            "--output-dir"
+            f"{source}: the run was started with other settings: "
+            f"{', '.join(changed[name] for name in refused)}; to resume with the new ones add "
+            f"--accept-changes {flags}, or choose another --output-dir"
         )
 
 
+def _is_same(name: str, saved: Any, wanted: Any) -> bool:
+    """Whether two values of a flag mean the same. The file of a motivator may have moved."""
+    is_file = name == "motivator" and {saved, wanted}.isdisjoint({"self", "ema"})
+    return is_file or same_value(saved, wanted)
+
+
 def same_value(one: Any, other: Any) -> bool:
-    """Equality that takes tuples for lists and one side for a square."""
+    """Equality in which tuples equal lists, and one side equals a square with that side."""
     as_list = [list(value) if isinstance(value, (list, tuple)) else value for value in (one, other)]
     if all(isinstance(value, list) and len(value) in (1, 2) for value in as_list):
         as_list = [value * 2 if len(value) == 1 else value for value in as_list]
@@ -124,5 +138,6 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 def short(value: Any, limit: int = 80) -> str:
+    """`value` as text, cut to `limit` characters."""
     text = str(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,7 +1,6 @@
-"""What the checkpoint of a run holds, and going on from one.
+"""The content of a run's checkpoint: how it is collected, checked, and loaded to resume the run.
 
-Plain data only; writing and checked reading are in `storage/checkpoints.py`. Decides nothing about
-training.
+`storage/checkpoints.py` writes and reads the file.
 """
 
 from __future__ import annotations
@@ -25,32 +24,46 @@ from training.nonfinite import NonFiniteLoss
 from training.optim import load_optimizer
 from utils import InputError, Processes, StopRun
 
+# The parts without which a run cannot be resumed. Besides these it needs `ema`, which may be None.
+NEEDED = (
+    "args",
+    "model_config",
+    "data",
+    "model",
+    "optimizer",
+    "scaler",
+    "epoch",
+    "step",
+    "best_acc1",
+)
+
 
 @dataclass
 class Progress:
     """How far a run has come."""
 
-    epoch: int = 0  # number of the epoch that comes next, or is under way
+    epoch: int = 0  # number of the current epoch, or of the next one between epochs
     step: int = 0  # number of the next optimizer step
-    samples: int = 0  # images of all ranks that are done in this epoch
+    samples: int = 0  # images of this epoch that all ranks together have used
     best_acc1: float = 0.0  # percent
     first_rate: float | None = None  # learning rate at the beginning of this epoch
-    meters: Meters = field(default_factory=Meters)  # of this rank, over this epoch
-    bad_images: list[int] = field(default_factory=list)  # those replaced so far, on any rank
+    meters: Meters = field(default_factory=Meters)  # means of this rank over this epoch
+    bad_images: list[int] = field(default_factory=list)  # unreadable images found on any rank
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is, as opposed to how far it has come.
+    """The settings of a run, which do not change while it trains.
 
     Args:
         args: the resolved flags.
         model_config: keywords of `models.build.build_model`.
-        data: `class_names` and `image_spec` (see `pipeline.spec.ImageSpec`), all that evaluation
-            needs to know, and the training images' number and `pipeline.images.Images.fingerprint`.
-        versions: of the libraries, and the commit.
-        asked: `batch_size` and `accum_steps` of the command line, from which `args` has what this
-            world size makes of them.
+        data: `class_names` and `image_spec` (see `pipeline.spec.ImageSpec`), which evaluation
+            needs; `num_images` and `fingerprint` of the training images (see
+            `pipeline.images.Images.fingerprint`).
+        versions: versions of the libraries and of this code.
+        asked: `batch_size` and `accum_steps` of the command line. Those in `args` may differ, if
+            the run was resumed with another number of processes.
     """
 
     args: dict[str, Any]
@@ -61,10 +74,10 @@ class Identity:
 
 
 def is_own_checkpoint(checkpoint: dict[str, Any]) -> bool:
-    """Whether `save` wrote it: then it says itself which model and which input it is for.
+    """Whether `save` wrote this checkpoint; such a checkpoint describes its model and input.
 
     Raises:
-        InputError: it did, but in a form of another version, or the file has been altered.
+        InputError: `save` wrote it, but its format is another one or the file was altered.
     """
     if not {"format", "model_config", "data", "model", "ema", "args"} <= checkpoint.keys():
         return False
@@ -72,12 +85,7 @@ def is_own_checkpoint(checkpoint: dict[str, Any]) -> bool:
         raise InputError(
             f"the checkpoint has format {checkpoint['format']}, this version reads format {FORMAT}"
         )
-    parts = [
-        checkpoint["args"],
-        checkpoint["model_config"],
-        checkpoint["data"],
-        checkpoint["model"],
-    ]
+    parts = [checkpoint[name] for name in ("args", "model_config", "data", "model")]
     if not all(isinstance(part, dict) and part for part in parts):
         raise InputError(
             "the checkpoint's args, model_config, data or model is damaged: use another checkpoint"
@@ -88,58 +96,63 @@ def is_own_checkpoint(checkpoint: dict[str, Any]) -> bool:
 def find(
     output_dir: str, given: str, automatic: bool, read: ReadCheckpoint = load_checkpoint
 ) -> tuple[str, list[str]]:
-    """The checkpoint to go on from: with `automatic` the output folder's newest sound one, else the
-    one given, or "".
+    """Chooses the checkpoint from which a run is resumed.
+
+    Args:
+        output_dir: `--output-dir`.
+        given: `--resume`.
+        automatic: `--auto-resume`: choose the newest undamaged checkpoint in the output folder.
 
     Returns:
-        Its path, and what is to be said of others: newer ones that are damaged, one that was given.
+        The path, or "" for a new run, and warnings about checkpoints that are not used: newer ones
+        that are damaged, and `given`.
 
     Raises:
-        InputError: the output folder holds a run that would not be gone on with, or nothing but
-            damaged checkpoints; none is ever overwritten.
+        InputError: the output folder holds another run, or only damaged checkpoints. They are
+            never overwritten.
     """
-    there = candidates(Path(output_dir)) if output_dir else []
+    paths = candidates(Path(output_dir)) if output_dir else []
     is_own = bool(given) and Path(output_dir).resolve() in Path(given).resolve().parents
-    if not there or (is_own and not automatic):
+    if not paths or (is_own and not automatic):
         return given, []
     if not automatic:
-        advice = "" if given else "add --auto-resume to go on with it, or "
+        advice = "" if given else "add --auto-resume to resume it, or "
         raise InputError(
-            f"--output-dir {output_dir} already holds a run ({there[0]}): {advice}choose another "
+            f"--output-dir {output_dir} already holds a run ({paths[0]}): {advice}choose another "
             "folder"
         )
-    notes: list[str] = []
-    for path in there:
+    warnings: list[str] = []
+    for path in paths:
         try:
             checkpoint = read(path)
             _check_finite({name: checkpoint.get(name) or {} for name in ("model", "ema")})
             if given and Path(given).resolve() != path.resolve():
-                notes.append(
-                    f"--auto-resume goes on with {path}; --resume {given} is for an empty "
-                    "--output-dir"
+                warnings.append(
+                    f"--auto-resume resumes {path}; --resume {given} is used only if --output-dir "
+                    "has no checkpoint"
                 )
-            return str(path), notes
+            return str(path), warnings
         except StopRun as error:
             named = error.text if str(path) in error.text else f"{path}: {error.text}"
-            notes.append(f"passed over: {named}")
+            warnings.append(f"skipped: {named}")
     raise InputError(
-        f"--output-dir {output_dir}: no checkpoint in it can be gone on from\n  "
-        + "\n  ".join(notes)
+        f"--output-dir {output_dir}: the run cannot be resumed from any checkpoint in it\n  "
+        + "\n  ".join(warnings)
     )
 
 
-def check_all_see(path: str, processes: Processes) -> None:
-    """Refuses that some ranks go on with a run and others cannot see it; all ranks call it.
+def check_visible_to_all(path: str, processes: Processes) -> None:
+    """Checks that all ranks can open the checkpoint at `path`. All ranks call it.
 
     Raises:
-        InputError: the file is not there for all, as on machines that do not share the output
-            folder.
+        InputError: some ranks have the file and others do not, because their machines do not share
+            the output folder.
     """
-    there = processes.gather(not path or os.path.exists(path))
-    without = [rank for rank, seen in enumerate(there) if not seen]
-    if without and any(there):  # a name that is wrong for all is refused by who reads it
+    exists = processes.gather(not path or os.path.exists(path))
+    missing = [rank for rank, has_file in enumerate(exists) if not has_file]
+    if missing and any(exists):  # a path that exists nowhere is refused when it is read
         raise InputError(
-            f"{path}: ranks {without} do not see this checkpoint; it must be on storage that all "
+            f"{path}: ranks {missing} do not see this checkpoint; it must be on storage that all "
             "machines share"
         )
 
@@ -151,8 +164,10 @@ def save(
     identity: Identity,
     names: tuple[str, ...] = (),
 ) -> None:
-    """Writes a checkpoint, and lets `names` stand for it. All ranks call it; the one with a folder
-    writes.
+    """Writes a checkpoint. All ranks call it; the rank with a folder writes.
+
+    Args:
+        names: further names of the checkpoint in the folder.
 
     Raises:
         NonFiniteLoss: a weight is not finite; nothing was written.
@@ -185,41 +200,28 @@ def save(
 
 
 def _check_finite(weights: Mapping[str, Any]) -> None:
+    """Raises a NonFiniteLoss if any of the weights (part -> name -> tensor) is NaN or inf."""
     for part, tensors in weights.items():
         for name, value in tensors.items():
-            if (
-                isinstance(value, torch.Tensor)
-                and value.is_floating_point()
-                and not value.isfinite().all()
-            ):
+            is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+            if is_float and not value.isfinite().all():
                 raise NonFiniteLoss(
-                    f"{part}.{name} is not finite: such weights are neither written nor gone on "
-                    "from"
+                    f"{part}.{name} is not finite: such weights are not saved, and a run cannot be "
+                    "resumed from them"
                 )
 
 
 def read(path: str, read_file: ReadCheckpoint = load_checkpoint) -> dict[str, Any]:
-    """A checkpoint that a run can be gone on from.
+    """Reads a checkpoint from which a run can be resumed.
 
     Raises:
-        InputError: it is not one, or a part is missing.
+        InputError: it is not such a checkpoint, or a part is missing.
     """
     checkpoint = read_file(path)
-    needed = [
-        "args",
-        "model_config",
-        "data",
-        "model",
-        "optimizer",
-        "scaler",
-        "epoch",
-        "step",
-        "best_acc1",
-    ]
-    needed += (
-        ["ema"] if "ema" not in checkpoint else []
-    )  # there, but empty, where a run keeps no average
-    if missing := [name for name in needed if checkpoint.get(name) is None]:
+    missing = [name for name in NEEDED if checkpoint.get(name) is None]
+    if "ema" not in checkpoint:  # it may be None, if the run keeps no average
+        missing.append("ema")
+    if missing:
         raise InputError(
             f"--resume {path}: holds no {', '.join(missing)}; to start a new run from its weights "
             "use --finetune"
@@ -242,47 +244,46 @@ def read(path: str, read_file: ReadCheckpoint = load_checkpoint) -> dict[str, An
 def keep_total_batch(
     checkpoint: Mapping[str, Any], flags: dict[str, int], world_size: int, accepted: Collection[str]
 ) -> dict[str, int]:
-    """The `batch_size` and `accum_steps` with which this number of processes takes the same steps
-    as the run before.
+    """The `batch_size` and `accum_steps` that keep the total batch of a resumed run.
 
     Args:
-        flags: both, as they are.
-        accepted: flags that may differ, or `all`.
+        checkpoint: the checkpoint that is resumed.
+        flags: both values on the command line.
+        world_size: the number of processes now.
+        accepted: names of flags that may differ, or `all`.
 
     Returns:
-        Both, or nothing where the flags do that as they are.
+        Both, or an empty dict if the command line is already right.
 
     Raises:
-        InputError: the flags ask for another total batch, or the processes cannot share the old
-            one, or what is done of the epoch is no whole number of steps of an accepted one.
+        InputError: the command line has another total batch, or the processes cannot share the old
+            one, or the total batch may change but not within the current epoch.
     """
     saved, old_size = checkpoint["args"], checkpoint.get("world_size", world_size)
     asked = checkpoint.get("asked") or saved
-    total, wanted_total = (
-        part["batch_size"] * part["accum_steps"] * size
-        for part, size in ((saved, old_size), (flags, world_size))
-    )
+    total = saved["batch_size"] * saved["accum_steps"] * old_size
+    wanted_total = flags["batch_size"] * flags["accum_steps"] * world_size
     if wanted_total == total:
         return {}
     if accepts(accepted, "batch_size"):
         if (done := checkpoint.get("samples_in_epoch", 0)) % wanted_total:
             raise InputError(
-                f"{done} images of an epoch are done, no whole number of steps of {wanted_total}: "
-                "go on with a total "
-                f"batch of {total} to the end of the epoch, and change it then"
+                f"{done} images of the current epoch are done, which is no whole number of steps "
+                f"of {wanted_total}: resume with a total batch of {total}, and change it at the "
+                "end of the epoch"
             )
         return {}
-    same = all(value == asked[name] for name, value in flags.items())
-    share, rest = divmod(total, world_size)
-    if not same or rest:
-        wanted = (
-            "--batch-size x --accum-steps x processes"
-            if not same
-            else f"{world_size} processes cannot share it:"
-        )
+    advice = "(or add --accept-changes batch-size, at the end of an epoch)"
+    if any(value != asked[name] for name, value in flags.items()):
         raise InputError(
-            f"the run was begun with a total batch of {total}; {wanted} must give that again "
-            "(or add --accept-changes batch-size, at the end of an epoch)"
+            f"the run was started with a total batch of {total}; --batch-size x --accum-steps x "
+            f"processes must be equal to it {advice}"
+        )
+    share, rest = divmod(total, world_size)
+    if rest:
+        raise InputError(
+            f"the run was started with a total batch of {total}, which {world_size} processes "
+            f"cannot share; use a number of processes that divides it {advice}"
         )
     accum = next(
         n for n in range(1, share + 1) if share % n == 0 and share // n <= asked["batch_size"]
@@ -297,19 +298,23 @@ def load(
     identity: Identity,
     accepted: Collection[str] = (),
 ) -> Progress:
-    """Puts a run back to where its checkpoint left it.
+    """Loads the state in a checkpoint into a new run.
 
-    State comes from the file, settings from this run, where they may differ or are accepted as
-    different.
+    Settings that may differ are those of the new run.
 
     Args:
-        checkpoint: what `read` gave.
+        checkpoint: the result of `read`.
         source: its path, for messages.
-        accepted: names of flags that may differ from those the run was begun with, or `all`.
+        training: the objects that receive the state.
+        identity: the settings of the new run.
+        accepted: names of further flags that may differ from those in the checkpoint, or `all`.
+
+    Returns:
+        How far the run has come.
 
     Raises:
-        InputError: another model, other data, other settings, or a part that this run needs is
-            missing; each named.
+        InputError: the checkpoint has another model, other data or other settings, or a part that
+            this run needs is missing.
     """
     if training.ema is not None and checkpoint.get("ema") is None:
         raise InputError(
@@ -318,18 +323,15 @@ def load(
     _check_same("model", checkpoint["model_config"], identity.model_config, source)
     _check_same("data", checkpoint["data"], identity.data, source)
     check_settings(checkpoint["args"], to_plain(identity.args), source, accepted)
-    load_optimizer(
-        training.optimizer, checkpoint["optimizer"], source
-    )  # before the weights: it takes a step
+    # Before the weights are loaded: it takes a step, which changes them.
+    load_optimizer(training.optimizer, checkpoint["optimizer"], source)
     load_strictly(training.module, own_keys(checkpoint["model"]), source=source)
     if training.ema is not None:
-        load_strictly(
-            training.ema.module, own_keys(checkpoint["ema"]), source=f"{source} (average)"
-        )
+        average = own_keys(checkpoint["ema"])
+        load_strictly(training.ema.module, average, source=f"{source} (average)")
     try:
-        if (
-            checkpoint["args"]["amp"] == identity.args["amp"]
-        ):  # a scale means something to its own precision only
+        # The scale of another precision is of no use.
+        if checkpoint["args"]["amp"] == identity.args["amp"]:
             training.scaler.load_state_dict(checkpoint["scaler"])
         training.nonfinite.skipped += checkpoint.get("skipped_steps", 0.0)
         training.nonfinite.reported = float(training.nonfinite.skipped)
@@ -348,27 +350,23 @@ def load(
 
 
 def _own_meters(states: list[dict[str, list[float]]], processes: Processes) -> Meters:
-    """This rank's sums; with another number of ranks, rank 0 takes those of all."""
+    """The meters of this rank. If the number of ranks has changed, rank 0 gets all sums."""
     if len(states) == processes.world_size:
         return Meters.from_state(states[processes.rank])
     total: dict[str, list[float]] = {}
     for state in states if processes.is_main else []:
         for name, sums in state.items():
-            total[name] = [
-                one + other for one, other in zip(total.get(name, [0.0] * 4), sums, strict=True)
-            ]
+            before = total.get(name, [0.0] * 4)
+            total[name] = [one + other for one, other in zip(before, sums, strict=True)]
     return Meters.from_state(total)
 
 
 def _check_same(what: str, saved: dict[str, Any], wanted: dict[str, Any], source: str) -> None:
-    """Refuses to go on with another model or other data; regularisation (`drop`, `drop_path`) may
-    change."""
+    """Refuses another model or other data. Only `drop` and `drop_path` may differ."""
     for name, value in to_plain(wanted).items():
         old = saved.get(name)
-        if name not in saved and name in (
-            "num_images",
-            "fingerprint",
-        ):  # checkpoints of older versions have none
+        # Checkpoints of older versions lack these two.
+        if name not in saved and name in ("num_images", "fingerprint"):
             continue
         if isinstance(value, dict) and isinstance(old, dict):
             _check_same(what, old, value, source)

@@ -1,7 +1,6 @@
-"""What a run says of itself before it starts: the table at its head, and what is allowed but seldom
-meant.
+"""The text that a run prints before it starts: a table of its settings, and warnings.
 
-Only turns values into text.
+The warnings are about settings that are allowed but unusual.
 """
 
 from __future__ import annotations
@@ -17,11 +16,13 @@ from run.state import Identity, Progress
 def describe_run(
     identity: Identity, training: Training, steps: int, num_images: tuple[int, int]
 ) -> list[tuple[str, str]]:
-    """Rows of (name, value).
+    """The table of settings, as rows of (name, value).
 
     Args:
+        identity: its flags and versions are described.
+        training: its model, mixer and optimizer are described.
         steps: optimizer steps per epoch.
-        num_images: to train and to evaluate on.
+        num_images: number of training images and of validation images.
     """
     flags, processes, model = identity.args, training.processes, training.module
     total = flags["batch_size"] * processes.world_size * training.accum_steps
@@ -29,6 +30,7 @@ def describe_run(
         f"{flags['batch_size']} per process x {processes.world_size} processes x "
         f"{training.accum_steps} accumulated"
     )
+    parameters = sum(p.numel() for p in model.network.parameters())
     peak = max(group["lr"] for group in training.optimizer.param_groups)
     scaling = "" if flags["unscale_lr"] else f" = {flags['lr']:g} x {total} / 512"
     amp = flags["amp"]
@@ -36,10 +38,7 @@ def describe_run(
         ("data", f"{flags['data_set']} {flags['data_path']}".strip()),
         ("images", f"{num_images[0]} to train on, {num_images[1]} to evaluate on"),
         ("classes", str(model.num_classes)),
-        (
-            "model",
-            f"{flags['model']}, {sum(p.numel() for p in model.network.parameters()):,} parameters",
-        ),
+        ("model", f"{flags['model']}, {parameters:,} parameters"),
         ("input", "{} x {} pixels, {} x {} tokens".format(*model.input_size, *model.grid_size)),
         ("mixing", _describe_mixing(flags, training.mixer)),
         ("total batch", f"{batch} = {total}"),
@@ -54,42 +53,37 @@ def describe_run(
 def describe_resuming(
     path: str, checkpoint: Mapping[str, Any], progress: Progress, identity: Identity
 ) -> Iterator[str]:
-    """Where a run goes on from, and whether with other libraries than before."""
+    """Lines that say where the run is resumed, and which versions have changed since."""
     within = f" after {progress.samples} images" if progress.samples else ""
     yield (
         f"resumed from {path}; next is epoch {progress.epoch}{within}, best top-1 "
         f"{progress.best_acc1:.2f}"
     )
-    changed = [
-        f"{name} {now}"
-        for name, now in identity.versions.items()
-        if checkpoint["versions"].get(name) != now
-    ]
+    saved = checkpoint["versions"]
+    changed = [f"{name} {now}" for name, now in identity.versions.items() if saved.get(name) != now]
     if changed:
-        yield f"warning: the run was begun with other versions than {', '.join(changed)}"
+        yield f"warning: the run was started with other versions than {', '.join(changed)}"
 
 
 def _describe_mixing(flags: dict[str, Any], mixer: Any) -> str:
-    text = (
-        flags["mixer"]
-        + (f" ({flags['variant']})" if flags["mixer"] == "smmix" else "")
-        + _describe_study(flags)
-    )
-    text += " with TransMix's labels" if flags["relabel"] == "transmix" else ""
+    text = flags["mixer"]
+    if flags["mixer"] == "smmix":
+        text += f" ({flags['variant']})"
+    text += _describe_changes(flags)
+    if flags["relabel"] == "transmix":
+        text += " with TransMix's labels"
     if isinstance(mixer, Switch) and mixer.second is not None:
         text += f" at {mixer.first_prob:g}, else Mixup"
     if flags["mixer"] != "none" and flags["mixup_prob"] < 1:
         text += f"; {flags['mixup_prob']:g} of all batches"
-    return (
-        text
-        if flags["mix_off_epoch"] is None
-        else f"{text}; nothing from epoch {flags['mix_off_epoch']} on"
-    )
+    if flags["mix_off_epoch"] is not None:
+        text += f"; nothing from epoch {flags['mix_off_epoch']} on"
+    return text
 
 
-def _describe_study(flags: dict[str, Any]) -> str:
-    """What departs from the method's own terms, scheme, score and motivator."""
-    own = float(flags["mixer"] == "smmix")
+def _describe_changes(flags: dict[str, Any]) -> str:
+    """The flags of the method that differ from their usual values (those of an ablation)."""
+    con_weight = float(flags["mixer"] == "smmix")
     parts = {
         "regions {0} -> {1}": ("source_region", "target_region"),
         "score {0}": ("score",),
@@ -98,38 +92,44 @@ def _describe_study(flags: dict[str, Any]) -> str:
         "L_con x {0:g}": ("con_weight",),
         "guided by {0}": ("motivator",),
     }
-    usual = ("max", "min", "attention", None, 1.0, own, "self")
-    known = dict(zip((name for names in parts.values() for name in names), usual, strict=True))
-    told = [
+    usual = {
+        "source_region": "max",
+        "target_region": "min",
+        "score": "attention",
+        "score_block": None,
+        "fine_weight": 1.0,
+        "con_weight": con_weight,
+        "motivator": "self",
+    }
+    changes = [
         text.format(*(flags[name] for name in names))
         for text, names in parts.items()
-        if any(flags[name] != known[name] for name in names)
+        if any(flags[name] != usual[name] for name in names)
     ]
-    return f", {', '.join(told)}" if told else ""
+    return f", {', '.join(changes)}" if changes else ""
 
 
 def warnings(flags: dict[str, Any], steps: int, training: Training) -> Iterator[str]:
-    """What is allowed but seldom meant, with the flag to change."""
-    on_cuda, is_fused = (
-        training.processes.device.type == "cuda",
-        training.optimizer.defaults.get("fused"),
-    )
-    if on_cuda and not is_fused:
+    """Warnings about unusual settings, each with the flag to change.
+
+    Args:
+        steps: optimizer steps per epoch.
+    """
+    on_cuda = training.processes.device.type == "cuda"
+    if on_cuda and not training.optimizer.defaults.get("fused"):
         yield (
-            f"--opt {flags['opt']} has no fused form: each step waits for the GPU once, to see "
-            "whether it is left out"
+            f"--opt {flags['opt']} has no fused form: each step waits for the GPU once, to find "
+            "out whether it must be skipped"
         )
     memory, all_steps = 1 / max(1 - flags["model_ema_decay"], 1e-12), steps * flags["epochs"]
     if flags["model_ema"] and memory > all_steps / 4:
         yield (
-            f"--model-ema-decay {flags['model_ema_decay']} averages over {memory:.0f} steps, this "
-            f"run has {all_steps}: "
-            "the average will lag far behind; lower it, or add --no-model-ema"
+            f"--model-ema-decay {flags['model_ema_decay']} averages over {memory:.0f} steps, but "
+            f"this run has {all_steps}: the average will lag far behind the weights; lower it, or "
+            "add --no-model-ema"
         )
-    if flags["mix_off_epoch"] is not None and flags["mix_off_epoch"] >= flags["epochs"]:
-        yield (
-            f"--mix-off-epoch {flags['mix_off_epoch']}: never comes, the run has --epochs "
-            f"{flags['epochs']}"
-        )
+    mix_off_epoch, epochs = flags["mix_off_epoch"], flags["epochs"]
+    if mix_off_epoch is not None and mix_off_epoch >= epochs:
+        yield f"--mix-off-epoch {mix_off_epoch} has no effect: the run has --epochs {epochs}"
     if flags["batch_size"] == 1 and flags["mixer"] != "none":
-        yield "--batch-size 1 leaves every image without a partner: nothing is mixed"
+        yield "--batch-size 1: an image has no other image to be mixed with, so nothing is mixed"

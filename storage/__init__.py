@@ -1,1 +1,1 @@
-"""Files on disk: written whole or not at all, checked when read, plain data only."""
+"""Files on disk: atomic writing, checked reading, plain data only."""

@@ -1,8 +1,7 @@
-"""The layout of this project's own checkpoints: what each part looks like, so that a file that was
-altered is refused.
+"""The type and the range of every part of this project's checkpoints, to refuse altered files.
 
-Level 0: imports nothing from the project. `run/state.py` says what the parts are for; a part that
-is missing is the reader's business, and one that is not listed here is nobody's.
+`run/state.py` describes what the parts are for and which of them must be present. Parts that are
+not listed here are not checked.
 """
 
 from __future__ import annotations
@@ -16,23 +15,26 @@ from utils import is_ordinary
 Check = Callable[[Any], bool]
 
 MOST_IMAGES_PER_STEP = 10_000_000
-# What a checkpoint may say of its network: what main.py writes, and the sizes by which a family's
-# members differ. It has no say in where weights come from, as other keywords of timm's would.
+# The sizes by which the members of a family differ. Besides these and the keywords that main.py
+# writes, `model_config` may hold nothing: other keywords of timm's could name a file to load.
 SIZES = ("patch_size", "embed_dim", "depth", "num_heads")
 LARGEST_SIZE = 4096
 
 
 def wrong_parts(checkpoint: Mapping[str, Any]) -> list[str]:
-    """Names of the parts that do not look like what `run.state.save` writes. None may stand for a
-    part that is missing."""
-    there = {
+    """The names of the parts that `run.state.save` cannot have written.
+
+    A part may be missing or None, except that those of `NEVER_NONE` may not be None.
+    """
+    present = {
         name: value for name, value in checkpoint.items() if value is not None or name in NEVER_NONE
     }
-    return [name for name, check in PARTS.items() if name in there and not check(there[name])]
+    return [name for name, check in PARTS.items() if name in present and not check(present[name])]
 
 
 def _one_of(*kinds: type) -> Check:
-    return lambda value: type(value) in kinds  # exactly: to python, True is a number too
+    # Not isinstance: a bool is an int in Python.
+    return lambda value: type(value) in kinds
 
 
 def _whole(low: int, high: int = 2**53) -> Check:
@@ -44,7 +46,7 @@ def _finite(value: Any) -> bool:
 
 
 def _factor(value: Any) -> bool:
-    """Of a loss scale, which torch keeps as float32."""
+    """A loss scale or a factor of it, within the range of float32, in which torch keeps it."""
     return _finite(value) and 0 < value < 2.0**127
 
 
@@ -75,8 +77,7 @@ def _either(*checks: Check) -> Check:
 
 
 def _parts(*needed: str, **checks: Check) -> Check:
-    """A dict that holds nothing but these, and of some all or nothing: what is empty is the
-    reader's business."""
+    """A dict whose keys are all in `checks`. If it is not empty, it has every key of `needed`."""
 
     def holds(value: Any) -> bool:
         if type(value) is not dict or (value and not set(needed) <= value.keys()):
@@ -87,11 +88,10 @@ def _parts(*needed: str, **checks: Check) -> Check:
 
 
 def _is_state(value: Any) -> bool:
-    """Of one parameter, in an optimizer: numbers, tensors, and some hold lists of them."""
+    """The optimizer's state of one parameter: numbers, tensors, and lists or dicts of them."""
     if isinstance(value, dict):
-        return all(type(name) in (int, str) for name in value) and all(
-            map(_is_state, value.values())
-        )
+        has_plain_keys = all(type(name) in (int, str) for name in value)
+        return has_plain_keys and all(map(_is_state, value.values()))
     if isinstance(value, (list, tuple)):
         return all(map(_is_state, value))
     return is_ordinary(value) or type(value) in (type(None), bool, int, float, str)
@@ -110,10 +110,8 @@ _SIDES = _list(_whole(1, LARGEST_SIZE), 2)
 _WEIGHTS = _dict(is_ordinary)
 _SHARE = _either(_NOTHING, lambda value: _finite(value) and 0 <= value <= 1)
 
-NAMES = (
-    "checkpoint.pth",
-    "best_checkpoint.pth",
-)  # of files that the checkpoint may stand for in its folder
+# The names that the checkpoint may have in its folder.
+NAMES = ("checkpoint.pth", "best_checkpoint.pth")
 NEVER_NONE = (
     "samples_in_epoch",
     "meters",

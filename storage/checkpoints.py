@@ -1,9 +1,6 @@
-"""Files of plain data and tensors: atomic writing, checked reading, strict loading.
+"""Atomic writing and checked reading of checkpoints.
 
-Level 1: imports only level 0 from the project. It may look at key names and shapes, never at what a
-model does with them, and it decides nothing about training (when to save, which file to resume).
-Classes never enter or
-leave a file: everything is written as plain data and read with `weights_only=True`.
+A file never holds classes: everything is written as plain data and read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -20,17 +17,20 @@ from storage import checkpoint_schema, downloads, safe_load
 from storage.files import to_plain, write_atomically
 from utils import InputError
 
-FORMAT = 1  # of our own training checkpoints; raise it when a key changes its meaning
+FORMAT = 1  # version of this project's checkpoints; raise it when a key changes its meaning
+
+ReadCheckpoint = Callable[[str | Path], dict[str, Any]]
 
 # ------------------------------------------------------------------------------------------ writing
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Writes `state` to `path`, or leaves what was there. The caller sees to it that only one rank
-    does.
+    """Writes `state` to `path`. If that fails, the previous file is unchanged.
+
+    Only one process may write to a path at a time.
 
     Raises:
-        InputError: the disk is full, or the folder cannot be written.
+        InputError: the disk is full, or the folder is not writable.
         TypeError: `state` holds something that is not plain data; nothing was written.
     """
     plain = to_plain(state)
@@ -41,18 +41,21 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint, ours or a foreign one, to the CPU without running any code of the file.
+    """Reads a checkpoint to the CPU without running any code in the file.
+
+    The checkpoint may come from this project or from another one.
 
     Args:
-        path: a local file, or an https URL whose file name carries its hash (`name-0123abcd.pth`),
-            which is downloaded once to torch.hub's folder.
+        path: a local file, or an https URL whose file name ends in its hash (`name-0123abcd.pth`).
+            The file of a URL is downloaded once to torch.hub's folder.
 
-    Returns: the dict in the file; embedded argparse Namespaces are dicts, numpy scalars python
-    numbers.
+    Returns:
+        The dict in the file. argparse Namespaces are turned into dicts, and numpy scalars into
+        Python numbers.
 
     Raises:
-        InputError: no such file, a folder, truncated or corrupt, not a checkpoint, it needs a
-            pickled class, or it is ours but for a part that does not look like it.
+        InputError: the file does not exist, is a folder, is damaged, is not a checkpoint, needs a
+            pickled class, or is a checkpoint of this project with a part that was altered.
     """
     file = Path(path)
     if "://" in str(path):
@@ -60,7 +63,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             file = downloads.from_url(str(path))
         except (OSError, RuntimeError, ValueError, HTTPException) as error:
             raise InputError(f"cannot download {path}: {error}") from error
-    if os.path.isdir(file):  # unlike pathlib's, no error for a name that is too long
+    if os.path.isdir(file):  # pathlib's method raises an error for a name that is too long
         raise InputError(
             f"{file} is a folder; name a file inside it, such as {file / 'checkpoint.pth'}"
         )
@@ -74,26 +77,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(str(error)) from error
     if not isinstance(loaded, dict):
         raise InputError(f"{file} holds a {type(loaded).__name__}, not the dict of a checkpoint")
-    another_format = type(loaded.get("format")) is int and loaded["format"] != FORMAT
-    if (
-        "model_config" in loaded
-        and not another_format
-        and (wrong := checkpoint_schema.wrong_parts(loaded))
-    ):
+    has_other_format = type(loaded.get("format")) is int and loaded["format"] != FORMAT
+    is_checked = "model_config" in loaded and not has_other_format
+    if is_checked and (wrong := checkpoint_schema.wrong_parts(loaded)):
         raise InputError(
             f"{file}: damaged or altered in {', '.join(wrong)}; use another checkpoint"
         )
     return loaded
 
 
-# ------------------------------------------------------------------------------- weights of a model
-
-
-ReadCheckpoint = Callable[[str | Path], dict[str, Any]]
-
-
 class CheckpointReader:
-    """`load_checkpoint` for one command: each file is read once, whoever asks for it."""
+    """`load_checkpoint` with a cache, so that one command reads each file once."""
 
     def __init__(self) -> None:
         self.read: dict[str, dict[str, Any]] = {}
@@ -105,5 +99,5 @@ class CheckpointReader:
         return self.read[key]
 
     def forget(self) -> None:
-        """Frees the memory of what was read."""
+        """Empties the cache to free its memory."""
         self.read.clear()

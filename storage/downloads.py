@@ -1,8 +1,7 @@
-"""Files from the network, each compared with its SHA-256 before anybody reads it.
+"""Downloads files and compares each with its SHA-256 before it is read.
 
-Level 0: imports nothing from the project and says no with a `ValueError`, which callers turn into
-their own message. It must not know what is in a file. A hash of 8 digits in a name tells damage; it
-is the connection that tells the sender.
+Callers turn the `ValueError`s raised here into messages. A hash of 8 digits in a file name detects
+damage only; that the file comes from the right sender is ensured by https.
 """
 
 from __future__ import annotations
@@ -27,20 +26,22 @@ def sha256_of(file: Path) -> str:
 
 
 def from_url(url: str) -> Path:
-    """The local copy of the file at `url`, in torch.hub's folder. Downloaded unless it is there;
-    checked either way.
+    """The path of the local copy of the file at `url`, in torch.hub's folder.
+
+    The file is downloaded if it is missing or if its hash is wrong.
 
     Raises:
         ValueError: not an https URL of a file whose name ends in its hash (`name-0123abcd.pth`).
-        OSError, RuntimeError: no network or disk; another hash than the name says.
+        OSError, RuntimeError: the network or the disk failed, or the downloaded file has another
+            hash than its name.
     """
     name = urlparse(url).path.rpartition("/")[2]
     match = _HASHED_NAME.search(name)
     if match is None or not re.fullmatch(r"https://[!-~]+", url):
         raise ValueError(
             "only https URLs of files whose name ends in their hash (name-0123abcd.pth) are "
-            "loaded, because anything "
-            "else cannot be verified; download it yourself and give the local file"
+            "loaded, because anything else cannot be verified; download it yourself and give the "
+            "local file"
         )
     file = Path(torch.hub.get_dir()) / "checkpoints" / name
     if file.is_file() and sha256_of(file).startswith(match[1]):
@@ -52,19 +53,21 @@ def from_url(url: str) -> Path:
 
 
 def from_hub(repository: str, name: str | None = None) -> Path:
-    """The local copy of the weights in a repository of the Hugging Face hub: safetensors if there
-    are any.
+    """The path of the local copy of the weights in a repository of the Hugging Face hub.
+
+    The repository's safetensors file is used if it has one, else its pickled file.
 
     Args:
-        repository: `owner/name`, with `@revision` or without.
-        name: of the pickled file beside them.
+        repository: `owner/name` or `owner/name@revision`.
+        name: the name of the pickled file; default `pytorch_model.bin`.
 
     Raises:
-        ValueError: the file is not what the hub has, or it cannot be told.
-        Exception: whatever the hub's client raises; its HTTP libraries' errors have no class in
-            common.
+        ValueError: the file differs from the hub's, or the hub's hash is not known.
+        Exception: any error of the hub's client; the errors of its HTTP libraries have no common
+            class.
     """
-    from huggingface_hub import hf_hub_download  # comes with timm; only few runs need it
+    # Imported here because few runs need it. timm depends on it.
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError
 
     repository, _, revision = repository.partition("@")
@@ -74,14 +77,14 @@ def from_hub(repository: str, name: str | None = None) -> Path:
         file = Path(hf_hub_download(repository, safe, revision=revision or None))
     except EntryNotFoundError:
         file = Path(hf_hub_download(repository, pickled, revision=revision or None))
-    # The cache holds a link to a file whose name is what the hub says of its content: of large
-    # files, the SHA-256.
-    promised = file.readlink().name if file.is_symlink() else ""
-    if not re.fullmatch("[0-9a-f]{64}", promised):
+    # In the hub's cache this path is a link to a file that is named by the hub's hash of its
+    # content. For large files this hash is the SHA-256.
+    expected = file.readlink().name if file.is_symlink() else ""
+    if not re.fullmatch("[0-9a-f]{64}", expected):
         raise ValueError(f"the hub's cache has no SHA-256 of {file}, so it cannot be verified")
-    if (found := sha256_of(file)) != promised:
+    if (found := sha256_of(file)) != expected:
         raise ValueError(
-            f"{file.resolve()} is damaged: its SHA-256 is {found}, the hub's is {promised}; remove "
-            "it"
+            f"{file.resolve()} is damaged: its SHA-256 is {found}, the hub's is {expected}; "
+            "remove it"
         )
     return file

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and of plain data only (no classes)."""
+"""Atomic writing of files, and the conversion of values to plain data (no classes) and JSON."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ TEMPORARY_SUFFIX = ".unfinished.tmp"
 
 
 def to_plain(value: Any, where: str = "") -> Any:
-    """`value` as plain data: dict (str or int keys), list, tuple, str, int, float, bool, None and
-    detached tensors.
+    """`value` as plain data.
 
-    Paths, dtypes and devices become their text, numpy scalars and enum members their value.
+    Plain data are dicts with str or int keys, lists, tuples, str, int, float, bool, None and
+    detached tensors. Paths, dtypes and devices become their text, numpy scalars and enum members
+    their value.
 
     Args:
         where: the name of `value` in messages, such as `config`.
 
     Raises:
-        TypeError: something else was found; the message says where. It is a bug of the caller, not
-            of the user.
+        TypeError: `value` holds something else; the message names its place. This is a bug of the
+            caller, not a mistake of the user.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -42,11 +43,11 @@ def to_plain(value: Any, where: str = "") -> Any:
                 f"{where or 'value'}: a tensor of class {type(value).__name__} is not plain data"
             )
         return plain
-    if isinstance(value, Enum):  # before str and int: StrEnum and IntEnum are both
+    # Before str and int: members of StrEnum and IntEnum are instances of these.
+    if isinstance(value, Enum):
         return to_plain(value.value, where)
-    if isinstance(
-        value, np.generic
-    ):  # before float: np.float64 is one, and weights_only refuses it
+    # Before float: an np.float64 is a float, and torch's `weights_only` refuses it.
+    if isinstance(value, np.generic):
         return to_plain(value.item(), where)
     if isinstance(value, (Path, torch.dtype, torch.device, str)):
         return str(value)
@@ -78,21 +79,20 @@ def _plain_key(key: Any, where: str) -> str | int:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replaces the file at `path` by what `write` puts into the stream: a reader finds the old or
-    the new file, whole.
+    """Replaces the file at `path` by what `write` writes into a stream.
 
-    A kill leaves at most a temporary file, see `remove_stale`.
+    A reader gets either the complete old file or the complete new one. If the process is killed, a
+    temporary file may remain, see `remove_stale`.
 
     Raises:
-        InputError: the disk is full, or the folder cannot be written; the previous file is still
-            there.
+        InputError: the disk is full, or the folder is not writable; the previous file is unchanged.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "wb") as stream:
             write(stream)
             stream.flush()
-            os.fsync(stream.fileno())  # else a power cut may leave the new name with no content
+            os.fsync(stream.fileno())  # else the file may be empty after a power cut
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
@@ -102,9 +102,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise InputError(
             f"cannot write {path}: {reason}; what was there before is unchanged"
         ) from error
-    with suppress(
-        OSError
-    ):  # folders cannot be opened on Windows, nor synced on some network file systems
+    # Windows cannot open folders, and some network file systems cannot sync them.
+    with suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -113,10 +112,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _system_reason(error: BaseException | None, path: Path) -> str | None:
-    """What the operating system objected to, in words; None if it was something else.
+    """The operating system's reason for an error as text; None for an error of another kind.
 
-    torch may replace the system's error by its own ("unexpected pos"), so that the chain has to be
-    followed.
+    torch may raise its own error ("unexpected pos") while it handles the system's, so the chain of
+    causes is searched.
     """
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
@@ -132,10 +131,10 @@ def _system_reason(error: BaseException | None, path: Path) -> str | None:
 
 
 def remove_stale(folder: str | Path) -> list[Path]:
-    """Deletes the temporary files that killed runs left in `folder`; returns them. Nobody may be
-    writing there now.
+    """Deletes the temporary files of killed runs in `folder`, and returns their paths.
 
-    What cannot be deleted, such as a folder of such a name, does no harm and stays.
+    No process may be writing to the folder. What cannot be deleted, such as a folder with such a
+    name, does no harm and stays.
     """
     removed = []
     for path in sorted(Path(folder).glob(f"*{TEMPORARY_SUFFIX}")):
@@ -146,8 +145,7 @@ def remove_stale(folder: str | Path) -> list[Path]:
 
 
 def to_json(data: Any, indent: int | None = None) -> str:
-    """`data` as valid JSON: NaN and infinities, which JSON lacks, become null; paths and numpy
-    scalars become plain."""
+    """`data` as JSON. It is made plain first; NaN and inf, which JSON lacks, become null."""
     return json.dumps(_finite(to_plain(data)), indent=indent, allow_nan=False)
 
 
@@ -160,7 +158,6 @@ def _finite(value: Any) -> Any:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Replaces the file at `path` by `data` as JSON, atomically. Raises InputError like
-    `write_atomically`."""
+    """Replaces the file at `path` by `data` as JSON; raises InputError like `write_atomically`."""
     text = to_json(data, indent=2) + "\n"
     write_atomically(Path(path), lambda stream: stream.write(text.encode()))

@@ -1,7 +1,6 @@
-"""Reads a file of torch.save without running any code of it, or says why not.
+"""Reads a file of torch.save without running any code in it.
 
-Level 0: imports nothing from the project and says no with `Refused`, which callers turn into their
-own message. It knows tensors and plain data, not what they are for.
+A file that needs code, is damaged or is made to exhaust memory raises `Refused`.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Classes that foreign files contain and that hold only data: official DeiT and SMMix files embed
-# the parsed flags, and a best accuracy is often a numpy scalar; numpy 1 wrote these under another
-# module name.
+# Classes in files of other projects that hold only data. The official files of DeiT and SMMix hold
+# the parsed flags, and the best accuracy is often a numpy scalar. numpy 1 wrote these scalars with
+# another module name.
 _SCALAR = np.float64(0).__reduce__()[0]
 _ALLOWED: dict[str, Any] = {
     "argparse.Namespace": argparse.Namespace,
@@ -30,25 +29,23 @@ _ALLOWED: dict[str, Any] = {
     "numpy.core.multiarray.scalar": _SCALAR,
     "numpy._core.multiarray.scalar": _SCALAR,
 }
-_NUMBER_TYPES = sorted(
-    {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, key=repr
-)  # rebuilt by numpy.dtype
-_DEEPEST, _MOST_PARTS = (
-    50,
-    1_000_000,
-)  # of what a file may hold; ours are 6 deep and have a few thousand parts
+# numpy.dtype returns instances of these classes when it is unpickled.
+_NUMBER_TYPES = sorted({type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, key=repr)
+# Limits for the content of a file. This project's have a depth of 6 and a few thousand parts.
+_DEEPEST, _MOST_PARTS = 50, 1_000_000
 
 
 class Refused(ValueError):
-    """The message names the file and says what is wrong with it."""
+    """A file was not read. The message names the file and the reason."""
 
 
 def read(file: Path) -> Any:
-    """What is in `file`, on the CPU; embedded argparse Namespaces are dicts, numpy scalars python
-    numbers.
+    """The content of `file`, with its tensors on the CPU.
+
+    argparse Namespaces are turned into dicts, and numpy scalars into Python numbers.
 
     Raises:
-        Refused: truncated or corrupt, not written by torch.save, or it needs a pickled class.
+        Refused: the file is damaged, was not written by torch.save, or needs a pickled class.
         OSError: the file cannot be opened.
     """
     _check_integrity(file)
@@ -58,17 +55,15 @@ def read(file: Path) -> Any:
 
 
 def _is_zip(file: Path) -> bool:
-    with open(
-        file, "rb"
-    ) as stream:  # by the first bytes, like torch; zipfile.is_zipfile looks at the last ones
+    # By the first bytes, like torch. zipfile.is_zipfile reads the last ones.
+    with open(file, "rb") as stream:
         return stream.read(4) == b"PK\x03\x04"
 
 
 def _check_integrity(file: Path) -> None:
-    """Compares the content of a zip-based torch file with its checksums, as torch itself does not
-    when it loads.
+    """Compares the content of a zip-based torch file with its checksums, which torch does not do.
 
-    Files of the older format have none; torch notices at most that they are too short.
+    Files of torch's older format have no checksums; torch notices only that they are too short.
     """
     if not _is_zip(file):
         return
@@ -83,9 +78,8 @@ def _check_integrity(file: Path) -> None:
     except Refused:
         raise
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
-        raise _corrupt(
-            file, error
-        ) from error  # the directory of the archive itself is damaged or missing
+        # The archive's own list of files is damaged or missing.
+        raise _corrupt(file, error) from error
     if damaged is not None:
         raise _corrupt(file, damaged)
 
@@ -99,12 +93,11 @@ def _corrupt(file: Path, detail: object) -> Refused:
 
 
 def _unpickle(file: Path) -> Any:
-    """Torch's restricted reader, which knows tensors and plain data, plus the classes of
-    `_ALLOWED`."""
+    """Reads with torch's restricted reader: tensors, plain data and the classes of `_ALLOWED`."""
     try:
-        if _is_zip(
-            file
-        ):  # the older format cannot be listed beforehand: there the reader stops by itself
+        # Classes in a file of the older format cannot be listed first. There torch's reader raises
+        # an error at the first one.
+        if _is_zip(file):
             found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
             if unknown := sorted(set(found) - _ALLOWED.keys()):
                 raise _unsafe(file, ", ".join(unknown))
@@ -118,18 +111,19 @@ def _unpickle(file: Path) -> Any:
         raise _corrupt(file, "not in a format of torch.save") from error
     except (Refused, OSError):
         raise
-    except (
-        Exception
-    ) as error:  # a damaged pickle may raise anything: IndexError, KeyError, TypeError, ...
+    # A damaged pickle may raise any error: IndexError, KeyError, TypeError, ...
+    except Exception as error:
         raise _corrupt(file, error) from error
 
 
 def _imports_of(file: Path) -> list[str]:
-    """What a pickle would import, also of a protocol that torch's reader stops at. It is only
-    looked at."""
+    """The names that a pickle would import. The pickle is disassembled and not executed.
+
+    This also works for protocols that torch's reader does not support.
+    """
     found: set[str] = set()
     texts: list[str] = []
-    with suppress(Exception):  # it may be no pickle at all
+    with suppress(Exception):  # the file may not be a pickle
         for code, argument, _ in pickletools.genops(_pickle_in(file)):
             if code.name == "GLOBAL":
                 found.add(str(argument).replace(" ", "."))
@@ -156,8 +150,11 @@ def _unsafe(file: Path, names: str) -> Refused:
 
 
 def _check_extent(loaded: Any, file: Path) -> None:
-    """Refuses what is made to keep a reader busy for ever: rings, parts held many times over,
-    tensors without end."""
+    """Refuses content made to exhaust time or memory.
+
+    Examples are a list that contains itself, parts that are repeated many times, and tensors that
+    are larger than their file.
+    """
     size = file.stat().st_size
     waiting, parts = [(loaded, 0)], 0
     while waiting:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser as get_torchrun_parser
 
-from config.flags import GONE, get_args_parser
+from config.flags import get_args_parser
+from config.parser import GONE
 from models.interface import ImageModel
 from tests import chaos, fuzz
 from tools import check_data, export, show_mixing
@@ -23,24 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 TEXTS = sorted(
     path
-    for pattern in (
-        "*.md",
-        "*.py",
-        "*.toml",
-        "*.txt",
-        "NOTICE",
-        ".pre-commit-config.yaml",
-        ".ci/*",
-        "docs/*.md",
-        "scripts/*",
-        "models/*.py",
-        "mixers/*.py",
-        "evaluation/*.py",
-        "tests/*.py",
-        "benchmarks/**/*.*",
-    )
+    for pattern in ("*.*", "NOTICE", ".ci/*", "scripts/**/*", "*/*.md", "*/**/*.py")
     for path in ROOT.glob(pattern)
-    if path.is_file()
+    if path.is_file() and path.suffix not in (".pth", ".pyc") and ".venv" not in path.parts
 )
 FLAGS_PAGE = ROOT / "docs/flags.md"
 OTHER_FLAGS = {

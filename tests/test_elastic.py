@@ -144,10 +144,10 @@ def test_p10_the_total_batch_stays(photos: Path, tmp_path: Path) -> None:
     assert read_status(tmp_path)["step"] == 2
     refused = run_small(*words, "--batch-size 5")
     assert refused.code == 2
-    assert "the run was begun with a total batch of 8" in refused.err
+    assert "the run was started with a total batch of 8" in refused.err
     ranks = Ranks(3, tmp_path, SMALL, *words)
     assert ranks.wait() == [2, 2, 2]
-    assert "3 processes cannot share it" in ranks.said(0)
+    assert "3 processes cannot share" in ranks.said(0)
     for _ in range(2):  # and again with the same command, which still says --batch-size 4
         with noting(tmp_path, 3, 0):
             stopped = run_small(*words)

@@ -83,7 +83,7 @@ def test_mixing_ends_at_its_epoch_and_not_before(photos: Path) -> None:
     assert mixed == [(step, step < 6) for step in range(12)]  # 3 steps per epoch
     assert "cutmix at 0.5, else Mixup; nothing from epoch 2 on" in outcome.out
     late = run_small("--data-path", photos, "--mix-off-epoch 9 --epochs 1 --no-model-ema")
-    assert "warning: --mix-off-epoch 9: never comes, the run has --epochs 1" in late.out
+    assert "warning: --mix-off-epoch 9 has no effect: the run has --epochs 1" in late.out
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,10 @@ def test_mixing_ends_at_its_epoch_and_not_before(photos: Path) -> None:
         ),
         ("--mixer transmix --relabel-ratio 1.2", "--relabel-ratio 1.2: must lie between 0 and 1"),
         ("--mixer transmix --cutmix 0", "--cutmix 0.0: --mixer transmix needs an alpha above 0"),
-        ("--mixer transmix --bce-loss --smoothing 0", "shares set anew change nothing"),
+        (
+            "--mixer transmix --bce-loss --smoothing 0",
+            "the shares that TransMix computes change nothing",
+        ),
         (
             "--mixer resizemix --resize-scope 0.5 0.2",
             "--resize-scope 0.5 0.2: must be two shares, the lower first",

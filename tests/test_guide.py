@@ -20,7 +20,8 @@ import engine
 import utils
 from config import build_guide
 from config.build_guide import check_guide_size
-from config.flags import check_args, get_args_parser
+from config.checks import check_args
+from config.flags import get_args_parser
 from models.build import build_model, use_float32_attention
 from models.deit import PlainViT
 from models.interface import GuideOutput, ImageModel, resize_score
@@ -376,14 +377,14 @@ REFUSED = [
     (
         "BEiT, token",
         (32, 32),
-        r"--guide-size 32 32: tiny, a Beit, is read at its own size only; a plain ViT",
+        r"--guide-size 32 32: tiny, a Beit, takes images of one size only; use the flag with",
     ),
     (
         "PyramidVisionTransformer",
         (32, 32),
-        r"tiny, a PyramidVisionTransformer, is read at its own size only",
+        r"tiny, a PyramidVisionTransformer, takes images of one size only",
     ),
-    ("ResNet", (32, 32), r"tiny, a ResNet, is read at its own size only"),
+    ("ResNet", (32, 32), r"tiny, a ResNet, takes images of one size only"),
     (
         "VisionTransformer",
         (64, 64),
@@ -595,7 +596,7 @@ def test_without_a_prediction_the_pass_ends_where_the_score_is_read(case: str) -
         (
             "SwinTransformer",
             "--score-block 1",
-            r"a SwinTransformer, is read in its last block only",
+            r"a SwinTransformer, has a score in its last block only",
         ),
         ("VisionTransformer", "--mixer cutmix --score-block 1", r"--score-block 1 \(for smmix\)"),
         ("VisionTransformer", "--con-weight -1", "--con-weight -1.0: must not be negative"),

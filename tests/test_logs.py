@@ -234,7 +234,8 @@ def test_a_damaged_line_of_the_log_costs_no_other(
     assert path.read_bytes().splitlines() == [lines[0], *lines[2:5]]
     (said,) = capsys.readouterr().out.splitlines()
     assert (
-        said == f"warning: {path}: left out what cannot be read: line 2 ({UNREADABLE[name][:40]!r})"
+        said
+        == f"warning: {path}: removed lines that cannot be read: line 2 ({UNREADABLE[name][:40]!r})"
     )
     assert said in (tmp_path / "train.log").read_text()
 

@@ -18,7 +18,7 @@ from mixers.mixup import Mixup
 from models.interface import ModelOutput
 from pipeline.spec import ImageSpec
 from run import pictures
-from run.pictures import HALO, SOURCE_COLOR, TARGET_COLOR, Layout, Page, Pair
+from run.pictures import OUTLINE_EDGE, SOURCE_COLOR, TARGET_COLOR, Layout, Page, Pair
 from smmix import Drawn, SMMix
 from utils import InputError, keyed_generator
 
@@ -62,7 +62,7 @@ def has_frame(
     ]
     inner = [(x, y) for x in range(x0 + 1, x1) for y in (y0 + 1, y1 - 1)]
     inner += [(x, y) for y in range(y0 + 1, y1) for x in (x0 + 1, x1 - 1)]
-    return all(color_at(picture, *place) == HALO for place in places) and all(
+    return all(color_at(picture, *place) == OUTLINE_EDGE for place in places) and all(
         color_at(picture, *place) == color for place in inner
     )
 
@@ -151,11 +151,11 @@ def test_heat_map_lies_over_its_own_image() -> None:
 
     grey = 64.0  # image 1, the source
     for place, heat in (
-        ((0, 1), pictures.HEAT[4]),
-        ((1, 1), pictures.HEAT[2]),
-        ((3, 3), pictures.HEAT[0]),
+        ((0, 1), pictures.HEAT_COLORS[4]),
+        ((1, 1), pictures.HEAT_COLORS[2]),
+        ((3, 3), pictures.HEAT_COLORS[0]),
     ):
-        expected = torch.tensor(heat) * pictures.HEAT_SHARE + grey * (1 - pictures.HEAT_SHARE)
+        expected = torch.tensor(heat) * pictures.HEAT_OPACITY + grey * (1 - pictures.HEAT_OPACITY)
         torch.testing.assert_close(color(*place), expected, atol=1.0, rtol=0)
 
 
@@ -234,7 +234,7 @@ def test_attention_of_any_float_type_is_shown() -> None:
 def test_heat_colors_go_through_their_anchors_in_order_of_brightness() -> None:
     heat = torch.linspace(0, 1, 101)
     colors = pictures.heat_colors(heat)
-    assert torch.equal(colors[::25].round(), torch.tensor(pictures.HEAT).float())
+    assert torch.equal(colors[::25].round(), torch.tensor(pictures.HEAT_COLORS).float())
     brightness = colors @ torch.tensor([0.2126, 0.7152, 0.0722])
     assert (brightness.diff() > 0).all()
     assert torch.equal(pictures.heat_colors(torch.tensor([-1.0, 2.0])), colors[[0, -1]])

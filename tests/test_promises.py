@@ -309,9 +309,7 @@ def test_p5_p12_a_checkpoint_that_is_spoiled_is_passed_over(
     spoil(newest)
     content = newest.read_bytes()
     said = run(photos, folder).out
-    (passed_over,) = (
-        line for line in said.splitlines() if line.startswith("warning: passed over: ")
-    )
+    (passed_over,) = (line for line in said.splitlines() if line.startswith("warning: skipped: "))
     assert words in passed_over
     assert str(newest) in passed_over
     assert f"resumed from {before}" in said
@@ -332,7 +330,7 @@ def test_p5_nothing_but_damage_is_said_and_left(
     content = {path: path.read_bytes() for path in run_folder.candidates(folder)}
     outcome = run(photos, folder)
     assert outcome.code == 2
-    assert "no checkpoint in it can be gone on from" in outcome.err
+    assert "the run cannot be resumed from any checkpoint in it" in outcome.err
     assert all(str(path) in outcome.err for path in content)
     assert {path: path.read_bytes() for path in run_folder.candidates(folder)} == content
 
@@ -407,7 +405,10 @@ def test_p7_another_total_batch_begins_at_a_whole_step(
     folder = Path(shutil.copytree(interrupted, tmp_path / "run"))
     refused = run(photos, folder, "--batch-size 12 --accept-changes batch-size")
     assert refused.code == 2, refused.out
-    assert "8 images of an epoch are done, no whole number of steps of 12" in refused.err
+    assert (
+        "8 images of the current epoch are done, which is no whole number of steps of 12"
+        in refused.err
+    )
     run_to_the_end(photos, folder, "--batch-size 4 --accum-steps 2 --accept-changes batch-size")
 
 

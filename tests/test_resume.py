@@ -240,7 +240,7 @@ def test_a_changed_setting_is_taken_or_refused(
     name = flag.split()[0]
     refused = run_small(*words, flag)
     assert refused.code == 2
-    assert "the run was begun with other settings" in refused.err
+    assert "the run was started with other settings" in refused.err
     assert name in refused.err
     assert f"add --accept-changes {name.strip('-')}" in refused.err
     run = run_small(*words, flag, "--accept-changes all")
@@ -371,15 +371,15 @@ def test_ranks_that_see_different_folders_are_refused(
     path = tmp_path / "a.pth"
     path.touch()
     processes = utils.Processes(0, 1, torch.device("cpu"))
-    run_state.check_all_see(str(path), processes)
-    run_state.check_all_see("", processes)
+    run_state.check_visible_to_all(str(path), processes)
+    run_state.check_visible_to_all("", processes)
     monkeypatch.setattr(
         utils.Processes, "gather", lambda self, value: [value, not value, value, not value]
     )
     with pytest.raises(
         InputError, match=r"a\.pth: ranks \[1, 3\] do not see this checkpoint; .* share"
     ):
-        run_state.check_all_see(str(path), processes)
+        run_state.check_visible_to_all(str(path), processes)
 
 
 # ------------------------------------------------------------------------------ of earlier versions

@@ -121,7 +121,9 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 @linux
 def test_what_stands_in_the_place_of_the_lock_is_named(tmp_path: Path) -> None:
-    said = rf"^{tmp_path}/\.lock: %s; move away what is there, or choose another --output-dir$"
+    said = (
+        rf"^{tmp_path}/\.lock: %s; move this file or folder away, or choose another --output-dir$"
+    )
     (tmp_path / ".lock").mkdir()
     with pytest.raises(InputError, match=said % "Is a directory"):
         RunFolder(tmp_path).open()
@@ -355,7 +357,9 @@ def test_a_folder_in_the_place_of_a_checkpoints_name_is_named(name: str, tmp_pat
     for step in (1, 9):
         folder.save({"x": step}, step)
     (tmp_path / name).mkdir()
-    said = rf"^{tmp_path / name}: .*; move away what is there, or choose another --output-dir$"
+    said = (
+        rf"^{tmp_path / name}: .*; move this file or folder away, or choose another --output-dir$"
+    )
     with pytest.raises(InputError, match=said):
         folder.rewind_to(run_folder.step_file(tmp_path, 1), 1, ("best_checkpoint.pth",))
     if name == "best_checkpoint.pth":
@@ -379,7 +383,8 @@ def test_a_run_goes_on_in_a_damaged_folder(photos: Path, tmp_path: Path) -> None
     run = run_small(*words, "--auto-resume")
     assert run.code == 0, run.err
     assert (
-        f"warning: {tmp_path / 'log.txt'}: left out what cannot be read: line 2 (b'\\x80" in run.out
+        f"warning: {tmp_path / 'log.txt'}: removed lines that cannot be read: line 2 (b'\\x80"
+        in run.out
     )
     assert [line["epoch"] for line in read_log(tmp_path)] == [0, 2]
     assert (tmp_path / "log.txt").read_bytes().splitlines()[0] == first

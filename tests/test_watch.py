@@ -57,16 +57,16 @@ def test_p8_a_second_signal_later_acts_at_once(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setattr(agreement, "IMPATIENT_AFTER", -1.0)
             signal.raise_signal(signal.SIGTERM)
             assert ended == [signal.SIGTERM]
-            assert watching.stop_is_asked_for()
+            assert watching.is_stop_requested()
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def test_a_launcher_that_is_gone_asks_for_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not RankAgreement(ALONE).stop_is_asked_for()
+    assert not RankAgreement(ALONE).is_stop_requested()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(agreement, "LAUNCHER", os.getppid())
-    assert not RankAgreement(ALONE).stop_is_asked_for()
+    assert not RankAgreement(ALONE).is_stop_requested()
     monkeypatch.setattr(agreement, "LAUNCHER", os.getppid() + 1)
     watching = RankAgreement(ALONE)
     assert watching.agree() == Agreed(stop=True)
@@ -110,7 +110,7 @@ def test_ranks_with_unequal_shares_ask_equally_often(batches: int, calls: int) -
     with patch.object(RankAgreement, "agree", return_value=Agreed()) as agree:
         assert list(StoppableLoader(watching, range(batches), calls)) == list(range(batches))
     assert agree.call_count == calls
-    watching.asked_at = 1.0
+    watching.stop_requested_at = 1.0
     if calls:
         with pytest.raises(Stopped):
             list(StoppableLoader(watching, range(batches), calls))

@@ -1,1 +1,1 @@
-"""What one training step leans on: means, non-finite values, optimizer, precision."""
+"""What one training step uses: means, non-finite values, optimizer, precision."""

@@ -1,5 +1,4 @@
-"""Means of named values over an epoch, kept on the device until they are read. Knows no name and no
-meaning."""
+"""Means of named values over an epoch. Their sums stay on the device until they are read."""
 
 from __future__ import annotations
 
@@ -14,11 +13,10 @@ Number = float | Tensor
 
 
 class _Sums:
-    """The weighted sum and the weight of one name: over the epoch so far without `recent`, and
-    `recent`.
+    """The weighted sum and the weight of one name, as two pairs: `past` and `recent`.
 
-    Two sums, and not an old total to subtract, because float32 (MPS) would lose the recent share of
-    a long total.
+    `recent` holds the updates since `fold` was called, `past` those before. A difference of two
+    totals would not do: in float32 (MPS) it loses digits when the total is large.
     """
 
     def __init__(self) -> None:
@@ -28,7 +26,7 @@ class _Sums:
     def add(self, value: Number, weight: Number) -> None:
         total, total_weight = self.recent
         value, weight = _wide(value), _wide(weight)
-        if isinstance(value, Tensor):  # of a step that was left out: it counts nothing
+        if isinstance(value, Tensor):  # a value of a skipped step has no weight
             finite = value.isfinite()
             value, weight = torch.where(finite, value, 0.0), weight * finite
         self.recent = [value * weight + total, weight + total_weight]
@@ -44,16 +42,15 @@ class _Sums:
 class Meters:
     """Weighted means of named scalars. Updating never waits for the device; reading waits once.
 
-    A name may be absent from some updates: its mean is over the updates that had it. A device value
-    that is not finite counts nothing. A name whose weights sum to 0 reads as NaN.
+    A name may be absent from some updates; its mean is over the updates that have it. A tensor that
+    is not finite is not counted. A name whose weights sum to 0 has the mean NaN.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, _Sums] = {}
 
     def update(self, weight: Number = 1, **scalars: Number) -> None:
-        """Adds one value per name, each counted `weight` times (such as the number of samples it is
-        a mean over)."""
+        """Adds one value per name with this weight, such as the number of samples of a mean."""
         for name, value in scalars.items():
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(
@@ -62,12 +59,14 @@ class Meters:
             self._sums.setdefault(name, _Sums()).add(value, weight)
 
     def read(self) -> dict[str, float]:
-        """The means since the beginning. One transfer from the device."""
+        """The means of all updates. One transfer from the device."""
         return self._means([sums.both() for sums in self._sums.values()])
 
     def recent(self) -> dict[str, float]:
-        """The means since the last call, of the names that were updated since. One transfer from
-        the device."""
+        """The means of the updates since the last call. One transfer from the device.
+
+        Names without an update since then are left out.
+        """
         means = self._means([sums.recent for sums in self._sums.values()])
         fresh = {
             name
@@ -88,18 +87,17 @@ class Meters:
         return dict(zip(self._sums, means, strict=True))
 
     def state(self) -> dict[str, list[float]]:
-        """All sums as plain numbers: total, weight and those of the recent share. One transfer from
-        the device."""
-        numbers = iter(
-            _to_host(
-                [number for sums in self._sums.values() for number in [*sums.past, *sums.recent]]
-            )
-        )
+        """All sums as plain numbers, for a checkpoint. One transfer from the device.
+
+        Each name has four: total and weight of `_Sums.past`, total and weight of `_Sums.recent`.
+        """
+        held = [number for sums in self._sums.values() for number in [*sums.past, *sums.recent]]
+        numbers = iter(_to_host(held))
         return {name: [next(numbers) for _ in range(4)] for name in self._sums}
 
     @classmethod
     def from_state(cls, state: dict[str, list[float]]) -> Meters:
-        """The meters that gave this state, which go on as if never interrupted."""
+        """Meters with the sums of `state`, as if the run had not been interrupted."""
         meters = cls()
         for name, numbers in state.items():
             sums = meters._sums.setdefault(name, _Sums())
@@ -107,7 +105,7 @@ class Meters:
         return meters
 
     def copy(self) -> Meters:
-        """The same sums, to reduce or read without touching these."""
+        """A copy, which can be reduced or read without a change to this object."""
         other = Meters()
         for name, sums in self._sums.items():
             kept = other._sums.setdefault(name, _Sums())
@@ -115,15 +113,15 @@ class Meters:
         return other
 
     def reduce(self, processes: Processes) -> Meters:
-        """Turns sums and weights into those over all ranks, in place; returns itself. All ranks
-        call it together, once.
+        """Replaces the sums by those over all ranks, and returns this object.
 
-        Ranks may have seen different names: the union is agreed on first, then one all-reduce
-            carries all numbers.
+        All ranks call it together, once. Ranks may have different names: first their union is
+        gathered, then one all-reduce adds all numbers.
         """
         if processes.world_size == 1:
             return self
-        names = sorted({name for seen in processes.gather(list(self._sums)) for name in seen})
+        all_names = processes.gather(list(self._sums))
+        names = sorted({name for of_one_rank in all_names for name in of_one_rank})
         pairs = [self._sums.setdefault(name, _Sums()).both() for name in names]
         numbers = [_on(number, processes.device) for pair in pairs for number in pair]
         if not names:
@@ -142,21 +140,18 @@ def _on(value: Number, device: torch.device) -> Tensor:
 
 
 def _wide(value: Number) -> Number:
-    """A tensor as a detached 0-dim tensor of the widest type its device has; a number as it is."""
-    return (
-        value.detach().reshape(()).to(_dtype_on(value.device))
-        if isinstance(value, Tensor)
-        else float(value)
-    )
+    """A tensor as a detached 0-dim tensor of its device's widest dtype; a number as a float."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value.detach().reshape(()).to(_dtype_on(value.device))
 
 
 def _to_host(values: list[Number]) -> list[float]:
-    """The values as python floats. The tensors among them, if any, travel in one transfer."""
+    """The values as Python floats. All tensors are copied in one transfer."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
         return [float(value) for value in values]
-    device = next(
-        (tensor.device for tensor in tensors if tensor.device.type != "cpu"), tensors[0].device
-    )
+    other_devices = (tensor.device for tensor in tensors if tensor.device.type != "cpu")
+    device = next(other_devices, tensors[0].device)
     read = iter(torch.stack([_on(tensor, device) for tensor in tensors]).tolist())
     return [next(read) if isinstance(value, Tensor) else float(value) for value in values]

@@ -1,5 +1,4 @@
-"""Optimizer and learning rate through timm's factories, and averaged weights. Knows no flags and no
-training step."""
+"""timm's optimizers and learning rate schedules, and the average of the weights."""
 
 from __future__ import annotations
 
@@ -16,15 +15,15 @@ from utils import InputError, first_of, is_ordinary
 
 
 def scale_rate(rate: float, total_batch: int) -> float:
-    """DeiT's linear rule: `rate` is meant for a total batch of 512 images."""
+    """The learning rate by DeiT's linear rule; `rate` is that for a total batch of 512 images."""
     return rate * total_batch / 512
 
 
 def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
-    """timm's optimizer, fused where it has such a form (AdamW: one kernel per step, on CPU too).
+    """timm's optimizer, in its fused form if it has one (AdamW has, for CPU and CUDA).
 
-    One-dimensional parameters, biases and what the model names in `no_weight_decay` are not
-    decayed.
+    One-dimensional parameters, biases and the parameters in the model's `no_weight_decay` get no
+    weight decay.
 
     Args:
         settings: keywords of timm's `create_optimizer_v2` (`opt`, `lr`, `weight_decay`, ...).
@@ -35,7 +34,7 @@ def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Op
     try:
         try:
             return _with_momentum(create_optimizer_v2(model, **settings, fused=True))
-        except (TypeError, RuntimeError):  # it has none
+        except (TypeError, RuntimeError):  # no fused form
             return create_optimizer_v2(model, **settings)
     except (ValueError, AssertionError, TypeError) as error:
         raise InputError(
@@ -44,8 +43,10 @@ def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Op
 
 
 def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """SGD begins with momentum 0: torch's fused form leaves it uninitialised where the very first
-    update is skipped."""
+    """The optimizer, with the momentum of SGD set to 0.
+
+    If the first update is skipped, torch's fused SGD would leave the momentum uninitialised.
+    """
     for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else []:
         for parameter in group["params"] if group["momentum"] else []:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -53,44 +54,45 @@ def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 @torch.no_grad()
-def update_average(average: Any, module: nn.Module, good: Tensor) -> None:
-    """timm's `ModelEmaV3.update`, but for a step that was left out: then the average stays as it
-    is.
+def update_average(average: Any, module: nn.Module, was_updated: Tensor) -> None:
+    """timm's `ModelEmaV3.update`, except that the average does not change after a skipped step.
 
     Args:
-        good: 1 or 0, on the device; it is not read.
+        average: the `ModelEmaV3`.
+        module: the model without wrappers.
+        was_updated: 1, or 0 after a skipped step; on the device, and not read on the host.
     """
-    pairs = list(
-        zip(average.module.state_dict().values(), module.state_dict().values(), strict=True)
-    )
+    averaged, trained = average.module.state_dict(), module.state_dict()
+    pairs = list(zip(averaged.values(), trained.values(), strict=True))
     for held, current in pairs:
         if not held.is_floating_point():
             held.copy_(current)
     held, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-    weight = ((1.0 - average.decay) * good).to(held[0].device)
+    weight = ((1.0 - average.decay) * was_updated).to(held[0].device)
     current = [value.to(held[0].device, non_blocking=True) for value in current]
-    # Not lerp: with a weight on the device that is a kernel for each tensor, these are a few for
-    # all.
+    # Not lerp: if its weight is on the device, it starts one kernel per tensor. These three calls
+    # start a few kernels for all tensors.
     change = torch._foreach_sub(current, held)
     torch._foreach_mul_(change, weight)
     torch._foreach_add_(held, change)
 
 
 class Schedule:
-    """timm's schedule of learning rates, a function of how far a run is and no state to save.
+    """timm's learning rate schedule. It depends on the run's progress only and has no state.
 
-    By epoch (DeiT): stepped after each epoch with that epoch's number, so that rates lag by one
-    epoch. By update (Swin; `step_on_epochs` false): stepped after each update with that update's
-    number.
+    By epoch (DeiT): stepped after each epoch with the number of that epoch, so that the rate lags
+    by one epoch. By update (Swin; `step_on_epochs` is false): stepped after each update with the
+    number of that update.
 
     Args:
         settings: keywords of timm's `create_scheduler_v2` (`sched`, `num_epochs`, `warmup_epochs`,
             ...).
         steps: updates per epoch.
-        done_epochs, done_updates: how many of either are done already.
+        done_epochs: number of finished epochs.
+        done_updates: number of updates made so far.
 
     Raises:
-        InputError: a schedule that timm does not have or that needs a metric.
+        InputError: timm has no such schedule, or the schedule needs a metric.
     """
 
     def __init__(
@@ -102,12 +104,10 @@ class Schedule:
         done_updates: int = 0,
     ) -> None:
         name, self.by_epoch = settings.get("sched"), settings.get("step_on_epochs", True)
+        made: Scheduler | None = None
         try:
-            made = (
-                None
-                if name == "plateau"
-                else create_scheduler_v2(optimizer, **settings, updates_per_epoch=steps)[0]
-            )
+            if name != "plateau":
+                made, _ = create_scheduler_v2(optimizer, **settings, updates_per_epoch=steps)
         except (ValueError, AssertionError, TypeError) as error:
             raise InputError(f"--sched {name} with these settings: {error}") from error
         if made is None:
@@ -130,18 +130,18 @@ class Schedule:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: str) -> None:
-    """Puts back what an optimizer has gathered; its settings (learning rate, weight decay, ...)
-    stay its own.
+    """Loads the saved state of an optimizer, but not its settings (learning rate, weight decay).
 
-    To be called on a new one, before the weights are loaded: it takes a step on gradients of 0,
-    which shows what its state looks like. A fused kernel would go by that and read, and write,
-    beyond a smaller tensor.
+    The saved state is compared with the state after one step on gradients of 0. Without this check
+    a fused kernel could read and write beyond the end of a tensor that is too small. The step
+    changes the weights, so call this on a new optimizer, before the weights are loaded.
 
     Args:
-        saved: its `state_dict()`.
+        saved: the optimizer's `state_dict()` from the checkpoint.
+        source: the path of the checkpoint, for messages.
 
     Raises:
-        InputError: that is of another optimizer, or of other parameters.
+        InputError: the state belongs to another optimizer or to other parameters.
     """
     settings = [{**group} for group in optimizer.state_dict()["param_groups"]]
     for group in optimizer.param_groups:
@@ -151,35 +151,30 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], s
     optimizer.zero_grad()
     own = optimizer.state_dict()
     try:
-        odd = [
-            index
-            for index, entries in saved["state"].items()
-            if not _fits(entries, own["state"][index])
+        saved_states = saved["state"].items()
+        wrong = [
+            index for index, entries in saved_states if not _fits(entries, own["state"][index])
         ]
         groups = []
-        for before, after, there in zip(
-            settings, own["param_groups"], saved["param_groups"], strict=True
-        ):
-            counted = {
-                name: there[name]
-                for name in after
-                if name not in before or before[name] != after[name]
-            }
-            odd += [name for name, value in counted.items() if not _fits(value, after[name])]
-            groups.append({**before, **counted})  # some count their steps there
+        group_triples = zip(settings, own["param_groups"], saved["param_groups"], strict=True)
+        for before, after, saved_group in group_triples:
+            # Some optimizers count their steps in the group: entries that the step has changed.
+            changed = [name for name in after if name not in before or before[name] != after[name]]
+            counted = {name: saved_group[name] for name in changed}
+            wrong += [name for name, value in counted.items() if not _fits(value, after[name])]
+            groups.append({**before, **counted})
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{source}: its optimizer state is of another optimizer or another model: {error}"
         ) from error
-    if odd:
-        raise InputError(
-            f"{source}: its optimizer state does not fit in {first_of([str(name) for name in odd])}"
-        )
+    if wrong:
+        names = first_of([str(name) for name in wrong])
+        raise InputError(f"{source}: its optimizer state does not fit in {names}")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def _fits(saved: Any, own: Any) -> bool:
-    """Whether a piece of an optimizer's state is made like another."""
+    """Whether two parts of optimizer states have the same structure, shapes and kinds of number."""
     if isinstance(own, Tensor):
         alike = is_ordinary(saved) and saved.is_floating_point() == own.is_floating_point()
         return alike and saved.shape == own.shape

@@ -1,4 +1,4 @@
-"""Autocast and the gradient scaler behind `--amp`, and evaluation mode for a while."""
+"""Autocast and the gradient scaler for `--amp`, and a context for eval mode."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ def make_autocast(device: torch.device, amp: str) -> Autocast:
 
 
 def make_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
-    """fp16 needs its loss scaled. Elsewhere the scale stays one and only the scaler's other duty is
-    left: skipping, on the device and without a read, an update whose gradient is not finite."""
+    """The gradient scaler for `--amp`.
+
+    Only fp16 needs a scaled loss. For the other precisions the scale stays 1, and the scaler is
+    used because it skips an update whose gradient is not finite without a read from the device.
+    """
     if amp == "fp16":
         return torch.amp.GradScaler(device.type)
     never = 2**31 - 1
@@ -32,7 +35,7 @@ def make_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module's own training flag is what it was."""
+    """A context in which `model` is in eval mode; each module's mode is restored afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
