@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from engine import Training
-from models.weights import load_strictly, own_keys, plain_weights
+from models.weights import load_strictly, plain_weights, to_model_keys
 from run.folder import RunFolder, candidates
 from run.saved_flags import accepts, check_settings, same_value, short
 from storage.checkpoints import FORMAT, ReadCheckpoint, load_checkpoint
@@ -321,10 +321,10 @@ def load(
     load_optimizer(
         training.optimizer, checkpoint["optimizer"], source
     )  # before the weights: it takes a step
-    load_strictly(training.module, own_keys(checkpoint["model"]), source=source)
+    load_strictly(training.module, to_model_keys(checkpoint["model"]), source=source)
     if training.ema is not None:
         load_strictly(
-            training.ema.module, own_keys(checkpoint["ema"]), source=f"{source} (average)"
+            training.ema.module, to_model_keys(checkpoint["ema"]), source=f"{source} (average)"
         )
     try:
         if (
