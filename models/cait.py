@@ -45,7 +45,7 @@ class CaiT(ImageModel):
         last = network.blocks[-1]
         if not (isinstance(last, LayerScaleBlock) and isinstance(last.attn, TalkingHeadAttn)):
             kind = type(getattr(last, "attn", last)).__name__
-            raise ValueError(f"its last block computes attention in {kind}, whose map is unknown")
+            raise ValueError(f"the attention map of its last block ({kind}) cannot be computed")
         if network.global_pool != "token":
             raise ValueError(
                 f"with global_pool {network.global_pool!r} nothing would train its class attention"

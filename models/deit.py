@@ -44,7 +44,7 @@ class PlainViT(PlainTransformer):
         last = network.blocks[-1]
         if not (isinstance(last, (Block, ResPostBlock)) and isinstance(last.attn, Attention)):
             kind = type(getattr(last, "attn", last)).__name__
-            raise ValueError(f"its last block computes attention in {kind}, whose map is unknown")
+            raise ValueError(f"the attention map of its last block ({kind}) cannot be computed")
         super().__init__(network, network.embed_dim, network.num_classes, separate_region_head)
 
     def embed(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -59,9 +59,10 @@ class PlainViT(PlainTransformer):
         It needs a patch embedding of one convolution, and attention pooling without positions.
         """
         network = self.network
-        plain = type(network) in (VisionTransformer, VisionTransformerDistilled)
-        pooled = getattr(network.attn_pool, "pos_embed", None) is None
-        return plain and type(network.patch_embed) is PatchEmbed and pooled
+        is_plain = type(network) in (VisionTransformer, VisionTransformerDistilled)
+        is_patched = type(network.patch_embed) is PatchEmbed
+        pools_anywhere = getattr(network.attn_pool, "pos_embed", None) is None
+        return is_plain and is_patched and pools_anywhere
 
     def embed_resized(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """`embed` for images of another size, with the position embedding resampled to their grid.

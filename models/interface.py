@@ -1,7 +1,7 @@
 """What mixing needs of a model: logits, final image tokens, attention scores and region logits.
 
-`ImageModel` wraps the plain network of a family and defines these four. Every mixer and loss works
-on `ModelOutput` and `GuideOutput` alone.
+`ImageModel` wraps the plain network of a family and computes these four. Mixers and losses receive
+only its results, `GuideOutput` and `ModelOutput`.
 
 Letters: B batch, C channels, N image tokens (row-major over the grid of R x C cells), D width,
 K classes, H heads, T all tokens (class, distillation and register tokens, then the image tokens).

@@ -89,8 +89,8 @@ class MaxViT(ImageModel):
         if isinstance(last, TransformerBlock2d):
             features = network.norm(run_block(final, last, maps))
             with torch.no_grad():
-                # (B, R, C, D): if the block halves the grid, `norm1` does it
-                attention_input = last.norm1(maps).permute(0, 2, 3, 1)
+                # If the block halves the grid, `norm1` already does so.
+                attention_input = last.norm1(maps).permute(0, 2, 3, 1)  # (B, R, C, D)
                 size = tuple(attention_input.shape[1:3])
                 return features, grid_score(last.attn, attention_input, size)
         maps = run_block(final, last.conv, maps)
@@ -102,6 +102,7 @@ class MaxViT(ImageModel):
         with torch.no_grad():
             grid_block = last.attn_grid
             normed = grid_block.norm1(maps)
+            # (B, R, C, D)
             attention_input = normed.permute(0, 2, 3, 1) if last.nchw_attn else normed
             size = grid_block.partition_size
             return features, grid_score(grid_block.attn, attention_input, size)
