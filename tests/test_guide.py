@@ -24,7 +24,7 @@ from config.checks import check_args
 from config.flags import get_args_parser
 from models.build import build_model, use_float32_attention
 from models.deit import PlainViT
-from models.interface import GuideOutput, ImageModel, resize_score
+from models.interface import GuideOutput, ImageModel, upsample_score
 from models.weights import adapt_weights, load_strictly, plain_weights
 from tests.conftest import randomise
 from tests.image_folders import make_image_folder
@@ -299,7 +299,7 @@ def test_a_step_after_the_guide_learns_as_without_it(case: str, amp: str, tmp_pa
 
 def test_a_resized_score_is_the_bilinear_one() -> None:
     score = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
-    ours = resize_score(score, (2, 3), (5, 4)).unflatten(1, (5, 4))
+    ours = upsample_score(score, (2, 3), (5, 4)).unflatten(1, (5, 4))
 
     def between(position: int, length: int, fine: int) -> tuple[int, int, float]:
         place = min(max((position + 0.5) * length / fine - 0.5, 0.0), length - 1.0)
@@ -315,9 +315,9 @@ def test_a_resized_score_is_the_bilinear_one() -> None:
             below = grid[:, bottom, left] * (1 - along) + grid[:, bottom, right] * along
             expected = (above * (1 - down) + below * down) * 6 / 20
             torch.testing.assert_close(ours[:, row, column], expected)
-    uniform = resize_score(torch.full((1, 6), 1 / 6), (2, 3), (4, 6))
+    uniform = upsample_score(torch.full((1, 6), 1 / 6), (2, 3), (4, 6))
     torch.testing.assert_close(uniform, torch.full((1, 24), 1 / 24))
-    assert torch.equal(resize_score(score, (2, 3), (2, 3)), score)
+    assert torch.equal(upsample_score(score, (2, 3), (2, 3)), score)
 
 
 LOOKERS = [
@@ -343,7 +343,7 @@ def test_a_smaller_look_is_that_of_a_model_built_smaller(case: str) -> None:
         )
     check_score(seen.image_attention, model)
     torch.testing.assert_close(seen.logits, expected.logits, atol=1e-5, rtol=1e-5)
-    score = resize_score(expected.image_attention, small.grid_size, model.grid_size)
+    score = upsample_score(expected.image_attention, small.grid_size, model.grid_size)
     torch.testing.assert_close(seen.image_attention, score, atol=1e-6, rtol=0)
     assert not torch.allclose(prediction(model, images, size), prediction(model, images), atol=1e-3)
 
