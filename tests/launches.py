@@ -1,27 +1,41 @@
-"""Processes of `main.py` that tests watch and disturb: under torchrun, or forked as ranks without a
-launcher."""
+"""Processes of `main.py` that tests watch and disturb: under torchrun, or as ranks without a
+launcher.
+
+A fresh python needs seconds to import torch and timm. Processes here are forked from a server that
+has done so once; torchrun is torch's own, and forks its ranks too. `Launch(forked=False)` starts
+everything anew, as a user does.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed.run
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 import main
 import utils
+from run import agreement
 from tests.runs import ROOT, SMALL, split
 
 
@@ -39,6 +53,52 @@ def wait_until(holds: Callable[[], bool], seconds: float, pause: float = 0.02) -
     return held
 
 
+# ------------------------------------------------------------------------------------------ forking
+
+Command = Callable[[list[str]], None]  # a function of a module that takes words
+
+MARK = "LAUNCH_MARK"
+os.environ.setdefault(MARK, "-" * 36)  # room for a launch's mark, where /proc shows it
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["tests.launches"])  # so that a process starts in no time
+
+
+class Forked:
+    """A forked process, with what launchers and tests ask of a `subprocess.Popen`."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self.process = process
+        process.start()
+        assert process.pid is not None
+        self.pid = process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        ended = wait_until(
+            lambda: self.process.exitcode is not None, 3600 if timeout is None else timeout
+        )
+        if not ended or self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.process.name, timeout or 0)
+        return self.process.exitcode
+
+
+def start(function: Callable[..., object], *args: Any) -> Forked:
+    """A function of a module, in a process of its own."""
+    return Forked(_forks.Process(target=function, args=args))
+
+
+def say_into(path: Path) -> None:
+    """From now on this process writes its output there, behind what is there, at once."""
+    stream = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(stream, number)
+    for text in (sys.stdout, sys.stderr):
+        text.reconfigure(write_through=True)  # type: ignore[union-attr]
+
+
 # ----------------------------------------------------------------------------------- under torchrun
 
 
@@ -51,6 +111,7 @@ class Launch:
         log: receives what is printed, after what is there.
         restarts: torchrun's `--max-restarts`.
         options: more of torchrun's own.
+        forked: see above; else started anew.
     """
 
     def __init__(
@@ -60,21 +121,23 @@ class Launch:
         log: Path,
         restarts: int = 0,
         options: str = "--standalone",
+        forked: bool = True,
     ) -> None:
         self.restarts = restarts
-        self.mark = f"LAUNCH_MARK={uuid.uuid4()}"
-        name, _, value = self.mark.partition("=")
-        launcher = split(
-            f"-m torch.distributed.run {options} --nproc_per_node={processes} "
-            f"--max-restarts={restarts}"
-        )
+        mark = str(uuid.uuid4())
+        self.mark = f"{MARK}={mark}"
+        launcher = split(f"{options} --nproc_per_node={processes} --max-restarts={restarts}")
+        self.process: Forked | subprocess.Popen[bytes]
+        if forked:
+            self.process = start(_be_launcher, mark, [*launcher, "main.py", *words], log)
+            return
         with open(log, "ab") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, "main.py", *words],
+                [sys.executable, "-m", "torch.distributed.run", *launcher, "main.py", *words],
                 cwd=ROOT,
                 stdout=stream,
                 stderr=stream,
-                env={**os.environ, "OMP_NUM_THREADS": "1", name: value},
+                env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark},
                 start_new_session=True,
             )
 
@@ -149,14 +212,81 @@ class Launch:
         self.kill()
 
 
+def _be_launcher(mark: str, argv: list[str], log: Path) -> None:
+    _show_mark(mark)
+    os.setsid()
+    os.chdir(ROOT)
+    say_into(log)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with patch.object(
+        SubprocessHandler, "_popen", lambda handler, args, env: _fork_rank(args, env)
+    ):
+        torch.distributed.run.main(argv)
+
+
+def _show_mark(mark: str) -> None:
+    """Writes over the text that /proc shows as this process's environment, and its children's."""
+    library = ctypes.CDLL(None)
+    library.getenv.restype = ctypes.c_void_p
+    place = library.getenv(MARK.encode())
+    assert len(mark) == len(ctypes.string_at(place))
+    ctypes.memmove(place, mark.encode(), len(mark))
+
+
+def _fork_rank(args: tuple[str, ...], env: dict[str, str]) -> Forked:
+    words = args[args.index("main.py") + 1 :]
+    with warnings.catch_warnings():  # the launcher's threads hold no lock that the rank takes
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forked = Forked(
+            multiprocessing.get_context("fork").Process(
+                target=_be_rank_of_torchrun, args=(list(words), env, os.getpid())
+            )
+        )
+    with suppress(OSError):  # the first of the two to do it
+        os.setpgid(forked.pid, forked.pid)
+    return forked
+
+
+def _be_rank_of_torchrun(words: list[str], env: dict[str, str], launcher: int) -> None:
+    """As `main.py` begins in a python of its own."""
+    os.setpgid(0, 0)
+    gc.freeze()  # what is the launcher's is not for this process to close
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(number).st_mode):  # of the launcher's store
+                os.close(number)
+    os.environ.clear()
+    os.environ.update(env)
+    agreement.LAUNCHER = launcher
+    _run(main.main, words)
+
+
+def _run(command: Command, words: list[str]) -> None:
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # loader workers, as where no test is
+    sys.exit(utils.run_command(lambda: command(words)))
+
+
+def torchrun(
+    folder: Path, *words: str | Path, processes: int = 2, seconds: float = 120
+) -> tuple[int, str]:
+    """A launch to its end, which leaves no process. Returns its exit code and what it said."""
+    log = folder / f"said_{uuid.uuid4()}.log"
+    with Launch(split(*words), processes, log) as launch:
+        code = launch.wait(seconds)
+        assert launch.wait_until_gone(5), launch.left()
+    return code, log.read_text(encoding="utf-8")
+
+
 # --------------------------------------------------------------------------------- without torchrun
 
 Meddle = Callable[
     [int], AbstractContextManager[Any]
 ]  # rank -> what goes wrong there; a function of a module
-
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.launches"])  # so that a rank starts in no time
 
 
 class Ranks:
@@ -166,10 +296,16 @@ class Ranks:
         folder: receives what each rank prints.
         meddle: rank -> context that its run is put into. It must be picklable: a function of a
             module, or a partial.
+        command: what takes the words.
     """
 
     def __init__(
-        self, world_size: int, folder: Path, *words: str | Path, meddle: Meddle | None = None
+        self,
+        world_size: int,
+        folder: Path,
+        *words: str | Path,
+        meddle: Meddle | None = None,
+        command: Command = main.main,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -177,7 +313,7 @@ class Ranks:
         self.said_in = [folder / f"rank{rank}_{port}.log" for rank in range(world_size)]
         self.processes = [
             _forks.Process(
-                target=_be_rank, args=(rank, world_size, port, split(*words), said, meddle)
+                target=_be_rank, args=(rank, world_size, port, split(*words), said, meddle, command)
             )
             for rank, said in enumerate(self.said_in)
         ]
@@ -205,7 +341,13 @@ class Ranks:
 
 
 def _be_rank(
-    rank: int, world_size: int, port: int, words: list[str], said: Path, meddle: Meddle | None
+    rank: int,
+    world_size: int,
+    port: int,
+    words: list[str],
+    said: Path,
+    meddle: Meddle | None,
+    command: Command,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -215,19 +357,19 @@ def _be_rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    stream = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(stream, number)
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # loader workers, as where no test is
+    say_into(said)
     with meddle(rank) if meddle is not None else nullcontext():
-        sys.exit(utils.run_command(lambda: main.main(words)))
+        _run(command, words)
 
 
 def run_ranks(
-    world_size: int, folder: Path, *words: str | Path, meddle: Meddle | None = None
+    world_size: int,
+    folder: Path,
+    *words: str | Path,
+    meddle: Meddle | None = None,
+    command: Command = main.main,
 ) -> None:
     """A small run on so many ranks, to its end; all must succeed."""
-    ranks = Ranks(world_size, folder, SMALL, *words, meddle=meddle)
+    ranks = Ranks(world_size, folder, SMALL, *words, meddle=meddle, command=command)
     codes = ranks.wait()
     assert codes == [0] * world_size, [ranks.said(rank)[-2000:] for rank in range(world_size)]

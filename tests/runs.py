@@ -6,10 +6,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -95,36 +91,6 @@ def run_main(*words: str | Path) -> Outcome:
 
 def run_small(*words: str | Path) -> Outcome:
     return run_main(SMALL, *words)
-
-
-def finish(*command: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own, from the project's root. Whatever it started is ended
-    after `timeout`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        out, err = started.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)
-        out, err = started.communicate()
-        raise AssertionError(f"still running after {timeout} s:\n{out}\n{err}") from None
-    return subprocess.CompletedProcess(command, started.returncode, out, err)
-
-
-def torchrun(
-    *words: str | Path, processes: int = 2, timeout: float = 150
-) -> subprocess.CompletedProcess[str]:
-    """`main.py` under torchrun."""
-    launcher = split(f"-m torch.distributed.run --standalone --nproc_per_node={processes} main.py")
-    return finish(sys.executable, *launcher, *split(*words), timeout=timeout)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

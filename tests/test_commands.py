@@ -18,6 +18,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import pytest
 import timm.optim
 import timm.scheduler.scheduler_factory
+import torch
 from torch.distributed.run import parse_args as parse_torchrun
 
 from config.build_mixer import MixingSettings
@@ -183,8 +185,15 @@ def all_commands() -> list[tuple[str, str]]:
 # --------------------------------------------------------------------------------- parsing commands
 
 
+# A bash function instead of a python3 that imports torch to count the GPUs.
+ONE_GPU = {"BASH_FUNC_python3%%": "() { echo 1; }"}
+
+
 def dry_run(words: list[str], **environment: str) -> str:
-    """What a script prints with DRY_RUN=1; its messages of refusal as an AssertionError."""
+    """What a script prints with DRY_RUN=1; its messages of refusal as an AssertionError.
+
+    Without a PATH of the caller's there is one GPU.
+    """
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -193,7 +202,7 @@ def dry_run(words: list[str], **environment: str) -> str:
     done = subprocess.run(
         ["bash", *words],
         cwd=ROOT,
-        env={**clean, **environment, "DRY_RUN": "1"},
+        env={**clean, **({} if "PATH" in environment else ONE_GPU), **environment, "DRY_RUN": "1"},
         capture_output=True,
         text=True,
     )
@@ -562,6 +571,9 @@ def test_the_number_of_processes_defaults_to_the_gpus_here(tmp_path: Path) -> No
     python.chmod(0o755)
     args, printed = run_of("deit_tiny", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert (processes_of(printed), args.accum_steps) == (2, 2)
+    own = Path(sys.executable).parent
+    _, printed = run_of("deit_tiny", PATH=f"{own}:{os.environ['PATH']}")
+    assert processes_of(printed) == max(1, torch.cuda.device_count())
 
 
 @pytest.mark.parametrize("size", TABLE_1)

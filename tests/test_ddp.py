@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +21,7 @@ from models.build import build_model
 from models.interface import ImageModel
 from pipeline.samples import Batch
 from smmix import VARIANTS, Drawn
+from tests.launches import start
 from tests.mixing import make_switch
 from training import optim, precision
 from training.meters import Meters
@@ -145,7 +145,8 @@ def fail_on_one_rank(training: engine.Training, rank: int) -> dict[str, Any]:
 
 
 def run(tmp_path: Path, world_size: int, variant: str) -> list[dict[str, Any]]:
-    mp.spawn(work, args=(world_size, str(tmp_path), variant), nprocs=world_size)
+    ranks = [start(work, rank, world_size, str(tmp_path), variant) for rank in range(world_size)]
+    assert [rank.wait(120) for rank in ranks] == [0] * world_size
     return [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
 
 

@@ -7,9 +7,7 @@ import argparse
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +22,10 @@ from torch import Tensor
 import engine
 from config.flags import get_args_parser
 from tests.image_folders import make_image_folder
+from tests.launches import torchrun
 from tests.runs import (
     SMALL,
     differences,
-    finish,
     largest_difference,
     observing_steps,
     read_log,
@@ -36,7 +34,6 @@ from tests.runs import (
     split,
     state_of,
     tensors_in,
-    torchrun,
     weights_of,
 )
 from training import optim
@@ -80,16 +77,14 @@ def test_two_processes_train_resume_and_evaluate(tmp_path: Path) -> None:
         "--output-dir",
         folder,
     )
-    first = torchrun(*words, "--epochs 1")
-    assert first.returncode == 0, first.stderr
-    assert "128 per process x 2 processes x 1 accumulated = 256" in first.stdout
-    assert first.stdout.count("total batch") == 1  # one rank speaks
-    second = torchrun(*words, "--epochs 2 --auto-resume --accept-changes epochs")
-    assert second.returncode == 0, second.stderr
-    assert (
-        f"resumed from {folder / 'checkpoints' / '0000000005.pth'}; next is epoch 1"
-        in second.stdout
-    )
+    code, said = torchrun(tmp_path, *words, "--epochs 1")
+    assert code == 0, said
+    assert "128 per process x 2 processes x 1 accumulated = 256" in said
+    assert said.count("total batch") == 1  # one rank speaks
+    more = "--epochs 2 --auto-resume --accept-changes epochs"
+    code, said = torchrun(tmp_path, *words, more)
+    assert code == 0, said
+    assert f"resumed from {folder / 'checkpoints' / '0000000005.pth'}; next is epoch 1" in said
 
     lines = read_log(folder)
     assert [line["epoch"] for line in lines] == [0, 1]
@@ -162,11 +157,10 @@ def test_two_processes_train_resume_and_evaluate(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_python_and_torchrun_with_one_process_are_the_same(photos: Path, tmp_path: Path) -> None:
     words = split(SMALL, "--data-path", photos, "--output-dir")
-    with ThreadPoolExecutor() as pool:
-        plain = pool.submit(finish, sys.executable, "main.py", *words, str(tmp_path / "python"))
-        launched = pool.submit(torchrun, *words, str(tmp_path / "torchrun"), processes=1)
-    for done in (plain.result(), launched.result()):
-        assert done.returncode == 0, done.stderr
+    plain = run_main(*words, tmp_path / "python")
+    assert plain.code == 0, plain.err
+    code, said = torchrun(tmp_path, *words, tmp_path / "torchrun", processes=1)
+    assert code == 0, said
     left, right = (
         tensors_in(
             {

@@ -6,8 +6,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,9 +22,8 @@ from pipeline.samples import Batch
 from run import folder as run_folder
 from run.folder import RunFolder
 from tests.image_folders import make_image_folder, message_of
-from tests.launches import read_status
+from tests.launches import read_status, start, wait_until
 from tests.runs import (
-    ROOT,
     changed,
     fingerprint,
     observing_steps,
@@ -94,23 +91,23 @@ def test_p14_a_run_waits_for_one_that_is_about_to_leave(tmp_path: Path) -> None:
     second.close()
 
 
+def hold(path: Path) -> None:
+    folder = RunFolder(path)
+    folder.open()
+    (path / "held").touch()
+    time.sleep(99)
+
+
 @linux
 def test_p14_a_killed_run_holds_nothing(tmp_path: Path) -> None:
-    script = (
-        "import time; from run.folder import RunFolder; "
-        f"folder = RunFolder({str(tmp_path)!r}); folder.open()"
-    )
-    script += "; print(1, flush=True); time.sleep(99)"
-    with subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE
-    ) as owner:
-        assert owner.stdout is not None
-        owner.stdout.readline()
-        try:
-            with patch.object(run_folder, "WAIT_FOR_LOCK", 0.1):
-                assert f"process {owner.pid} on" in message_of(InputError, RunFolder(tmp_path).open)
-        finally:
-            owner.kill()
+    owner = start(hold, tmp_path)
+    assert wait_until(lambda: (tmp_path / "held").exists(), 60)
+    try:
+        with patch.object(run_folder, "WAIT_FOR_LOCK", 0.1):
+            assert f"process {owner.pid} on" in message_of(InputError, RunFolder(tmp_path).open)
+    finally:
+        os.kill(owner.pid, signal.SIGKILL)
+    owner.wait(10)
     folder = RunFolder(tmp_path)
     folder.open()
     folder.close()

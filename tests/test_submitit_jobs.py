@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -17,12 +18,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from storage.checkpoints import load_checkpoint
-from tests.runs import ROOT, SMALL, finish, read_log, split
+from tests import launches
+from tests.image_folders import make_image_folder
+from tests.runs import ROOT, SMALL, read_log, split
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="this system has no SIGUSR2")
 
@@ -35,9 +38,8 @@ from pathlib import Path
 def main(argv):
     folder, rank = Path(argv[argv.index("--output-dir") + 1]), os.environ["RANK"]
     folder.mkdir(parents=True, exist_ok=True)
-    import torch
     seen = {name: os.environ.get(name) for name in NAMES}
-    seen |= {"argv": argv, "threads": torch.get_num_threads()}
+    seen |= {"argv": argv, "torch": "torch" in sys.modules}
     asked, before = [], {}
     for number in (signal.SIGTERM, signal.SIGUSR1):
         before[number] = signal.signal(number, lambda number, frame: asked.append(number))
@@ -53,6 +55,13 @@ def main(argv):
         (folder / "status.json").write_text(json.dumps(state))
 
 NAMES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+NAMES += ["OMP_NUM_THREADS"]
+"""
+# Instead of the project's, which imports torch.
+STUB_UTILS = """
+def run_command(command):
+    command()
+    return 0
 """
 SRUN = """#!/bin/sh
 while [ "${1#--}" != "$1" ]; do case $1 in --unbuffered) shift ;; *) shift 2 ;; esac; done
@@ -64,7 +73,7 @@ wait
 """
 
 
-def wait_until(holds: Callable[[], Any], job: subprocess.Popen[str], timeout: float = 120) -> Any:
+def wait_until(holds: Callable[[], Any], job: Job, timeout: float = 120) -> Any:
     """What `holds` finds at last, while a job lives."""
     begun = time.monotonic()
     while not (found := holds()):
@@ -83,54 +92,77 @@ def stubbed(tmp_path: Path) -> Path:
     """A folder with our file and a main.py that only waits for signals."""
     shutil.copy(ROOT / "run_with_submitit.py", tmp_path)
     (tmp_path / "main.py").write_text(STUB)
+    (tmp_path / "utils.py").write_text(STUB_UTILS)
     return tmp_path
 
 
-Start = Callable[..., subprocess.Popen[str]]
+class Job(NamedTuple):
+    """A command that was started, and where it says what."""
+
+    process: launches.Forked | subprocess.Popen[bytes]
+    said: Path
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+
+Start = Callable[..., Job]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a command, with `environment` added to ours; what is left of it is ended with the
-    test."""
-    started: list[subprocess.Popen[str]] = []
+    test. One of our file is forked from where torch is imported already."""
+    started: list[Job] = []
 
-    def begin(
-        command: list[str], folder: Path = tmp_path, **environment: str
-    ) -> subprocess.Popen[str]:
+    def begin(command: list[str], folder: Path = tmp_path, **environment: str) -> Job:
         clean = {
             name: value
             for name, value in os.environ.items()
             if name not in ("OMP_NUM_THREADS", "RANK")
         }
         clean.update(PYTHONPATH=str(ROOT), **environment)
-        started.append(
-            subprocess.Popen(
-                command,
-                cwd=folder,
-                env=clean,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        )
+        said = tmp_path / f"job{len(started)}.log"
+        process: launches.Forked | subprocess.Popen[bytes]
+        if command[0] == "run_with_submitit.py":
+            process = launches.start(submit, command, folder, clean, said)
+        else:
+            with open(said, "wb") as stream:
+                process = subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    env=clean,
+                    stdout=stream,
+                    stderr=stream,
+                    start_new_session=True,
+                )
+        started.append(Job(process, said))
         return started[-1]
 
     yield begin
-    for process in started:
+    for job in started:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+            os.killpg(job.process.pid, signal.SIGKILL)
+        job.process.wait()
+
+
+def submit(command: list[str], folder: Path, environment: dict[str, str], said: Path) -> None:
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    launches.say_into(said)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")  # as a command, which is pickled by value
 
 
 def submission(*words: str | Path) -> list[str]:
-    return [sys.executable, "run_with_submitit.py", *split(*words)]
+    return ["run_with_submitit.py", *split(*words)]
 
 
-def ending_of(process: subprocess.Popen[str]) -> tuple[int, str]:
-    said = process.communicate(timeout=150)[0]
-    return process.returncode, said
+def ending_of(job: Job) -> tuple[int, str]:
+    code = job.process.wait(150)
+    return code, job.said.read_text()
 
 
 def pids_of(*marks: str) -> list[int]:
@@ -172,7 +204,8 @@ def test_a_local_job_is_started_again_after_submitits_signal(stubbed: Path, star
             str(stubbed / "job"),
             "--auto-resume",
         ]
-        assert first["threads"] == 1  # torch was not imported before the environment was set
+        # torch reads it when it is imported, and nothing has imported it before it was set
+        assert (first["OMP_NUM_THREADS"], first["torch"]) == ("1", False)
         assert [first[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == [
             str(rank),
             "2",
@@ -274,12 +307,14 @@ def test_a_slurm_job_saves_and_goes_to_the_queue_again(
 
 
 @pytest.mark.slow
-def test_what_main_could_not_do_fails_the_job_with_its_message(tmp_path: Path) -> None:
+def test_what_main_could_not_do_fails_the_job_with_its_message(
+    tmp_path: Path, start: Start
+) -> None:
     words = f"{SMALL} --local --ngpus 1 --timeout 5 --resume {tmp_path}/nosuch.pth".split()
     words += ["--job-dir", f"{tmp_path}/job"]
-    done = finish(sys.executable, "run_with_submitit.py", *words)
-    assert done.returncode == 1
-    assert "error: the job failed" in done.stderr
+    code, said = ending_of(start(["run_with_submitit.py", *words], ROOT))
+    assert code == 1
+    assert "error: the job failed" in said
     assert (
         f"{tmp_path}/nosuch.pth"
         in next((tmp_path / "job/submitit").glob("*_0_log.err")).read_text()
@@ -291,11 +326,15 @@ def test_what_main_could_not_do_fails_the_job_with_its_message(tmp_path: Path) -
 def test_a_real_run_on_two_processes_is_stopped_started_again_and_finished(
     tmp_path: Path, start: Start
 ) -> None:
-    words = (
-        f"--local --ngpus 2 --timeout 5 {SMALL} --batch-size 32 --epochs 3 --num-workers 1 "
-        "--job-dir"
+    photos = make_image_folder(tmp_path / "photos", per_class=64, size=(20, 20))
+    words = split(
+        f"--local --ngpus 2 --timeout 5 {SMALL} --batch-size 4 --epochs 3 --num-workers 1",
+        "--data-path",
+        photos,
+        "--job-dir",
+        tmp_path / "%j",
     )
-    job = start(submission(words, tmp_path / "%j"), ROOT, OMP_NUM_THREADS="1")
+    job = start(submission(*map(Path, words)), ROOT, OMP_NUM_THREADS="1")
     log = wait_until(lambda: [path for path in tmp_path.glob("*/log.txt") if lines(path)], job)[0]
     for task in pids_of("submitit.core._submit", str(tmp_path)):
         os.kill(task, signal.SIGUSR2)

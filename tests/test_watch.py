@@ -216,11 +216,10 @@ def test_p8_asked_twice_a_stuck_run_ends_at_once(words: list[str], tmp_path: Pat
     assert ranks.wait(GONE_WITHIN) == [-signal.SIGTERM] * 2
 
 
-def begin(words: list[str], folder: Path) -> Launch:
+def begin(words: list[str], folder: Path, forked: bool = True) -> Launch:
     handled = "--standalone --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    return Launch(
-        [*split(SMALL), *words, str(folder / "run")], 2, folder / "said.log", options=handled
-    )
+    flags = [*split(SMALL), *words, str(folder / "run")]
+    return Launch(flags, 2, folder / "said.log", options=handled, forked=forked)
 
 
 @pytest.mark.slow
@@ -229,8 +228,8 @@ def begin(words: list[str], folder: Path) -> Launch:
 )
 def test_p8_signals_to_the_launcher(photos: Path, tmp_path: Path) -> None:
     """Each ends the run politely and leaves no process behind, SIGKILL too; the same command goes
-    on to the end."""
-    more = split(f"{WORDS} --epochs 4", "--data-path", photos, "--output-dir")
+    on to the end. The first launch is one as a user's."""
+    more = split(f"{WORDS} --epochs 3", "--data-path", photos, "--output-dir")
     run_ranks(2, tmp_path, *more, tmp_path / "whole")
     step = 0
 
@@ -238,7 +237,7 @@ def test_p8_signals_to_the_launcher(photos: Path, tmp_path: Path) -> None:
         return read_status(tmp_path / "run").get("step", 0) > step + 1
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL):  # SIGINT to ranks: above
-        with begin(more, tmp_path) as launch:
+        with begin(more, tmp_path, number != signal.SIGTERM) as launch:
             assert launch.wait_until(has_gone_on, 60)
             os.kill(launch.process.pid, number)
             assert launch.wait_until_gone(GONE_WITHIN), f"{number.name}: {launch.left()}"
