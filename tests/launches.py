@@ -255,10 +255,10 @@ def _be_rank_of_torchrun(words: list[str], env: dict[str, str], launcher: int) -
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in map(int, os.listdir("/proc/self/fd")):
+    for file in map(int, os.listdir("/proc/self/fd")):
         with suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(number).st_mode):  # of the launcher's store
-                os.close(number)
+            if stat.S_ISSOCK(os.fstat(file).st_mode):  # of the launcher's store
+                os.close(file)
     os.environ.clear()
     os.environ.update(env)
     agreement.LAUNCHER = launcher
