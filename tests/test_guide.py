@@ -498,7 +498,7 @@ def test_a_run_takes_both_flags_and_keeps_them(tmp_path: Path) -> None:
         tmp_path / "run",
     )
     assert more.code == 2
-    assert "--guide-size [8] -> None, --guide-amp bf16 -> None" in more.err
+    assert "--guide-size 8 -> None, --guide-amp bf16 -> None" in more.err
     refused = run_small("--guide-size 6 --data-path", photos)
     assert refused.code == 2
     assert (
