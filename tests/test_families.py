@@ -442,7 +442,7 @@ def test_the_class_score_passes_through_ddp(family: str, tmp_path: Path) -> None
 
 def test_attention_across_channels_gives_no_score() -> None:
     with pytest.raises(
-        utils.InputError, match=r"--model xcit_nano_12_p16_224: a Xcit .*across channels"
+        utils.InputError, match=r"--model xcit_nano_12_p16_224: Xcit .*across channels"
     ):
         build_model("xcit_nano_12_p16_224", CLASSES, input_size=(SIDE, SIDE))
 

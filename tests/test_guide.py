@@ -236,7 +236,7 @@ def test_a_glance_compiles_whole(case: str) -> None:
 
 
 def test_a_model_in_training_mode_is_not_looked_through() -> None:
-    with pytest.raises(AssertionError, match="evaluation mode"):
+    with pytest.raises(AssertionError, match="eval mode"):
         make("VisionTransformer").train().motivating_pass(batch_of(1)[0])
 
 
