@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from models.float32_attention import in_layer_precision
 from models.interface import (
     AttentionOf,
-    Depth,
     GuideOutput,
     ImageModel,
+    ScoreBlock,
     class_attention_score,
     image_attention_score,
 )
@@ -141,7 +141,7 @@ class PlainTransformer(ImageModel):
             return features, score_of(attention, network.num_prefix_tokens)
 
     def guide_output(
-        self, images: Tensor, resized: bool, block: Depth, predict: bool
+        self, images: Tensor, resized: bool, block: ScoreBlock, predict: bool
     ) -> GuideOutput:
         """The motivating pass without the work that neither score nor logits need.
 

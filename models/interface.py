@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 
 # The block whose attention gives the score: its number, counted from 1; "rollout" for the mean of
 # the scores of all blocks; None for the last block.
-Depth = int | Literal["rollout"] | None
+ScoreBlock = int | Literal["rollout"] | None
 
 # The queries of the score: the image tokens (Eq. 6), or the class token (TransMix).
 AttentionOf = Literal["image", "class"]
@@ -297,7 +297,7 @@ class ImageModel(nn.Module, ABC):
         self,
         images: Tensor,
         size: tuple[int, int] | None = None,
-        block: Depth = None,
+        block: ScoreBlock = None,
         predict: bool = True,
     ) -> GuideOutput:
         """The motivating pass: score (Eq. 6) and logits of clean images, in eval mode.
@@ -334,7 +334,7 @@ class ImageModel(nn.Module, ABC):
         return GuideOutput(output.logits, score)
 
     def guide_output(
-        self, images: Tensor, resized: bool, block: Depth, predict: bool
+        self, images: Tensor, resized: bool, block: ScoreBlock, predict: bool
     ) -> GuideOutput:
         """The motivating pass without the resizing; called by `motivating_pass` alone.
 

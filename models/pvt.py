@@ -24,9 +24,9 @@ from models.blocks import resize_positions, run_block, softmax_map, split_heads
 from models.float32_attention import in_layer_precision
 from models.interface import (
     AttentionOf,
-    Depth,
     GuideOutput,
     ImageModel,
+    ScoreBlock,
     class_attention_score,
     image_attention_score,
 )
@@ -353,7 +353,7 @@ class PVT(ImageModel):
         return score_of(attention, num_prefix_tokens=1)
 
     def guide_output(
-        self, images: Tensor, resized: bool, block: Depth, predict: bool
+        self, images: Tensor, resized: bool, block: ScoreBlock, predict: bool
     ) -> GuideOutput:
         """The motivating pass; the last block computes the output of the class token only.
 

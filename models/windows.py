@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from models.blocks import require_mean_pooling, run_block
-from models.interface import AttentionOf, Depth, GuideOutput, ImageModel
+from models.interface import AttentionOf, GuideOutput, ImageModel, ScoreBlock
 
 
 class WindowedTransformer(ImageModel):
@@ -77,7 +77,7 @@ class WindowedTransformer(ImageModel):
         return tokens
 
     def guide_output(
-        self, images: Tensor, resized: bool, block: Depth, predict: bool
+        self, images: Tensor, resized: bool, block: ScoreBlock, predict: bool
     ) -> GuideOutput:
         """The motivating pass; without `predict` the last block computes only its score."""
         if predict:
