@@ -18,7 +18,7 @@ from mixers.mixup import Mixup
 from models.interface import ModelOutput
 from pipeline.spec import ImageSpec
 from run import pictures
-from run.pictures import HALO, SOURCE_COLOR, TARGET_COLOR, Layout, Page, Pair
+from run.pictures import OUTLINE_EDGE, SOURCE_COLOR, TARGET_COLOR, Layout, Page, Pair
 from smmix import Drawn, SMMix
 from utils import InputError, keyed_generator
 
@@ -62,7 +62,7 @@ def has_frame(
     ]
     inner = [(x, y) for x in range(x0 + 1, x1) for y in (y0 + 1, y1 - 1)]
     inner += [(x, y) for y in range(y0 + 1, y1) for x in (x0 + 1, x1 - 1)]
-    return all(color_at(picture, *place) == HALO for place in places) and all(
+    return all(color_at(picture, *place) == OUTLINE_EDGE for place in places) and all(
         color_at(picture, *place) == color for place in inner
     )
 
