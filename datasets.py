@@ -1,8 +1,6 @@
-"""Data sets by name: the images of each, and what their names imply for transforms.
+"""Opens data sets by name, and gives the image settings that depend on the name.
 
-Level 2: imports `utils`, `decoding`, `images` and `transforms`. It must not know loaders, mixing,
-models or process groups. Names and folder layouts are DeiT's; `timm/<name>` reaches whatever timm
-reads.
+Names and folder layouts are DeiT's; `timm/<name>` opens all data sets that timm can read.
 """
 
 from __future__ import annotations
@@ -49,36 +47,38 @@ INAT_CATEGORIES = (
 )
 CIFARS = {"CIFAR": torchvision_datasets.CIFAR100, "CIFAR10": torchvision_datasets.CIFAR10}
 DATA_SETS = ("DIGITS", *CIFARS, "IMNET", *INAT_YEARS)  # and timm/<name>
-FLIPS = dict.fromkeys(("DIGITS", "timm/torch/mnist", "timm/torch/kmnist", "timm/torch/qmnist"), 0.0)
-CROP_RATIOS = {"DIGITS": 1.0}  # the scans touch their borders
-STREAMS = ("wds", "tfds", "hfids")
+UNFLIPPED = ("DIGITS", "timm/torch/mnist", "timm/torch/kmnist", "timm/torch/qmnist")
+CROP_RATIOS = {"DIGITS": 1.0}  # the digits reach the image's border
+STREAM_READERS = ("wds", "tfds", "hfids")  # timm's readers that yield images in their own order
+# timm's readers that download the data set, so that `path` need not exist
+DOWNLOADING_READERS = ("hfds", "hfids", "tfds")
 
 
 def image_spec_for(
     name: str, input_size: int | Sequence[int], crop_ratio: float | None = None
 ) -> ImageSpec:
-    """How images of data set `name` are shown to a model at evaluation; ImageNet's mean and std
-    everywhere, as in DeiT.
+    """The evaluation preprocessing of data set `name`; always ImageNet's mean and std, as in DeiT.
 
-    `crop_ratio` None is the data set's own: 0.875, and all of the image where it is drawn up to its
-    border.
+    Args:
+        name: as in `open_images`.
+        input_size: side, or (H, W), in pixels.
+        crop_ratio: None for the data set's default: 1 for DIGITS, 0.875 for all others.
     """
-    return ImageSpec(
-        as_pair(input_size),
-        crop_ratio=CROP_RATIOS.get(name, 0.875) if crop_ratio is None else crop_ratio,
-    )
+    if crop_ratio is None:
+        crop_ratio = CROP_RATIOS.get(name, 0.875)
+    return ImageSpec(as_pair(input_size), crop_ratio=crop_ratio)
 
 
 def augment_for(name: str, augment: Augment) -> Augment:
-    """`augment` without what would change the class: a mirrored digit or letter is another sign."""
-    return replace(augment, hflip=FLIPS.get(name, augment.hflip))
+    """`augment` for data set `name`: no flip for digits and letters, which it would change."""
+    return replace(augment, hflip=0.0) if name in UNFLIPPED else augment
 
 
 def check_same_classes(train_names: list[str], val_names: list[str]) -> None:
-    """Holds training and validation to the same classes in the same order.
+    """Checks that training and validation have the same classes in the same order.
 
     Raises:
-        InputError: they differ; a few of the classes are named.
+        InputError: they differ; the message names up to five classes of each kind.
     """
     if train_names == val_names:
         return
@@ -89,14 +89,13 @@ def check_same_classes(train_names: list[str], val_names: list[str]) -> None:
     ):
         only = sorted(set(names) - set(others))
         if only:
-            parts.append(
-                f"{len(only)} only in {where}: "
-                f"{', '.join(only[:5])}{', ...' if len(only) > 5 else ''}"
-            )
-    raise InputError(
-        "training and validation need the same classes; "
-        f"{'; '.join(parts) or 'their order differs'}"
-    )
+            parts.append(f"{len(only)} only in {where}: {_first_five(only)}")
+    difference = "; ".join(parts) or "their order differs"
+    raise InputError(f"training and validation need the same classes; {difference}")
+
+
+def _first_five(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def open_images(
@@ -110,21 +109,22 @@ def open_images(
     seed: int = 0,
     decode: Decode = decode_pillow,
 ) -> Images | StreamedImages:
-    """Opens one half of a data set.
+    """Opens the training or the validation images of a data set.
 
     Args:
         name: one of `DATA_SETS`, or `timm/<name>` (`timm/` alone reads a folder or tar files as
             timm does).
-        path: the data folder (`--data-path`); DIGITS needs none, and for `timm/hfds/` it is the
+        path: the data folder (`--data-path`). DIGITS needs none, and `timm/hfds/` uses it as its
             cache.
-        train: training images, or those held out.
+        train: true for the training images, false for the validation images.
         inat_category: which of `INAT_CATEGORIES` is the label.
         num_classes: `--nb-classes`, only for a timm data set that does not know its classes.
-        batch_size, seed: for timm's streams, which shuffle and round by themselves.
-        decode: what decodes files; streams and sets whose images are no files decode by themselves.
+        batch_size, seed: for timm's streams, which shuffle and round to batches themselves.
+        decode: decodes image files. Streams, and data sets whose images are no files, do not use
+            it.
 
     Raises:
-        InputError: unknown name, or files that are not where the data set needs them.
+        InputError: the name is unknown, or the files that the data set needs are missing.
     """
     if name == "DIGITS":
         return _open_digits(train)
@@ -133,12 +133,9 @@ def open_images(
             f"--data-set {name}: unknown; choose {', '.join(DATA_SETS)} or timm/<name>"
         )
     if not path and name in DATA_SETS:
-        raise InputError(f"--data-set {name} needs --data-path FOLDER, where its files are")
-    if not os.path.exists(path) and name.split("/")[:2] not in (
-        ["timm", "hfds"],
-        ["timm", "hfids"],
-        ["timm", "tfds"],
-    ):
+        raise InputError(f"--data-set {name} needs --data-path FOLDER, the folder of its files")
+    downloads = [["timm", reader] for reader in DOWNLOADING_READERS]
+    if not os.path.exists(path) and name.split("/")[:2] not in downloads:
         raise InputError(f"--data-path {path}: no such folder")
     if name in CIFARS:
         return _open_cifar(CIFARS[name], path, train)
@@ -146,15 +143,17 @@ def open_images(
         return _open_folder(path, "train" if train else "val", decode)
     if name in INAT_YEARS:
         return _open_inat(path, INAT_YEARS[name], train, inat_category, decode)
-    timms = name.removeprefix("timm/")
+    timm_name = name.removeprefix("timm/")
     return _open_timm(
-        timms, path, train, num_classes, batch_size=batch_size, seed=seed, decode=decode
+        timm_name, path, train, num_classes, batch_size=batch_size, seed=seed, decode=decode
     )
 
 
 def _open_digits(train: bool) -> Images:
-    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8; a fixed stratified fifth is held
-    out."""
+    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels.
+
+    A fixed stratified fifth of them is for validation.
+    """
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -170,43 +169,37 @@ def _open_digits(train: bool) -> Images:
     pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # (N, 8, 8), grey
     read = partial(read_pixels, pixels, digits.target[chosen])
     names = [str(digit) for digit in digits.target_names]
-    return Images(
-        len(chosen),
-        read,
-        names,
-        name_of="image {} of DIGITS".format,
-        labels=digits.target[chosen].tolist(),
-    )
+    labels = digits.target[chosen].tolist()
+    return Images(len(chosen), read, names, name_of="image {} of DIGITS".format, labels=labels)
 
 
 def _open_cifar(kind: type[torchvision_datasets.CIFAR10], path: str, train: bool) -> Images:
     try:
         dataset = kind(path, train=train)
     except RuntimeError as error:
+        folder = os.path.join(path, kind.base_folder)
         raise InputError(
-            f"--data-path {path}: no complete {kind.__name__} here; unpack {kind.filename} from "
-            f"{kind.url} so that the "
-            f"folder {os.path.join(path, kind.base_folder)} exists"
+            f"--data-path {path}: no complete {kind.__name__} in it; unpack {kind.filename} from "
+            f"{kind.url} so that the folder {folder} exists"
         ) from error
-    return _numbered(dataset, list(dataset.classes), kind.__name__)
+    return _images_without_files(dataset, list(dataset.classes), kind.__name__)
 
 
-def _numbered(dataset: Any, class_names: list[str], what: str) -> Images:
-    """Images of a torchvision data set, which have no file each."""
-    name_of, labels = f"image {{}} of {what}".format, getattr(dataset, "targets", None)
-    known = None if labels is None else [int(label) for label in labels]
-    return Images(
-        len(dataset), partial(read_dataset, dataset), class_names, name_of=name_of, labels=known
-    )
+def _images_without_files(dataset: Any, class_names: list[str], name: str) -> Images:
+    """The images of a torchvision data set, which are not in files of their own."""
+    read, name_of = partial(read_dataset, dataset), f"image {{}} of {name}".format
+    targets = getattr(dataset, "targets", None)
+    labels = None if targets is None else [int(label) for label in targets]
+    return Images(len(dataset), read, class_names, name_of=name_of, labels=labels)
 
 
-def _in_files(samples: list[tuple[str, int]], class_names: list[str], decode: Decode) -> Images:
-    """Images from (path, label) of each."""
-    read = partial(read_files, samples, decode=decode)
+def _images_in_files(
+    samples: list[tuple[str, int]], class_names: list[str], decode: Decode
+) -> Images:
+    """The images of these files; `samples` are (path, label)."""
+    read, name_of = partial(read_files, samples, decode=decode), partial(name_files, samples)
     labels = [label for _, label in samples]
-    return Images(
-        len(samples), read, class_names, name_of=partial(name_files, samples), labels=labels
-    )
+    return Images(len(samples), read, class_names, name_of=name_of, labels=labels)
 
 
 def _class_folders(path: str) -> list[str]:
@@ -214,35 +207,30 @@ def _class_folders(path: str) -> list[str]:
 
 
 def _open_folder(path: str, split: str, decode: Decode) -> Images:
-    """`path`/`split`/<class>/.../<image>; the classes are the folders in the order of their
-    names."""
+    """Opens `path`/`split`/<class>/.../<image>; the classes are the sorted names of the folders."""
     folder = os.path.join(path, split)
     if not os.path.isdir(folder):
-        found = (
-            [name for name in _class_folders(path) if name not in ("train", "val")]
-            if os.path.isdir(path)
-            else []
-        )
-        hint = (
-            f"; it holds {', '.join(found[:3])}: if these are classes, move them into train/ and "
-            "val/"
-            if found
-            else ""
-        )
-        raise InputError(f"--data-path {path}: the folder {split}/ is missing{hint}")
+        raise InputError(f"--data-path {path}: the folder {split}/ is missing{_layout_hint(path)}")
     names = _class_folders(folder)
     if not names:
-        raise InputError(f"{folder}: no class folders; each class needs a folder of its images")
+        raise InputError(f"{folder}: no class folders; each class needs a folder with its images")
     labels = {name: label for label, name in enumerate(names)}
     samples = make_dataset(folder, labels, extensions=IMG_EXTENSIONS, allow_empty=True)
     empty = sorted(set(names) - {names[label] for _, label in samples})
     if empty:
-        raise InputError(
-            f"{folder}: no image in {', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}; "
-            "fill or remove "
-            f"{'this folder' if len(empty) == 1 else f'these {len(empty)} folders'}"
-        )
-    return _in_files(samples, names, decode)
+        which = "this folder" if len(empty) == 1 else f"these {len(empty)} folders"
+        raise InputError(f"{folder}: no image in {_first_five(empty)}; fill or remove {which}")
+    return _images_in_files(samples, names, decode)
+
+
+def _layout_hint(path: str) -> str:
+    """A hint for a folder whose classes are not below train/ and val/; "" if it has no folders."""
+    folders = _class_folders(path) if os.path.isdir(path) else []
+    found = [name for name in folders if name not in ("train", "val")]
+    if not found:
+        return ""
+    names = ", ".join(found[:3])
+    return f"; it contains {names}: if these are classes, move them into train/ and val/"
 
 
 def _read_json(path: str) -> Any:
@@ -251,15 +239,18 @@ def _read_json(path: str) -> Any:
             return json.load(file)
     except FileNotFoundError as error:
         raise InputError(
-            f"{path}: missing; the iNaturalist data set needs it beside its images"
+            f"{path}: missing; the iNaturalist data set needs it in the folder of its images"
         ) from error
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); download it again") from error
 
 
 def _open_inat(path: str, year: int, train: bool, category: str, decode: Decode) -> Images:
-    """Labels are numbered as their category first appears in the training annotations, like DeiT's
-    released weights."""
+    """Opens iNaturalist.
+
+    The labels follow the first appearance of their category in the training annotations, as for
+    DeiT's released weights.
+    """
     if category not in INAT_CATEGORIES:
         raise InputError(
             f"--inat-category {category}: unknown; choose {', '.join(INAT_CATEGORIES)}"
@@ -268,11 +259,9 @@ def _open_inat(path: str, year: int, train: bool, category: str, decode: Decode)
     split = train_json if train else _read_json(os.path.join(path, f"val{year}.json"))
     records = _read_json(os.path.join(path, "categories.json"))
     if any(category not in record for record in records):
-        raise InputError(
-            f"--inat-category {category}: {os.path.join(path, 'categories.json')} does not give it "
-            "for all"
-        )
-    categories = {record.get("id", place): record[category] for place, record in enumerate(records)}
+        file = os.path.join(path, "categories.json")
+        raise InputError(f"--inat-category {category}: not given for all categories in {file}")
+    categories = {record.get("id", index): record[category] for index, record in enumerate(records)}
     labels: dict[str, int] = {}
     for annotation in train_json["annotations"]:
         labels.setdefault(categories[annotation["category_id"]], len(labels))
@@ -286,19 +275,18 @@ def _open_inat(path: str, year: int, train: bool, category: str, decode: Decode)
             )
         label_of_image[annotation["image_id"]] = labels[name]
     files = [image["file_name"] for image in split["images"]]
-    flat = bool(files) and not os.path.exists(
-        os.path.join(path, files[0])
-    )  # DeiT's copy lacks the supercategory folder
+    # DeiT's copy has no folders of supercategories.
+    is_flat = bool(files) and not os.path.exists(os.path.join(path, files[0]))
     samples = []
     for image, file in zip(split["images"], files, strict=True):
         parts = file.split("/")
-        place = os.path.join(path, *(parts[:1] + parts[2:] if flat else parts))
-        samples.append((place, label_of_image[image["id"]]))
+        file_path = os.path.join(path, *(parts[:1] + parts[2:] if is_flat else parts))
+        samples.append((file_path, label_of_image[image["id"]]))
     if not samples or not os.path.exists(samples[0][0]):
         raise InputError(
             f"--data-path {path}: no images as {'train' if train else 'val'}{year}.json names them"
         )
-    return _in_files(samples, list(labels), decode)
+    return _images_in_files(samples, list(labels), decode)
 
 
 def _open_timm(
@@ -318,16 +306,15 @@ def _open_timm(
     if kind == "":
         path = _find_split(path, train)
         if path.endswith(".tar"):
-            options["cache_tarfiles"] = (
-                False  # an open tar file can neither be pickled nor shared between workers
-            )
-    elif kind not in ("torch", "hfds", *STREAMS) or not which:
+            # An open tar file can neither be pickled nor shared between workers.
+            options["cache_tarfiles"] = False
+    elif kind not in ("torch", "hfds", *STREAM_READERS) or not which:
         raise InputError(
-            f"--data-set timm/{name}: use timm/ alone, or timm/torch/..., hfds/, hfids/, tfds/ or "
-            "wds/..."
+            f"--data-set timm/{name}: unknown; use timm/, timm/torch/NAME, timm/hfds/NAME, "
+            "timm/hfids/NAME, timm/tfds/NAME or timm/wds/NAME"
         )
     package = import_hugging_face() if kind in ("hfds", "hfids") else None
-    if kind in STREAMS:
+    if kind in STREAM_READERS:
         options.update(is_training=train, batch_size=batch_size, seed=seed)
     reasons = []
     for split in splits:
@@ -336,13 +323,13 @@ def _open_timm(
             break
         except ImportError as error:
             raise InputError(
-                f"--data-set timm/{name}: {error}; install the package it reads with"
+                f"--data-set timm/{name}: {error}; install the package that reads it"
             ) from error
         except (AssertionError, OSError, RuntimeError, ValueError) as error:
             reasons.append(str(error))
     else:
         why = "; ".join(dict.fromkeys(reasons))
-        hint = "; timm/hfds/ reads the same data and counts it itself" if kind == "hfids" else ""
+        hint = "; timm/hfds/ reads the same data and counts its images" if kind == "hfids" else ""
         raise InputError(
             f"--data-set timm/{name} --data-path {path}: timm cannot open it ({why}){hint}"
         )
@@ -351,62 +338,68 @@ def _open_timm(
     names = _timm_class_names(source, name, num_classes)
     if isinstance(source, IterableDataset):
         return StreamedImages(source, names, package)
-    if hasattr(source, "reader"):
-        name_of = partial(name_timm, source.reader, path if package is None else which)
-        samples = getattr(source.reader, "samples", None)  # of folders and tar files: (file, label)
-        labels = None if samples is None else [label for _, label, *_ in samples]
-        return Images(
-            len(source),
-            partial(read_timm, source.reader, decode=decode),
-            names,
-            package,
-            name_of,
-            labels,
-        )
-    return _numbered(source, names, f"timm/{name}")
+    if not hasattr(source, "reader"):
+        return _images_without_files(source, names, f"timm/{name}")
+    reader = source.reader
+    read = partial(read_timm, reader, decode=decode)
+    name_of = partial(name_timm, reader, path if package is None else which)
+    samples = getattr(reader, "samples", None)  # (file, label), for folders and tar files only
+    labels = None if samples is None else [label for _, label, *_ in samples]
+    return Images(len(source), read, names, package, name_of, labels)
 
 
 def _check_columns(reader: Any, name: str) -> None:
-    """Holds a Hugging Face set to the columns that timm reads."""
-    mapped = getattr(reader, "dataset", None)  # a stream has none
-    columns = list(
-        (reader.builder.info if mapped is None else mapped).features or ("image", "label")
-    )
-    if mapped and mapped[0]["image"] is None:  # timm has added what was missing, empty
+    """Checks that a Hugging Face data set has the columns that timm reads.
+
+    Raises:
+        InputError: the column image or label is missing.
+    """
+    dataset = getattr(reader, "dataset", None)  # None for a stream
+    described = reader.builder.info if dataset is None else dataset
+    columns = list(described.features or ("image", "label"))
+    if dataset and dataset[0]["image"] is None:  # timm has added the missing column, without values
         columns.remove("image")
     if not {"image", "label"} <= set(columns):
         raise InputError(
-            f"--data-set timm/{name}: timm reads the columns image and label, this set has "
+            f"--data-set timm/{name}: timm reads the columns image and label, this data set has "
             f"{', '.join(columns)}"
         )
 
 
 def _find_split(path: str, train: bool) -> str:
-    """The folder or tar file of one half. timm itself would take all of `path` where the half is
-    missing."""
+    """The folder or tar file of the training or validation images.
+
+    timm itself would take all of `path` if it is missing.
+
+    Raises:
+        InputError: it is missing.
+    """
     if path.endswith(".tar") and not train:
         return path
     names = ("train", "training") if train else ("val", "valid", "validation", "eval", "test")
-    for place in (os.path.join(path, name + ending) for name in names for ending in ("", ".tar")):
-        if os.path.exists(place):
-            return place
+    for name in names:
+        for candidate in (os.path.join(path, name), os.path.join(path, f"{name}.tar")):
+            if os.path.exists(candidate):
+                return candidate
     raise InputError(
         f"--data-path {path}: needs a folder {names[0]}/ or a file {names[0]}.tar in it"
     )
 
 
 def _timm_class_names(source: Any, name: str, num_classes: int | None) -> list[str]:
+    """The class names of a timm data set; numbers from 0 to `num_classes` - 1 if it has no names.
+
+    Raises:
+        InputError: the number of classes is unknown, or differs from `num_classes`.
+    """
     reader = getattr(source, "reader", source)
-    labels: dict[Any, int] = (
-        getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-    )
-    names = [
-        str(known)
-        for known in sorted(labels, key=labels.__getitem__) or getattr(source, "classes", [])
-    ]
+    labels: dict[Any, int] | None = getattr(reader, "class_to_idx", None)
+    labels = labels or getattr(reader, "class_name_to_idx", None) or {}
+    in_order = sorted(labels, key=labels.__getitem__) or getattr(source, "classes", [])
+    names = [str(name_of_class) for name_of_class in in_order]
     if not names and num_classes is None:
         raise InputError(
-            f"--data-set timm/{name} does not say how many classes it has: give --nb-classes"
+            f"--data-set timm/{name}: the number of its classes is not known: give --nb-classes"
         )
     if names and num_classes not in (None, len(names)):
         raise InputError(

@@ -1,11 +1,9 @@
-"""Entries of `torch.hub`: the plain networks of this project's recipes, for programs that know
-nothing of SMMix.
+"""Entries of `torch.hub`: the plain networks of this project's recipes, without SMMix.
 
     model = torch.hub.load("path/of/this/project", "deit_tiny_patch16_224", source="local",
-    checkpoint="checkpoint.pth")
+                           checkpoint="checkpoint.pth")
 
-Each gives timm's network (or ours, for PVT) in evaluation mode: images in, logits out. Builds
-nothing itself.
+Each entry returns timm's network (or ours, for PVT) in eval mode: images -> logits.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from torch import nn as _nn
 
 dependencies = ["torch", "timm", "numpy"]
 
-# What `scripts/` trains, each a name of --model.
+# The models that `scripts/` trains; each is a name of --model.
 MODELS = (
     "deit_tiny_patch16_224",
     "deit_small_patch16_224",
@@ -43,12 +41,11 @@ _ROOT = _Path(__file__).resolve().parent
 
 
 @_contextmanager
-def _own_modules() -> _Iterator[None]:
-    """Inside, `import utils` and the like give this project's files, whatever the calling program
-    has by that name.
+def _project_modules() -> _Iterator[None]:
+    """Within this context, `import utils` and the like import this project's files.
 
-    Its own modules are put back afterwards, and ours go, so that its later imports find what they
-    did before.
+    The calling program may have modules of the same names. They are restored afterwards and ours
+    are removed, so that the program's later imports do not change.
     """
     files = {path.stem for path in _ROOT.glob("*.py")} - {"hubconf"}
     names = files | {path.parent.name for path in _ROOT.glob("*/__init__.py")}
@@ -58,24 +55,25 @@ def _own_modules() -> _Iterator[None]:
             key: module for key, module in _sys.modules.items() if key.partition(".")[0] in names
         }
 
-    def is_own_checkpoint(key: str, module: _ModuleType) -> bool:
-        """By its place: an environment inside the project's folder may hold a package of the same
-        name."""
-        own = _ROOT / key.partition(".")[0]
+    def is_ours(key: str, module: _ModuleType) -> bool:
+        # Compares exact paths: an environment inside the project's folder may hold a package of the
+        # same name.
+        ours = _ROOT / key.partition(".")[0]
         found = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
-        places = [_Path(place).resolve() for place in found if place]
+        paths = [_Path(path).resolve() for path in found if path]
         return any(
-            place in (own, own.with_suffix(".py")) or own in place.parents for place in places
+            path in (ours, ours.with_suffix(".py")) or ours in path.parents for path in paths
         )
 
     before = loaded()
-    if all(is_own_checkpoint(key, module) for key, module in before.items()):
+    if all(is_ours(key, module) for key, module in before.items()):
         yield
         return
     for key in before:
         del _sys.modules[key]
     try:
-        with _warnings.catch_warnings():  # the second time timm meets our own models
+        # timm warns if our models are registered for the second time.
+        with _warnings.catch_warnings():
             _warnings.filterwarnings("ignore", "Overwriting .* in registry")
             yield
     finally:
@@ -84,7 +82,7 @@ def _own_modules() -> _Iterator[None]:
         _sys.modules.update(before)
 
 
-with _own_modules():
+with _project_modules():
     from models.build import ALIASES as _ALIASES
     from models.build import build_model as _build_model
     from models.weights import restore_model as _restore_model
@@ -100,19 +98,19 @@ def _entry(
     ema: bool = False,
     **settings: _Any,
 ) -> _nn.Module:
-    """The plain network in evaluation mode.
+    """The plain network in eval mode.
 
     Args:
         pretrained: must be false: no trained weights are published.
-        checkpoint: a file that main.py wrote for this model; it says which classes and which input
-            size.
-        ema: take the averaged weights of `checkpoint`.
-        settings: without `checkpoint`, keywords of `models.build.build_model` (`num_classes`,
-            `input_size`, ...).
+        checkpoint: a checkpoint that main.py wrote for this model; it also gives the classes and
+            the input size.
+        ema: load the averaged weights of `checkpoint`.
+        settings: keywords of `models.build.build_model` (`num_classes`, `input_size`, ...), without
+            `checkpoint` only.
 
     Raises:
-        InputError: `pretrained`, a checkpoint of another model, or settings beside a checkpoint,
-            which has its own.
+        InputError: `pretrained` is true, the checkpoint is of another model, or settings were given
+            together with a checkpoint.
     """
     if pretrained:
         raise _InputError(
@@ -123,9 +121,7 @@ def _entry(
             raise _InputError(f"{name}: ema is for checkpoint='path/of/checkpoint.pth'")
         return _build_model(name, **{"num_classes": 1000, **settings}).network.eval()
     if settings:
-        raise _InputError(
-            f"{name}: the checkpoint brings its own {', '.join(settings)}; leave it out"
-        )
+        raise _InputError(f"{name}: the checkpoint sets {', '.join(settings)}; leave it out")
     content = _load_checkpoint(checkpoint)
     config = content.get("model_config")
     held = config.get("name") if isinstance(config, dict) else None

@@ -1,9 +1,10 @@
-"""The loss terms of the paper, one function each, and their sum; DeiT's distillation around them.
+"""The loss terms of the paper, one function each, their sum (Eq. 15), and DeiT's distillation.
 
-All arithmetic is in float32, whatever the forward pass ran in. Mixes nothing and draws nothing.
+All arithmetic is in float32, whatever the precision of the forward pass. A criterion returns named
+terms; the one named `total` is minimised.
 
-Letters: B batch, K classes. A loss returns named terms; the one called `total` is what is
-minimised.
+Letters: B batch, C channels, K classes. In the paper A is the source, B the target, M the mixed
+image, Y a prediction and y a label.
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ Criterion = Callable[[ModelOutput, MixedBatch], Terms]
 
 
 def soft_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Eq. 4 and 9: CE(Y, y) for soft labels, averaged over the batch. Both (B, K); returns a
-    scalar."""
+    """Eq. 4 and 9: CE(Y, y) with Y = softmax(logits), averaged over the batch.
+
+    Args:
+        logits: (B, K).
+        labels: (B, K), soft labels y.
+    """
     return -(labels * log_softmax(logits.float(), dim=-1)).sum(dim=-1).mean()
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """One yes-or-no question per class, averaged over batch and classes (`--bce-loss`, as in DeiT
-    III).
+    """Binary cross entropy, averaged over batch and classes (`--bce-loss`, as in DeiT III).
 
     Every class that has a share in a mixed label counts as present, whatever its share.
+
+    Args:
+        logits, labels: (B, K).
     """
     return binary_cross_entropy_with_logits(logits.float(), (labels > 0).float())
 
@@ -46,43 +53,45 @@ def fine_grained(
     target_labels: Tensor,
     cross_entropy: CrossEntropy = soft_cross_entropy,
 ) -> Tensor:
-    """Eq. 13: half of CE(Y_A, y_A) + CE(Y_B, y_B).
+    """Eq. 13: L_fine = (CE(Y_A, y_A) + CE(Y_B, y_B)) / 2, the predictions being those of Eq. 12.
 
     Args:
-        region_logits: (B, 2, K), source region then target region (Eq. 12).
-        source_labels, target_labels: (B, K).
+        region_logits: (B, 2, K): inside the pasted region (A), then outside it (B).
+        source_labels, target_labels: (B, K), y_A and y_B.
     """
-    of_source = cross_entropy(region_logits[:, 0], source_labels)
-    return 0.5 * (of_source + cross_entropy(region_logits[:, 1], target_labels))
+    source_loss = cross_entropy(region_logits[:, 0], source_labels)
+    target_loss = cross_entropy(region_logits[:, 1], target_labels)
+    return 0.5 * (source_loss + target_loss)
 
 
 def consistency(logits: Tensor, reference_probs: Tensor, temperature: float = 1.0) -> Tensor:
-    """Eq. 14: KL(reference || prediction), averaged over the batch.
+    """Eq. 14: L_con = KL(reference || Y_M), averaged over the batch.
 
-    The reference is the mixture of the clean images' predictions and carries no gradient. With a
-    temperature T, T^2 * KL(reference || softmax(logits / T)), as in distillation (Hinton et al.
-    2015): the factor keeps the size of the gradient. The reference comes with the same temperature
-    already in it.
+    The reference is lam * Y_A + (1 - lam) * Y_B, the mixture of the predictions on the clean images
+    (`smmix.py:mix_probs`). It gets no gradient. With a temperature T the loss is
+    T^2 * KL(reference || softmax(logits / T)), as in distillation (Hinton et al. 2015): the factor
+    T^2 keeps the size of the gradient.
 
     Args:
-        logits: (B, K) of the mixed images.
-        reference_probs: (B, K), rows sum to one.
+        logits: (B, K), of the mixed images: Y_M = softmax(logits).
+        reference_probs: (B, K), each row sums to one; computed with the same temperature.
+        temperature: T.
     """
     predicted = log_softmax(logits.float() / temperature, dim=-1)
     return temperature**2 * kl_div(predicted, reference_probs.detach(), reduction="batchmean")
 
 
 class SMMixLoss:
-    """Eq. 15: L_total = L_cls + L_fine + L_con. A term whose inputs the batch or the model left out
-    is left out.
+    """Eq. 15: L_total = L_cls + L_fine + L_con.
 
-    Terms that the mixing method itself brings (`MixedBatch.terms`) are added. Named terms are given
-    without weights.
+    L_fine is a part of it if the model returns region logits, L_con if the batch has a reference.
+    Losses of the mixing method (`MixedBatch.terms`) are added. A call returns each term without its
+    weight, and `total` with the weights.
 
     Args:
         bce: use `binary_cross_entropy` for L_cls and L_fine.
-        fine_weight, con_weight: of L_fine and L_con in the total; the paper's are 1.
-        fine_temperature: T of L_fine's predictions, softmax(logits / T).
+        fine_weight, con_weight: weights of L_fine and L_con in the total; the paper's are 1.
+        fine_temperature: T of the predictions in L_fine, softmax(logits / T).
         con_temperature: T of both sides of L_con; see `consistency`.
     """
 
@@ -116,16 +125,17 @@ class SMMixLoss:
 
 
 class DistillationLoss:
-    """DeiT's distillation (arXiv 2012.12877, Eq. 2 and 3) around another loss.
+    """DeiT's distillation (arXiv 2012.12877, Eq. 2 and 3), added to another loss.
 
-    total = (1 - alpha) * base + alpha * distillation, the distillation token being compared with a
-    teacher that sees the same mixed images. `soft`: tau^2 * KL(teacher || student) of the tempered
-    distributions, averaged over batch and classes as DeiT does. `hard`: cross entropy with the
-    teacher's decision.
+    total = (1 - alpha) * base + alpha * distillation. The logits of the distillation token (the
+    student) are compared with the teacher's logits on the same mixed images. `soft`:
+    tau^2 * KL(teacher || student) of softmax(logits / tau), averaged over batch and classes as DeiT
+    does. `hard`: cross entropy with the teacher's arg max.
 
     Args:
-        base: the loss on labels.
+        base: the loss on the labels.
         teacher: images (B, C, height, width) -> logits (B, K), without gradient.
+        kind: see above.
     """
 
     def __init__(
@@ -140,23 +150,17 @@ class DistillationLoss:
 
     def __call__(self, output: ModelOutput, batch: MixedBatch) -> Terms:
         if output.distillation_logits is None:
-            raise ValueError(
-                "distillation needs a model that gives its distillation token's logits while "
-                "training"
-            )
+            raise ValueError("the model returns no logits of a distillation token")
         terms = self.base(output, batch)
         student, teacher = output.distillation_logits.float(), self.teacher(batch.images).float()
         if self.kind == "hard":
             distillation = nn.functional.cross_entropy(student, teacher.argmax(dim=-1))
         else:
-            tempered, wanted = (
-                log_softmax(student / self.tau, -1),
-                log_softmax(teacher / self.tau, -1),
+            student_log_probs = log_softmax(student / self.tau, -1)
+            teacher_log_probs = log_softmax(teacher / self.tau, -1)
+            divergence = kl_div(
+                student_log_probs, teacher_log_probs, reduction="sum", log_target=True
             )
-            distillation = (
-                kl_div(tempered, wanted, reduction="sum", log_target=True)
-                * self.tau**2
-                / student.numel()
-            )
+            distillation = divergence * self.tau**2 / student.numel()
         total = (1 - self.alpha) * terms["total"] + self.alpha * distillation
         return {**terms, "total": total, "distill": distillation}

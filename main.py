@@ -22,7 +22,9 @@ import datasets
 import engine
 import utils
 from config import build
-from config.flags import check_args, explicit_flags, get_args_parser
+from config.checks import check_args
+from config.flags import get_args_parser
+from config.parser import explicit_flags
 from config.resolve import Flags, model_config, resolve, total_batch
 from mixers.interface import NoMixing, StepRandom
 from models.build import build_model, list_models, use_float32_attention

@@ -1,14 +1,13 @@
-"""Submits `main.py` to Slurm through submitit: one task for each GPU, sent to the queue again when
-its time is up.
+"""Submits `main.py` to Slurm through submitit: one task per GPU, requeued when its time is up.
 
     python -m run_with_submitit --nodes 2 --ngpus 8 --timeout 2800 --job-dir jobs/%j \\
         --partition gpu --data-path /imagenet --model deit_base_patch16_224 --batch-size 64
 
-Its own flags may stand anywhere among those of main.py. The job's folder is the output folder, and
-every start goes on with what is there. SIGUSR2, which Slurm sends before the time limit, makes all
-ranks save; then submitit sends the job to the queue again. SIGTERM (preemption, or scancel) makes
-them save too, and what becomes of the job is left to Slurm. With --local the same runs on this
-machine. The idea of such a launcher is DeiT's and submitit's.
+Flags of this command and of main.py may be mixed in any order. The job's folder is the output
+folder, and every start resumes the run in it. Slurm sends SIGUSR2 before the time limit: all ranks
+save, then submitit requeues the job. On SIGTERM (preemption or scancel) all ranks save too, and
+Slurm decides about the job. With --local the same job runs on this machine. The idea of such a
+launcher is DeiT's and submitit's.
 """
 
 from __future__ import annotations
@@ -30,23 +29,24 @@ from typing import Any
 
 import utils
 from config import flags
-from config.mixing_flags import check_values
+from config.checks import check_args
+from config.parser import Parser, explicit_flags
+from config.value_checks import check_values
 
-PORTS = 15000, 10000  # the first, and how many: below those that Linux gives out by itself
-GRACE = 600.0  # seconds in which Slurm may end or requeue a job that was asked to stop
-TIMEOUTS = 30  # how often a job whose time is up is sent to the queue again
-SIGNAL = "SUBMITIT_PREEMPT_SIGNAL"  # submitit's own variable
-TAKEN = ("TERM", "INT", "USR1", "HUP")  # by main.py
+FIRST_PORT, PORTS = 15000, 10000  # below the ports that Linux assigns by itself
+SECONDS_TO_END = 600.0  # time for Slurm to end or requeue a job that has saved
+MAX_REQUEUES = 30  # how often a job is requeued when its time is up
+SIGNAL_VARIABLE = "SUBMITIT_PREEMPT_SIGNAL"  # submitit's variable for the name of its signal
+MAIN_SIGNALS = ("TERM", "INT", "USR1", "HUP")  # main.py handles these itself
 
 
 # ------------------------------------------------------------------------------------ within a task
-# submitit pickles this part by value when the file is run as a command: nothing here may lead to
-# torch or the project before the environment is set.
+# submitit pickles this part by value if the file is run as a command. It must not import torch or
+# the project before the environment is set.
 
 
 def task_environment(job: Any) -> dict[str, str]:
-    """What torchrun would set for this task of a job (`submitit.JobEnvironment`)."""
-    first, count = PORTS
+    """The variables that torchrun would set for this task of a job (`submitit.JobEnvironment`)."""
     local = job.num_tasks // job.num_nodes
     environment = {
         "RANK": str(job.global_rank),
@@ -54,32 +54,31 @@ def task_environment(job: Any) -> dict[str, str]:
         "LOCAL_RANK": str(job.local_rank),
         "LOCAL_WORLD_SIZE": str(local),
         "MASTER_ADDR": job.hostnames[0] if job.num_nodes > 1 else "127.0.0.1",
-        "MASTER_PORT": str(first + int(re.sub(r"\D", "", job.job_id)) % count),
+        "MASTER_PORT": str(FIRST_PORT + int(re.sub(r"\D", "", job.job_id)) % PORTS),
     }
     if local > 1:
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     return environment
 
 
-class Relay:
-    """While `main.py` listens to signals, submitit's means the same as SIGUSR1: save, and return.
+class SignalRelay:
+    """Passes submitit's signal to `main.py` as SIGUSR1, on which it saves and returns.
 
-    Before and after that it is submitit's: rank 0 sends the job to the queue again at once.
+    Before and after training, submitit's own handler runs: rank 0 requeues the job at once.
     """
 
     def __init__(self, number: int) -> None:
-        self.number, self.process, self.told = number, os.getpid(), False
-        self.submitits: Any = signal.getsignal(number)
+        self.number, self.process, self.relayed = number, os.getpid(), False
+        self.submitit_handler: Any = signal.getsignal(number)
 
-    def __enter__(self) -> Relay:
-        self.previous = signal.signal(
-            signal.SIGUSR1, self.ignore
-        )  # without main.py's handler it would kill
+    def __enter__(self) -> SignalRelay:
+        # Without a handler, SIGUSR1 would kill the process.
+        self.previous = signal.signal(signal.SIGUSR1, self.ignore)
         signal.signal(self.number, self.on_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(self.number, self.submitits)
+        signal.signal(self.number, self.submitit_handler)
         signal.signal(signal.SIGUSR1, self.previous)
 
     def ignore(self, number: int, frame: FrameType | None) -> None:
@@ -87,22 +86,22 @@ class Relay:
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:
-            return  # a worker of a loader, forked with this handler: its trainer decides
-        listening: Any = signal.getsignal(signal.SIGUSR1)
-        if listening == self.ignore:
-            self.submitits(number, frame)
-        elif not self.told:
-            self.told = True
-            listening(signal.SIGUSR1, frame)
+            return  # a loader worker, forked with this handler: the training process decides
+        handler: Any = signal.getsignal(signal.SIGUSR1)
+        if handler == self.ignore:
+            self.submitit_handler(number, frame)
+        elif not self.relayed:
+            self.relayed = True
+            handler(signal.SIGUSR1, frame)
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """What each task calls.
+    """The function that each task runs.
 
     Args:
-        arguments: of main.py, without the output folder.
-        job_dir: the output folder; %j stands for the job's number.
+        arguments: the arguments of main.py, without the output folder.
+        job_dir: the output folder; %j is replaced by the number of the job.
         code: the folder of main.py.
     """
 
@@ -114,39 +113,40 @@ class Trainer:
         return [*self.arguments, "--output-dir", folder, "--auto-resume"]
 
     def __call__(self) -> str:
-        """Returns the run's last state, on rank 0: `done`, or `preempted` where nobody sends it to
-        the queue again."""
+        """Trains.
+
+        Returns:
+            On rank 0 the last state of the run: `done`, or `preempted` if it is not requeued.
+        """
         import submitit
 
         job = submitit.JobEnvironment()
         os.environ.update(task_environment(job))
         sys.path.insert(0, self.code)
-        from main import main as train  # only now: torch reads OMP_NUM_THREADS when it is imported
+        # Imported after the environment is set: torch reads OMP_NUM_THREADS on import.
+        from main import main as train
         from utils import run_command
 
         folder = self.job_dir.replace("%j", job.job_id)
         before = _status(folder)
-        with Relay(getattr(signal, f"SIG{job.USR_SIG}")) as relay:
+        with SignalRelay(getattr(signal, f"SIG{job.USR_SIG}")) as relay:
             code = run_command(partial(train, self.command(folder)))
         if code:
-            raise RuntimeError(f"main.py left with code {code}, see above and in {folder}")
+            raise RuntimeError(f"main.py exited with code {code}, see above and in {folder}")
         status = _status(folder)
         if job.global_rank or status == before or json.loads(status)["state"] != "preempted":
             return "done"
-        if relay.told:
-            signal.raise_signal(
-                relay.number
-            )  # submitit calls `checkpoint`, requeues the job and leaves
+        if relay.relayed:
+            # submitit calls `checkpoint`, requeues the job and exits.
+            signal.raise_signal(relay.number)
         elif job.cluster == "slurm":
-            print(
-                f"saved; Slurm has {GRACE:g} s to end this job or to send it to the queue again",
-                flush=True,
-            )
-            time.sleep(GRACE)
+            wait = f"{SECONDS_TO_END:g} s"
+            print(f"saved; waiting {wait} for Slurm to end or requeue this job", flush=True)
+            time.sleep(SECONDS_TO_END)
         return "preempted"
 
     def checkpoint(self) -> Any:
-        """Called by submitit: what runs when the job starts again."""
+        """What the job runs after it was requeued; submitit calls this."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
@@ -160,23 +160,21 @@ def _status(folder: str) -> str:
 # -------------------------------------------------------------------------------------- the command
 
 
-def get_args_parser() -> flags.Parser:
-    parser = flags.Parser(
-        "submission of main.py; all other flags are main.py's", allow_abbrev=False
-    )
+def get_args_parser() -> Parser:
+    parser = Parser("submission of main.py; all other flags are main.py's", allow_abbrev=False)
     parser.add_argument(
         "--job-dir", "--job_dir", required=True, help="output folder; %%j: the job's number"
     )
     parser.add_argument("--nodes", default=1, type=int)
     parser.add_argument("--ngpus", default=8, type=int, help="GPUs, and processes, on each node")
     parser.add_argument(
-        "--timeout", default=2800, type=int, help="minutes until the job is sent to the queue again"
+        "--timeout", default=2800, type=int, help="minutes until the job is requeued"
     )
     parser.add_argument(
         "--signal-delay",
         default=120,
         type=int,
-        help="seconds for saving before that: a step and 2 saves",
+        help="seconds before --timeout at which the job saves: time for a step and 2 saves",
     )
     parser.add_argument(
         "--cpus-per-task", default=10, type=int, help="cores for each process and its loader"
@@ -201,50 +199,45 @@ def get_args_parser() -> flags.Parser:
 
 
 def read_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our own flags, and the arguments of main.py; both checked here, not when the job starts hours
-    later.
+    """The flags of this command, and the arguments of main.py.
+
+    Both are checked here, because the job may start hours later.
 
     Raises:
-        InputError: names the flag and the fix.
+        InputError: a flag is invalid; the message names it and the fix.
     """
-    own = get_args_parser()
-    launch, arguments = own.parse_known_args(argv)
-    own.check_kinds(launch)
+    launch_parser = get_args_parser()
+    launch, arguments = launch_parser.parse_known_args(argv)
+    launch_parser.check_kinds(launch)
     parser = flags.get_args_parser()
-    given = flags.explicit_flags(parser, arguments)
+    given = explicit_flags(parser, arguments)
     if "output_dir" in given:
         raise utils.InputError(
-            "--output-dir: the job's folder is the output folder; use --job-dir alone"
+            "--output-dir: the job's folder is the output folder; use --job-dir only"
         )
-    flags.check_args(parser.parse_args([*arguments, "--output-dir", launch.job_dir]))
-    check_values(
-        vars(launch),
-        ("nodes", "ngpus", "timeout", "cpus_per_task", "mem_gb", "signal_delay"),
-        (),
-        (),
-        (),
-    )
+    check_args(parser.parse_args([*arguments, "--output-dir", launch.job_dir]))
+    counts = ("nodes", "ngpus", "timeout", "cpus_per_task", "mem_gb", "signal_delay")
+    check_values(vars(launch), positive=counts)
     for pair in launch.sbatch:
         if not re.fullmatch(r"[\w-]+=.+", pair):
             raise utils.InputError(f"--sbatch {pair}: must be NAME=VALUE, such as account=vision")
     if launch.local and launch.nodes > 1:
         raise utils.InputError(
-            f"--nodes {launch.nodes}: --local runs on this machine alone; use --nodes 1"
+            f"--nodes {launch.nodes}: --local runs on this machine only; use --nodes 1"
         )
-    if (name := os.environ.get(SIGNAL, "USR2")) in TAKEN:
+    if (name := os.environ.get(SIGNAL_VARIABLE, "USR2")) in MAIN_SIGNALS:
         raise utils.InputError(
-            f"{SIGNAL}={name}: main.py gives this signal a meaning of its own; use USR2"
+            f"{SIGNAL_VARIABLE}={name}: main.py handles this signal itself; use USR2"
         )
     launch.gpus = given.get("device") != "cpu"
-    if (
-        "num_workers" not in given and not launch.local
-    ):  # the cores that a task may use are its own here
+    # On Slurm a task has the cores of --cpus-per-task for itself.
+    if "num_workers" not in given and not launch.local:
         arguments += ["--num-workers", str(min(10, launch.cpus_per_task))]
     return launch, arguments
 
 
 def job_parameters(launch: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of submitit's `update_parameters`; what is `None` is left to the cluster."""
+    """Keywords of submitit's `update_parameters`; with `None` the cluster's default holds."""
     return {
         "name": "smmix",
         "nodes": launch.nodes,
@@ -261,10 +254,10 @@ def job_parameters(launch: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_executor(cluster: str, logs: Path, parameters: dict[str, Any]) -> Any:
-    """submitit's executor, ready to submit.
+    """submitit's executor with its parameters.
 
     Raises:
-        InputError: submitit is not installed, or Slurm is not here.
+        InputError: submitit is not installed, or this machine has no Slurm.
     """
     try:
         import submitit
@@ -274,11 +267,11 @@ def make_executor(cluster: str, logs: Path, parameters: dict[str, Any]) -> Any:
         ) from error
     try:
         executor = submitit.AutoExecutor(
-            logs, cluster, slurm_max_num_timeout=TIMEOUTS, local_max_num_timeout=TIMEOUTS
+            logs, cluster, slurm_max_num_timeout=MAX_REQUEUES, local_max_num_timeout=MAX_REQUEUES
         )
     except RuntimeError as error:
         raise utils.InputError(
-            f"{error} Start this on a machine of the cluster, or add --local"
+            f"{error} Run this command on a machine of the cluster, or add --local"
         ) from error
     executor.update_parameters(**parameters)
     return executor
@@ -289,37 +282,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     launch, arguments = read_args(argv)
     job_dir = Path(launch.job_dir).expanduser().absolute()
     cluster, parameters = "local" if launch.local else "slurm", job_parameters(launch)
-    logs = (
-        next(
-            (part.parent for part in reversed([job_dir, *job_dir.parents]) if "%j" in part.name),
-            job_dir,
-        )
-        / "submitit"
-    )
+    # The logs must be in a folder without %j: it is made before the job has a number.
+    outer = (path.parent for path in reversed([job_dir, *job_dir.parents]) if "%j" in path.name)
+    logs = next(outer, job_dir) / "submitit"
     trainer = Trainer(tuple(arguments), str(job_dir), str(Path(__file__).resolve().parent))
     if launch.dry_run:
         for name, value in {"cluster": cluster, "folder": logs, **parameters}.items():
             if value is not None:
                 print(f"{name} = {value}")
-        print(f"{launch.nodes} x {launch.ngpus} processes, each like one of torchrun's:")
+        print(f"{launch.nodes} x {launch.ngpus} processes, each with the environment of torchrun:")
         print(shlex.join(["python", "main.py", *trainer.command(trainer.job_dir)]))
         return
     job = make_executor(cluster, logs, parameters).submit(trainer)
-    said = job.paths.stdout
-    print(
-        f"job {job.job_id}: output in {trainer.job_dir.replace('%j', job.job_id)}, messages of "
-        f"rank 0 in {said}",
-        flush=True,
-    )
+    output = trainer.job_dir.replace("%j", job.job_id)
+    messages = f"messages of rank 0 in {job.paths.stdout}"
+    print(f"job {job.job_id}: output in {output}, {messages}", flush=True)
     if launch.local:
         wait_for(job)
 
 
 def wait_for(job: Any) -> None:
-    """Until a job on this machine has ended.
+    """Waits until a job on this machine has ended.
 
     Raises:
-        StopRun: it failed, or was asked to stop.
+        StopRun: the job failed, or was stopped by a signal.
     """
     from submitit.core.utils import UncompletedJobError
 
@@ -328,9 +314,7 @@ def wait_for(job: Any) -> None:
     except UncompletedJobError as error:
         raise utils.StopRun(f"the job failed: {error}") from error
     if state != "done":
-        raise utils.StopRun(
-            "the job was asked to stop and has saved; the same command goes on with it"
-        )
+        raise utils.StopRun("the job saved and stopped on a signal; the same command resumes it")
 
 
 if __name__ == "__main__":

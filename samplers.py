@@ -1,9 +1,6 @@
-"""Which image comes when: the order of one epoch, dealt to ranks and batches, with repeated
-augmentation.
+"""The order of the images of an epoch, distributed to ranks and batches.
 
-Level 0: imports nothing from the project. It deals in numbers only; it must not know images, labels
-or transforms. Repeated augmentation after Hoffer et al. (2020) and Berman et al. (2019), in the
-form DeiT trains with.
+It includes repeated augmentation (Hoffer et al., 2020; Berman et al., 2019) as DeiT trains with it.
 """
 
 from __future__ import annotations
@@ -18,38 +15,37 @@ LAYOUTS = ("blocks", "strided")
 
 
 class EpochBatches(Sampler[list[Place]]):
-    """Training batches of one rank; each entry says which image and at which place of the whole
-    epoch.
+    """The training batches of one rank, as lists of places (epoch, image index, position).
 
-    The epoch's order is one permutation for all ranks. With `repeats` R each image stands R times
-    in a row and the order is cut to `num_images` entries, so an epoch costs what it costs without
-    repeats (DeiT does the same, but first rounds the count down to a multiple of 256, which leaves
-    nothing of 255 images). Micro-batch k of all ranks together takes the positions from k * W * B
-    on. Within, with `layout` blocks, rank r of W has the B positions from r * B on, so that the R
-    views of an image lie in one batch, which decodes it once; strided, as in DeiT, it has those at
-    r, r + W, ..., and the views lie on neighbouring ranks. Draws keyed by the position are the same
-    at every world size and in both layouts. Without repeats the layout is strided, whatever is
-    asked for.
+    The epoch's order is one permutation for all ranks. With `repeats` R each image occurs R times
+    in a row, and the order is cut to `num_images` entries, so that an epoch has the same length as
+    without repeats. (DeiT does the same, but first rounds the number down to a multiple of 256,
+    which gives no batch at all for 255 images.)
 
-    Only whole optimizer steps are dealt, and the rest of the order is dropped; another epoch drops
-    other images.
+    Micro-batch k of all W ranks together takes the W * B positions from k * W * B. With the layout
+    `blocks`, rank r takes the r-th block of B of them: the R views of an image are in one batch,
+    which decodes the image once. With `strided`, as in DeiT, rank r takes every W-th of them from
+    the r-th: the views are on neighbouring ranks. Draws keyed by the position are the same at every
+    world size and in both layouts. Without repeats the layout is always strided.
 
-    With R > 1 the second half of every batch is reversed. Mixing pairs entry i with entry B-1-i; in
-    the plain order the middle of a batch would then mix two views of one photo, which teaches
-    nothing. After the reversal partners lie ceil(B/2) places apart, and strided W times as many, so
-    they are different images whenever that is at least R (R = 3: B >= 5). The middle entry of an
-    odd batch is its own partner either way.
+    Only whole steps are made. The rest of the order is dropped, and each epoch drops other images.
+
+    With R > 1 the second half of every batch is reversed. Mixing pairs entry i with entry B-1-i;
+    without the reversal, the middle of a batch would mix two views of one image, which teaches
+    nothing. After it, partners are ceil(B/2) positions apart (with `strided` W times as many), so
+    they are different images if that is at least R (R = 3: B >= 5). The middle entry of an odd
+    batch is always its own partner.
 
     Args:
         num_images: images in the data set.
         batch_size: B, entries per micro-batch of this rank.
-        make_generator: epoch -> the generator that draws this epoch's permutation; equal on all
+        make_generator: epoch -> the generator that draws the epoch's permutation, the same on all
             ranks.
-        rank, world_size: which of how many processes this is.
+        rank, world_size: number r of this process, and the number W of processes.
         repeats: R, views of one image in a row.
         layout: one of `LAYOUTS`.
         accum_steps: micro-batches per optimizer step.
-        shuffle: False deals the images in their own order.
+        shuffle: false keeps the order of the data set.
     """
 
     def __init__(
@@ -77,11 +73,11 @@ class EpochBatches(Sampler[list[Place]]):
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Chooses the epoch that the next iteration deals, and from which of its positions on.
+        """Chooses the epoch of the next iteration, and its first position.
 
         Args:
-            start: images of all ranks that are done in this epoch: whole optimizer steps, at
-                whatever world size.
+            start: number of images of this epoch that all ranks together have trained on already:
+                whole steps, possibly at another world size.
         """
         self.epoch, self.start = epoch, start
 
@@ -91,22 +87,20 @@ class EpochBatches(Sampler[list[Place]]):
         return self.num_images // (self.batch_size * self.world_size * self.accum_steps)
 
     def __len__(self) -> int:
-        """Micro-batches of this rank that the next iteration deals."""
-        return self.steps_per_epoch * self.accum_steps - self.start // (
-            self.world_size * self.batch_size
-        )
+        """The number of micro-batches of this rank in the next iteration."""
+        done = self.start // (self.world_size * self.batch_size)
+        return self.steps_per_epoch * self.accum_steps - done
 
     def _share(self) -> slice:
-        """This rank's part of the positions of all ranks."""
+        """The part of a micro-batch's positions that this rank takes."""
         if self.layout == "strided":
             return slice(self.rank, None, self.world_size)
         return slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
 
     def __iter__(self) -> Iterator[list[Place]]:
         if self.shuffle:
-            images = torch.randperm(
-                self.num_images, generator=self.make_generator(self.epoch)
-            ).tolist()
+            generator = self.make_generator(self.epoch)
+            images = torch.randperm(self.num_images, generator=generator).tolist()
         else:
             images = list(range(self.num_images))
         epoch, step = self.epoch, self.world_size * self.batch_size
@@ -120,15 +114,15 @@ class EpochBatches(Sampler[list[Place]]):
 
 
 class EvalShard(Sampler[int]):
-    """Indices r, r + W, ... of one rank for evaluation. Nothing is padded: every image is seen
-    once, by one rank.
+    """The indices r, r + W, ... that rank r of W evaluates.
 
-    Ranks may therefore differ in length by one.
+    Nothing is padded: each image is evaluated once, by one rank. The numbers of images of two ranks
+    may therefore differ by one.
     """
 
     def __init__(self, num_images: int, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, num_images, world_size)
-        self.largest = -(-num_images // world_size)  # how many the first rank has
+        self.largest = -(-num_images // world_size)  # number of images of the first rank
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -1,12 +1,12 @@
-"""SMMix's mixing (paper Sec. 4.1 and the reference of Sec. 4.3): which region of which image goes
-where.
+"""SMMix: mixing by attention (paper Sec. 4.1) and the reference of L_con (Sec. 4.3).
 
-Each equation is one small pure function. Nothing here holds a model, knows eval or train, or names
-a device; losses are in `losses.py`. Nothing is mixed in place.
+Each equation is one small pure function. The losses are in `losses.py`; mean tokens and logits of
+the regions (Eq. 10 to 12) are computed in `models/interface.py`.
 
-Letters: B batch, K classes, N = rows * columns image tokens, (h, w) region in tokens. `source` (A)
-gives the region, `target` (B) receives it, `lam` is the source share. Image i is the target and
-image B - 1 - i the source.
+Letters: B batch, C channels, K classes, N = rows * columns image tokens, h x w the region's rows
+and columns in tokens. In the paper the source is A, the target B, a clean image's prediction Y and
+the source's share lambda_M; here they are `source`, `target`, `logits` or `probs`, and `lam`. Image
+i of a batch is the target, image B - 1 - i its source, so `.flip(0)` gives the sources.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from mixers.masks import first_argmax
 
 @dataclass(frozen=True)
 class Variant:
-    """The three places where the released code's arithmetic differs from the paper's."""
+    """The three places where the arithmetic of the released code differs from the paper's.
 
-    region_head: Literal["shared", "separate"] = (
-        "shared"  # classifier of the regions: F (Eq. 12), or a second head
-    )
-    consistency: Literal["probs", "logits"] = (
-        "probs"  # reference: mixed probabilities (Eq. 14), or softmax of mixed logits
-    )
-    region_size: Literal["floor", "integer"] = (
-        "floor"  # side: floor(delta * side), or uniform over whole numbers
-    )
+    Args:
+        region_head: classifier of the regions: the model's own F (Eq. 12), or a second one.
+        consistency: reference of L_con: mixed probabilities (Eq. 14), or the softmax of mixed
+            logits.
+        region_size: side of the region: floor(delta * side), or uniform over whole numbers.
+    """
+
+    region_head: Literal["shared", "separate"] = "shared"
+    consistency: Literal["probs", "logits"] = "probs"
+    region_size: Literal["floor", "integer"] = "floor"
 
 
 VARIANTS = {"paper": Variant(), "released": Variant("separate", "logits", "integer")}
@@ -42,16 +43,18 @@ VARIANTS = {"paper": Variant(), "released": Variant("separate", "logits", "integ
 
 @dataclass(frozen=True)
 class Scheme:
-    """Where a region is taken and where it goes (Table A4), and the score that decides it (Table
-    A5); the method's are the defaults."""
+    """How both regions are chosen (Table A4), and by which score (Table A5). SMMix: the defaults.
 
-    source: Literal["max", "random"] = (
-        "max"  # the most attended window, or any, drawn for each image
-    )
-    target: Literal["min", "max", "corr"] = (
-        "min"  # the least or most attended window, or the source region's own place
-    )
-    score: Literal["guide", "random"] = "guide"  # the motivating pass's, or drawn for each token
+    Args:
+        source: the most attended window of the source, or a random one for each image.
+        target: the least or the most attended window of the target, or (corr) the place of the
+            source region.
+        score: the score of the motivating pass (Eq. 6), or a random number for each token.
+    """
+
+    source: Literal["max", "random"] = "max"
+    target: Literal["min", "max", "corr"] = "min"
+    score: Literal["guide", "random"] = "guide"
 
     @property
     def needs_score(self) -> bool:
@@ -59,7 +62,7 @@ class Scheme:
 
     @property
     def needs_guide(self) -> bool:
-        """For the score; L_con may need it besides."""
+        """Whether the score comes from the motivating pass. L_con may need that pass too."""
         return self.needs_score and self.score == "guide"
 
 
@@ -67,13 +70,13 @@ MAX_TO_MIN = Scheme()
 
 
 class Drawn(NamedTuple):
-    """What is random about one mix."""
+    """The random values of one mix."""
 
-    size: tuple[int, int]  # the region's rows and columns
-    source_corners: Tensor | None = (
-        None  # (B, 2) int64, of a scheme that draws them; each in the image's source
-    )
-    score: Tensor | None = None  # (B, N) float32, of a scheme that draws it
+    size: tuple[int, int]  # h, w
+    # (B, 2) int64, with `Scheme.source` random: the source region's corner in the source of image i
+    source_corners: Tensor | None = None
+    # (B, N) float32, with `Scheme.score` random
+    score: Tensor | None = None
 
 
 def draw_region_size(
@@ -82,12 +85,16 @@ def draw_region_size(
     rule: Literal["floor", "integer"],
     generator: torch.Generator,
 ) -> tuple[int, int]:
-    """The region's rows and columns (Sec. 4.1): one delta ~ U(side_ratio) for both sides.
+    """The region's rows h and columns w (Sec. 4.1), from one delta ~ U(low, high) for both sides.
 
-    `floor`: h = floor(delta * rows), w = floor(delta * columns). `integer`, the released code's:
-    uniform over the whole numbers floor(low * side) .. floor(high * side), which gives the two end
-    sizes more weight. Either way a side is kept within 1 .. side - 1, so that both regions have
-    tokens.
+    With the rule `floor`, the paper's, h = floor(delta * rows) and w = floor(delta * columns). With
+    `integer`, the released code's, each side is uniform over the whole numbers floor(low * side) ..
+    floor(high * side), which gives the two end sizes more weight. Both rules then limit a side to
+    1 .. side - 1, so that there are tokens inside and outside the region.
+
+    Args:
+        grid_size: rows and columns of the token grid.
+        side_ratio: low and high, the range of delta.
     """
     low, high = side_ratio
     delta = float(torch.rand((), generator=generator, dtype=torch.float64))  # in [0, 1)
@@ -106,35 +113,42 @@ def draw_region_size(
 def region_scores(
     image_attention: Tensor, grid_size: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
-    """The sum in Eq. 7: attention over every h x w window that lies inside the grid.
+    """The sums of Eq. 7: the score of every h x w window that lies inside the grid.
 
     Args:
-        image_attention: (B, N), Eq. 6.
+        image_attention: (B, N), the score alpha of each token (Eq. 6).
+        size: h, w.
 
     Returns:
-        (B, rows - h + 1, columns - w + 1) float32, indexed by the window's top left cell. Windows
-        with equal cells have exactly equal sums.
+        (B, rows - h + 1, columns - w + 1) float32, indexed by the window's top left token (the
+        paper: by its centre). Windows with equal tokens have exactly equal sums.
     """
     grid = image_attention.float().unflatten(1, grid_size)  # (B, rows, columns)
     return avg_pool2d(grid[:, None], size, stride=1, divisor_override=1)[:, 0]
 
 
 def pick_regions(scores: Tensor, largest: bool) -> Tensor:
-    """The arg max or arg min of Eq. 7: the best window of each image. Ties go to the first in
-    row-major order.
+    """The arg max or arg min of Eq. 7: the chosen window of each image.
+
+    Of equal windows the first in row-major order is chosen.
 
     Args:
-        scores: (B, rows, columns) of `region_scores`.
+        scores: what `region_scores` returns, one number for each window.
+        largest: arg max, as for the source; else arg min, as for the target.
 
     Returns:
-        (B, 2) int64: row and column of the window's top left cell.
+        (B, 2) int64: row and column of the window's top left token.
     """
     return first_argmax(scores if largest else -scores)
 
 
 def region_mask(corners: Tensor, size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
-    """(B, N) bool, true inside each image's h x w region whose top left cell is `corners` (B,
-    2)."""
+    """The tokens inside each image's region (the index set of Eq. 10), (B, N) bool.
+
+    Args:
+        corners: (B, 2) int64, row and column of the region's top left token.
+        size: h, w.
+    """
     rows, columns = (torch.arange(length, device=corners.device) for length in grid_size)
     top, left = corners[:, :1], corners[:, 1:]  # (B, 1)
     inside_rows = (rows >= top) & (rows < top + size[0])  # (B, rows)
@@ -143,68 +157,74 @@ def region_mask(corners: Tensor, size: tuple[int, int], grid_size: tuple[int, in
 
 
 def paste_regions(images: Tensor, regions: Regions, patch_size: tuple[int, int]) -> Tensor:
-    """Eq. 8: every image with a region of its source pasted in.
+    """Eq. 8: x_M, each target with the region of its source pasted in.
 
-    One pass: each run of pixels as wide as a patch is read from where it comes from, its own place
-    or the source's region, and written once. That is the batch's copy and nothing else, and needs
-    no scattering.
+    The batch is copied once, in strips: the pixels of one row of the image that lie in one patch.
+    For each strip of x_M an index says which strip of the batch it is: the strip at the same place,
+    or inside the target region the matching strip of the source region.
 
     Args:
-        images: (B, C, height, width), any dtype, channels first or last in memory; stays as it is.
-        regions: corners and size in grid cells.
-        patch_size: height and width in pixels of a cell.
+        images: (B, C, height, width), any dtype, channels first or last in memory; not changed.
+        regions: corners and size in tokens.
+        patch_size: height and width in pixels of a token.
 
     Returns:
         (B, C, height, width), new, in the same memory format.
     """
     batch, channels, height, width = images.shape
+    patch_height, patch_width = patch_size
+    # A strip is contiguous in memory. With channels last it holds all channels; with channels first
+    # each channel is a plane of its own strips.
     is_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-    held = images.permute(0, 2, 3, 1) if is_last else images.contiguous()
-    planes, run = (
-        (1, patch_size[1] * channels) if is_last else (channels, patch_size[1])
-    )  # a run's length in memory
-    runs = width // patch_size[1]  # per row
-    number, rows, columns = (torch.arange(n, device=images.device) for n in (batch, height, runs))
-
-    top, left = (
-        regions.target_corners[:, :1] * patch_size[0],
-        regions.target_corners[:, 1:],
-    )  # (B, 1)
-    inside_rows = (rows >= top) & (rows < top + regions.size[0] * patch_size[0])  # (B, height)
-    inside_columns = (columns >= left) & (columns < left + regions.size[1])  # (B, runs)
-    down, right = (regions.source_corners - regions.target_corners).unbind(1)
-    away = (
-        (batch - 1 - 2 * number) * planes * height + down * patch_size[0]
-    ) * runs + right  # (B,)
-    own = (
-        number[:, None, None] * planes * height + rows[:, None]
-    ) * runs + columns  # (B, height, runs)
-    seen = own + away[:, None, None] * (inside_rows[:, :, None] & inside_columns[:, None, :])
-    seen = (
-        seen[:, None] + (torch.arange(planes, device=images.device) * height * runs)[:, None, None]
+    memory = images.permute(0, 2, 3, 1) if is_last else images.contiguous()
+    planes = 1 if is_last else channels
+    strip_length = patch_width * channels if is_last else patch_width
+    strips_per_row = width // patch_width
+    image, row, strip = (
+        torch.arange(count, device=images.device) for count in (batch, height, strips_per_row)
     )
-    mixed = held.reshape(-1, run).index_select(0, seen.flatten()).view(held.shape)
+
+    # Which strips of x_M lie inside the target region.
+    top = regions.target_corners[:, :1] * patch_height  # (B, 1), in pixels
+    left = regions.target_corners[:, 1:]  # (B, 1), in strips
+    inside_rows = (row >= top) & (row < top + regions.size[0] * patch_height)  # (B, height)
+    inside_strips = (strip >= left) & (strip < left + regions.size[1])  # (B, strips)
+    is_inside = inside_rows[:, :, None] & inside_strips[:, None, :]  # (B, height, strips)
+
+    # Index of each strip in plane 0, and the distance from there to the strip of the source.
+    same_place = (image[:, None, None] * planes * height + row[:, None]) * strips_per_row + strip
+    images_to_source = batch - 1 - 2 * image  # from image i to image B - 1 - i
+    down, right = (regions.source_corners - regions.target_corners).unbind(1)  # in tokens
+    rows_to_source = images_to_source * planes * height + down * patch_height
+    to_source = rows_to_source * strips_per_row + right  # (B,)
+    index = same_place + to_source[:, None, None] * is_inside  # (B, height, strips)
+    to_plane = torch.arange(planes, device=images.device) * height * strips_per_row
+    index = index[:, None] + to_plane[:, None, None]  # (B, planes, height, strips)
+
+    strips = memory.reshape(-1, strip_length)
+    mixed = strips.index_select(0, index.flatten()).view(memory.shape)
     return mixed.permute(0, 3, 1, 2) if is_last else mixed
 
 
 def mix_probs(logits: Tensor, lam: Tensor) -> Tensor:
-    """The reference of Eq. 14: lam * Y_A + (1 - lam) * Y_B, Y being the probabilities of the clean
-    images.
+    """The reference in Eq. 14: lam * Y_A + (1 - lam) * Y_B, with Y = softmax(logits).
 
     Args:
-        logits: (B, K) of the clean images.
+        logits: (B, K), of the clean images.
         lam: (B,).
 
     Returns:
-        (B, K) float32, rows sum to one.
+        (B, K) float32; each row sums to one.
     """
     probs = logits.float().softmax(dim=-1)
     return mix_labels(probs.flip(0), probs, lam)
 
 
 def mix_logits(logits: Tensor, lam: Tensor) -> Tensor:
-    """The released code's reference: the softmax of mixed logits, a normalised geometric mean (B,
-    K)."""
+    """The released code's reference: softmax(lam * logits_A + (1 - lam) * logits_B), (B, K).
+
+    This is the normalised geometric mean of Y_A and Y_B. Arguments as in `mix_probs`.
+    """
     logits = logits.float()
     return mix_labels(logits.flip(0), logits, lam).softmax(dim=-1)
 
@@ -212,26 +232,28 @@ def mix_logits(logits: Tensor, lam: Tensor) -> Tensor:
 def mix_predictions(
     logits: Tensor, lam: Tensor, rule: Literal["probs", "logits"], temperature: float = 1.0
 ) -> Tensor:
-    """The reference of L_con (B, K) by either rule, of logits that are divided by the temperature
-    first."""
-    return (mix_probs if rule == "probs" else mix_logits)(logits.float() / temperature, lam)
+    """The reference of L_con (B, K) by either rule; the temperature divides the logits first."""
+    mix = mix_probs if rule == "probs" else mix_logits
+    return mix(logits.float() / temperature, lam)
 
 
 class SMMix(Mixer[Drawn]):
-    """Max-min attention region mixing (Sec. 4.1) with everything that Sec. 4.2 and 4.3 need to
-    supervise it.
+    """Max-min attention region mixing (Sec. 4.1), with the inputs of L_fine and L_con.
 
     Args:
-        grid_size: the model's own token grid (rows, columns).
+        num_classes: K.
+        grid_size: rows and columns of the model's token grid.
+        smoothing: label smoothing.
         side_ratio: range of delta.
-        variant: paper or released arithmetic.
-        fine, con: whether the batch carries what L_fine (Sec. 4.2) and L_con (Sec. 4.3) need. The
-            motivating pass is run if L_con or the scheme needs it.
-        scheme: where regions come from and go to.
-        temperature: of the reference of L_con.
+        variant: the arithmetic of the paper or of the released code.
+        fine: give the batch what L_fine needs (Sec. 4.2).
+        con: give the batch what L_con needs (Sec. 4.3). The motivating pass is run if this or the
+            scheme needs it.
+        scheme: how regions are chosen.
+        temperature: that of the reference of L_con.
 
     Raises:
-        ValueError: a grid side below 2, where no region can lie beside another.
+        ValueError: the grid has fewer than two rows or columns; no region fits into it then.
     """
 
     def __init__(
@@ -258,77 +280,81 @@ class SMMix(Mixer[Drawn]):
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
     ) -> Drawn:
         rows, columns = self.grid_size
-        height, width = draw_region_size(
+        h, w = draw_region_size(
             self.grid_size, self.side_ratio, self.variant.region_size, generator
         )
         corners = score = None
         if self.scheme.source == "random":
-            ends = rows - height + 1, columns - width + 1
-            corners = torch.stack(
-                [torch.randint(end, (batch_size,), generator=generator) for end in ends], dim=1
-            )
+            tops = torch.randint(rows - h + 1, (batch_size,), generator=generator)
+            lefts = torch.randint(columns - w + 1, (batch_size,), generator=generator)
+            corners = torch.stack((tops, lefts), dim=1)
         if self.scheme.needs_score and self.scheme.score == "random":
             score = torch.rand(batch_size, rows * columns, generator=generator)
-        return Drawn((height, width), corners, score)
+        return Drawn((h, w), corners, score)
 
     def choose(
         self, score: Tensor | None, size: tuple[int, int], corners: Tensor | None = None
     ) -> Regions:
-        """Eq. 7 for a whole batch: each target's least attended window, its source's most attended
-        one; or what the scheme has in their place.
+        """Eq. 7 for a batch: the regions of each source and each target, or those of the scheme.
 
         Args:
-            score: (B, N), if the scheme needs one.
-            corners: (B, 2), of the regions in the sources, if the scheme draws them.
+            score: (B, N) of the clean images; None if the scheme needs none.
+            size: h, w.
+            corners: (B, 2) of the source regions, if the scheme draws them.
         """
-        scores = None if score is None else region_scores(score, self.grid_size, size)
+        windows = None if score is None else region_scores(score, self.grid_size, size)
         if corners is None:
-            assert scores is not None
-            corners = pick_regions(scores, largest=True).flip(0)  # (B, 2), now beside their targets
+            assert windows is not None
+            # The arg max of image i belongs to image B - 1 - i, whose source it is.
+            corners = pick_regions(windows, largest=True).flip(0)
         if self.scheme.target == "corr":
             return Regions(corners, corners, size)
-        assert scores is not None
-        target_corners = pick_regions(scores, largest=self.scheme.target == "max")
-        if (
-            len(scores) % 2
-        ):  # the middle image of an odd batch is its own source: it stays a plain image
-            middle = torch.arange(len(scores), device=scores.device) == len(scores) // 2
-            target_corners = torch.where(middle[:, None], corners, target_corners)
+        assert windows is not None
+        target_corners = pick_regions(windows, largest=self.scheme.target == "max")
+        if len(windows) % 2:
+            # The middle image of an odd batch is its own source. Equal corners keep it clean.
+            is_middle = torch.arange(len(windows), device=windows.device) == len(windows) // 2
+            target_corners = torch.where(is_middle[:, None], corners, target_corners)
         return Regions(corners, target_corners, size)
 
     def apply(self, images: Tensor, labels: Tensor, drawn: Drawn, guide: Guide) -> MixedBatch:
-        size = drawn.size
+        rows, columns = self.grid_size
+        h, w = drawn.size
         corners, score = (
             None if value is None else send(value, images.device)
             for value in (drawn.source_corners, drawn.score)
         )
+        # Motivating pass: the score (Eq. 6) and the logits of the clean images.
         clean = guide(images) if self.con or self.scheme.needs_guide else None
         if clean is not None and score is None:
             score = clean.image_attention
-        regions = self.choose(score if self.scheme.needs_score else None, size, corners)
-        rows, columns = self.grid_size
+        # Regions: Eq. 7.
+        regions = self.choose(score if self.scheme.needs_score else None, drawn.size, corners)
+        # Mixed images and labels: Eq. 8, with lambda_M = h * w * P^2 / (H * W) = h * w / N.
         patch_size = (images.shape[-2] // rows, images.shape[-1] // columns)
-        lam = torch.full(
-            (len(images),), size[0] * size[1] / (rows * columns), device=images.device
-        )  # (B,)
-        target_labels = soft_labels(labels, self.num_classes, self.smoothing)
+        mixed_images = paste_regions(images, regions, patch_size)
+        lam = torch.full((len(images),), h * w / (rows * columns), device=images.device)  # (B,)
+        target_labels = soft_labels(labels, self.num_classes, self.smoothing)  # (B, K)
         source_labels = target_labels.flip(0)
+        mixed_labels = mix_labels(source_labels, target_labels, lam)
+        # For L_fine: the tokens of Eq. 10 and 11.
+        mask = None
+        if self.fine:
+            mask = region_mask(regions.target_corners, drawn.size, self.grid_size)
+        # For L_con: the reference in Eq. 14.
         reference = None
         if self.con:
             assert clean is not None
             assert clean.logits is not None
-            reference = mix_predictions(
-                clean.logits, lam, self.variant.consistency, self.temperature
-            )
+            rule = self.variant.consistency
+            reference = mix_predictions(clean.logits, lam, rule, self.temperature)
         return MixedBatch(
-            images=paste_regions(images, regions, patch_size),
-            labels=mix_labels(source_labels, target_labels, lam),
+            images=mixed_images,
+            labels=mixed_labels,
             lam=lam,
             source_labels=source_labels,
             target_labels=target_labels,
-            source_mask=region_mask(regions.target_corners, size, self.grid_size)
-            if self.fine
-            else None,
+            source_mask=mask,
             reference_probs=reference,
             clean_logits=None if clean is None else clean.logits,
             image_attention=score,

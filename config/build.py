@@ -1,8 +1,4 @@
-"""Flags -> objects: what a run is made of. With `main.py` the only place that sees the parsed
-namespace.
-
-No tensor arithmetic and no training here.
-"""
+"""Makes the objects of a run from the resolved flags: data, model, loss, mixer, optimizer."""
 
 from __future__ import annotations
 
@@ -53,7 +49,8 @@ def make_model(
 
     Args:
         say: prints the notes on the weights of `--finetune`.
-        read: reads that file; None leaves the initial weights, for a run that is resumed.
+        read: reads the file of `--finetune`. None for a run that is resumed: the weights stay
+            initial until its checkpoint is loaded.
     """
     utils.seed_globals("init", flags.seed)
     model = build_model(**model_config(flags, num_classes))
@@ -71,17 +68,15 @@ def make_model(
 
 
 def memory_format(flags: Flags) -> torch.memory_format:
-    """Of images and convolutions."""
+    """The memory format of images and convolutions."""
     return torch.channels_last if flags.channels_last else torch.contiguous_format
 
 
 def open_images(flags: Flags, train: bool, read: ReadCheckpoint) -> Any:
-    """One half of the data: to train on, with `--subset` a part of it, or to evaluate on, always
-    all of it.
+    """The training images (with `--subset` a part of them), or all images for evaluation.
 
     Raises:
-        InputError: it cannot be opened, or `--motivator` predicts other classes than those to train
-            on.
+        InputError: the data cannot be opened, or `--motivator` predicts other classes.
     """
     images = datasets.open_images(
         flags.data_set,
@@ -99,6 +94,7 @@ def open_images(flags: Flags, train: bool, read: ReadCheckpoint) -> Any:
 
 
 def make_eval_loader(flags: Flags, val: Any, spec: ImageSpec, processes: Processes) -> Any:
+    """The loader of this rank's share of the evaluation images."""
     return loaders.build_eval_loader(
         samples.eval_samples(val, transforms.build_eval_transform(spec)),
         batch_size=int(1.5 * flags.batch_size),
@@ -111,6 +107,11 @@ def make_eval_loader(flags: Flags, val: Any, spec: ImageSpec, processes: Process
 
 
 def make_train_loader(flags: Flags, train: Any, spec: ImageSpec, processes: Processes) -> Any:
+    """The loader of this rank's share of the training images.
+
+    Raises:
+        InputError: the device or the data set does not support a flag.
+    """
     augment = Augment(
         aa=flags.aa,
         color_jitter=flags.color_jitter,
@@ -123,7 +124,7 @@ def make_train_loader(flags: Flags, train: Any, spec: ImageSpec, processes: Proc
     )
     if augment.randaugment == "device" and processes.device.type == "mps":
         raise utils.InputError(
-            "--randaugment device: mps has no float64, which the warps need; use --randaugment cpu"
+            "--randaugment device: needs float64, but mps has no float64; use --randaugment cpu"
         )
     transform = transforms.build_train_transform(
         spec, datasets.augment_for(flags.data_set, augment)
@@ -145,7 +146,7 @@ def make_train_loader(flags: Flags, train: Any, spec: ImageSpec, processes: Proc
 
 
 def make_finish(flags: Flags, spec: ImageSpec) -> Callable[..., torch.Tensor]:
-    """What becomes of a training batch on its device: see `engine.Training.finish`."""
+    """The function that augments, normalises and erases a batch: `engine.py:Training.finish`."""
     fill = transforms.fill_color(spec)
 
     def finish(images: torch.Tensor, boxes: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
@@ -163,7 +164,7 @@ def make_criterion(
     spec: ImageSpec,
     read: ReadCheckpoint,
 ) -> Criterion:
-    """The sum of Eq. 15, inside DeiT's distillation if that is asked for."""
+    """The loss of Eq. 15, and DeiT's distillation around it with `--distillation-type`."""
     base = SMMixLoss(
         flags.bce_loss,
         flags.fine_weight,
@@ -200,8 +201,11 @@ def make_mixer(
 
 
 def schedule_settings(flags: Flags, processes: Processes) -> dict[str, Any]:
-    """Keywords of timm's schedule. With `--scale-schedule` its first and last rate are scaled with
-    the total batch, as the peak is."""
+    """The arguments of timm's schedule.
+
+    With `--scale-schedule` its first and its last learning rate are scaled with the total batch, as
+    the peak always is.
+    """
     settings = scheduler_kwargs(flags)
     if flags.scale_schedule:
         for name in ("warmup_lr", "min_lr"):
@@ -212,11 +216,11 @@ def schedule_settings(flags: Flags, processes: Processes) -> dict[str, Any]:
 def make_schedule(
     flags: Flags, training: engine.Training, processes: Processes, steps: int, progress: Any
 ) -> optim.Schedule:
-    """The schedule of learning rates, which follows every update of `training` from now on.
+    """The learning rate schedule; `training` calls it after every update from now on.
 
     Args:
-        steps: per epoch.
-        progress: how far the run is (`run.state.Progress`).
+        steps: steps per epoch.
+        progress: epoch and step at which the run starts or resumes (`run/state.py:Progress`).
     """
     schedule = optim.Schedule(
         training.optimizer,
@@ -236,7 +240,7 @@ def make_training(
     processes: Processes,
     read: ReadCheckpoint,
 ) -> engine.Training:
-    """Everything that the step needs."""
+    """Everything that the step needs, checked by one warm-up (`engine.py:warm_up`)."""
     device, autocast = processes.device, precision.make_autocast(processes.device, flags.amp)
     average = None
     if flags.model_ema:

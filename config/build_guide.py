@@ -1,4 +1,4 @@
-"""From flags to the guide, and the refusal of what its motivator cannot do."""
+"""Makes the guide from the flags, and refuses flags that do not fit its motivator."""
 
 from __future__ import annotations
 
@@ -21,42 +21,39 @@ from utils import InputError
 
 
 def check_guide_size(model: ImageModel, name: str, size: tuple[int, int]) -> None:
-    """Whether the motivating pass can show the images at this height and width.
+    """Checks that the motivating pass can run on images of this height and width.
 
     Raises:
-        InputError: the model takes images of one size, or these sides do not fit.
+        InputError: the model takes images of one size only, or these sides do not fit.
     """
     given, own = f"--guide-size {size[0]} {size[1]}", model.input_size
     if not model.accepts_other_sizes:
         kind = type(model.network).__name__
         raise InputError(
-            f"{given}: {name}, a {kind}, is read at its own size only; a plain ViT or DeiT takes "
-            "the flag"
+            f"{given}: {name}, a {kind}, takes images of one size only; use the flag with a plain "
+            "ViT or DeiT"
         )
     if size[0] > own[0] or size[1] > own[1] or size == own:
         raise InputError(
             f"{given}: must be smaller than the images, {own[0]} x {own[1]} pixels; leave the flag "
             "out"
         )
-    if any(
-        side % patch or side < 2 * patch for side, patch in zip(size, model.patch_size, strict=True)
-    ):
-        fits = [
-            max(side // patch, 2) * patch
-            for side, patch in zip(size, model.patch_size, strict=True)
-        ]
+    patch_size = model.patch_size
+    pairs = list(zip(size, patch_size, strict=True))
+    if any(side % patch or side < 2 * patch for side, patch in pairs):
+        fitting = [max(side // patch, 2) * patch for side, patch in pairs]
         raise InputError(
             f"{given}: each side must be a multiple of the patch size "
-            f"{model.patch_size[0]}x{model.patch_size[1]} of "
-            f"{name}, and two patches or more, such as {fits[0]} {fits[1]}"
+            f"{patch_size[0]}x{patch_size[1]} of {name}, and two patches or more, such as "
+            f"{fitting[0]} {fitting[1]}"
         )
 
 
 def check_score_block(model: ImageModel, name: str, block: Depth) -> None:
-    """Whether the motivating pass can read its score in this block, or in all.
+    """Checks that the model has a score in this block, or in all blocks with `rollout`.
 
     Raises:
-        InputError: the model has no such block, or is read in its last one only.
+        InputError: the model has no such block, or a score in its last block only.
     """
     if block is None:
         return
@@ -64,16 +61,15 @@ def check_score_block(model: ImageModel, name: str, block: Depth) -> None:
     if not model.score_blocks:
         kind = type(model.network).__name__
         raise InputError(
-            f"{given}: {name}, a {kind}, is read in its last block only, as others lie on other "
-            "grids; a "
-            "ViT, DeiT or CaiT takes the flag"
+            f"{given}: {name}, a {kind}, has a score in its last block only, as its other blocks "
+            "have other grids; use the flag with a ViT, DeiT or CaiT"
         )
     if isinstance(block, int) and not 0 < block <= model.score_blocks:
         raise InputError(f"{given}: {name} has the blocks 1 to {model.score_blocks}")
 
 
 def uses_predictions(flags: Flags) -> bool:
-    """Whether the motivator's predictions are used, not its score alone."""
+    """Whether the predictions of the motivator are used (by L_con), and not only its score."""
     return con_weight_of(flags.mixer, flags.con_weight) > 0
 
 
@@ -85,11 +81,11 @@ def make_motivator(
     spec: ImageSpec,
     read: ReadCheckpoint,
 ) -> tuple[ImageModel, MotivatingPass]:
-    """The network that guides the training (Table 9), and its motivating pass.
+    """The motivator (Table 9), and its motivating pass.
 
     Args:
-        average: the averaged weights (`ModelEmaV3`), if there are any.
-        spec: of the clean images.
+        average: the average of the weights (`ModelEmaV3`), or None.
+        spec: size and normalisation of the clean images.
     """
     if flags.motivator in ("self", "ema"):
         own = model if flags.motivator == "self" else cast(ImageModel, average.module)
@@ -110,15 +106,15 @@ def make_guide(
     spec: ImageSpec | None = None,
     read: ReadCheckpoint = load_checkpoint,
 ) -> Guide:
-    """The guide, as exact or as cheap as the flags say.
+    """The guide of a run: its motivator, with size, precision and block of the motivating pass.
 
     Args:
         average: see `make_motivator`.
-        spec: of the clean images; default: ImageNet's mean and std.
+        spec: size and normalisation of the clean images; default: ImageNet's mean and std.
         read: reads the file of `--motivator`.
 
     Raises:
-        InputError: the motivator cannot do what the flags ask of it.
+        InputError: the flags do not fit the motivator.
     """
     spec = spec or ImageSpec(model.input_size)
     motivator, motivating_pass = make_motivator(flags, model, average, device, spec, read)

@@ -1,4 +1,4 @@
-"""From flags' values to the mixer of a run: the one importer of `smmix`."""
+"""Makes the mixer of a run from the values of the mixing flags."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from utils import InputError
 
 @dataclass(frozen=True)
 class MixingSettings:
-    """The values of the mixing flags under the flags' own names; `config/mixing_flags.py` says what
-    each is for."""
+    """The values of the mixing flags, by name; see `config/mixing_flags.py` for their meaning."""
 
     mixer: str
     mix_protocol: Literal["switch", "single", "split"]
@@ -61,22 +60,19 @@ class MixingSettings:
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> MixingSettings:
-        """From parsed flags, of which others may be among them."""
-        values: dict[str, Any] = {one.name: flags[one.name] for one in fields(cls)}
-        values.update(
-            {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        )
+        """Takes the mixing flags out of all flags."""
+        values: dict[str, Any] = {}
+        for one in fields(cls):
+            value = flags[one.name]
+            values[one.name] = tuple(value) if isinstance(value, list) else value
         return cls(**values)
 
     @property
     def arithmetic(self) -> Variant:
-        """SMMix's arithmetic: that of `variant`, each part of it overridden where its own flag says
-        so."""
-        names = [one.name for one in fields(Variant)]
-        return replace(
-            VARIANTS[self.variant],
-            **{name: getattr(self, name) for name in names if getattr(self, name)},
-        )
+        """SMMix's arithmetic: that of `--variant`, with the parts that have been given as flags."""
+        parts = {one.name: getattr(self, one.name) for one in fields(Variant)}
+        given = {name: value for name, value in parts.items() if value}
+        return replace(VARIANTS[self.variant], **given)
 
     @property
     def has_con(self) -> bool:
@@ -85,19 +81,20 @@ class MixingSettings:
 
     @property
     def scheme(self) -> Scheme:
-        return Scheme(
-            self.source_region, self.target_region, "random" if self.score == "random" else "guide"
-        )
+        """How SMMix chooses its regions."""
+        score: Literal["guide", "random"] = "random" if self.score == "random" else "guide"
+        return Scheme(self.source_region, self.target_region, score)
 
 
 @dataclass(frozen=True)
 class MixerContext:
-    """What a mixer has to know of model and data.
+    """What mixers need from the model and the data.
 
     Args:
-        grid_size: the model's token grid (rows, columns).
-        to_bytes: normalised images -> the pixels they were, uint8.
-        teacher: clean images -> a frozen classifier's features (B, D, rows, columns), for
+        num_classes: number of classes.
+        grid_size: rows and columns of the model's token grid.
+        to_bytes: normalised images -> their pixels before normalisation, uint8.
+        teacher: clean images -> features (B, D, rows, columns) of a frozen classifier, for
             AttentiveMix.
     """
 
@@ -107,11 +104,11 @@ class MixerContext:
     teacher: Callable[[Tensor], Tensor] | None = None
 
 
-def _smmix(settings: MixingSettings, around: MixerContext) -> Mixer:
+def _smmix(settings: MixingSettings, context: MixerContext) -> Mixer:
     try:
         return SMMix(
-            around.num_classes,
-            around.grid_size,
+            context.num_classes,
+            context.grid_size,
             settings.smoothing,
             settings.side_ratio,
             settings.arithmetic,
@@ -126,9 +123,9 @@ def _smmix(settings: MixingSettings, around: MixerContext) -> Mixer:
         ) from error
 
 
-def _cutmix(settings: MixingSettings, around: MixerContext) -> Mixer:
+def _cutmix(settings: MixingSettings, context: MixerContext) -> Mixer:
     return CutMix(
-        around.num_classes,
+        context.num_classes,
         settings.smoothing,
         settings.cutmix,
         settings.cutmix_minmax,
@@ -136,17 +133,17 @@ def _cutmix(settings: MixingSettings, around: MixerContext) -> Mixer:
     )
 
 
-def _mixup(settings: MixingSettings, around: MixerContext) -> Mixer:
-    return Mixup(around.num_classes, settings.smoothing, settings.mixup, settings.mixup_mode)
+def _mixup(settings: MixingSettings, context: MixerContext) -> Mixer:
+    return Mixup(context.num_classes, settings.smoothing, settings.mixup, settings.mixup_mode)
 
 
-def _none(settings: MixingSettings, around: MixerContext) -> Mixer:
-    return NoMixing(around.num_classes, settings.smoothing)
+def _none(settings: MixingSettings, context: MixerContext) -> Mixer:
+    return NoMixing(context.num_classes, settings.smoothing)
 
 
-def _resizemix(settings: MixingSettings, around: MixerContext) -> Mixer:
+def _resizemix(settings: MixingSettings, context: MixerContext) -> Mixer:
     return ResizeMix(
-        around.num_classes,
+        context.num_classes,
         settings.smoothing,
         settings.resize_scope,
         settings.resize_placement,
@@ -154,19 +151,19 @@ def _resizemix(settings: MixingSettings, around: MixerContext) -> Mixer:
     )
 
 
-def _fmix(settings: MixingSettings, around: MixerContext) -> Mixer:
+def _fmix(settings: MixingSettings, context: MixerContext) -> Mixer:
     (alpha,) = settings.mix_alpha or (1.0,)
     return FMix(
-        around.num_classes, settings.smoothing, alpha, settings.fmix_decay, settings.mixup_mode
+        context.num_classes, settings.smoothing, alpha, settings.fmix_decay, settings.mixup_mode
     )
 
 
-def _attentivemix(settings: MixingSettings, around: MixerContext) -> Mixer:
-    assert around.teacher is not None
+def _attentivemix(settings: MixingSettings, context: MixerContext) -> Mixer:
+    assert context.teacher is not None
     alphas = settings.mix_alpha or (2.0, 8.0)
     return AttentiveMix(
-        around.num_classes,
-        around.teacher,
+        context.num_classes,
+        context.teacher,
         settings.smoothing,
         alphas[0],
         alphas[-1],
@@ -175,10 +172,10 @@ def _attentivemix(settings: MixingSettings, around: MixerContext) -> Mixer:
     )
 
 
-def _saliencymix(settings: MixingSettings, around: MixerContext) -> Mixer:
+def _saliencymix(settings: MixingSettings, context: MixerContext) -> Mixer:
     (alpha,) = settings.mix_alpha or (1.0,)
     return SaliencyMix(
-        around.num_classes, around.to_bytes, settings.smoothing, alpha, settings.mixup_mode
+        context.num_classes, context.to_bytes, settings.smoothing, alpha, settings.mixup_mode
     )
 
 
@@ -191,32 +188,31 @@ MIXERS: dict[str, Callable[[MixingSettings, MixerContext], Mixer]] = {
     "fmix": _fmix,
     "attentivemix": _attentivemix,
     "saliencymix": _saliencymix,
-    "transmix": _cutmix,  # CutMix's images; its labels come with `relabels`
+    "transmix": _cutmix,  # CutMix's images; `build_mixer` adds TransMix's labels
 }
 
 
-def build_mixer(settings: MixingSettings, around: MixerContext) -> Switch:
-    """The switch of a run: the named method, and Mixup where they share its steps, or its batches.
+def build_mixer(settings: MixingSettings, context: MixerContext) -> Switch:
+    """The mixer of a run: the method of `--mixer`, alone or with Mixup, in a `Switch`.
 
     Raises:
-        InputError: the model's grid is too small for regions.
+        InputError: the model's token grid is too small for regions.
     """
-    first = MIXERS[settings.mixer](settings, around)
+    first = MIXERS[settings.mixer](settings, context)
     if settings.relabel == "transmix" or settings.mixer == "transmix":
-        first = TransMix(first, around.grid_size, settings.relabel_ratio)
+        first = TransMix(first, context.grid_size, settings.relabel_ratio)
     if settings.has_con and settings.mixer != "smmix":
         rule, temperature = settings.arithmetic.consistency, settings.con_temperature
         first = Consistent(first, partial(mix_predictions, rule=rule, temperature=temperature))
     if settings.mix_protocol == "split":
-        first = Split(first, _mixup(settings, around), settings.mixup_switch_prob)
-    shares = (
-        settings.mix_protocol == "switch"
-        and settings.mixer not in ("mixup", "none")
-        and settings.mixup > 0
-    )
+        first = Split(first, _mixup(settings, context), settings.mixup_switch_prob)
+    second = None
+    is_alone = settings.mixer in ("mixup", "none") or settings.mixup <= 0
+    if settings.mix_protocol == "switch" and not is_alone:
+        second = _mixup(settings, context)
     return Switch(
         first,
-        _mixup(settings, around) if shares else None,
+        second,
         settings.mixup_prob,
         settings.mixup_switch_prob,
         settings.mix_off_epoch,

@@ -1,5 +1,7 @@
-"""From parsed flags to the frozen record of a run: every default that depends on the machine, on
-the model or on another flag is filled in here, once. Checkpoints keep the record."""
+"""From parsed flags to the frozen record of a run, which its checkpoints keep.
+
+Every default that depends on the machine, the model or another flag is filled in here, once.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ from typing import Any
 import utils
 from config.build_mixer import MixingSettings
 from config.mixing_flags import con_weight_of
-from models.build import draft_model
+from models.build import build_on_meta
 from training import optim
 from utils import Processes
 
 
 class Flags(argparse.Namespace):
-    """The resolved flags of a run, under their own names. They are read and never written."""
+    """The resolved flags of a run. Their values cannot be changed."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         vars(self).update({name: _frozen(value) for name, value in values.items()})
@@ -32,15 +34,15 @@ def _frozen(value: Any) -> Any:
 def resolve(
     args: argparse.Namespace, processes: Processes, changes: Mapping[str, Any] | None = None
 ) -> Flags:
-    """The flags that a run really has.
+    """The flags of a run, with every default filled in.
 
     Args:
         args: the parsed command line.
-        changes: flags that another number of processes makes different (`batch_size` and
-            `accum_steps` of a resumed run).
+        changes: values that replace those of `args`: `batch_size` and `accum_steps` of a run that
+            is resumed with another number of processes.
 
     Raises:
-        InputError: unknown model, or one that cannot be built with these settings.
+        InputError: the model is unknown, or cannot be built with these settings.
     """
     flags = {**vars(args), **(changes or {})}
     flags["data_set"] = args.data_set or ("IMNET" if args.data_path else "DIGITS")
@@ -53,12 +55,12 @@ def resolve(
     elif settings.has_con:
         flags["consistency"] = settings.arithmetic.consistency
     flags["con_weight"] = con_weight_of(args.mixer, args.con_weight)
-    flags["input_size"] = draft_model(**model_config(Flags(flags), num_classes=1)).input_size
+    flags["input_size"] = build_on_meta(**model_config(Flags(flags), num_classes=1)).input_size
     return Flags(flags)
 
 
 def model_config(flags: argparse.Namespace, num_classes: int) -> dict[str, Any]:
-    """The keywords of `models.build.build_model`, which checkpoints keep."""
+    """The arguments of `models/build.py:build_model`, which checkpoints keep."""
     has_region_head = flags.region_head == "separate" and flags.fine_weight > 0
     return {
         "name": flags.model,
@@ -72,7 +74,7 @@ def model_config(flags: argparse.Namespace, num_classes: int) -> dict[str, Any]:
 
 
 def total_batch(flags: argparse.Namespace, processes: Processes) -> int:
-    """Images per step, over all processes and micro-batches."""
+    """The images of one step, over all processes and micro-batches."""
     return flags.batch_size * processes.world_size * flags.accum_steps
 
 

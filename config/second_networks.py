@@ -1,9 +1,8 @@
-"""Second networks that are only looked through: teachers to distil from, AttentiveMix's classifier,
-motivators.
+"""Frozen second networks: distillation's teacher, AttentiveMix's classifier, and motivators.
 
-Each is shown the student's images as it knows images itself: where its mean and std are not the
-student's, they are normalised anew on the device. A checkpoint of main.py says its own; for other
-files timm does, under the name that is given with them.
+Each gets the images of the student, the model being trained. If it was trained with another mean
+and std, the images are normalised for it on the device. A checkpoint of main.py contains its mean
+and std; for other weights they are timm's, by the name of the network.
 """
 
 from __future__ import annotations
@@ -26,25 +25,25 @@ from storage import downloads
 from storage.checkpoints import FORMAT, ReadCheckpoint, load_checkpoint
 from utils import InputError
 
-MotivatingPass = Callable[..., GuideOutput]  # takes what `ImageModel.motivating_pass` takes
-NEEDED = (  # of a motivator
+MotivatingPass = Callable[..., GuideOutput]  # called as `ImageModel.motivating_pass`
+# How to mend a motivator with other classes.
+_CLASSES_NEEDED = (
     "L_con uses its predictions: give one that was trained for these classes in this order, or "
-    "with --mixer smmix "
-    "leave L_con out (--con-weight 0), and its score alone guides"
+    "with --mixer smmix leave L_con out (--con-weight 0), so that only its score is used"
 )
 
 
 class Renormalise(nn.Module):
-    """Images (B, 3, height, width) that are normalised for one network -> as another knows them."""
+    """Images normalised with one mean and std -> the same images with another mean and std."""
 
     scale: Tensor  # (1, 3, 1, 1)
     shift: Tensor  # (1, 3, 1, 1)
 
-    def __init__(self, shown: ImageSpec, own: ImageSpec) -> None:
+    def __init__(self, student_spec: ImageSpec, own: ImageSpec) -> None:
         super().__init__()
         mean, std, own_mean, own_std = (
             torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1)
-            for values in (shown.mean, shown.std, own.mean, own.std)
+            for values in (student_spec.mean, student_spec.std, own.mean, own.std)
         )
         self.register_buffer("scale", (std / own_std).float(), persistent=False)
         self.register_buffer("shift", ((mean - own_mean) / own_std).float(), persistent=False)
@@ -53,12 +52,11 @@ class Renormalise(nn.Module):
         return torch.addcmul(self.shift, images, self.scale)  # (B, 3, height, width)
 
 
-def renormaliser(shown: ImageSpec, own: ImageSpec) -> nn.Module:
-    """From images as `shown` normalises them to those that `own` does; nothing is done where the
-    two agree."""
-    return (
-        nn.Identity() if (shown.mean, shown.std) == (own.mean, own.std) else Renormalise(shown, own)
-    )
+def renormaliser(student_spec: ImageSpec, own: ImageSpec) -> nn.Module:
+    """From the student's normalisation to the network's own; the identity if both agree."""
+    if (student_spec.mean, student_spec.std) == (own.mean, own.std):
+        return nn.Identity()
+    return Renormalise(student_spec, own)
 
 
 def build_teacher(
@@ -66,39 +64,40 @@ def build_teacher(
     path: str,
     num_classes: int,
     input_size: tuple[int, int],
-    shown: ImageSpec | None = None,
+    student_spec: ImageSpec | None = None,
     read: ReadCheckpoint = load_checkpoint,
 ) -> nn.Module:
-    """A timm network with the weights of a file, to distil from images of `input_size` (height,
-    width).
+    """Distillation's teacher: a timm network with the weights of a file.
 
     Args:
-        shown: how the student's images are normalised; default: with ImageNet's mean and std.
+        name: timm's.
+        path: the file.
+        input_size: height and width of the student's images.
+        student_spec: normalisation of these images; default: ImageNet's mean and std.
+        read: reads the file.
 
     Raises:
-        InputError: unknown name, unreadable file, weights of another network, or one that refuses
-            such images.
+        InputError: the name is unknown, the file cannot be read or holds weights of another
+            network, or the network does not take images of this size.
     """
     flag = f"--teacher-model {name}"
     _check_name("--teacher-model", name)
     checkpoint = read(path)
     teacher = timm.create_model(name, num_classes=num_classes)
     load_strictly(teacher, pick_weights(checkpoint), source=f"--teacher-path {path}")
-    _try(flag, teacher, input_size)
-    shown = shown or ImageSpec(input_size)
-    return nn.Sequential(
-        renormaliser(shown, _spec_of(_description_in(checkpoint), name, teacher, shown, flag)),
-        teacher,
-    )
+    _run_once(flag, teacher, input_size)
+    student_spec = student_spec or ImageSpec(input_size)
+    own = _spec_of(_description_in(checkpoint), name, teacher, student_spec, flag)
+    return nn.Sequential(renormaliser(student_spec, own), teacher)
 
 
 class FeatureMap(nn.Module):
-    """The last feature map of a timm network: images (B, 3, height, width) -> (B, D, rows,
-    columns).
+    """The last feature map of a timm network, as a module.
+
+    Images (B, 3, height, width) -> features (B, D, rows, columns).
 
     Args:
-        renormalise: makes of the images those that the network knows; default: it is shown them as
-            they are.
+        renormalise: normalises the images for the network; default: the identity.
     """
 
     def __init__(self, network: nn.Module, renormalise: nn.Module | None = None) -> None:
@@ -108,43 +107,46 @@ class FeatureMap(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features = self.network.forward_features(self.renormalise(images))  # type: ignore[operator]
         width = self.network.num_features
-        last = features.ndim == 4 and features.shape[1] != width == features.shape[3]
-        return features.permute(0, 3, 1, 2) if last else features
+        is_last = features.ndim == 4 and features.shape[1] != width == features.shape[3]
+        return features.permute(0, 3, 1, 2) if is_last else features
 
 
 def build_feature_map(
     choice: str,
     input_size: tuple[int, int],
-    shown: ImageSpec | None = None,
+    student_spec: ImageSpec | None = None,
     read: ReadCheckpoint = load_checkpoint,
 ) -> FeatureMap:
-    """AttentiveMix's classifier, for images of `input_size` (height, width).
+    """AttentiveMix's classifier, as a function to its last feature map.
 
     Args:
         choice: NAME (timm's; timm downloads its weights), NAME=CHECKPOINT, or a CHECKPOINT of this
             project's main.py.
-        shown: how the student's images are normalised; default: with ImageNet's mean and std.
+        input_size: height and width of the student's images.
+        student_spec: normalisation of these images; default: ImageNet's mean and std.
+        read: reads the checkpoint.
 
     Raises:
-        InputError: unknown name, weights that cannot be had or belong to another network, or no
-            feature map.
+        InputError: the name is unknown, its weights cannot be read or belong to another network, or
+            the network has no feature map.
     """
-    flag, shown = f"--attentive-teacher {choice}", shown or ImageSpec(input_size)
+    flag, student_spec = f"--attentive-teacher {choice}", student_spec or ImageSpec(input_size)
     name, path = _name_and_file(choice, flag)
     if name:
         _check_name("--attentive-teacher", name)
     checkpoint = read(path) if path else {}
-    said = _description_in(checkpoint)
+    description = _description_in(checkpoint)
     if name:
         network = _from_weights(name, checkpoint, flag) if path else _download(name, flag)
     else:
         network = restore_model(checkpoint).network
-    features = FeatureMap(network, renormaliser(shown, _spec_of(said, name, network, shown, flag)))
-    shape = _try(flag, features, input_size).shape
+    own = _spec_of(description, name, network, student_spec, flag)
+    features = FeatureMap(network, renormaliser(student_spec, own))
+    shape = _run_once(flag, features, input_size).shape
     if len(shape) != 4 or shape[1] != network.num_features:
         raise InputError(
-            f"{flag}: gives no map of features (its last ones are {list(shape[1:])}): take a "
-            "ConvNet"
+            f"{flag}: has no feature map (its last features have the shape {list(shape[1:])}): "
+            "use a ConvNet"
         )
     return features
 
@@ -152,14 +154,13 @@ def build_feature_map(
 def check_motivator_classes(
     choice: str, class_names: Sequence[str], read: ReadCheckpoint = load_checkpoint
 ) -> None:
-    """Whether a checkpoint of main.py, given as `--motivator`, predicts the student's classes in
-    the same order.
+    """Checks that a checkpoint given as `--motivator` predicts the classes of the data, in order.
 
-    Weights without names of their classes (timm's, other projects') pass: `build_motivator`
-    compares the number.
+    Weights without class names (timm's, other projects') pass; `build_motivator` compares their
+    number.
 
     Raises:
-        InputError: it predicts others, of which a few are named, or cannot be read.
+        InputError: the classes differ (the message names some), or the file cannot be read.
     """
     flag = f"--motivator {choice}"
     path = _name_and_file(choice, flag)[1]
@@ -178,36 +179,37 @@ def check_motivator_classes(
             )
     raise InputError(
         f"{flag}: predicts other classes than the data has; "
-        f"{'; '.join(parts) or 'their order differs'}. {NEEDED}"
+        f"{'; '.join(parts) or 'their order differs'}. {_CLASSES_NEEDED}"
     )
 
 
 def build_motivator(
     choice: str,
     num_classes: int,
-    shown: ImageSpec,
+    student_spec: ImageSpec,
     predict: bool = True,
     device: torch.device | str = "cpu",
     read: ReadCheckpoint = load_checkpoint,
 ) -> tuple[ImageModel, MotivatingPass]:
-    """A frozen network to guide a student by (Table 9): any family, any grid, the student's images.
+    """A frozen motivator (Table 9), of any family and with any grid, for the student's images.
 
-    What it learned for its own image size is resampled as `--finetune` does.
+    Weights that depend on the image size are resampled to the student's, as with `--finetune`.
 
     Args:
         choice: NAME (timm's; timm downloads its weights), NAME=CHECKPOINT, or a CHECKPOINT of this
             project's main.py.
         num_classes: the student's.
-        shown: size and normalisation of the student's images.
-        predict: its predictions are used, so that it needs the student's classes; else a head of
-            others starts anew.
+        student_spec: size and normalisation of the student's images.
+        predict: its predictions are used, so it must have the student's number of classes; else a
+            head with another number is initialised anew.
+        read: reads the checkpoint.
 
     Returns:
         The network on `device`, and its motivating pass for the student's images.
 
     Raises:
-        InputError: unknown name, weights that cannot be had or belong to another network, another
-            number of classes, or images that it cannot take.
+        InputError: the name is unknown, its weights cannot be read or belong to another network,
+            the number of classes differs, or the network does not take such images.
     """
     flag = f"--motivator {choice}"
     name, path = _name_and_file(choice, flag)
@@ -216,30 +218,34 @@ def build_motivator(
             f"{flag}: neither self nor ema, nor a file, nor a model's name; {near_misses(name)}"
         )
     checkpoint = read(path) if path else {}
-    said = _description_in(checkpoint)
-    config = _config_in(said, name, path, flag) if path else {"name": name}
+    description = _description_in(checkpoint)
+    config = _config_in(description, name, path, flag) if path else {"name": name}
     downloaded = None if path else _download(name, flag)
     classes = config.get("num_classes", getattr(downloaded, "num_classes", num_classes))
     if predict and classes != num_classes:
         raise InputError(
-            f"{flag}: predicts {classes} classes, the data has {num_classes}. {NEEDED}"
+            f"{flag}: predicts {classes} classes, the data has {num_classes}. {_CLASSES_NEEDED}"
         )
-    config = {**config, "num_classes": num_classes, "input_size": shown.input_size}
+    config = {**config, "num_classes": num_classes, "input_size": student_spec.input_size}
     weights = checkpoint if downloaded is None else downloaded
-    model = _fitted(config, weights, path, not predict, flag).requires_grad_(False).to(device)
-    own = _spec_of(said, name, model.network, shown, flag)
-    return model, _renormalised_pass(renormaliser(shown, own).to(device), model)
+    model = _build_fitted(config, weights, path, not predict, flag).requires_grad_(False).to(device)
+    own = _spec_of(description, name, model.network, student_spec, flag)
+    return model, _renormalised_pass(renormaliser(student_spec, own).to(device), model)
 
 
-def _fitted(
+def _build_fitted(
     config: dict[str, Any],
     weights: nn.Module | Mapping[str, Any],
     path: str,
     fresh_heads: bool,
     flag: str,
 ) -> ImageModel:
-    """The model of this `config` with the weights of a network or a checkpoint (read from `path`),
-    resized to the images of `config`."""
+    """The model of `config` with weights of a network or of a checkpoint, resized to its images.
+
+    Args:
+        path: the file of the checkpoint, for messages.
+        fresh_heads: heads of another size are initialised anew.
+    """
     height, width = config["input_size"]
     try:
         model = build_model(**config)
@@ -252,35 +258,34 @@ def _fitted(
         raise InputError(
             f"{flag} cannot guide a student on {height} x {width} pixels: {error}"
         ) from error
-    _try(flag, model.network, (height, width))
+    _run_once(flag, model.network, (height, width))
     return model
 
 
 def _renormalised_pass(renormalise: nn.Module, model: ImageModel) -> MotivatingPass:
-    """The model's motivating pass, on images that are first normalised as it knows them."""
+    """The motivating pass on images that are normalised for the model first."""
     if isinstance(renormalise, nn.Identity):
         return model.motivating_pass
 
-    def motivating_pass(images: Tensor, *how: Any) -> GuideOutput:
-        return model.motivating_pass(renormalise(images), *how)
+    def motivating_pass(images: Tensor, *settings: Any) -> GuideOutput:
+        return model.motivating_pass(renormalise(images), *settings)
 
     return motivating_pass
 
 
 def _name_and_file(choice: str, flag: str) -> tuple[str, str]:
-    """NAME, NAME=CHECKPOINT or CHECKPOINT; what is not there is empty."""
+    """NAME, NAME=CHECKPOINT or CHECKPOINT -> (name, file); an absent part is empty."""
     name, equals, path = choice.partition("=")
     if equals and not path:
-        raise InputError(f"{flag}: names no file behind the =")
+        raise InputError(f"{flag}: names no file after the =")
     return ("", choice) if not equals and os.path.isfile(choice) else (name, path)
 
 
 def _description_in(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a checkpoint of ours says of its model and its data, without the weights; of any other
-    file nothing.
+    """`model_config` and `data` of a checkpoint of main.py; two empty dicts for any other file.
 
     Raises:
-        InputError: it is ours, but of another version.
+        InputError: the checkpoint has another format.
     """
     config, data = (checkpoint.get(name) for name in ("model_config", "data"))
     if not isinstance(config, dict):
@@ -291,38 +296,41 @@ def _description_in(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _spec_of(
-    said: Mapping[str, Mapping[str, Any]],
+    description: Mapping[str, Mapping[str, Any]],
     name: str,
     network: nn.Module,
-    shown: ImageSpec,
+    student_spec: ImageSpec,
     flag: str,
 ) -> ImageSpec:
-    """How the images are normalised that a network knows: by its checkpoint if that is ours, else
-    by timm's `name`.
+    """The normalisation with which a network was trained.
 
-    Where neither says it, as those that it is `shown`.
+    A checkpoint of main.py contains it (`description`); for other weights it is timm's for `name`,
+    and if timm has none, the student's.
     """
-    if said["model_config"]:
-        plain = said["data"].get("image_spec")
-        return ImageSpec.from_plain(plain) if plain else shown
-    known = _known_to_timm(name, flag)  # by its tag, which not every network is built with
-    source = known.to_dict() if known else getattr(network, "pretrained_cfg", None) or {}
+    if description["model_config"]:
+        plain = description["data"].get("image_spec")
+        return ImageSpec.from_plain(plain) if plain else student_spec
+    # By the name and its tag: a network that was built without the tag may have another config.
+    pretrained = _timm_config(name, flag)
+    source = pretrained.to_dict() if pretrained else getattr(network, "pretrained_cfg", None) or {}
     own: dict[str, Any] = {
         part: tuple(source[part]) for part in ("mean", "std") if source.get(part)
     }
-    return replace(shown, **own)
+    return replace(student_spec, **own)
 
 
 def _config_in(
-    said: Mapping[str, dict[str, Any]], name: str, path: str, flag: str
+    description: Mapping[str, dict[str, Any]], name: str, path: str, flag: str
 ) -> dict[str, Any]:
-    """Keywords of `build_model` for the weights in a file; only a checkpoint of ours says them
-    itself."""
-    config = said["model_config"]
+    """The arguments of `build_model` for the weights in a file.
+
+    A checkpoint of main.py contains them; any other file needs a name.
+    """
+    config = description["model_config"]
     if not config:
         if not name:
             raise InputError(
-                f"{flag}: was not written by this project's main.py; say whose weights these are: "
+                f"{flag}: was not written by this project's main.py; add the name of the model: "
                 f"NAME={path}"
             )
         return {"name": name}
@@ -332,26 +340,26 @@ def _config_in(
 
 
 def _from_weights(name: str, checkpoint: Mapping[str, Any], flag: str) -> nn.Module:
+    """timm's network with the weights of a file, and with the number of classes of the file."""
     weights = pick_weights(checkpoint)
-    head = getattr(timm.create_model(name, num_classes=1), "default_cfg", {}).get(
-        "classifier", "head"
-    )
+    timm_config = getattr(timm.create_model(name, num_classes=1), "default_cfg", {})
+    head = timm_config.get("classifier", "head")
     classifier = weights.get(f"{head}.weight", torch.empty(0))
-    classes = (
-        len(classifier) if classifier.numel() and classifier.ndim else 0
-    )  # its own: none is asked for
+    classes = len(classifier) if classifier.numel() and classifier.ndim else 0
     network = timm.create_model(name, num_classes=classes)
     load_strictly(network, weights, source=flag)
     return network
 
 
 def _download(name: str, flag: str) -> nn.Module:
-    """timm's network with the weights that timm names for it, fetched by us: timm would not check
-    them."""
-    source = _known_to_timm(name, flag)
+    """timm's network with its published weights.
+
+    They are downloaded by `storage/downloads.py`, as timm does not check what it downloads.
+    """
+    source = _timm_config(name, flag)
     try:
         if source is None or not source.has_weights:
-            raise InputError("timm knows none")
+            raise InputError("timm has none")
         weights: dict[str, Any]
         if source.hf_hub_id:
             file = downloads.from_hub(source.hf_hub_id, source.hf_hub_filename)
@@ -361,33 +369,40 @@ def _download(name: str, flag: str) -> nn.Module:
         network: Any = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay={"state_dict": weights}
         )
-    except Exception as error:  # the hub's client passes on errors of its HTTP library
+    except Exception as error:  # the client of the hub also raises errors of its HTTP library
         reason = error.text if isinstance(error, InputError) else error
         raise InputError(
             f"{flag}: timm could not get its weights ({reason}); give a file: {name}=CHECKPOINT"
         ) from error
-    network.pretrained_cfg.pop("state_dict", None)  # else a second copy stays in memory
+    network.pretrained_cfg.pop("state_dict", None)  # a second copy of the weights
     return network
 
 
 def _check_name(flag: str, name: str) -> None:
     if not timm.is_model(name):
         raise InputError(f"{flag} {name}: no such model; {near_misses(name)}")
-    _known_to_timm(name, f"{flag} {name}")
+    _timm_config(name, f"{flag} {name}")
 
 
-def _known_to_timm(name: str, flag: str) -> Any:
-    """What timm says of the weights of this name and tag: where they are, how their images are
-    normalised; or None."""
+def _timm_config(name: str, flag: str) -> Any:
+    """timm's config of the weights of this name and tag, with address, mean and std; or None.
+
+    Raises:
+        InputError: timm has no such tag.
+    """
     try:
         return timm.get_pretrained_cfg(name)
-    except RuntimeError as error:  # of a tag that it does not have
+    except RuntimeError as error:
         tags = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*"))
         raise InputError(f"{flag}: {error} It has {tags or 'none'}") from error
 
 
-def _try(flag: str, network: nn.Module, input_size: tuple[int, int]) -> Tensor:
-    """What a network makes of one black image."""
+def _run_once(flag: str, network: nn.Module, input_size: tuple[int, int]) -> Tensor:
+    """The output of a network for one black image.
+
+    Raises:
+        InputError: it does not take images of this size.
+    """
     try:
         with torch.no_grad():
             return network.eval()(torch.zeros(1, 3, *input_size))

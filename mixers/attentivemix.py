@@ -1,10 +1,9 @@
-"""Attentive CutMix (Walawalkar et al. 2020, arXiv 2003.13048): the source's cells that a frozen
-classifier finds most telling, at the same places in the target.
+"""Attentive CutMix (Walawalkar et al. 2020, arXiv 2003.13048).
 
-With a fixed number of cells (6 of 7 x 7 in the paper) it is the original; with a number drawn from
-Beta(alpha, beta) it is AttentiveMix+, the benchmark's version behind the paper's Table 2. Its
-documentation says Beta(2, 8), its code drew from Beta(2, 2). Holds no network itself: it is given a
-function.
+A frozen classifier, given as a function, scores the cells of its last feature map. The best cells
+of the source are pasted at the same places of the target. The original has a fixed number of cells
+(6 of 7 x 7). AttentiveMix+, the version of the benchmark behind Table 2 of SMMix's paper, draws the
+number from a Beta distribution: Beta(2, 8) in its documentation, Beta(2, 2) in its code.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from utils import InputError
 
 
 class AttentiveMix(Mixer[list[float]]):
-    """lam is the share of the pixels really pasted: k of the feature map's cells.
+    """Pastes the best cells of the source. lam is the share of the pixels that are pasted.
 
     Args:
         teacher: clean images (B, C, height, width) -> features (B, D, rows, columns), without
             gradient.
-        alpha, beta: of the law of the share of cells.
-        cells: a fixed number of cells instead.
-        mode: one share per batch, pair or image.
+        alpha, beta: the share of cells is drawn from Beta(alpha, beta).
+        cells: a fixed number of cells, used instead.
+        mode: draw one share per batch, pair or image.
     """
 
     def __init__(
@@ -41,42 +40,34 @@ class AttentiveMix(Mixer[list[float]]):
         mode: str = "batch",
     ) -> None:
         super().__init__(num_classes, smoothing)
-        self.teacher, self.alpha, self.beta, self.cells, self.mode = (
-            teacher,
-            alpha,
-            beta,
-            cells,
-            mode,
-        )
+        self.teacher, self.alpha, self.beta = teacher, alpha, beta
+        self.cells, self.mode = cells, mode
 
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
     ) -> list[float]:
-        return pair_up(
-            draw_beta(self.alpha, batch_size, generator, self.beta), batch_size, self.mode
-        )
+        shares = draw_beta(self.alpha, batch_size, generator, self.beta)
+        return pair_up(shares, batch_size, self.mode)
 
     def apply(self, images: Tensor, labels: Tensor, drawn: list[float], guide: Guide) -> MixedBatch:
         scores = self.teacher(images).float().mean(dim=1)  # (B, rows, columns)
         (rows, columns), (height, width) = scores.shape[1:], images.shape[-2:]
-        counts = torch.tensor(self.count(drawn, rows * columns)).to(
-            images.device, non_blocking=True
-        )
-        chosen = top_mask(scores.flip(0).flatten(1), counts)  # the source's own best cells
+        counts = torch.tensor(self.count(drawn, rows * columns))
+        counts = counts.to(images.device, non_blocking=True)  # (B,)
+        chosen = top_mask(scores.flip(0).flatten(1), counts)  # (B, rows * columns), of the sources
         mask = to_pixels(chosen, (rows, columns), (height, width))
         return self.label(*paste(images, images.flip(0), mask), labels, mask)
 
     def count(self, shares: list[float], total: int) -> list[int]:
-        """How many of `total` cells each image takes.
+        """How many of `total` cells are pasted into each image.
 
         Raises:
-            InputError: more are asked for than the teacher's map has.
+            InputError: `cells` is more than the teacher's map has.
         """
         if self.cells is None:
             return [max(int(share * total), 1) for share in shares]
         if self.cells > total:
             raise InputError(
-                f"--attentive-cells {self.cells}: the teacher's map has only {total} cells on such "
-                "images"
+                f"--attentive-cells {self.cells}: the teacher's feature map has only {total} cells"
             )
         return [self.cells] * len(shares)

@@ -1,8 +1,4 @@
-"""Another method's images and labels with what L_con needs beside them: Sec. 4.3 of the paper alone
-(Table 7).
-
-Mixes nothing itself; the rule of the reference is handed in, and `smmix.py` owns it.
-"""
+"""Another mixing method together with L_con (paper Sec. 4.3, Table 7)."""
 
 from __future__ import annotations
 
@@ -19,15 +15,14 @@ Draw = TypeVar("Draw")
 
 
 class Consistent(Mixer[Draw]):
-    """Adds the reference of Eq. 14, for the share of the area that each image really has.
+    """Adds the reference of Eq. 14 to the batches of another mixer, with their `lam`.
 
-    Labels that the mixed forward pass decides (TransMix) come later and leave the reference as it
-    is.
+    TransMix changes labels after the forward pass on the mixed images; the reference stays.
 
     Args:
-        mixer: the method that mixes; its batches have a `lam` and no reference of their own.
-        mix_predictions: the clean images' logits (B, K) and lam (B,) -> the reference (B, K), rows
-            sum to one.
+        mixer: the method that mixes. Its batches have a `lam` and no reference.
+        mix_predictions: logits (B, K) of the clean images and lam (B,) -> the reference (B, K);
+            see `smmix.py:mix_predictions`.
     """
 
     def __init__(

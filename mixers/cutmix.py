@@ -1,7 +1,6 @@
-"""CutMix (Yun et al. 2019, arXiv 1905.04899): a random box of the source at the same place in the
-target (paper Eq. 1).
+"""CutMix (Yun et al. 2019, arXiv 1905.04899), the baseline of every table.
 
-The baseline of every table. Uses no model and no global state.
+A random box of the source is pasted at the same place of the target (Eq. 1 of SMMix's paper).
 """
 
 from __future__ import annotations
@@ -16,12 +15,14 @@ from pipeline.boxes import Box, box_mask, edges_of
 
 
 class CutMix(Mixer[list[Box]]):
-    """A box whose share is drawn from Beta(alpha, alpha), then clipped; lam is the share really
-    pasted.
+    """Pastes a box whose share is drawn from Beta(alpha, alpha), clipped at the image's border.
+
+    lam is the share of the pixels that are pasted.
 
     Args:
-        minmax: draw both sides between these ratios instead (`--cutmix-minmax`).
-        mode: one box per batch, pair or image.
+        minmax: draw both sides between these shares of the image's sides (`--cutmix-minmax`); the
+            box lies inside the image then.
+        mode: draw one box per batch, pair or image.
     """
 
     def __init__(
@@ -38,12 +39,12 @@ class CutMix(Mixer[list[Box]]):
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
     ) -> list[Box]:
-        def one(share: float) -> Box:
+        def draw_one(share: float) -> Box:
             if self.minmax is not None:
                 return draw_box_between(image_size, self.minmax, generator)
             return draw_box(image_size, sides_of(image_size, share), generator)
 
-        boxes = [one(share) for share in draw_beta(self.alpha, batch_size, generator)]
+        boxes = [draw_one(share) for share in draw_beta(self.alpha, batch_size, generator)]
         return pair_up(boxes, batch_size, self.mode)
 
     def apply(self, images: Tensor, labels: Tensor, drawn: list[Box], guide: Guide) -> MixedBatch:

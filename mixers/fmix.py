@@ -1,9 +1,4 @@
-"""FMix (Harris et al. 2020, arXiv 2002.12047): random blobs, cut from noise with a falling
-spectrum.
-
-Uses no model and no global state. lam is the share really pasted; the authors' code keeps the drawn
-one, which differs by less than a pixel.
-"""
+"""FMix (Harris et al. 2020, arXiv 2002.12047): random blobs, the largest values of smooth noise."""
 
 from __future__ import annotations
 
@@ -17,19 +12,22 @@ from mixers.masks import paste, top_mask
 
 
 class Blobs(NamedTuple):
-    """M masks before they are cut, for a batch of B."""
+    """The draws of M masks for a batch of B images."""
 
-    noise: Tensor  # (M, height, width // 2 + 1) complex64, white
-    pixels: list[int]  # M: how many pixels each mask has
-    used: list[int]  # B: which mask each image gets
+    noise: Tensor  # (M, height, width // 2 + 1) complex64, white noise
+    pixels: list[int]  # M, number of pixels of each mask
+    used: list[int]  # B, index of the mask of each image
 
 
 class FMix(Mixer[Blobs]):
-    """The share of the mask is drawn from Beta(alpha, alpha).
+    """Pastes blobs whose share is drawn from Beta(alpha, alpha).
+
+    lam is the share of the pixels that are pasted; the authors' code takes the drawn share, which
+    differs by less than a pixel.
 
     Args:
-        decay: delta, how fast the noise's spectrum falls with frequency.
-        mode: one mask per batch, pair or image.
+        decay: delta, the exponent with which the spectrum of the noise falls.
+        mode: draw one mask per batch, pair or image.
     """
 
     def __init__(
@@ -49,32 +47,31 @@ class FMix(Mixer[Blobs]):
         used = pair_up(list(range(batch_size)), batch_size, self.mode)
         count, (height, width) = max(used) + 1, image_size
         shares = draw_beta(self.alpha, count, generator)
-        up = torch.randint(
-            2, (count,), generator=generator
-        ).tolist()  # rounded down or up with equal chance
+        # The number of pixels is rounded down or up with equal probability.
+        up = torch.randint(2, (count,), generator=generator).tolist()
         pixels = [
-            min(int(share * height * width) + more, height * width)
-            for share, more in zip(shares, up, strict=True)
+            min(int(share * height * width) + one, height * width)
+            for share, one in zip(shares, up, strict=True)
         ]
         noise = torch.randn(count, height, width // 2 + 1, 2, generator=generator)
         return Blobs(torch.view_as_complex(noise), pixels, used)
 
     def apply(self, images: Tensor, labels: Tensor, drawn: Blobs, guide: Guide) -> MixedBatch:
         height, width = images.shape[-2:]
-        field = shape_noise(send(drawn.noise, images.device), (height, width), self.decay)
+        smooth = shape_noise(send(drawn.noise, images.device), (height, width), self.decay)
         pixels, used = (
             torch.tensor(values).to(images.device, non_blocking=True) for values in drawn[1:]
         )
-        mask = top_mask(field.flatten(1), pixels).view(-1, 1, height, width)[used]
+        mask = top_mask(smooth.flatten(1), pixels).view(-1, 1, height, width)[used]
         return self.label(*paste(images, images.flip(0), mask), labels, mask)
 
 
 def shape_noise(noise: Tensor, image_size: tuple[int, int], decay: float) -> Tensor:
-    """Low-frequency noise (M, height, width): white noise divided by frequency to the power of
-    `decay`.
+    """Smooth noise (M, height, width): white noise divided by frequency**decay.
 
     Args:
-        noise: (M, height, width // 2 + 1) complex, on the frequencies of a real Fourier transform.
+        noise: (M, height, width // 2 + 1) complex, one value for each frequency of a real Fourier
+            transform.
     """
     height, width = image_size
     rows = torch.fft.fftfreq(height, device=noise.device)[:, None]

@@ -1,38 +1,34 @@
-"""What every mixing method takes and gives. Holds labels and records, no pixels.
+"""What every mixing method takes and returns, and the labels of mixed images.
 
-A mixer never holds the model under training, a mode or a device. It is given a `Guide`, a function
-that shows it the clean images through the model; whether it calls it is its own affair. Drawing and
-applying are separate: `draw` takes a generator and returns plain values, `apply` takes those values
-and returns new tensors, so that a mix can be written by hand and repeated.
+A mixer holds no model, no train or eval mode and no device. It gets a `Guide`, a function from
+clean images to the model's logits and score; calling it is optional. Drawing and applying are
+separate: `draw` takes a generator and returns plain values; `apply` takes these values and returns
+new tensors. So a test can write the values by hand, and a mix can be repeated.
 
-Adding a method, in ten lines:
+How to add a method:
 
-1.  `mixers/<method>.py`: a subclass of `Mixer` with `draw` (all that is random) and `apply` (all
-    that is not).
-2.  A method that pastes by a mask ends with `self.label(*paste(images, sources, mask), labels,
-    mask)`.
-3.  Its own flags go into `config/mixing_flags.py`; in `config/build_mixer.py` they go into
-    `MixingSettings`, and its name and maker into `MIXERS`.
-4.  `tests/test_mixers.py`: a row in `MAKERS` puts it under the contract; a slow loop from its
-    formula is its oracle.
-5.  A second, frozen network, or the gradient at the pixels: the maker hands over a function of
-    images.
-6.  A second network that learns: its loss goes into `MixedBatch.terms`, its parameters into the
-    optimizer's groups; the step backpropagates, scales, clips and updates whatever the optimizer
-    holds.
-7.  Labels that depend on the mixed forward pass: `MixedBatch.need_attention` and `relabel` (see
-    `mixers/transmix.py`).
-8.  Clean images beside the mixed ones: `images` and `labels` may hold more rows than the batch that
-    came in.
-9.  A loss of another form than labels and terms: a criterion of its own (`losses.py`), which gets
-    output and batch.
-10. Something new asked of the model's forward pass: one more entry in `MixedBatch.forward_inputs`,
-    none in the step.
+1.  Write `mixers/<method>.py`: a subclass of `Mixer` with `draw` (everything random) and `apply`
+    (everything else).
+2.  If it pastes by a mask, `apply` ends with
+    `return self.label(*paste(images, sources, mask), labels, mask)`.
+3.  Add its flags to `config/mixing_flags.py`. In `config/build_mixer.py` add them to
+    `MixingSettings`, and add its name and its maker to `MIXERS`.
+4.  Add a row to `MAKERS` in `tests/test_mixers.py`: the tests of all mixers then run on it. Compare
+    it with a slow loop that follows its formula.
+5.  If it needs a second, frozen network or the gradient at the pixels, its maker gives it a
+    function of images.
+6.  If it needs a second network that learns, put the loss of that network into `MixedBatch.terms`
+    and its parameters into the groups of the optimizer; the step does the rest.
+7.  If its labels depend on the forward pass on the mixed images, set `MixedBatch.need_attention`
+    and `MixedBatch.relabel`, as `mixers/transmix.py` does.
+8.  If it trains on clean images too, `images` and `labels` may have more rows than the batch.
+9.  If its loss is not made of labels and terms, write a criterion in `losses.py`, a function of the
+    model's output and the batch.
+10. If it needs something new from the forward pass, add it to `MixedBatch.forward_inputs`.
 
-Letters: B batch, K classes, N image tokens. `source` gives the patch, `target` receives it, `lam`
-is the source share. Image i is the target and image B - 1 - i the source (batch reversal). Methods
-whose papers give the share of the other image are converted where their values are drawn, nowhere
-else.
+Letters: B batch, C channels, K classes, N image tokens. `source` gives the region, `target`
+receives it, `lam` is the source's share. Image i is the target and image B - 1 - i its source.
+Where a paper defines the share as that of the other image, `draw` converts it.
 """
 
 from __future__ import annotations
@@ -48,51 +44,58 @@ from torch import Tensor
 
 from models.interface import AttentionOf, GuideOutput, ModelOutput
 
-Guide = Callable[
-    [Tensor], GuideOutput | ModelOutput
-]  # clean images (B, C, height, width) -> their logits and score
+# Clean images (B, C, height, width) -> their logits and score.
+Guide = Callable[[Tensor], GuideOutput | ModelOutput]
 
 
 class Regions(NamedTuple):
-    """Where the pasted rectangles came from and went to, in grid cells; corners are (row, column)
-    of the top left."""
+    """The source regions and the target regions of a batch, in tokens.
 
-    source_corners: Tensor  # (B, 2) int64: in the source image of each pair
-    target_corners: Tensor  # (B, 2) int64: in the target image
+    A corner is the row and column of a region's top left token.
+    """
+
+    source_corners: Tensor  # (B, 2) int64, in the source image of each pair
+    target_corners: Tensor  # (B, 2) int64, in the target image
     size: tuple[int, int]  # rows, columns
 
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """A batch ready for the forward pass and the loss. What a method does not use is `None`."""
+    """A batch ready for the forward pass and the loss. What a method does not use is None.
 
-    images: Tensor  # (B, C, height, width)
-    labels: Tensor  # (B, K) float32: y_M, smoothed and mixed
-    lam: Tensor | None = None  # (B,) float32: the source's share of each image
-    source_labels: Tensor | None = None  # (B, K) float32: y_A
-    target_labels: Tensor | None = None  # (B, K) float32: y_B
-    source_mask: Tensor | None = None  # (B, N) bool: tokens that belong to the source
-    reference_probs: Tensor | None = (
-        None  # (B, K) float32: what Eq. 14 pulls the prediction towards
-    )
-    clean_logits: Tensor | None = None  # (B, K): the guide's prediction on the clean images
-    image_attention: Tensor | None = (
-        None  # (B, N): the score of the clean images, the guide's as a rule
-    )
+    Args:
+        images: (B, C, height, width).
+        labels: (B, K) float32, smoothed and mixed: y_M.
+        lam: (B,) float32, the source's share of each image.
+        source_labels, target_labels: (B, K) float32: y_A and y_B.
+        source_mask: (B, N) bool, true for tokens that belong to the source.
+        reference_probs: (B, K) float32, the reference of L_con (Eq. 14).
+        clean_logits: (B, K), the guide's logits of the clean images.
+        image_attention: (B, N), the score by which regions were chosen, normally the guide's.
+        regions: the regions of SMMix.
+        mask: (B, 1, height, width) bool, true for pixels that belong to the source.
+        terms: losses of the method itself (scalars), which are added to the total.
+        need_attention: the attention that the forward pass on the mixed images must return.
+        relabel: (batch, output of that forward pass) -> the batch with its final labels.
+    """
+
+    images: Tensor
+    labels: Tensor
+    lam: Tensor | None = None
+    source_labels: Tensor | None = None
+    target_labels: Tensor | None = None
+    source_mask: Tensor | None = None
+    reference_probs: Tensor | None = None
+    clean_logits: Tensor | None = None
+    image_attention: Tensor | None = None
     regions: Regions | None = None
-    mask: Tensor | None = (
-        None  # (B, 1, height, width) bool: pixels that are the source's, where a method has one
-    )
-    terms: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # the method's own losses (scalars), added to the total
-    need_attention: AttentionOf | None = None  # what the mixed forward pass has to show besides
-    relabel: Callable[[MixedBatch, ModelOutput], MixedBatch] | None = (
-        None  # labels known only after that pass
-    )
+    mask: Tensor | None = None
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    need_attention: AttentionOf | None = None
+    relabel: Callable[[MixedBatch, ModelOutput], MixedBatch] | None = None
 
     def forward_inputs(self) -> dict[str, Any]:
-        """The keywords of the model's forward pass on this batch."""
+        """The keyword arguments of the model's forward pass on this batch."""
         return {
             "images": self.images,
             "source_mask": self.source_mask,
@@ -105,55 +108,52 @@ class MixedBatch:
 
 
 class StepRandom(NamedTuple):
-    """The generators of one step: what all ranks must choose alike comes from `shared`, the rest
-    from `own`."""
+    """The generators of one step."""
 
-    shared: torch.Generator
-    own: torch.Generator
+    shared: torch.Generator  # the same on all ranks
+    own: torch.Generator  # another one on each rank
 
 
 def soft_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Label smoothing (Szegedy et al. 2016): (1 - e) * onehot + e / K.
+    """Label smoothing (Szegedy et al. 2016): (1 - e) * one_hot + e / K.
 
     Args:
         labels: (B,) int64 class indices, or (B, K) float distributions.
+        smoothing: e.
 
     Returns:
-        (B, K) float32, rows sum to one if the distributions do.
+        (B, K) float32; each row sums to one if that of `labels` does.
     """
-    classes = torch.arange(num_classes, device=labels.device)
-    hot = (
-        labels[:, None] == classes if labels.ndim == 1 else labels
-    )  # one_hot would read the labels back on some devices
-    return hot.float() * (1.0 - smoothing) + smoothing / num_classes
+    one_hot = labels
+    if labels.ndim == 1:
+        # Not torch's one_hot: on some devices the host waits for it.
+        one_hot = labels[:, None] == torch.arange(num_classes, device=labels.device)
+    return one_hot.float() * (1.0 - smoothing) + smoothing / num_classes
 
 
 def mix_labels(source_labels: Tensor, target_labels: Tensor, lam: Tensor) -> Tensor:
-    """Eq. 8: y_M = lam * y_A + (1 - lam) * y_B, all (B, K) with lam (B,)."""
+    """Eq. 8: y_M = lam * y_A + (1 - lam) * y_B. Labels are (B, K), lam is (B,)."""
     return lam[:, None] * source_labels + (1.0 - lam[:, None]) * target_labels
 
 
 def draw_beta(
     alpha: float, count: int, generator: torch.Generator, beta: float | None = None
 ) -> list[float]:
-    """`count` numbers from Beta(alpha, beta), keyed by the generator (torch's own Beta takes none).
+    """`count` numbers from Beta(alpha, beta), where beta is alpha by default.
 
-    Args:
-        beta: default: alpha.
+    NumPy draws them, with a seed from the generator: torch's Beta takes no generator.
     """
-    seed = int(torch.randint(2**31, (), generator=generator))
-    return (
-        np.random.default_rng(seed)
-        .beta(alpha, alpha if beta is None else beta, size=count)
-        .tolist()
-    )
+    numpy_generator = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+    return numpy_generator.beta(alpha, alpha if beta is None else beta, size=count).tolist()
 
 
 def send(drawn: Tensor, device: torch.device) -> Tensor:
-    """A large draw on the device, without waiting: CUDA may wait for more than 64 KiB of memory
-    that is not pinned."""
-    held = drawn.pin_memory() if device.type == "cuda" else drawn
-    return held.to(device, non_blocking=True)
+    """Copies a large draw to the device without waiting.
+
+    On CUDA the host may wait for a copy of more than 64 KiB unless the memory is pinned.
+    """
+    pinned = drawn.pin_memory() if device.type == "cuda" else drawn
+    return pinned.to(device, non_blocking=True)
 
 
 Draw = TypeVar("Draw")
@@ -176,26 +176,33 @@ class Mixer(ABC, Generic[Draw]):
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
     ) -> Draw:
-        """Everything random about one mix, as plain values. `image_size` is height and width in
-        pixels."""
+        """Everything random about one mix, as plain values.
+
+        Args:
+            image_size: height and width in pixels.
+        """
 
     @abstractmethod
     def apply(self, images: Tensor, labels: Tensor, drawn: Draw, guide: Guide) -> MixedBatch:
-        """The mix itself. `images` (B, C, height, width) and `labels` (B,) or (B, K) stay as they
-        are."""
+        """The mixed batch. Nothing is random here, and nothing is changed in place.
+
+        Args:
+            images: (B, C, height, width), clean.
+            labels: (B,) class indices or (B, K) distributions.
+            drawn: what `draw` returned.
+        """
 
     def __call__(
         self, images: Tensor, labels: Tensor, guide: Guide, random: StepRandom
     ) -> MixedBatch:
         height, width = images.shape[-2:]
-        return self.apply(
-            images, labels, self.draw(len(images), (height, width), random.own), guide
-        )
+        drawn = self.draw(len(images), (height, width), random.own)
+        return self.apply(images, labels, drawn, guide)
 
     def label(
         self, mixed: Tensor, lam: Tensor, labels: Tensor, mask: Tensor | None = None
     ) -> MixedBatch:
-        """The record of a mix whose labels follow the source's share (Eq. 8).
+        """The mixed batch of mixed images, with labels by the source's share (Eq. 8).
 
         Args:
             mixed: (B, C, height, width).
@@ -209,7 +216,7 @@ class Mixer(ABC, Generic[Draw]):
 
 
 class NoMixing(Mixer[None]):
-    """Plain images with smoothed labels: DeiT's recipe without any mixing."""
+    """Clean images with smoothed labels: DeiT's recipe without mixing."""
 
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
@@ -221,8 +228,12 @@ class NoMixing(Mixer[None]):
 
 
 def pair_up(values: list[Value], batch_size: int, mode: str) -> list[Value]:
-    """Spreads draws over a batch as `--mixup-mode` says: one for all, one for each pair, or one for
-    each image."""
+    """One draw for each image of a batch, shared as `--mixup-mode` says.
+
+    Args:
+        values: a draw for each image, of which only the first or the first half may be used.
+        mode: batch: one for all; pair: one for both images of a pair; elem: one for each image.
+    """
     if mode == "batch":
         return values[:1] * batch_size
     if mode == "pair":

@@ -1,4 +1,4 @@
-"""Which pixels come from the source, and pasting them. Knows no labels, no models and no method.
+"""Pasting by a mask, masks of the largest scores, and conversion between tokens and pixels.
 
 Letters: B batch, C channels, M entries of a score.
 """
@@ -10,36 +10,37 @@ from torch import Tensor
 
 
 def paste(images: Tensor, sources: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """x_M = M * x_A + (1 - M) * x_B (paper Eq. 1) for a mask of all or nothing.
+    """Eq. 1: M * x_A + (1 - M) * x_B for a binary mask M.
 
     Args:
-        images: (B, C, height, width), the targets; stay as they are.
-        sources: the same shape; what each target receives where its mask is true.
-        mask: (B, 1, height, width) bool.
+        images: (B, C, height, width), the targets x_B; not changed.
+        sources: x_A, the same shape.
+        mask: (B, 1, height, width) bool, true for pixels of the source.
 
     Returns:
-        The mixed images, new, and lam (B,) float32: the share of pixels that are really the
-        source's.
+        The mixed images, new, and lam (B,) float32, the share of true pixels in each mask.
     """
     pixels = mask.shape[2] * mask.shape[3]
     return torch.where(mask, sources, images), mask.flatten(1).sum(dim=1).float() / pixels
 
 
 def top_mask(scores: Tensor, counts: Tensor) -> Tensor:
-    """(B, M) bool: the `counts` (B,) largest scores of each row of (B, M). Counts may differ; ties
-    never add any."""
+    """(B, M) bool, true for the largest scores of each row.
+
+    Args:
+        scores: (B, M).
+        counts: (B,), how many are true in each row, also if there are ties.
+    """
     order = scores.argsort(dim=1, descending=True)
-    chosen = (
-        torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
-    )  # (B, M), by rank
-    return torch.zeros_like(chosen).scatter(1, order, chosen)
+    is_first = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]  # (B, M)
+    return torch.zeros_like(is_first).scatter(1, order, is_first)
 
 
 def first_argmax(scores: Tensor) -> Tensor:
-    """Row and column (B, 2) int64 of the largest of (B, rows, columns).
+    """Row and column (B, 2) int64 of the largest of the scores (B, rows, columns).
 
-    Ties go to the first in row-major order on every device, which torch's own arg max does not
-    promise.
+    Of equal scores the first in row-major order is chosen, on every device. torch's arg max does
+    not promise this.
     """
     columns, flat = scores.shape[2], scores.flatten(1)
     places = torch.arange(flat.shape[1], device=flat.device)
@@ -49,14 +50,12 @@ def first_argmax(scores: Tensor) -> Tensor:
 
 
 def to_cells(mask: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """A mask of pixels (B, 1, height, width) as one of tokens (B, rows * columns) bool, by nearest
-    neighbour."""
+    """Mask of pixels (B, 1, height, width) -> mask of tokens (B, N) bool, by nearest neighbour."""
     return torch.nn.functional.interpolate(mask.float(), grid_size, mode="nearest").flatten(1) > 0.5
 
 
 def to_pixels(cells: Tensor, grid_size: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
-    """A mask of cells (B, rows * columns) as one of pixels (B, 1, height, width), by nearest
-    neighbour."""
+    """Mask of cells (B, N) -> mask of pixels (B, 1, height, width), by nearest neighbour."""
     rows, columns = (
         torch.arange(pixels, device=cells.device) * count // pixels
         for pixels, count in zip(image_size, grid_size, strict=True)

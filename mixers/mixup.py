@@ -1,5 +1,4 @@
-"""Mixup (Zhang et al. 2018, arXiv 1710.09412): both images everywhere, weighted. Uses no model and
-no global state."""
+"""Mixup (Zhang et al. 2018, arXiv 1710.09412): the weighted mean of two images."""
 
 from __future__ import annotations
 
@@ -10,8 +9,11 @@ from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
 
 
 class Mixup(Mixer[list[float]]):
-    """x_M = lam * x_A + (1 - lam) * x_B with lam ~ Beta(alpha, alpha), drawn once per batch, pair
-    or image (`mode`)."""
+    """x_M = lam * x_A + (1 - lam) * x_B with lam ~ Beta(alpha, alpha).
+
+    Args:
+        mode: draw one lam per batch, pair or image.
+    """
 
     def __init__(
         self, num_classes: int, smoothing: float = 0.1, alpha: float = 0.8, mode: str = "batch"

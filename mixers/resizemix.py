@@ -1,10 +1,9 @@
-"""ResizeMix (Qin et al. 2020, arXiv 2012.11101): the whole source, made small, somewhere on the
-target.
+"""ResizeMix (Qin et al. 2020, arXiv 2012.11101): pastes the whole source, resized.
 
-Two placements are published. `inside`, the authors': a box of tau times the image's sides, tau ~
-U(scope), fully inside the image. `clipped`, that of the benchmark behind the paper's Table 2: a box
-around a centre uniform over the image, clipped at its borders, into which the source is squeezed.
-Uses no model and no global state.
+The sides of the box are tau times those of the image, with tau ~ U(scope). Two placements are
+published. `inside`, the authors': the box lies inside the image. `clipped`, that of the benchmark
+behind Table 2 of SMMix's paper: the centre is uniform over the image, the box is clipped at the
+image's border, and the source is resized to what remains.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from pipeline.boxes import Box, box_mask, edges_of
 
 
 class ResizeMix(Mixer[list[Box]]):
-    """lam is the share of the pixels really pasted.
+    """Pastes the resized source. lam is the share of the pixels that are pasted.
 
     Args:
-        scope: range of tau, the pasted copy's side as a share of the image's.
-        placement: see above.
-        mode: tau is drawn once per batch, pair or image. Places are drawn for each image with
-            `inside`, and like tau with `clipped`, as published.
+        scope: range of tau, the side of the resized source as a share of the image's side.
+        placement: see the module.
+        mode: draw one tau per batch, pair or image. As published, the place is drawn for each image
+            with `inside`, and together with tau with `clipped`.
     """
 
     def __init__(
@@ -45,22 +44,19 @@ class ResizeMix(Mixer[list[Box]]):
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
     ) -> list[Box]:
         low, high = self.scope
-        taus = (
-            low + (high - low) * torch.rand(batch_size, generator=generator, dtype=torch.float64)
-        ).tolist()
-        sides = [
+        uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
+        taus = (low + (high - low) * uniform).tolist()
+        all_sides = [
             (max(int(tau * image_size[0]), 1), max(int(tau * image_size[1]), 1)) for tau in taus
         ]
         if self.placement == "clipped":
-            boxes = pair_up(
-                [draw_box(image_size, one, generator) for one in sides], batch_size, self.mode
-            )
+            boxes = [draw_box(image_size, sides, generator) for sides in all_sides]
+            boxes = pair_up(boxes, batch_size, self.mode)
         else:
-            sides = pair_up(sides, batch_size, self.mode)
-            boxes = [draw_box_inside(image_size, one, generator) for one in sides]
-        if (
-            batch_size % 2
-        ):  # the middle image of an odd batch is its own source: it stays a plain image
+            all_sides = pair_up(all_sides, batch_size, self.mode)
+            boxes = [draw_box_inside(image_size, sides, generator) for sides in all_sides]
+        if batch_size % 2:
+            # The middle image of an odd batch is its own source: it stays clean.
             boxes[batch_size // 2] = Box(0, 0, 0, 0)
         return boxes
 
@@ -72,10 +68,10 @@ class ResizeMix(Mixer[list[Box]]):
 
 
 def resize_into(images: Tensor, edges: Tensor) -> Tensor:
-    """Each image squeezed into its box by nearest neighbour, as both published versions do.
+    """Each image resized into its box by nearest neighbour, as both published versions do.
 
-    The pixel at distance y from the top of a box of h rows shows row floor(y * height / h). Outside
-    the boxes the result means nothing.
+    Row y of a box of h rows is row floor(y * height / h) of the image. Pixels outside the box have
+    no meaning.
 
     Args:
         images: (B, C, height, width).
@@ -85,12 +81,13 @@ def resize_into(images: Tensor, edges: Tensor) -> Tensor:
         (B, C, height, width), new.
     """
 
-    def seen(length: int, start: Tensor, end: Tensor) -> Tensor:
+    def positions(length: int, start: Tensor, end: Tensor) -> Tensor:
         places = torch.arange(length, device=images.device) - start[:, None]  # (B, length)
         side = (end - start).clamp(min=1)[:, None]
         return (places * length).div(side, rounding_mode="floor").clamp(0, length - 1)
 
     top, bottom, left, right = edges.unbind(1)
-    rows, columns = seen(images.shape[2], top, bottom), seen(images.shape[3], left, right)
+    rows = positions(images.shape[2], top, bottom)  # (B, height)
+    columns = positions(images.shape[3], left, right)  # (B, width)
     batch = torch.arange(len(images), device=images.device)[:, None, None]
     return images[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

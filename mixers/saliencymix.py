@@ -1,10 +1,9 @@
-"""SaliencyMix (Uddin et al. 2020, arXiv 2006.01791): a box around the source's most salient pixel,
-at the same place in the target.
+"""SaliencyMix (Uddin et al. 2020, arXiv 2006.01791).
 
-Saliency is read from the pixels themselves (`mixers/saliency.py`), image by image. The published
-code hands the detector normalised floats, whose bytes it takes for pixels, and only one image of
-each batch; what it pastes is in effect a CutMix box at a random place. This is the method of the
-paper. Uses no model and no global state.
+A box around the most salient pixel of the source is pasted at the same place of the target. This is
+the method of its paper, with the saliency of each source's pixels (`mixers/saliency.py`). The
+published code gives its detector normalised floats, whose bytes are read as pixels, and one image
+of each batch only: in effect it pastes a CutMix box at a random place.
 """
 
 from __future__ import annotations
@@ -22,12 +21,14 @@ from pipeline.boxes import box_mask
 
 
 class SaliencyMix(Mixer[list[tuple[int, int]]]):
-    """The box's share is drawn from Beta(alpha, alpha), then clipped at the borders; lam is the
-    share really pasted.
+    """Pastes a box whose share is drawn from Beta(alpha, alpha), clipped at the image's border.
+
+    lam is the share of the pixels that are pasted.
 
     Args:
-        to_bytes: normalised images -> (B, 3, height, width) uint8, the pixels they were.
-        mode: one size per batch, pair or image. The place is each source's own.
+        to_bytes: normalised images -> (B, 3, height, width) uint8, their pixels before
+            normalisation.
+        mode: draw one size per batch, pair or image. Each source has its own place.
     """
 
     def __init__(
@@ -44,18 +45,17 @@ class SaliencyMix(Mixer[list[tuple[int, int]]]):
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
     ) -> list[tuple[int, int]]:
-        sides = [
-            sides_of(image_size, share) for share in draw_beta(self.alpha, batch_size, generator)
-        ]
+        shares = draw_beta(self.alpha, batch_size, generator)
+        sides = [sides_of(image_size, share) for share in shares]
         return pair_up(sides, batch_size, self.mode)
 
     def apply(
         self, images: Tensor, labels: Tensor, drawn: list[tuple[int, int]], guide: Guide
     ) -> MixedBatch:
-        centres = first_argmax(fine_grained_saliency(self.to_bytes(images))).flip(
-            0
-        )  # (B, 2), of the sources
-        sides = torch.tensor(drawn).to(images.device, non_blocking=True)
+        saliency = fine_grained_saliency(self.to_bytes(images))  # (B, height, width)
+        centres = first_argmax(saliency).flip(0)  # (B, 2), of the sources
+        sides = torch.tensor(drawn).to(images.device, non_blocking=True)  # (B, 2)
         height, width = images.shape[-2:]
-        mask = box_mask(boxes_around(centres, sides, (height, width)), (height, width))
+        edges = boxes_around(centres, sides, (height, width))  # (B, 4)
+        mask = box_mask(edges, (height, width))
         return self.label(*paste(images, images.flip(0), mask), labels, mask)

@@ -1,8 +1,7 @@
-"""Two methods in each batch: its middle by one, its two ends by the other. Knows nothing of what
-the methods do.
+"""Two methods in each batch: one mixes its middle, the other its two ends (`--mix-protocol split`).
 
-Every step then costs the same, and a motivating pass is shown the middle alone. An extension: the
-paper and DeiT draw one method per batch (`mixers/switch.py`).
+Every step then costs the same, and the motivating pass runs on the middle alone. This extends the
+paper and DeiT, which draw one method per batch (`mixers/switch.py`).
 """
 
 from __future__ import annotations
@@ -19,20 +18,19 @@ from mixers.interface import Guide, MixedBatch, Mixer
 class Split(Mixer[tuple[Any, Any]]):
     """Mixes the share `first_share` of each batch by `first`, the rest by `second`.
 
-    Image i's partner is image B - 1 - i; the middle of a batch and its two ends together are closed
-    under that, so all pairs are those of an undivided batch.
+    The source of image i is image B - 1 - i. Both lie in the middle of the batch or both in its
+    ends, so the pairs are the same as without splitting.
 
-    The rows of `second` have no region, no region labels and no reference: zeros stand there, with
-    which Eq. 13 and 14 give zero. Means over the batch then weigh these terms by the share of
-    `first`, as drawing one method per batch does over many steps. (Binary cross entropy takes zeros
-    for labels: it does not go with this.)
+    The rows of `second` have no region, no region labels and no reference. They are filled with
+    zeros, for which Eq. 13 and 14 give zero. The means over the batch so weight L_fine and L_con by
+    the share of `first`, as one method per batch does on average over many steps. Binary cross
+    entropy would read the zeros as labels, so it cannot be combined with this.
 
     Args:
-        first: may bring regions and a reference, but no labels that the forward pass decides, and
-            no losses of its own.
-        second: labels only.
-        first_share: between 0 and 1; rounded to whole pairs. The middle image of an odd batch, its
-            own partner, is always of `first`.
+        first: its batches may have regions and a reference, but no `relabel` and no `terms`.
+        second: its batches have labels only.
+        first_share: between 0 and 1, rounded to whole pairs. The middle image of an odd batch, its
+            own source, always belongs to `first`.
     """
 
     def __init__(self, first: Mixer, second: Mixer, first_share: float = 0.5) -> None:
@@ -40,21 +38,20 @@ class Split(Mixer[tuple[Any, Any]]):
         self.first, self.second, self.first_share = first, second, first_share
 
     def end(self, batch_size: int) -> int:
-        """How many images at either end of a batch are not in its middle."""
+        """The number of images at each of the two ends of a batch."""
         return round(batch_size * (1 - self.first_share) / 2)
 
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
     ) -> tuple[Any, Any]:
-        at_ends = 2 * self.end(batch_size)
-        inner = self.first.draw(batch_size - at_ends, image_size, generator)
-        return inner, self.second.draw(at_ends, image_size, generator)
+        num_outer = 2 * self.end(batch_size)
+        inner = self.first.draw(batch_size - num_outer, image_size, generator)
+        return inner, self.second.draw(num_outer, image_size, generator)
 
     def apply(
         self, images: Tensor, labels: Tensor, drawn: tuple[Any, Any], guide: Guide
     ) -> MixedBatch:
-        """The clean predictions and scores of the middle are not given on: they belong to some of
-        the rows only."""
+        """The mixed batch; without clean logits and score, which only some rows would have."""
         count, end = len(images), self.end(len(images))
         if end == 0:
             return self.first.apply(images, labels, drawn[0], guide)
@@ -64,30 +61,28 @@ class Split(Mixer[tuple[Any, Any]]):
         inner = self.first.apply(images[middle], labels[middle], drawn[0], guide)
         assert inner.relabel is None
         assert not inner.terms
-        at_ends, their_labels = (
+        outer_images, outer_labels = (
             torch.cat((whole[:end], whole[count - end :])) for whole in (images, labels)
         )
-        outer = self.second.apply(at_ends, their_labels, drawn[1], guide)
+        outer = self.second.apply(outer_images, outer_labels, drawn[1], guide)
 
-        def rows(inside: Tensor, outside: Tensor) -> Tensor:
+        def join(inside: Tensor, outside: Tensor) -> Tensor:
             return torch.cat((outside[:end], inside, outside[end:]))
 
-        def or_zeros(inside: Tensor | None) -> Tensor | None:
-            return (
-                None
-                if inside is None
-                else rows(inside, inside.new_zeros(2 * end, *inside.shape[1:]))
-            )
+        def join_zeros(inside: Tensor | None) -> Tensor | None:
+            if inside is None:
+                return None
+            return join(inside, inside.new_zeros(2 * end, *inside.shape[1:]))
 
-        with_regions = inner.source_mask is not None
+        has_regions = inner.source_mask is not None
         return replace(
             outer,
-            images=rows(inner.images, outer.images),
-            labels=rows(inner.labels, outer.labels),
-            lam=None if inner.lam is None or outer.lam is None else rows(inner.lam, outer.lam),
-            source_labels=or_zeros(inner.source_labels) if with_regions else None,
-            target_labels=or_zeros(inner.target_labels) if with_regions else None,
-            source_mask=or_zeros(inner.source_mask),
-            reference_probs=or_zeros(inner.reference_probs),
+            images=join(inner.images, outer.images),
+            labels=join(inner.labels, outer.labels),
+            lam=None if inner.lam is None or outer.lam is None else join(inner.lam, outer.lam),
+            source_labels=join_zeros(inner.source_labels) if has_regions else None,
+            target_labels=join_zeros(inner.target_labels) if has_regions else None,
+            source_mask=join_zeros(inner.source_mask),
+            reference_probs=join_zeros(inner.reference_probs),
             mask=None,
         )

@@ -1,4 +1,4 @@
-"""Which method mixes this batch. Knows nothing of what the methods do."""
+"""Draws which of two methods mixes a batch (paper Sec. 5.1, as DeiT does)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from mixers.interface import Guide, MixedBatch, Mixer, NoMixing, StepRandom
 
 
 class Choice(NamedTuple):
-    """What the switch decided for one batch."""
+    """The draw of one batch."""
 
-    mix: bool
-    first: bool
+    mix: bool  # else the batch stays clean
+    first: bool  # by the first method, else by the second
 
 
 class Switch:
-    """Mixes with probability `prob`; then by `first` with probability `first_prob`, by `second`
-    otherwise.
+    """Mixes each batch by one of two methods, or not at all.
 
-    From epoch `off_epoch` on, counted from 0, nothing is mixed.
+    All ranks draw the same choice, from their shared generator. If each rank drew its own, almost
+    every step of 8 GPUs would wait for the motivating pass of some rank (1 - 0.5^8 of the steps)
+    instead of half of them.
 
-    The choice is drawn from the generator that all ranks share. Drawn on each rank apart, almost
-    every step of an 8-GPU run would wait for some rank's motivating pass (1 - 0.5^8); drawn alike,
-    half of the steps stay cheap.
+    Args:
+        first, second: the two methods; without a second one the first gets all mixed batches.
+        prob: share of batches that are mixed.
+        first_prob: share of the mixed batches that `first` gets.
+        off_epoch: epoch, counted from 0, from which nothing is mixed.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class Switch:
         self.is_off = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Must be called before an epoch, counted from 0."""
+        """Must be called before each epoch, with its number counted from 0."""
         self.is_off = self.off_epoch is not None and epoch >= self.off_epoch
 
     def draw(self, generator: torch.Generator) -> Choice:

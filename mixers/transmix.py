@@ -1,11 +1,10 @@
-"""TransMix (Chen et al. 2022, arXiv 2111.09833): labels by what the model attends to, on top of any
-mixing by a mask.
+"""TransMix (Chen et al. 2022, arXiv 2111.09833): labels by the attention to the pasted tokens.
 
-The image is mixed by another method (CutMix in the paper). The share of the class token's attention
-that falls on pasted tokens is known only after the mixed forward pass, so the labels are set then.
-SMMix's Table 6 puts these labels on SMMix; how is not published: here the target of L_cls follows
-the attention, L_fine's labels are pure already, and L_con keeps the area's share, since its
-reference exists before the mixed forward pass.
+Another method mixes the images by a mask (CutMix in their paper). The share of the class token's
+attention that falls on the source's tokens is known after the forward pass on the mixed images, so
+the labels are computed then. Table 6 of SMMix's paper combines both methods and does not say how.
+Here the labels of L_cls follow the attention; those of L_fine are not mixed anyway; and L_con keeps
+the share of the area, as its reference exists before the forward pass.
 """
 
 from __future__ import annotations
@@ -25,14 +24,13 @@ Draw = TypeVar("Draw")
 
 
 class TransMix(Mixer[Draw]):
-    """lam = ratio * (share of the area) + (1 - ratio) * (share of the attention).
-
-    The authors' code takes half of each; their paper's equation is ratio 0. Ratio 1 is the method
-    below, unchanged.
+    """Labels with lam = ratio * (share of the area) + (1 - ratio) * (share of the attention).
 
     Args:
         mixer: the method that mixes the images.
-        grid_size: the model's token grid (rows, columns).
+        grid_size: rows and columns of the model's token grid.
+        ratio: 0.5 in the authors' code, 0 in the equation of their paper. 1 keeps the labels of
+            `mixer`.
     """
 
     def __init__(self, mixer: Mixer[Draw], grid_size: tuple[int, int], ratio: float = 0.5) -> None:
@@ -50,25 +48,29 @@ class TransMix(Mixer[Draw]):
         if tokens is None:
             assert batch.mask is not None
             tokens = to_cells(batch.mask, self.grid_size)
-        return replace(
-            batch, need_attention="class", relabel=partial(relabel, tokens=tokens, ratio=self.ratio)
-        )
+        set_labels = partial(relabel, tokens=tokens, ratio=self.ratio)
+        return replace(batch, need_attention="class", relabel=set_labels)
 
 
 def attention_share(attention: Tensor, tokens: Tensor) -> Tensor:
-    """The share (B,) of attention (B, N) that falls on the tokens (B, N) bool; zero where nothing
-    is attended to."""
+    """The share (B,) of attention that falls on the given tokens; zero if all attention is zero.
+
+    Args:
+        attention: (B, N).
+        tokens: (B, N) bool.
+    """
     total = attention.sum(dim=1).clamp(min=torch.finfo(attention.dtype).tiny)
     return (attention * tokens).sum(dim=1) / total
 
 
 def relabel(batch: MixedBatch, output: ModelOutput, tokens: Tensor, ratio: float) -> MixedBatch:
-    """The batch with the labels of its own forward pass.
+    """The batch with labels by the attention of its forward pass.
 
     Args:
-        output: with `class_attention` (B, N), or with what the model gives in its place where it
-            has no class token.
-        tokens: (B, N) bool, those that are the source's.
+        output: its `class_attention` (B, N) is the class token's attention, or a substitute if the
+            model has no class token.
+        tokens: (B, N) bool, true for tokens of the source.
+        ratio: see `TransMix`.
     """
     assert output.class_attention is not None
     assert batch.lam is not None

@@ -1,1 +1,1 @@
-"""From files to batches of pixels."""
+"""Reads images from files, augments them and collates them into batches of pixels."""

@@ -1,6 +1,6 @@
-"""Training images that cannot be read: which ones, how many there may be, and the message on them.
+"""Keeps the list of training images that cannot be read, and stops the run if there are too many.
 
-Numbers on the host only: reads no images, devices or files.
+It uses the numbers of the images only: it reads no images, devices or files.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from utils import InputError
 
 
 def max_bad_images(num_images: int) -> int:
-    """How many images `--skip-corrupt` replaces: a thousandth of them, and ten of few."""
+    """The most images that `--skip-corrupt` replaces: a thousandth of them, but at least 10."""
     return max(10, num_images // 1000)
 
 
 class BadImages:
-    """Unreadable training images: those that this rank met, and those that all ranks know of.
+    """The unreadable training images that this rank met, and those that all ranks know of.
 
     Args:
         num_images: images in the training set.
@@ -29,8 +29,8 @@ class BadImages:
         self.num_images = num_images
         self.name_of = name_of
         self.limit = max_bad_images(num_images)
-        self.known: set[int] = set()  # on all ranks
-        self.own: set[int] = set()  # met on this rank, not known to all yet
+        self.known: set[int] = set()  # all ranks know of them
+        self.own: set[int] = set()  # only this rank knows of them, until the next `merge`
 
     def add(self, indices: Tensor, replaced: Tensor) -> int:
         """Adds the replaced images of a batch. Returns how many of them are new on this rank.
@@ -44,39 +44,42 @@ class BadImages:
         return len(new)
 
     def state(self) -> list[int]:
-        """All that this rank knows of, sorted: for `merge` on other ranks and for checkpoints."""
+        """All images that this rank knows of, for `merge` on other ranks and checkpoints."""
         return sorted(self.known | self.own)
 
     def load(self, state: Iterable[int]) -> None:
-        """Takes those of a checkpoint, which were reported before."""
+        """Takes the images of a checkpoint; they have been reported already."""
         self.known, self.own = set(state), set()
 
     def merge(self, states: Iterable[Iterable[int]]) -> list[int]:
-        """Adds the `state` of every rank, this one's included. Returns the images that no rank has
-        reported yet."""
+        """Adds the `state` of every rank, including this one.
+
+        Returns:
+            The images that no rank has reported yet, sorted.
+        """
         new = set().union(*states) - self.known
         self.known |= new
         self.own.clear()
         return sorted(new)
 
     def report(self, indices: Iterable[int]) -> str:
-        """The warning about new ones."""
+        """The warning about these new unreadable images."""
         names = "\n  ".join(map(self.name_of, indices))
         return (
-            f"images that cannot be read; others are trained on in their place ({len(self.known)} "
+            f"images that cannot be read, each replaced by another image ({len(self.known)} "
             f"so far, at most {self.limit}):\n  {names}"
         )
 
     def stop_if_too_many(self) -> None:
-        """Called by all ranks together, after `merge`.
+        """Stops the run if there are more than `limit`. All ranks call it together, after `merge`.
 
         Raises:
-            InputError: more than the limit, all by name.
+            InputError: more than `limit` images cannot be read; the message names them all.
         """
         if len(self.known) > self.limit:
             names = "\n  ".join(map(self.name_of, sorted(self.known)))
             raise InputError(
                 f"{len(self.known)} of {self.num_images:,} training images cannot be read, and "
-                f"--skip-corrupt replaces at most {self.limit}; mend or remove them "
+                f"--skip-corrupt replaces at most {self.limit}; repair or remove them "
                 f"(python -m tools.check_data finds all):\n  {names}"
             )

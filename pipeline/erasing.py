@@ -1,9 +1,7 @@
-"""Random erasing (Zhong et al., 2017): rectangles are drawn in a loader worker and filled in the
-batch, on its device.
+"""Random erasing (Zhong et al., 2017), drawn in a loader worker and applied on the batch's device.
 
-Level 1: imports `mixers.boxes`, for rectangles. It must not know labels, files or how an image is
-decoded. Probability, area, shape, number and tries are those of timm's `RandomErasing`, and so is
-the order of its draws.
+Probability, area, shape, number of boxes, number of tries and the order of the draws are those of
+timm's `RandomErasing`.
 
 Letters: B batch, C channels, H height, W width, M boxes per image.
 """
@@ -20,50 +18,58 @@ from torch import Tensor
 
 from pipeline.boxes import Box, box_mask
 
-AREA = (0.02, 1 / 3)  # of the image, shared by its boxes
+AREA = (0.02, 1 / 3)  # share of the image, divided among its boxes
 RATIO = (0.3, 1 / 0.3)  # height / width
-TRIES = 10  # for a box that fits into the image
+TRIES = 10  # draws of one box until it fits into the image
 NOTHING = Box(0, 0, 0, 0)
 
 
 class Erasing(NamedTuple):
-    """How often an image loses rectangles, and how many at most. `probability` 0 erases nothing and
-    draws nothing."""
+    """The settings of random erasing.
+
+    Attributes:
+        probability: that an image is erased at all; 0 erases nothing and draws nothing.
+        max_boxes: the largest number of boxes per image.
+    """
 
     probability: float = 0.0
-    most: int = 1
+    max_boxes: int = 1
 
     def draw(
-        self, image_size: tuple[int, int], chance: random.Random | ModuleType = random
+        self, image_size: tuple[int, int], generator: random.Random | ModuleType = random
     ) -> list[Box]:
-        """The M = `most` boxes of one image of (H, W), empty ones where fewer are erased; none with
-        probability 0.
+        """Draws the boxes of one image.
 
         Args:
-            chance: what to draw from; the `random` module itself is python's own generator.
+            image_size: (H, W) in pixels.
+            generator: Python's global generator (the `random` module) by default.
+
+        Returns:
+            M = `max_boxes` boxes, of which unused ones are empty. With probability 0 the list is
+            empty.
         """
         if self.probability == 0:
             return []
         boxes: list[Box] = []
-        if chance.random() <= self.probability:
-            count = 1 if self.most == 1 else chance.randint(1, self.most)
-            drawn = (_draw_box(image_size, 1 / count, chance) for _ in range(count))
+        if generator.random() <= self.probability:
+            count = 1 if self.max_boxes == 1 else generator.randint(1, self.max_boxes)
+            drawn = (_draw_box(image_size, 1 / count, generator) for _ in range(count))
             boxes = [box for box in drawn if box is not None]
-        return boxes + [NOTHING] * (self.most - len(boxes))
+        return boxes + [NOTHING] * (self.max_boxes - len(boxes))
 
 
 def _draw_box(
-    image_size: tuple[int, int], share: float, chance: random.Random | ModuleType
+    image_size: tuple[int, int], share: float, generator: random.Random | ModuleType
 ) -> Box | None:
-    """A box fully inside the image; None where no try gave one that fits."""
+    """A box that lies inside the image, or None if none of `TRIES` draws fits."""
     height, width = image_size
     for _ in range(TRIES):
-        area = chance.uniform(*AREA) * (height * width) * share
-        ratio = math.exp(chance.uniform(*map(math.log, RATIO)))
+        area = generator.uniform(*AREA) * (height * width) * share
+        ratio = math.exp(generator.uniform(*map(math.log, RATIO)))
         rows, columns = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if rows < height and columns < width:
-            top = chance.randint(0, height - rows)
-            left = chance.randint(0, width - columns)
+            top = generator.randint(0, height - rows)
+            left = generator.randint(0, width - columns)
             return Box(top, top + rows, left, left + columns)
     return None
 
@@ -74,31 +80,33 @@ def as_tensor(boxes: list[list[Box]]) -> Tensor:
 
 
 def erase(images: Tensor, boxes: Tensor, mode: str) -> Tensor:
-    """Fills the boxes of normalised images, from the global generator of their device, which is not
-    waited for.
+    """Fills the boxes of normalised images; the host does not wait for the device.
+
+    The fill is drawn from the global generator of the images' device.
 
     Args:
-        images: (B, C, H, W) float. They must be the caller's own: on the CPU they are changed in
-            place, so that only the erased pixels cost anything.
-        boxes: (B, M, 4) int64, see `as_tensor`; a later box lies above an earlier one.
-        mode: `pixel`, noise N(0, 1) per pixel and channel; `rand`, one such colour per box;
-            `const`, zeros.
+        images: (B, C, H, W) float. On the CPU they are changed in place, so that only erased pixels
+            take time; nothing else may use them.
+        boxes: (B, M, 4) int64, see `as_tensor`; a later box covers an earlier one.
+        mode: `pixel` fills with noise N(0, 1) per pixel and channel, `rand` with one such colour
+            per box, `const` with zeros.
 
     Returns:
         (B, C, H, W).
     """
     size = (images.shape[2], images.shape[3])
     masks = [box_mask(edges, size) for edges in boxes.unbind(1)]  # M times (B, 1, H, W)
-    if mode != "rand" and masks:  # what fills them does not depend on the box
+    if mode != "rand" and masks:
+        # The fill does not depend on the box: one pass over all boxes is enough.
         masks = [torch.stack(masks).any(dim=0)]
-    fill = _fill_few if images.device.type == "cpu" else _fill
+    fill = _fill_in_place if images.device.type == "cpu" else _fill
     for inside in masks:
         images = fill(images, inside, mode)
     return images
 
 
 def _fill(images: Tensor, inside: Tensor, mode: str) -> Tensor:
-    """One pass over the whole batch, without asking the device where the boxes are."""
+    """Fills with one pass over the whole batch; the host does not read the device."""
     if mode == "pixel":
         return torch.where(inside, torch.randn_like(images), images)
     if mode == "rand":
@@ -106,8 +114,8 @@ def _fill(images: Tensor, inside: Tensor, mode: str) -> Tensor:
     return images.masked_fill(inside, 0.0)
 
 
-def _fill_few(images: Tensor, inside: Tensor, mode: str) -> Tensor:
-    """The same in place, touching only what is erased."""
+def _fill_in_place(images: Tensor, inside: Tensor, mode: str) -> Tensor:
+    """Fills in place and writes the erased pixels only."""
     pixels = images.movedim(1, -1)  # (B, H, W, C), a view
     image, row, column = inside[:, 0].nonzero(as_tuple=True)
     if mode == "pixel":

@@ -1,5 +1,7 @@
-"""Lets `import datasets` mean Hugging Face's package where timm needs it, although our
-`datasets.py` has that name."""
+"""Makes `import datasets` find Hugging Face's package for timm.
+
+The project's `datasets.py` has the same name and would be imported instead.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +14,29 @@ from utils import InputError
 
 
 class HuggingFace:
-    """Stands in a pickle ahead of what needs the package, so that a spawned worker imports the
-    package first."""
+    """A marker whose unpickling imports Hugging Face's package.
+
+    An object that needs the package has it as its first attribute. A spawned worker then imports
+    the package before it unpickles the rest.
+    """
 
     def __reduce__(self) -> tuple[Callable[[], HuggingFace], tuple[()]]:
         return import_hugging_face, ()
 
 
 def import_hugging_face() -> HuggingFace:
-    """Lets `datasets` name the Hugging Face package from here on, which our file of that name
-    hides.
+    """Binds the module name `datasets` to Hugging Face's package, for the rest of the process.
 
-    It stays so, because the package and timm import parts of it when they need them. Our modules
-    keep their references.
+    The binding stays, because the package and timm import parts of it later. Modules of the project
+    that have imported `datasets.py` keep their reference to it.
 
     Raises:
         InputError: the package is not installed.
     """
     here = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # the project's folder
+    own_file = os.path.join(here, "datasets.py")
     bound = sys.modules.get("datasets")
-    if bound is not None and os.path.realpath(bound.__file__ or "") != os.path.join(
-        here, "datasets.py"
-    ):
+    if bound is not None and os.path.realpath(bound.__file__ or "") != own_file:
         return HuggingFace()
     path = sys.path[:]
     sys.path[:] = [folder for folder in path if os.path.realpath(folder) != here]

@@ -1,7 +1,6 @@
-"""One image with its label, from a file, an array or timm's readers, as RGB.
+"""Reads one RGB image and its label from a file, an array or one of timm's readers.
 
-Level 1: imports `utils` and `decoding` only. It must not know data sets by name, transforms or
-loaders. What reads images travels into loader workers, so all of it can be pickled.
+Everything here can be pickled, because it is sent to loader workers.
 """
 
 from __future__ import annotations
@@ -25,23 +24,22 @@ try:
 except ImportError:
     simplejpeg = None
 
-File = str | BinaryIO  # a path, or a file that is open at its beginning
+File = str | BinaryIO  # a path, or an open file at its beginning
 Decode = Callable[[File], Image.Image | np.ndarray]
 START_OF_JPEG = b"\xff\xd8\xff"
 
 
 def decode_pillow(file: File) -> Image.Image:
-    """The image as RGB; what Pillow raises is told by `pipeline.images.Images`."""
+    """The image as RGB, decoded by Pillow. `Images` turns Pillow's errors into messages."""
     with Image.open(file) as image:
         if image.mode != "RGB":
             return image.convert("RGB")
         image.load()
-        return image  # converting would copy it
+        return image  # `convert` would copy it
 
 
 def decode_simplejpeg(file: File) -> Image.Image | np.ndarray:
-    """The image of a sound JPEG as (H, W, 3) uint8, RGB; of any other file as `decode_pillow` gives
-    it."""
+    """A valid JPEG as (H, W, 3) uint8 RGB; any other file as `decode_pillow` returns it."""
     if isinstance(file, str):
         with open(file, "rb") as opened:
             content = opened.read()
@@ -56,8 +54,11 @@ def decode_simplejpeg(file: File) -> Image.Image | np.ndarray:
 
 
 def _decode_strictly(content: bytes) -> np.ndarray | None:
-    """Pixels of a JPEG without a fault, in the colours that Pillow would give, and of a size that
-    it would accept."""
+    """The pixels of a JPEG, or None if Pillow has to decode the file.
+
+    simplejpeg decodes only JPEGs without errors, in the colour spaces where it agrees with Pillow
+    and up to the size that Pillow accepts.
+    """
     if not content.startswith(START_OF_JPEG):
         return None
     try:
@@ -65,31 +66,35 @@ def _decode_strictly(content: bytes) -> np.ndarray | None:
         if colours not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
             return None
         return simplejpeg.decode_jpeg(content, "RGB", strict=True)
-    except Exception:  # whatever it says, Pillow has the last word
+    except Exception:  # fall back to Pillow on any error
         return None
 
 
-# What Pillow raises for a file that is no image, or a damaged one; a test damages files of many
+# What Pillow raises for damaged files and files that are no images. A test damages files of many
 # formats at random.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# Errors of the process and not of the file.
 RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class UnreadableSampleError(SampleError):
-    """An image cannot be decoded. Its name ends like its parent's, by which `StopRun.text` finds
-    the message."""
+    """An image cannot be decoded.
+
+    `StopRun.text` finds the message after the text "SampleError: ", so the name must end with it.
+    """
 
 
 class Images(Dataset[tuple[Any, int]]):
-    """(RGB image, label) by index; the image is Pillow's, or (H, W, 3) uint8 from a decoder that
-    gives arrays.
+    """A data set: index -> (RGB image, label).
+
+    The image is Pillow's, or (H, W, 3) uint8 if the decoder returns arrays.
 
     Args:
-        read: index -> (RGB image, label); picklable, as it travels into workers.
+        read: index -> (RGB image, label); picklable, because it is sent to workers.
         class_names: one per label.
-        package: what `read` needs; pickled ahead of it.
-        name_of: index -> what to call the image in messages, its file's path where it has one.
-        labels: of all images, where they are known without reading these.
+        package: the package that `read` needs; it is unpickled before `read`.
+        name_of: index -> name of the image in messages: the path of its file if it has one.
+        labels: of all images, if they are known without reading the images.
     """
 
     def __init__(
@@ -101,7 +106,7 @@ class Images(Dataset[tuple[Any, int]]):
         name_of: Callable[[int], str] = "image {}".format,
         labels: Sequence[int] | None = None,
     ) -> None:
-        self.package = package  # the first attribute, so the first to be unpickled
+        self.package = package  # must be the first attribute, to be unpickled first
         self.num_images = num_images
         self.read = read
         self.class_names = class_names
@@ -112,58 +117,63 @@ class Images(Dataset[tuple[Any, int]]):
         return self.num_images
 
     def fingerprint(self) -> str:
-        """Tells these images from others by the order of their labels and file names, wherever they
-        lie; "" where the labels are not known. Not by what is in the files."""
+        """A hash of the labels and file names in their order, or "" if the labels are not known.
+
+        It depends neither on the folder nor on the content of the files.
+        """
         if self.labels is None:
             return ""
         digest = hashlib.blake2b(digest_size=16)
         for index, label in enumerate(self.labels):
-            digest.update(
-                f"{label} {os.path.basename(self.name_of(index))}\n".encode(
-                    errors="surrogateescape"
-                )
-            )
+            line = f"{label} {os.path.basename(self.name_of(index))}\n"
+            digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """The whole image, decoded, as RGB, and its label.
+        """The decoded image as RGB, and its label.
 
         Raises:
-            UnreadableSampleError: the file is missing, is no image, or is damaged.
-            SampleError: the label names no class, or the process may open no more files.
+            UnreadableSampleError: the file is missing, damaged or no image.
+            SampleError: the label is outside the classes, or the process has too many open files or
+                too little memory.
         """
         try:
             image, label = self.read(index)
         except UNREADABLE as error:
+            name = self.name_of(index)
             if getattr(error, "errno", None) in RESOURCE_ERRORS:
-                raise SampleError(f"{self.name_of(index)}: {error}; lower --num-workers") from error
+                raise SampleError(f"{name}: {error}; lower --num-workers") from error
             raise UnreadableSampleError(
-                f"{self.name_of(index)}: cannot be read as an image ({error}); replace the file or "
-                "remove it. "
-                "python -m tools.check_data finds all such files, --skip-corrupt trains without "
-                "them"
+                f"{name}: cannot be read as an image ({error}); replace the file or remove it. "
+                "python -m tools.check_data finds all such files, "
+                "--skip-corrupt trains without them"
             ) from error
         return image, check_label(label, self.class_names, self.name_of(index))
 
 
 class StreamedImages(IterableDataset[tuple[Image.Image, int]]):
-    """(PIL RGB image, label) in timm's order, which shards over ranks and workers itself; for
-    timm's iterable readers.
+    """A data set of one of timm's iterable readers: yields (PIL RGB image, label) in timm's order.
 
-    timm's readers leave unreadable images out with a warning (wds) or stop there (hfids), and in
-    distributed evaluation may repeat or miss a few. `package` is what `source` needs.
+    timm distributes the shards over ranks and workers. Its readers leave unreadable images out with
+    a warning (wds) or stop at them (hfids). In distributed evaluation they may repeat or miss a few
+    images.
+
+    Args:
+        source: timm's `IterableImageDataset`.
+        class_names: one per label.
+        package: the package that `source` needs; it is unpickled before `source`.
     """
 
     def __init__(
         self, source: Any, class_names: list[str], package: HuggingFace | None = None
     ) -> None:
-        self.package = package  # the first attribute, so the first to be unpickled
+        self.package = package  # must be the first attribute, to be unpickled first
         self.source = source
         self.num_images: int = source.reader.num_samples
         self.class_names = class_names
 
     def fingerprint(self) -> str:
-        """As of `Images`: nothing is known before it is read."""
+        """Always "": labels and names are not known before the stream is read."""
         return ""
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
@@ -175,23 +185,22 @@ class StreamedImages(IterableDataset[tuple[Image.Image, int]]):
 
 
 def take_subset(images: Images | StreamedImages, count: int) -> Images:
-    """`count` of the images, as many of each class as of any other; a class that has fewer gives
-    all it has.
+    """A subset of `count` images with equal numbers of all classes.
 
-    The same ones whatever the seed of a run, and among those of any larger count: each class gives
-    its images in the order of a hash of their numbers. What does not divide evenly goes to the
-    first classes.
+    A class with too few images gives all of them. If the count cannot be divided equally, the first
+    classes give one image more. Each class gives its images in the order of a hash of their
+    numbers. The subset therefore does not depend on the run's seed, and a larger subset contains
+    every smaller one.
 
     Raises:
-        InputError: more than there are, fewer than classes, or the labels are not known before the
-            images are read.
+        InputError: `count` is larger than the number of images or smaller than the number of
+            classes, or the labels are not known before the images are read.
     """
     labels = None if isinstance(images, StreamedImages) else images.labels
     if isinstance(images, StreamedImages) or labels is None:
         raise InputError(
             f"--subset {count}: the labels of this data set are known only when its images are "
-            "read; take one of image "
-            "folders, or IMNET, CIFAR, CIFAR10, INAT, INAT19 or DIGITS"
+            "read; use --data-set IMNET, CIFAR, CIFAR10, INAT, INAT19, DIGITS or timm/ (folders)"
         )
     classes = len(images.class_names)
     if not classes <= count <= len(images):
@@ -201,11 +210,10 @@ def take_subset(images: Images | StreamedImages, count: int) -> Images:
     members: list[list[int]] = [[] for _ in range(classes)]
     for index, label in enumerate(labels):
         members[check_label(label, images.class_names, images.name_of(index))].append(index)
+    shares = even_shares([len(of_class) for of_class in members], count)
     chosen: list[int] = []
-    for share, label in zip(
-        even_shares([len(held) for held in members], count), range(classes), strict=True
-    ):
-        chosen += sorted(members[label], key=partial(key_seed, "subset"))[:share]
+    for share, of_class in zip(shares, members, strict=True):
+        chosen += sorted(of_class, key=partial(key_seed, "subset"))[:share]
     chosen.sort()
     return Images(
         count,
@@ -218,21 +226,26 @@ def take_subset(images: Images | StreamedImages, count: int) -> Images:
 
 
 def even_shares(available: Sequence[int], count: int) -> list[int]:
-    """How many each of several heaps gives so that they give `count`: all alike, but none more than
-    it has."""
+    """Divides `count` as equally as possible, where share i is at most `available[i]`.
+
+    Returns:
+        The shares, whose sum is `count`. Of those that could be larger, the first are larger by
+        one where it cannot be divided equally.
+    """
     level = 0
-    while level < max(available) and sum(min(held, level + 1) for held in available) <= count:
+    while level < max(available) and sum(min(most, level + 1) for most in available) <= count:
         level += 1
-    shares = [min(held, level) for held in available]
-    more = [place for place, held in enumerate(available) if held > level][: count - sum(shares)]
-    return [share + (place in more) for place, share in enumerate(shares)]
+    shares = [min(most, level) for most in available]
+    can_give_more = [i for i, most in enumerate(available) if most > level]
+    one_more = can_give_more[: count - sum(shares)]
+    return [share + (i in one_more) for i, share in enumerate(shares)]
 
 
 def check_label(label: Any, class_names: list[str], what: str) -> int:
     """`label` as an int.
 
     Raises:
-        SampleError: it names no class.
+        SampleError: the label is missing, or is not in 0..number of classes - 1.
     """
     if label is None or not 0 <= int(label) < len(class_names):
         raise SampleError(
@@ -242,10 +255,10 @@ def check_label(label: Any, class_names: list[str], what: str) -> int:
 
 
 def pick_decoder(name: str) -> Decode:
-    """The function behind `--decoder`; `auto` is simplejpeg where it is installed.
+    """The decoder that `--decoder` names; `auto` is simplejpeg if it is installed.
 
     Raises:
-        InputError: simplejpeg is asked for and not installed.
+        InputError: `name` is simplejpeg, which is not installed.
     """
     if name == "pillow" or (name == "auto" and simplejpeg is None):
         return decode_pillow
@@ -258,7 +271,7 @@ def pick_decoder(name: str) -> Decode:
 
 
 # ------------------------------------------------------------------------------------------ readers
-# index -> (RGB image, label), and index -> name. What they raise is told by `Images`.
+# index -> (RGB image, label), and index -> name. `Images` turns their errors into messages.
 
 
 def read_pixels(pixels: np.ndarray, labels: np.ndarray, index: int) -> tuple[Image.Image, int]:
@@ -292,19 +305,18 @@ def read_dataset(dataset: Any, index: int) -> tuple[Image.Image, int]:
 
 
 def read_timm(reader: Any, index: int, decode: Decode = decode_pillow) -> tuple[Any, int]:
-    """Not through timm's data set, which replaces an unreadable image by the next one."""
+    """Reads without timm's data set, which replaces an unreadable image by the next one."""
     file, label, *_ = reader[index]
     with file:
         return decode(file), label
 
 
 def name_timm(reader: Any, where: str, index: int) -> str:
-    """Numbered where the reader knows no file, and in a Hugging Face set, where it reads an image
-    to name it."""
+    """The image's file and number, or its number alone.
+
+    Some readers have no files, and a Hugging Face reader would read the image to find its name.
+    """
     number = f"image {index} of {where}"
     if not hasattr(reader, "samples"):
         return number
     return f"{reader.filename(index, absolute=True)} ({number})"
-
-
-# ------------------------------------------------------------------------ Hugging Face's `datasets`

@@ -1,12 +1,6 @@
-"""From images to batches: samples with draws keyed by position, and the loaders.
+"""Builds the loaders of training and evaluation batches, and chooses their epoch.
 
-Level 3: imports `utils`, `batches`, `images`, `erasing`, `samplers`, `transforms` and `workers`. It
-must not know data sets by name, mixing, models or process groups; ranks are arguments.
-
-A sample's augmentation depends on (seed, epoch, index, position) alone, so resuming, the number of
-workers and of ranks leave it as it is. Training images are handed over as pixels, a quarter of
-their size as float32; the step normalises and erases them on its device. Letters: B batch, H
-height, W width.
+Letters: B batch, H height, W width.
 """
 
 from __future__ import annotations
@@ -27,14 +21,9 @@ from pipeline.samples import (
     collate_samples,
     identity_collate,
 )
-from pipeline.workers import Loader, explaining
+from pipeline.workers import Loader, explain_errors
 from samplers import EpochBatches, EvalShard
 from utils import InputError, key_seed, keyed_generator
-
-# ------------------------------------------------------------------------------------------ samples
-
-
-# ------------------------------------------------------------------------------------------ loaders
 
 
 def build_train_loader(
@@ -51,18 +40,22 @@ def build_train_loader(
     pin_memory: bool = False,
     timeout: float = 0,
 ) -> Loader:
-    """Loader of `Batch`, per `set_epoch`.
+    """A loader of `Batch`; `set_epoch` chooses its epoch.
 
     Args:
         batch_size: B, images of this rank per micro-batch.
+        rank, world_size: number of this process, and the number of processes.
+        seed: of the order of the images.
         repeats: views of each image per epoch, see `EpochBatches`.
-        layout: how they are dealt to ranks.
-        num_workers: 0 loads in this process; a stream always has a worker, as torch seeds only
-            workers anew.
-        timeout: seconds to wait for a worker, 0 for ever.
+        layout: how the views are distributed to ranks, see `EpochBatches`.
+        accum_steps: micro-batches per step.
+        num_workers: worker processes; 0 loads in this process. A stream has at least one worker,
+            because torch gives a new seed per epoch to workers only.
+        pin_memory: whether batches are copied to pinned memory.
+        timeout: seconds to wait for a batch of a worker; 0 waits without limit.
 
     Raises:
-        InputError: not one optimizer step's worth of images, or repeats of a stream.
+        InputError: the images do not fill one step, or a stream would have to repeat its images.
     """
     _check_one_step(samples.images.num_images, batch_size, world_size, accum_steps)
     shares: dict[str, Any] = {
@@ -71,8 +64,8 @@ def build_train_loader(
         "world_size": world_size,
         "accum_steps": accum_steps,
     }
-    # torch draws the workers' seeds from `generator`, so that starting them leaves the run's own
-    # generator alone
+    # torch draws the workers' seeds from `generator` and not from the global generator, so starting
+    # workers does not change the run's draws.
     common: dict[str, Any] = {"pin_memory": pin_memory, "generator": torch.Generator()}
     if isinstance(samples, TrainSamples):
         batches = EpochBatches(
@@ -93,7 +86,7 @@ def build_train_loader(
     samples.deal(**shares)
     workers = max(1, num_workers)
     samples.images.source.set_loader_cfg(num_workers=workers)
-    # its workers are new in each epoch: they learn of it as they start
+    # Its workers are started in each epoch, because they read the epoch when they start.
     common.update(
         batch_size=batch_size, num_workers=workers, timeout=timeout, collate_fn=collate_samples
     )
@@ -103,18 +96,16 @@ def build_train_loader(
 
 
 def _check_one_step(num_images: int, batch_size: int, world_size: int, accum_steps: int) -> None:
-    fits = num_images // (world_size * accum_steps)
-    if batch_size > fits:
-        fix = (
-            f"use at most {fits}"
-            if fits
-            else "add images, or use fewer processes or accumulation steps"
-        )
-        raise InputError(
-            f"--batch-size {batch_size}: {num_images} training images do not fill one step of "
-            f"{world_size} processes x "
-            f"{accum_steps} batches; {fix}"
-        )
+    largest = num_images // (world_size * accum_steps)
+    if batch_size <= largest:
+        return
+    fix = f"use at most {largest}"
+    if largest == 0:
+        fix = "add images, or use fewer processes or accumulation steps"
+    raise InputError(
+        f"--batch-size {batch_size}: {num_images} training images do not fill one step of "
+        f"{world_size} processes x {accum_steps} batches; {fix}"
+    )
 
 
 def build_eval_loader(
@@ -127,10 +118,10 @@ def build_eval_loader(
     pin_memory: bool = False,
     timeout: float = 0,
 ) -> Loader:
-    """Loader of (images (B, 3, H, W) float32, labels (B,) int64): every image once over all ranks,
-    nothing padded.
+    """A loader of (images (B, 3, H, W) float32, labels (B,) int64) for evaluation.
 
-    The last batch may be smaller, and ranks may differ in length.
+    Each image is evaluated once, by one rank. Nothing is padded: the last batch may be smaller, and
+    ranks may have different numbers of batches. Arguments as in `build_train_loader`.
     """
     settings: dict[str, Any] = {
         "batch_size": batch_size,
@@ -147,16 +138,16 @@ def build_eval_loader(
 
 @contextmanager
 def closing(*loaders: Loader) -> Iterator[None]:
-    """Ends the loaders' workers at the end, and says what became of a worker that failed inside.
+    """Ends the loaders' workers on exit, and turns torch's errors about workers into messages.
 
-    torch tells of a dead worker wherever the process is at that moment, so all of the work belongs
-    inside.
+    torch raises the error about a dead worker wherever the process is at that moment, so this
+    context must contain all work.
 
     Raises:
-        StuckLoader: a worker hangs or was killed; it and the images that it owes are named.
+        StuckLoader: a worker hangs or was killed. The message names it and its next images.
     """
     try:
-        with explaining(*loaders):
+        with explain_errors(*loaders):
             yield
     finally:
         for loader in loaders:
@@ -164,11 +155,11 @@ def closing(*loaders: Loader) -> Iterator[None]:
 
 
 def set_epoch(loader: DataLoader[Any], epoch: int, start: int = 0) -> None:
-    """Chooses the epoch that the next iteration of a training loader gives, of either kind.
+    """Chooses the epoch that the next iteration of a training loader yields.
 
     Args:
-        start: images of all ranks that are done in it; a stream has no place to go on from but its
-            beginning.
+        start: number of images of this epoch that all ranks together have trained on already. It
+            must be 0 for a stream, which can be resumed only at the beginning of an epoch.
     """
     samples = loader.dataset
     if isinstance(samples, StreamedSamples):
@@ -180,21 +171,19 @@ def set_epoch(loader: DataLoader[Any], epoch: int, start: int = 0) -> None:
 
 
 def steps_per_epoch(loader: DataLoader[Any]) -> int:
-    """Optimizer steps that a training loader gives per epoch, the same on every rank."""
+    """Optimizer steps per epoch of a training loader, the same on all ranks."""
     source = loader.dataset if isinstance(loader.dataset, StreamedSamples) else loader.batch_sampler
     assert isinstance(source, (StreamedSamples, EpochBatches)), "not a training loader"
     return source.steps_per_epoch
 
 
-def can_start_within(loader: DataLoader[Any]) -> bool:
-    """Whether an epoch of this training loader can begin at any of its steps: not so with a
-    stream."""
+def can_start_mid_epoch(loader: DataLoader[Any]) -> bool:
+    """Whether a training loader can start at any step of an epoch; a stream cannot."""
     return not isinstance(loader.dataset, StreamedSamples)
 
 
 def largest_share(loader: DataLoader[Any]) -> int:
-    """Batches of an evaluation loader on the rank that has most; 0 for a stream, which does not
-    know."""
+    """The largest number of batches of one rank in evaluation; 0 (unknown) for a stream."""
     if not isinstance(loader.sampler, EvalShard):
         return 0
     assert loader.batch_size is not None

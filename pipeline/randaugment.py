@@ -1,13 +1,11 @@
-"""RandAugment (Cubuk et al., 2020) drawn without being done: what timm would do to an image, as
-rows of numbers.
+"""Draws RandAugment (Cubuk et al., 2020) without applying it, as rows of numbers.
 
-Level 0: imports nothing from the project. It must not touch pixels:
-`pipeline/randaugment_pixels.py` does, on the batch's device. The draws are timm's own: its objects
-run as they are, with a `Drawing` in the place of the image and, in the place of each operation's
-function, an `Encoder` that notes what is asked for.
+`pipeline/randaugment_pixels.py` applies the rows on the batch's device. The draws are timm's: its
+RandAugment object runs unchanged, but a `Recorder` replaces the image and an `Encoder` replaces
+the function of each operation.
 
-Letters: B batch, L layers, which are the flip if there is one and those of RandAugment. H height, W
-width, in pixels.
+Letters: B batch, L layers (the flip, if any, and the layers of RandAugment), H height and W width
+in pixels.
 """
 
 from __future__ import annotations
@@ -25,29 +23,31 @@ from timm.data.auto_augment import AugmentOp, RandAugment
 from torch import Tensor
 from torchvision.transforms import RandomHorizontalFlip
 
-NUMBERS = 6  # of an operation, whatever its kind
-COLUMNS = 2 + NUMBERS  # of `as_tensor`: kind, image, numbers
-INTERPOLATIONS = (
-    "bilinear",
-    "bicubic",
-    "random",
-)  # of the warps; random is one of the others per operation
-NOT_ENCODED = ("-t3a",)  # timm's sets with a blur, as they are written in its policy string
-ALL, NO_LEVEL = 255, 256  # a mask that keeps every bit; a threshold that no level reaches
+NUMBERS = 6  # numbers per operation, for all kinds
+COLUMNS = 2 + NUMBERS  # columns of `as_tensor`: kind, image, numbers
+# Interpolations of the warps; `random` draws one of the others for each operation.
+INTERPOLATIONS = ("bilinear", "bicubic", "random")
+NOT_ENCODED = ("-t3a",)  # parts of timm's policy strings that include a blur
+ALL_BITS = 255  # a mask that keeps every bit
+NO_LEVEL = 256  # a threshold above all levels
 
 
 class Kind(IntEnum):
-    """What is done alike. The order is that of the rows in a layer; kinds that share a step stand
-    side by side."""
+    """The kinds of operations and the meaning of a row's numbers.
+
+    A layer's rows are sorted by kind; kinds that are applied by one function are neighbours.
+    """
 
     NOTHING = 0
     FLIP = 1
-    RULE = 2  # of levels: threshold, what is added below it, 1 to negate from it on, mask
+    RULE = 2  # threshold, number added below it, 1 to invert levels from it upwards, bit mask
     AUTO_CONTRAST = 3
     EQUALIZE = 4
-    BICUBIC = 5  # warps: the six numbers of an affine map from the new image to the old
+    # Warps: the six numbers of an affine map from the new image to the old one.
+    BICUBIC = 5
     BILINEAR = 6
-    COLOR = 7  # blends: the image's share, which may lie outside 0..1
+    # Blends: the image's share, which may lie outside 0..1.
+    COLOR = 7
     CONTRAST = 8
     BRIGHTNESS = 9
     SHARPNESS = 10
@@ -63,37 +63,37 @@ class Row(NamedTuple):
 NOTHING, FLIPPED = Row(Kind.NOTHING), Row(Kind.FLIP)
 
 
-class Drawing:
-    """Stands in the place of an image while its operations are drawn.
+class Recorder:
+    """Replaces an image while its operations are drawn, and records them.
 
     Attributes:
-        size: (H, W).
-        rows: the operations so far.
+        size: (H, W) of the image.
+        rows: the operations drawn so far.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
         self.rows: list[Row] = []
 
-    def note(self, kind: Kind, *numbers: float) -> Drawing:
-        self.rows.append(Row(kind, (*map(float, numbers), *(0.0,) * (NUMBERS - len(numbers)))))
+    def record(self, kind: Kind, *numbers: float) -> Recorder:
+        """Adds one operation; unused numbers are 0."""
+        padding = (0.0,) * (NUMBERS - len(numbers))
+        self.rows.append(Row(kind, (*map(float, numbers), *padding)))
         return self
 
 
 # ----------------------------------------------------------------------------------------- encoding
-# timm's operations by name, and what their arguments come to.
+# timm's operations by name, and how their arguments become numbers.
 
 
-def _posterize(drawing: Drawing, bits: int) -> Drawing:
-    kept = min(
-        max(bits, 0), 8
-    )  # `-mmax` may ask for fewer than 0 bits; 0 bits is black, as `transforms.posterize` has it
-    return drawing.note(Kind.RULE, NO_LEVEL, 0, 0, 256 - 2 ** (8 - kept))
+def _posterize(recorder: Recorder, bits: int) -> Recorder:
+    # With `-mmax`, bits may be negative. 0 bits give a black image, as in `transforms.posterize`.
+    kept = min(max(bits, 0), 8)
+    return recorder.record(Kind.RULE, NO_LEVEL, 0, 0, 256 - 2 ** (8 - kept))
 
 
-def _map_of(name: str, level: float, size: tuple[int, int]) -> tuple[float, ...]:
-    """(a, b, c, d, e, f): the new pixel at (x, y) is the old one at (a x + b y + c, d x + e y +
-    f)."""
+def _affine_map(name: str, level: float, size: tuple[int, int]) -> tuple[float, ...]:
+    """(a, b, c, d, e, f) such that new pixel (x, y) is old pixel (a x + b y + c, d x + e y + f)."""
     height, width = size
     if name == "Rotate":
         return _rotation(level, width / 2, height / 2)
@@ -107,64 +107,67 @@ def _map_of(name: str, level: float, size: tuple[int, int]) -> tuple[float, ...]
 
 
 def _rotation(degrees: float, x: float, y: float) -> tuple[float, ...]:
-    """Counterclockwise around (x, y), sine and cosine rounded to 15 digits as Pillow has them."""
+    """The affine map of a counterclockwise rotation around (x, y)."""
     angle = math.radians(degrees % 360)
+    # Pillow rounds sine and cosine to 15 digits.
     cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)
-    across, down = (
-        sine * y - cosine * x,
-        -sine * x - cosine * y,
-    )  # added in Pillow's order, for equal bits
-    return cosine, -sine, across + x, sine, cosine, down + y
+    # The sums are in Pillow's order, so that all bits are equal.
+    shift_x, shift_y = sine * y - cosine * x, -sine * x - cosine * y
+    return cosine, -sine, shift_x + x, sine, cosine, shift_y + y
 
 
-RULES: dict[str, Callable[..., Drawing]] = {
-    "AutoContrast": lambda drawing: drawing.note(Kind.AUTO_CONTRAST),
-    "Equalize": lambda drawing: drawing.note(Kind.EQUALIZE),
-    "Invert": lambda drawing: drawing.note(Kind.RULE, 0, 0, 1, ALL),
+ENCODINGS: dict[str, Callable[..., Recorder]] = {
+    "AutoContrast": lambda recorder: recorder.record(Kind.AUTO_CONTRAST),
+    "Equalize": lambda recorder: recorder.record(Kind.EQUALIZE),
+    "Invert": lambda recorder: recorder.record(Kind.RULE, 0, 0, 1, ALL_BITS),
     "Posterize": _posterize,
-    "Solarize": lambda drawing, threshold: drawing.note(Kind.RULE, threshold, 0, 1, ALL),
-    "SolarizeAdd": lambda drawing, added: drawing.note(Kind.RULE, 128, added, 0, ALL),
-    "Color": lambda drawing, share: drawing.note(Kind.COLOR, share),
-    "Contrast": lambda drawing, share: drawing.note(Kind.CONTRAST, share),
-    "Brightness": lambda drawing, share: drawing.note(Kind.BRIGHTNESS, share),
-    "Sharpness": lambda drawing, share: drawing.note(Kind.SHARPNESS, share),
+    "Solarize": lambda recorder, threshold: recorder.record(Kind.RULE, threshold, 0, 1, ALL_BITS),
+    "SolarizeAdd": lambda recorder, added: recorder.record(Kind.RULE, 128, added, 0, ALL_BITS),
+    "Color": lambda recorder, share: recorder.record(Kind.COLOR, share),
+    "Contrast": lambda recorder, share: recorder.record(Kind.CONTRAST, share),
+    "Brightness": lambda recorder, share: recorder.record(Kind.BRIGHTNESS, share),
+    "Sharpness": lambda recorder, share: recorder.record(Kind.SHARPNESS, share),
 }
 WARPS = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 
 
 class Encoder:
-    """Takes the place of the function behind one of timm's operations, and draws what that would
-    draw.
+    """Replaces the function of one of timm's operations: draws the same, and records the operation.
+
+    Args:
+        name: timm's name of the operation.
 
     Raises:
-        KeyError: the operation is one without an encoding.
+        KeyError: the operation has no encoding.
     """
 
     def __init__(self, name: str) -> None:
-        self.name = re.sub(
-            "(Increasing|Original)$", "", name
-        )  # variants of the magnitude, not of what is done
-        if self.name not in WARPS and self.name not in RULES:
+        # The suffix changes how the magnitude is drawn, not the operation.
+        self.name = re.sub("(Increasing|Original)$", "", name)
+        if self.name not in WARPS and self.name not in ENCODINGS:
             raise KeyError(name)
 
-    def __call__(self, drawing: Drawing, *levels: float, resample: Any, **_: Any) -> Drawing:
-        """Args: what timm passes: its arguments, and one way to resample or several to choose
-        from."""
+    def __call__(self, recorder: Recorder, *levels: float, resample: Any, **_: Any) -> Recorder:
+        """Records one operation.
+
+        Args:
+            levels: the arguments that timm passes to the operation's function.
+            resample: one of Pillow's resampling filters, or several of which one is drawn.
+        """
         if self.name not in WARPS:
-            return RULES[self.name](drawing, *levels)
+            return ENCODINGS[self.name](recorder, *levels)
         chosen = random.choice(resample) if isinstance(resample, (tuple, list)) else resample
         kind = {Resampling.BICUBIC: Kind.BICUBIC, Resampling.BILINEAR: Kind.BILINEAR}[chosen]
         (level,) = levels
-        return drawing.note(kind, *_map_of(self.name, level, drawing.size))
+        return recorder.record(kind, *_affine_map(self.name, level, recorder.size))
 
 
 class DrawOnly:
-    """Draws the flip and RandAugment as timm's transform would, from the same generators in the
-    same order.
+    """Draws the flip and RandAugment: the same generators in the same order as timm's transform.
 
     Args:
-        steps: of timm's transform, between crop and tensor: a horizontal flip or none, then
-            RandAugment, whose operations are encoded from now on.
+        steps: the steps of timm's transform between crop and tensor: a horizontal flip or none,
+            then RandAugment. The functions of its operations are replaced by `Encoder`s.
         size: (H, W) of the images.
     """
 
@@ -183,38 +186,37 @@ class DrawOnly:
         return len(self.flips) + self.randaugment.num_layers
 
     def __call__(self) -> list[Row]:
-        """The L rows of one image, as they are done: the flip's own, then those of RandAugment.
+        """Draws the L rows of one image in the order in which they are applied.
 
-        Operations that are left out stand last, so that later layers have less to do.
+        Operations that RandAugment leaves out come last, so that later layers are cheaper.
         """
         flips = [FLIPPED if torch.rand(1) < probability else NOTHING for probability in self.flips]
-        rows = flips + self.randaugment(Drawing(self.size)).rows
+        rows = flips + self.randaugment(Recorder(self.size)).rows
         return rows + [NOTHING] * (self.layers - len(rows))
 
 
-# ------------------------------------------------------------------------------------- in the batch
+# ------------------------------------------------------------------------------- rows of a batch
 
 
 def as_tensor(drawn: Sequence[Sequence[Row]]) -> Tensor:
-    """The rows of each image, its layers apart, as (B, L, 8) float64: kind, image, numbers.
+    """The rows of a batch as (B, L, 8) float64: kind, image, six numbers.
 
-    Within each layer rows are sorted by kind, so that a kind's images are neighbours, and the
-    number of rows of each kind is all that has to be known where the device is told what to do.
+    Each layer's rows are sorted by kind, so that the images of one kind are neighbours. The host
+    then needs only the number of rows of each kind to launch the device's work.
+
+    Args:
+        drawn: for each of B images, its L rows.
     """
     layers = []
     for layer in zip(*drawn, strict=True):
         rows = [(row.kind, image, *row.numbers) for image, row in enumerate(layer)]
         layers.append(sorted(rows, key=lambda row: row[0]))
-    return (
-        torch.tensor(layers, dtype=torch.float64)
-        .reshape(-1, len(drawn), COLUMNS)
-        .transpose(0, 1)
-        .contiguous()
-    )
+    by_layer = torch.tensor(layers, dtype=torch.float64).reshape(-1, len(drawn), COLUMNS)
+    return by_layer.transpose(0, 1).contiguous()
 
 
 def count_kinds(drawn: Tensor) -> list[list[int]]:
-    """How many rows of each kind each layer has, from `as_tensor`'s on the host."""
+    """The number of rows of each kind, for each layer of `as_tensor`'s result on the host."""
     assert drawn.device.type == "cpu", "reading them elsewhere would wait for the device"
     kinds = drawn[:, :, 0].long()  # (B, L)
     return [torch.bincount(layer, minlength=len(Kind)).tolist() for layer in kinds.unbind(1)]

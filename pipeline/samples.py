@@ -1,7 +1,7 @@
 """Training and evaluation samples with keyed draws, and the batch that they are collated into.
 
 A sample's augmentation depends on its place (seed, epoch, index, position) alone. Resuming and the
-number of workers or processes leave it as it is. Training images are handed over as pixels, a
+number of workers or processes do not change it. Training images are passed on as uint8 pixels, a
 quarter of the size of float32; the step normalises and erases them on the device.
 
 Letters: B batch, H height, W width, M boxes to erase per image, L operations per image.
@@ -26,24 +26,24 @@ from pipeline.transforms import PendingAugment, Pixels, Transform
 from samplers import Place
 from utils import InputError, SampleError, keyed_generator, keyed_globals
 
-SUBSTITUTES = 20  # how many other images are tried instead of one that cannot be read
+SUBSTITUTES = 20  # how many other images are tried in place of an unreadable one
 
 ReadImage = Callable[[int], tuple[Pixels, int]]  # index -> decoded image, label
 
 
 class Sample(NamedTuple):
-    """One training image with what is still to be done to it in the batch."""
+    """One training image, and the draws that are applied later, in the batch."""
 
     image: Tensor  # (3, H, W)
     label: int
-    number: int  # index in the data set; of a stream the running number in the epoch
-    replaced: bool  # the image of this number cannot be read: `image` is another one
+    number: int  # index in the data set; for a stream the running number in the epoch
+    replaced: bool  # image `number` cannot be read, and `image` is another one
     boxes: list[erasing.Box]  # M, to be erased after the operations
-    operations: list[randaugment.Row]  # L, of RandAugment on the device
+    operations: list[randaugment.Row]  # L, flip and RandAugment on the device; L = 0 for none
 
 
 class Batch(NamedTuple):
-    """What a training loader gives. Float images need no boxes and no operations."""
+    """A batch of a training loader. Float images need no boxes and no operations."""
 
     images: Tensor  # (B, 3, H, W), uint8 with channels last in memory, or float
     labels: Tensor  # (B,) int64
@@ -54,7 +54,11 @@ class Batch(NamedTuple):
 
 
 def make_batch(samples: Iterable[tuple[int, Sample]], size: int) -> Batch:
-    """`size` samples, each with its row in the batch. Each image is copied once, into its row."""
+    """Collates `size` samples. Each image is copied once, into its row of the batch.
+
+    Args:
+        samples: (row in the batch, sample), in any order.
+    """
     images = torch.empty(0)
     rows: dict[int, Sample] = {}
     for row, sample in samples:
@@ -62,7 +66,7 @@ def make_batch(samples: Iterable[tuple[int, Sample]], size: int) -> Batch:
             shape = (size, *sample.image.shape)
             images = torch.empty(shape, dtype=sample.image.dtype, memory_format=torch.channels_last)
         images[row] = sample.image
-        rows[row] = sample._replace(image=torch.empty(0))  # the copy is enough
+        rows[row] = sample._replace(image=torch.empty(0))  # frees its memory: it is copied
     in_order = [rows[row] for row in range(size)]
     return Batch(
         images,
@@ -75,12 +79,12 @@ def make_batch(samples: Iterable[tuple[int, Sample]], size: int) -> Batch:
 
 
 def collate_samples(samples: list[Sample]) -> Batch:
-    """Samples that were read one by one, such as a stream's."""
+    """Collates samples that were read one by one, such as those of a stream."""
     return make_batch(enumerate(samples), len(samples))
 
 
 def identity_collate(batch: Batch) -> Batch:
-    """For torch's loader, which must collate what is a batch already."""
+    """The collate function for samples that are a batch already."""
     return batch
 
 
@@ -92,7 +96,7 @@ def draw_sample(
     erase: Erasing,
     replaced: bool = False,
 ) -> Sample:
-    """All draws of one sample: those of the transform, then the boxes to erase."""
+    """Makes all draws of one sample: those of the transform, then the boxes to erase."""
     result = transform(image)
     pixels, operations = result if isinstance(result, PendingAugment) else (result, [])
     boxes = erase.draw((pixels.shape[1], pixels.shape[2]))
@@ -100,14 +104,17 @@ def draw_sample(
 
 
 class TrainSamples(Dataset[Sample]):
-    """Place (epoch, index, position) -> `Sample`; a list of places -> `Batch`. Draws are keyed by
-    the place.
+    """Training samples: a place (epoch, index, position) -> `Sample`, a list of places -> `Batch`.
+
+    All draws are keyed by the seed and the place.
 
     Args:
+        images: the data set.
         transform: a decoded image -> (3, H, W), or `pipeline.transforms.PendingAugment`.
+        seed: of the run.
+        skip_corrupt: replace an image that cannot be decoded by another image and its label. The
+            draw of the other image is keyed too. Errors of the transform are always raised.
         erase: draws the boxes, after all other draws of the sample.
-        skip_corrupt: an image that cannot be decoded is replaced by another, drawn from the same
-            place, with that other's label. Errors of the transform are raised either way.
     """
 
     def __init__(
@@ -131,24 +138,27 @@ class TrainSamples(Dataset[Sample]):
         return self.sample_at(place, self.images.__getitem__)
 
     def __getitems__(self, places: list[Place]) -> Batch:
-        """What torch's loader calls: a whole batch. Views of one image are decoded once."""
+        """A whole batch, for torch's loader. Several views of one image are decoded once."""
         read = lru_cache(maxsize=1)(self.images.__getitem__)
         rows = sorted(range(len(places)), key=places.__getitem__)
         samples = ((row, self.sample_at(places[row], read)) for row in rows)
         return make_batch(samples, len(places))
 
     def sample_at(self, place: Place, read: ReadImage) -> Sample:
-        """The sample of a place, its image decoded by `read`."""
+        """The sample of a place; `read` decodes its image."""
         image, label, replaced = self.read_or_replace(place, read)
         with keyed_globals("sample", self.seed, *place):
             return draw_sample(self.transform, image, label, place[1], self.erase, replaced)
 
     def read_or_replace(self, place: Place, read: ReadImage) -> tuple[Pixels, int, bool]:
-        """The image of a place and its label, or another image's, and whether it is another's.
+        """The image of a place and its label, or those of a substitute.
+
+        Returns:
+            The image, its label, and whether they are those of a substitute.
 
         Raises:
-            SampleError: it cannot be read, and replacing is off or none of `SUBSTITUTES` others can
-                be read either.
+            SampleError: the image cannot be read, and `skip_corrupt` is false or none of
+                `SUBSTITUTES` other images can be read either.
         """
         try:
             return *read(place[1]), False
@@ -167,7 +177,7 @@ class TrainSamples(Dataset[Sample]):
 
 
 class EvalSamples(Dataset[tuple[torch.Tensor, int]]):
-    """index -> (image (3, H, W) float32, label)."""
+    """Evaluation samples: index -> (image (3, H, W) float32, label)."""
 
     def __init__(self, images: Images, transform: Transform) -> None:
         self.images = images
@@ -182,12 +192,12 @@ class EvalSamples(Dataset[tuple[torch.Tensor, int]]):
 
 
 class StreamedSamples(IterableDataset[Sample]):
-    """A stream's training samples; `shown` is the running number of the sample in the epoch.
+    """The training samples of a stream; `Sample.number` is the running number in the epoch.
 
-    Draws are keyed by (seed, epoch, rank, worker, count), and who reads which shard depends on
-    workers and ranks: a run repeats exactly only with the same number of both. Every worker deals
-    its share of the epoch's batches and starts its shards again where timm's rounding leaves it
-    short, so all ranks make the same number of steps.
+    Draws are keyed by (seed, epoch, rank, worker, count), and the shards of a worker depend on the
+    numbers of workers and ranks. A run can therefore be repeated exactly only with the same numbers
+    of both. Each worker gives its share of the epoch's batches, and starts its shards again if
+    timm's rounding makes them too short. All ranks therefore make the same number of steps.
     """
 
     def __init__(
@@ -201,14 +211,14 @@ class StreamedSamples(IterableDataset[Sample]):
         self.deal(batch_size=1, rank=0, world_size=1, accum_steps=1)
 
     def deal(self, *, batch_size: int, rank: int, world_size: int, accum_steps: int) -> None:
-        """Fixes this rank's share; the arguments are those of `EpochBatches`."""
+        """Sets this rank's share of the epoch; the arguments are those of `EpochBatches`."""
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.steps_per_epoch = self.images.num_images // (batch_size * world_size * accum_steps)
         self.num_batches = self.steps_per_epoch * accum_steps
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-        self.images.source.set_epoch(epoch)  # timm orders the shards by it
+        self.images.source.set_epoch(epoch)  # timm shuffles the shards with it
 
     def __len__(self) -> int:
         return self.num_batches * self.batch_size
@@ -233,7 +243,7 @@ class StreamedSamples(IterableDataset[Sample]):
 
 
 class StreamedEvalSamples(IterableDataset[tuple[torch.Tensor, int]]):
-    """A stream's (image (3, H, W) float32, label)."""
+    """The evaluation samples of a stream: (image (3, H, W) float32, label)."""
 
     def __init__(self, images: StreamedImages, transform: Transform) -> None:
         self.images = images
@@ -251,18 +261,17 @@ def train_samples(
     skip_corrupt: bool = False,
     erase: Erasing | None = None,
 ) -> TrainSamples | StreamedSamples:
-    """The training samples of either kind of data set; arguments as in `TrainSamples`.
+    """The training samples of a data set or a stream; arguments as in `TrainSamples`.
 
     Raises:
-        InputError: unreadable images of a stream shall be replaced.
+        InputError: `skip_corrupt` with a stream.
     """
     if not isinstance(images, StreamedImages):
         return TrainSamples(images, transform, seed, skip_corrupt, erase)
     if skip_corrupt:
         raise InputError(
             "--skip-corrupt is not for streams: timm/wds/ leaves unreadable images out by itself, "
-            "the others stop "
-            "there; leave the flag out"
+            "the other streams stop at them; leave the flag out"
         )
     return StreamedSamples(images, transform, seed, erase)
 
@@ -270,7 +279,7 @@ def train_samples(
 def eval_samples(
     images: Images | StreamedImages, transform: Transform
 ) -> EvalSamples | StreamedEvalSamples:
-    """The evaluation samples of either kind of data set."""
+    """The evaluation samples of a data set or a stream."""
     if isinstance(images, StreamedImages):
         return StreamedEvalSamples(images, transform)
     return EvalSamples(images, transform)

@@ -1,5 +1,4 @@
-"""How an evaluation image becomes a tensor (`ImageSpec`), and what training does to an image
-(`Augment`). Values only."""
+"""The settings of image preprocessing (`ImageSpec`) and of augmentation in training (`Augment`)."""
 
 from __future__ import annotations
 
@@ -13,19 +12,14 @@ from pipeline import randaugment as rand
 from utils import InputError
 
 RESIZERS = ("pillow", "torch")
-TORCH_INTERPOLATIONS = (
-    "random",
-    "bilinear",
-    "bicubic",
-)  # interpolations that torch has with antialiasing
-SMALL_SIDE = (
-    32  # up to here a random zoom would leave too few pixels, so images are padded and cropped
-)
+TORCH_INTERPOLATIONS = ("random", "bilinear", "bicubic")  # those that torch can antialias
+# Up to this side a random resized crop would keep too few pixels: images are padded and cropped.
+SMALL_SIDE = 32
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 ERASE_MODES = ("const", "rand", "pixel")
 AUGMENTERS = ("cpu", "device")
 _NUMBER = r"\d+(?:\.\d+)?"
-# timm ignores or asserts on what it does not know, so the names are checked here
+# timm ignores unknown names or fails with an assertion, so the names are checked here.
 _AUGMENT_NAMES = (
     rf"rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]|t(weights|3aw?)))*"
     rf"|augmix(-(m\d+|w\d+|d\d+|a{_NUMBER}|b[01]|mstd{_NUMBER}))*"
@@ -35,14 +29,15 @@ _AUGMENT_NAMES = (
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How an evaluation image becomes a tensor; a checkpoint carries it so that a model meets what
-    it was trained for.
+    """How an evaluation image becomes a tensor.
+
+    Checkpoints contain it, so that a model gets the preprocessing that it was trained for.
 
     Attributes:
         input_size: (H, W) in pixels.
-        mean, std: per channel, of pixels in 0..1.
-        interpolation: one of `INTERPOLATIONS`.
-        crop_ratio: share of the resized image's side that the centre crop keeps, in (0, 1].
+        mean, std: per channel, for pixels in 0..1.
+        interpolation: of the resize, one of `INTERPOLATIONS`.
+        crop_ratio: the share of the resized image's side that the centre crop keeps, in (0, 1].
 
     Raises:
         InputError: a value is out of its range.
@@ -72,10 +67,8 @@ class ImageSpec:
 
     def to_plain(self) -> dict[str, Any]:
         """Lists, numbers and strings only, for a checkpoint or JSON."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        values = asdict(self).items()
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> ImageSpec:
@@ -93,22 +86,23 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class Augment:
-    """What training does to an image, in DeiT's words.
+    """The augmentation of training images; the names are those of DeiT's flags.
 
     Attributes:
-        aa: timm's name of an automatic augmentation; None, '' or 'none' is none.
+        aa: timm's name of an automatic augmentation; None, '' or 'none' for none.
         color_jitter: strength of brightness, contrast and saturation jitter; timm applies it only
             without `aa` (and with `3a`).
-        reprob: probability that a rectangle is erased; `remode` fills it, `recount` is the largest
-            number of them.
+        reprob: probability that an image is erased.
+        remode: the fill of erased boxes, one of `ERASE_MODES`.
+        recount: the largest number of erased boxes per image.
         interpolation: one of `INTERPOLATIONS`, or 'random' for bilinear or bicubic per image.
-        hflip: probability of mirroring left and right.
-        resize: what resizes the random crop, one of `pipeline.spec.RESIZERS`.
-        randaugment: where flip and `aa` are done: `cpu`, per image, or `device`, in the batch
-            (RandAugment only).
+        hflip: probability of a horizontal flip.
+        resize: the library that resizes the random crop, one of `RESIZERS`.
+        randaugment: where flip and `aa` are applied: `cpu`, per image in the worker, or `device`,
+            in the batch (RandAugment only).
 
     Raises:
-        InputError: a value is unknown or out of its range, or not offered together with another.
+        InputError: a value is unknown or out of its range, or cannot be combined with another.
     """
 
     aa: str | None = "rand-m9-mstd0.5-inc1"
@@ -125,8 +119,7 @@ class Augment:
         if self.auto and not re.fullmatch(_AUGMENT_NAMES, self.auto):
             raise InputError(
                 f"--aa {self.aa}: unknown; use none, rand-m9-mstd0.5-inc1 (or other numbers), "
-                "augmix-m3-w3, "
-                "original, originalr, v0, v0r or 3a"
+                "augmix-m3-w3, original, originalr, v0, v0r or 3a"
             )
         if self.interpolation not in (*INTERPOLATIONS, "random"):
             raise InputError(
@@ -137,9 +130,8 @@ class Augment:
             raise InputError(f"--resize {self.resize}: use {' or '.join(RESIZERS)}")
         if self.resize == "torch" and self.interpolation not in TORCH_INTERPOLATIONS:
             raise InputError(
-                f"--resize torch: has no --train-interpolation {self.interpolation}; use --resize "
-                "pillow, or one of "
-                f"{', '.join(TORCH_INTERPOLATIONS)}"
+                f"--resize torch: has no --train-interpolation {self.interpolation}; "
+                f"use --resize pillow, or one of {', '.join(TORCH_INTERPOLATIONS)}"
             )
         if self.remode not in ERASE_MODES:
             raise InputError(f"--remode {self.remode}: use {', '.join(ERASE_MODES)}")
@@ -149,28 +141,29 @@ class Augment:
             )
         for flag, value in (("--reprob", self.reprob), ("horizontal flip", self.hflip)):
             if not 0 <= value <= 1:
-                raise InputError(f"{flag} {value}: a probability lies between 0 and 1")
+                raise InputError(f"{flag} {value}: must lie between 0 and 1")
         if self.randaugment not in AUGMENTERS:
             raise InputError(f"--randaugment {self.randaugment}: use {' or '.join(AUGMENTERS)}")
         if self.randaugment == "device":
             self._check_device()
 
     def _check_device(self) -> None:
-        without = [name for name in rand.NOT_ENCODED if name in (self.auto or "")]
-        if not (self.auto or "").startswith("rand") or without:
+        """Refuses what `--randaugment device` does not support."""
+        policy = self.auto or ""
+        is_encoded = not any(part in policy for part in rand.NOT_ENCODED)
+        if not policy.startswith("rand") or not is_encoded:
             raise InputError(
-                "--randaugment device: does timm's rand-... policies without "
+                "--randaugment device: supports timm's rand-... policies without "
                 f"{' or '.join(rand.NOT_ENCODED)}, "
                 f"not --aa {self.aa}; use --randaugment cpu, or another --aa"
             )
         if self.interpolation not in rand.INTERPOLATIONS:
             raise InputError(
-                f"--randaugment device: has no --train-interpolation {self.interpolation}; use "
-                "--randaugment cpu, or "
-                f"one of {', '.join(rand.INTERPOLATIONS)}"
+                f"--randaugment device: has no --train-interpolation {self.interpolation}; "
+                f"use --randaugment cpu, or one of {', '.join(rand.INTERPOLATIONS)}"
             )
 
     @property
     def auto(self) -> str | None:
-        """`aa`, or None for any spelling of none."""
+        """`aa`, or None if it is one of the spellings of none."""
         return None if self.aa in (None, "", "none") else self.aa

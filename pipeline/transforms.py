@@ -1,9 +1,7 @@
-"""From a decoded image to a tensor, for training and for evaluation, and from pixels to normalised
-values and back.
+"""Transforms of decoded images into tensors, for training and evaluation, and normalisation.
 
-Level 1: imports `utils`, `cropping` and `randaugment` only. It must not open files, know labels or
-mix images. The training recipe is DeiT's, built by timm; inputs of at most `SMALL_SIDE` pixels are
-padded and cropped instead of zoomed, as is usual for CIFAR.
+The training transform is DeiT's, built by timm. Inputs of at most `SMALL_SIDE` pixels are padded
+and cropped instead of resized from a random crop, as is usual for CIFAR.
 
 Letters: B batch, H height, W width, in pixels.
 """
@@ -32,24 +30,25 @@ Pixels = Image.Image | np.ndarray  # a decoded RGB image: Pillow's, or (H, W, 3)
 
 
 def as_image(pixels: Pixels) -> Image.Image:
-    """A decoded image as Pillow's."""
+    """A decoded image as a Pillow image."""
     return pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
 
 
 def as_tensor(pixels: Pixels) -> torch.Tensor:
-    """An RGB image as (3, H, W) uint8, a view of pixels that lie row by row: channels last."""
+    """An RGB image as (3, H, W) uint8, with channels last in memory."""
     rows = np.array(pixels) if isinstance(pixels, Image.Image) else pixels
     return torch.from_numpy(rows).permute(2, 0, 1)
 
 
 class CropAndResize(RandomResizedCropAndInterpolation):
-    """timm's random resized crop with its own draws, for either kind of decoded image; gives
-    Pillow's.
+    """timm's random resized crop, with timm's draws, for both kinds of decoded image.
+
+    The result is a Pillow image.
 
     Args:
-        resizer: `pillow`, to the bit what timm's gives, or `torch`, whose antialiased resize of
-            8-bit pixels differs by one level here and there and takes a third of the time.
-        settings: timm's.
+        resizer: `pillow` gives timm's result bit for bit. `torch` takes a third of the time; its
+            antialiased resize of 8-bit pixels differs by one level in some pixels.
+        settings: those of timm's class.
     """
 
     def __init__(self, resizer: str, **settings: Any) -> None:
@@ -60,16 +59,12 @@ class CropAndResize(RandomResizedCropAndInterpolation):
         return as_image(self.resized(pixels))
 
     def resized(self, pixels: Pixels) -> Pixels:
-        """The same as the resizer leaves it: an array from torch."""
-        view = (
-            pixels if isinstance(pixels, Image.Image) else torch.from_numpy(pixels).permute(2, 0, 1)
-        )
+        """The resized crop as the resizer returns it: Pillow's image, or an array from torch."""
+        view = pixels if isinstance(pixels, Image.Image) else as_tensor(pixels)
         top, left, height, width = self.get_params(view, self.scale, self.ratio)
-        mode = (
-            random.choice(self.interpolation)
-            if isinstance(self.interpolation, tuple)
-            else self.interpolation
-        )
+        mode = self.interpolation
+        if isinstance(mode, tuple):
+            mode = random.choice(mode)
         crop: Pixels
         if isinstance(pixels, Image.Image):
             crop = pixels.crop((left, top, left + width, top + height))
@@ -78,24 +73,20 @@ class CropAndResize(RandomResizedCropAndInterpolation):
         if self.resizer == "pillow":
             return functional.resize(as_image(crop), list(self.size), mode)
         crop = crop if isinstance(crop, np.ndarray) else np.array(crop)
-        # With its batch from the beginning, torch sees that channels come last, and gives them so.
-        # Else Pillow would have to sort the colours of each pixel together, which takes as long as
-        # the resize.
-        rows = torch.from_numpy(crop)[None].permute(
-            0, 3, 1, 2
-        )  # (1, 3, height, width), never copied
-        resized = torch.nn.functional.interpolate(rows, self.size, mode=mode.value, antialias=True)[
-            0
-        ]
+        # The batch dimension is added before the permutation: torch then recognises channels last
+        # and keeps them. Otherwise the conversion to a Pillow image would have to copy the channels
+        # of each pixel together, which takes as long as the resize.
+        batch = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # (1, 3, height, width), a view
+        resize = torch.nn.functional.interpolate
+        (resized,) = resize(batch, self.size, mode=mode.value, antialias=True)
         return resized.permute(1, 2, 0).numpy()  # (H, W, 3)
 
 
 class PendingAugment(NamedTuple):
-    """Pixels (3, H, W) uint8 and what is left to do to them, in the batch:
-    `pipeline.randaugment.DrawOnly`'s rows."""
+    """An image whose flip and RandAugment are drawn, but not applied yet."""
 
-    pixels: torch.Tensor
-    operations: list[randaugment.Row]
+    pixels: torch.Tensor  # (3, H, W) uint8
+    operations: list[randaugment.Row]  # from `pipeline.randaugment.DrawOnly`
 
 
 # A decoded image -> (3, H, W): for training uint8 pixels or a `PendingAugment`, for evaluation
@@ -105,7 +96,7 @@ Transform = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class ResizeTo:
-    """Resizes to exactly (H, W); an image of that size passes untouched."""
+    """Resizes to exactly (H, W); an image of that size does not change."""
 
     size: tuple[int, int]
     interpolation: str
@@ -121,7 +112,7 @@ class ResizeTo:
 
 @dataclass(frozen=True)
 class DeferAugment:
-    """The last step of a transform: an image as it is, and what is drawn for it and not done."""
+    """The last step of a transform: returns the image and the operations drawn for it."""
 
     draw: randaugment.DrawOnly
 
@@ -130,20 +121,20 @@ class DeferAugment:
 
 
 def fill_color(spec: ImageSpec) -> tuple[int, ...]:
-    """What RandAugment's warps bring in from outside an image, as timm has it: the mean color's
-    levels."""
+    """The levels of pixels that RandAugment's warps move in: the mean colour, as in timm."""
     return tuple(min(255, round(255 * value)) for value in spec.mean)
 
 
 def build_train_transform(spec: ImageSpec, augment: Augment) -> transforms.Compose:
     """DeiT's training transform up to pixels: a decoded image -> (3, H, W) uint8, channels last.
 
-    Draws from python's, numpy's and torch's generators. Large inputs: random resized crop. Small
-    ones: resized only if they differ, then a random crop of the image padded by an eighth of its
-    side (4 pixels at 32). The rest is the same: flip, `aa` or colour jitter; with
-    `augment.randaugment` on the device, the image and these as they were drawn.
-    `pipeline.randaugment_pixels.apply` for those, `normalise` and `pipeline.erasing.erase` follow
-    in the batch.
+    Large inputs get a random resized crop. Small inputs are resized only if their size differs,
+    padded by an eighth of their side (4 pixels at 32) and randomly cropped. Then follow the flip,
+    and `aa` or colour jitter. With `augment.randaugment` on the device the result is a
+    `PendingAugment`, and `pipeline.randaugment_pixels.apply` applies flip and `aa` in the batch.
+    `normalise` and `pipeline.erasing.erase` come last, in the batch.
+
+    It draws from Python's, NumPy's and torch's global generators.
     """
     large = create_transform(
         input_size=spec.input_size,
@@ -162,23 +153,24 @@ def build_train_transform(spec: ImageSpec, augment: Augment) -> transforms.Compo
         "ratio": crop.ratio,
         "interpolation": augment.interpolation,
     }
-    own_crop = CropAndResize(augment.resize, **settings)
-    padded = transforms.RandomCrop(spec.input_size, padding=max(1, round(min(spec.input_size) / 8)))
-    small = [ResizeTo(spec.input_size, augment.interpolation), padded]
+    fast_crop = CropAndResize(augment.resize, **settings)
+    padding = max(1, round(min(spec.input_size) / 8))
+    padded_crop = transforms.RandomCrop(spec.input_size, padding=padding)
+    small = [ResizeTo(spec.input_size, augment.interpolation), padded_crop]
     if augment.randaugment == "device":
-        undone = DeferAugment(randaugment.DrawOnly(after_crop, spec.input_size))
-        return transforms.Compose([*(small if spec.is_small else [own_crop.resized]), undone])
+        defer = DeferAugment(randaugment.DrawOnly(after_crop, spec.input_size))
+        return transforms.Compose([*(small if spec.is_small else [fast_crop.resized]), defer])
     for step in after_crop:
         guard_posterize(step)
-    return transforms.Compose([*(small if spec.is_small else [own_crop]), *after_crop, as_tensor])
+    return transforms.Compose([*(small if spec.is_small else [fast_crop]), *after_crop, as_tensor])
 
 
 def build_eval_transform(spec: ImageSpec) -> transforms.Compose:
-    """The evaluation transform: PIL RGB -> (3, H, W) float32, nothing random.
+    """The evaluation transform: PIL RGB -> (3, H, W) float32; nothing is random.
 
-    Large inputs: resized, keeping the aspect ratio, until the image covers (H, W) / crop_ratio
-    rounded down as in DeiT and timm, then the centre crop. Small ones: resized only if they differ,
-    never cropped.
+    Large inputs are resized, with their aspect ratio, until they cover (H, W) / crop_ratio (rounded
+    down as in DeiT and timm); then the centre is cropped. Small inputs are resized only if their
+    size differs, and not cropped.
     """
     large = create_transform(
         input_size=spec.input_size,
@@ -195,55 +187,56 @@ def build_eval_transform(spec: ImageSpec) -> transforms.Compose:
 
 
 def normalise(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
-    """Pixels uint8 (B, 3, H, W) as float32, on their device and in their memory format.
+    """Normalises pixels (B, 3, H, W) uint8 to float32, on their device and in their memory format.
 
-    On the CPU these are, bit for bit, the values of torchvision's `ToTensor` and `Normalize`.
+    On the CPU the values equal those of torchvision's `ToTensor` and `Normalize`, bit for bit.
     """
     mean, std = _mean_and_std(spec, images.device)
-    levels = torch.full(
-        (), 255.0, device=images.device
-    )  # CUDA multiplies by the inverse of a number of the host
+    # A tensor, because CUDA multiplies by the inverse of a Python number instead of dividing.
+    levels = torch.full((), 255.0, device=images.device)
     return images.to(torch.float32).div_(levels).sub_(mean).div_(std)
 
 
 def denormalise(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
-    """Normalised images (B, 3, H, W) as pixels to look at: uint8 (B, 3, H, W), clipped where
-    erasing left the range."""
+    """Normalised images (B, 3, H, W) as pixels (B, 3, H, W) uint8, for pictures.
+
+    Values outside the range, which come from erasing, are clipped.
+    """
     mean, std = _mean_and_std(spec, images.device)
     return (images.float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def _mean_and_std(spec: ImageSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1, 3, 1, 1) each, moved without waiting."""
-    mean, std = (
-        torch.tensor(values).to(device, non_blocking=True) for values in (spec.mean, spec.std)
-    )
+    """(1, 3, 1, 1) each, on the device; the host does not wait."""
+    mean = torch.tensor(spec.mean).to(device, non_blocking=True)
+    std = torch.tensor(spec.std).to(device, non_blocking=True)
     return mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
 
 
 # ---------------------------------------------------------------------------- posterize with 0 bits
 # RandAugment's magnitude noise reaches the level at which posterize keeps no bit. Pillow returned a
-# black image there until version 12 and raises ValueError from 13 on; timm calls it unguarded. At
-# DeiT's setting that stops a run within the first few thousand images. The operations of a built
-# transform are given the guarded function, so nothing outside it changes and the guard travels into
-# loader workers with the transform.
+# black image there up to version 12 and raises ValueError from version 13, which timm does not
+# catch. With DeiT's settings that would stop a run within the first few thousand images. Only the
+# operations of a built transform get the function below: timm itself is not patched, and loader
+# workers receive the function with the transform.
 
 
 def posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's posterize, with the black image of older Pillow where no bit is kept."""
+    """timm's posterize; a black image, as from older Pillow, if no bit is kept."""
     if bits <= 0:
         return Image.new(image.mode, image.size)
     return timm_posterize(image, bits, **options)
 
 
 def guard_posterize(step: Any) -> None:
-    """Gives the operations of one step of a transform, if it has any, the guarded function."""
+    """Replaces timm's posterize by `posterize` in the operations of one step of a transform."""
     for operation in _operations(step):
         if operation.aug_fn is timm_posterize:
             operation.aug_fn = posterize
 
 
 def _operations(step: Any) -> Iterator[AugmentOp]:
+    """timm's operations in one step of a transform; none for most steps."""
     if isinstance(step, (RandAugment, AugMixAugment)):
         yield from step.ops
     elif isinstance(step, AutoAugment):

@@ -309,7 +309,7 @@ class Run:
         """
         if not self.output.is_kept:
             return
-        if self.progress.samples and not loaders.can_start_within(self.data.train_loader):
+        if self.progress.samples and not loaders.can_start_mid_epoch(self.data.train_loader):
             self.output.log.say(
                 "a stream cannot be resumed in the middle of an epoch: no checkpoint is saved now"
             )

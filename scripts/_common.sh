@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the scripts share: messages, DRY_RUN, and the environment beside the project. Sourced, never run by itself.
-# Kept to what bash 3.2 (macOS) understands.
+# What the scripts share: messages, DRY_RUN, and the environment beside the project. Sourced, not run directly.
+# Compatible with bash 3.2 (macOS).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
@@ -12,7 +12,7 @@ die() {
   exit 2
 }
 
-# Shows a command as it could be typed, then runs it; with DRY_RUN=1 only shows it. WORDS_TO names a file for its words.
+# Prints a command as it can be typed, then runs it; with DRY_RUN=1 only prints it. WORDS_TO names a file for its words.
 run() {
   printf '%q ' "$@"
   printf '\n'
@@ -21,7 +21,7 @@ run() {
 }
 
 # For processes that all run on this machine: gloo and NCCL listen on its loopback interface, unless the caller names
-# another one. torchrun's own key store cannot be told to: it listens on every interface (pytorch #173909).
+# another one. torchrun's key store cannot be limited: it listens on every interface (pytorch #173909).
 stay_on_loopback() {
   local interface=lo
   [[ $(uname) != Darwin ]] || interface=lo0
@@ -29,8 +29,8 @@ stay_on_loopback() {
 }
 
 # Makes sure that .venv exists and holds what the given requirements files name, and puts it first on PATH.
-# PYTHON names the interpreter that makes it. Nothing is installed twice: a stamp keeps each file's checksum. What is in
-# it is started as `python -m ...`, because its launchers (torchrun, mypy) break when the project's folder moves.
+# PYTHON names the interpreter that makes it. Nothing is installed twice: a stamp keeps each file's checksum. Tools
+# in it start as `python -m ...`, because its launchers (torchrun, mypy) break if the project's folder moves.
 use_environment() {
   local file stamp checksum
   [[ ${DRY_RUN:-0} != 1 ]] || return 0

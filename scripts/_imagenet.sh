@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# How a training run on ImageNet starts: its arguments, the split of the total batch, torchrun on one or more machines.
-# Sourced, never run by itself. The recipe itself stands in each script.
+# Starts a training run on ImageNet: its arguments, the split of the total batch, torchrun on one or more machines.
+# Sourced, not run directly. Each script holds its recipe.
 
 # shellcheck source=scripts/_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 # train_on_imagenet NAME TOTAL LARGEST ARGUMENT...: trains with the flags of the array `recipe`.
 #   NAME      of the output folder
 #   TOTAL     images per optimizer step, over all processes
-#   LARGEST   images per process and micro-batch; what goes beyond is accumulated
+#   LARGEST   most images per process and micro-batch; more micro-batches make up the total
 train_on_imagenet() {
   local name=$1 total=$2 largest=$3 data='' nproc='' output='' mixer=smmix flag value used
   local passed=()
@@ -50,13 +50,13 @@ train_on_imagenet() {
     --data-path "$data" --output-dir "${output:-$root/output/${name}_$mixer}" ${passed[@]+"${passed[@]}"}
 }
 
-# Sets `flag`: the name of a flag, --like-this however it was spelled; any other word as it is.
+# Sets `flag`: the name of a flag, with hyphens instead of underscores; any other word unchanged.
 name_flag() {
   flag=${1%%=*}
   [[ $flag != --* ]] || flag=${flag//_/-}
 }
 
-# Sets `value`, that of the flag which the words begin with, and `used`, how many of the words that took.
+# Sets `value`, the value of the flag at the beginning of the words, and `used`, the number of words that it takes.
 take_value() {
   if [[ $1 == *=* ]]; then
     value=${1#*=} used=1

@@ -5,19 +5,20 @@
 #   bash scripts/cait_xxs24.sh --data-path /imagenet --mixer cutmix     the CutMix baseline, same recipe
 #
 # Expected top-1 (the paper's numbers): CutMix 77.6, SMMix 78.9. Not run by us: no figure of our own.
-# No hardware is on record for CaiT; here 4 GPUs, 4 x 256 images = 1024 per step. Another number of processes keeps that
-# total: at most 256 images at a time per process, the rest accumulated; what does not divide is refused. The peak
-# learning rate is --lr x total / 512. Pairs, region sizes and the choice of mixer are drawn per micro-batch.
+# No hardware is on record for CaiT; here 4 GPUs, 4 x 256 images = 1024 per step. With another number of processes the
+# total stays the same: at most 256 images per process and micro-batch, and more micro-batches. A number that does not
+# divide the total is refused. The peak learning rate is --lr x total / 512. Pairs, region sizes and the choice of
+# mixer are drawn per micro-batch.
 #
 # --data-path DIR   folder with train/ and val/, one folder per class in each
 # --nproc N         processes on this machine; default: its GPUs
-# --output DIR      default: output/cait_xxs24_<mixer>; the same command goes on with a run that was interrupted
-# --batch-size N    images per process; the total changes where 1024 cannot be kept, and the script says so
+# --output DIR      default: output/cait_xxs24_<mixer>; the same command resumes an interrupted run
+# --batch-size N    images per process; if the total cannot stay 1024, the script prints the new one
 # NNODES=2 NODE_RANK=0 MASTER_ADDR=host [MASTER_PORT=29500]   several machines: the same on each, ranks 0, 1, ...
 # DRY_RUN=1         show the command only
 #
 # CaiT's own settings: drop path 0.05, constant over the self-attention blocks; evaluation at crop ratio 1.0. CaiT's own
-# paper trains for 400 epochs; the SMMix paper says 300 for every model, which is what stands here.
+# paper trains for 400 epochs; the SMMix paper says 300 for every model, as here.
 # Otherwise the recipe is DeiT's, for both columns. The released SMMix code does not have this family.
 
 set -euo pipefail

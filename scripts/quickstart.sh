@@ -4,7 +4,7 @@
 #
 #   bash scripts/quickstart.sh [ARGUMENT of main.py ...]
 #
-# PYTHON=...   the interpreter that .venv is made with (Python 3.10 or later)
+# PYTHON=...   the interpreter that makes .venv (Python 3.10 or later)
 # DRY_RUN=1    show the commands only
 
 set -euo pipefail

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Lint, format, types, tests: what a change must pass. Makes or reuses .venv like quickstart.sh.
+# Runs the checks that a change must pass: lint, format, types, tests. Makes or reuses .venv like quickstart.sh.
 #
 #   bash scripts/test.sh [ARGUMENT of pytest ...]
 #   bash scripts/test.sh tests/test_smmix.py -k lam
 #
-# PYTHON=...   the interpreter that .venv is made with (Python 3.10 or later)
+# PYTHON=...   the interpreter that makes .venv (Python 3.10 or later)
 # DRY_RUN=1    show the commands only
 
 set -euo pipefail

@@ -45,6 +45,7 @@ import run_with_submitit
 from config import flags as config_flags
 from config import second_networks
 from config.build_mixer import MixerContext, MixingSettings, build_mixer
+from config.checks import check_args
 from config.mixing_flags import METHODS
 from models.build import build_model
 from models.weights import load_foreign, pick_weights, restore_model
@@ -347,7 +348,7 @@ def _saved(state: Any) -> bytes:
 
 
 def _checked(args: argparse.Namespace) -> argparse.Namespace:
-    config_flags.check_args(args)
+    check_args(args)
     return args
 
 

@@ -127,7 +127,7 @@ def write_run(
     data = data or (CIFAR10 if wanted.small else IMAGENET)
     device = "cpu" if wanted.small else "cuda"
     args = {
-        **flags_of(wanted.words, device),
+        **flags_of(wanted.arguments, device),
         "data_set": data[0],
         "data_path": "data",
         "output_dir": str(folder),

@@ -143,7 +143,7 @@ def test_places_are_checked_before_anything_is_measured(
     file.touch()
     before.write_text("of an earlier run")
     assert run_command(lambda: run.main([*TINY, "--data-path", str(nothing)])) == 2
-    assert f"--data-path {nothing}: no image in it" in capsys.readouterr().err
+    assert f"--data-path {nothing}: holds no image" in capsys.readouterr().err
     for folder in (file, file / "inside"):
         assert run_command(lambda folder=folder: run.main([*TINY, "--output", str(folder)])) == 2  # type: ignore[misc]
         assert f"--output {folder}: cannot be written" in capsys.readouterr().err

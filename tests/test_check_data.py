@@ -55,7 +55,7 @@ def test_every_damaged_file_is_named_with_its_reason(
     assert "validation: 10 images of 2 classes, sides from 90 to 120 pixels, 1 bad\n" in out
     assert listed.read_text().splitlines() == [str(path) for path in bad]
     assert err.startswith(f"error: {len(bad)} images cannot be read")
-    assert "--skip-corrupt trains without up to 10" in err
+    assert "With --skip-corrupt training tolerates up to 10 of them" in err
     assert "Traceback" not in err
 
 
@@ -121,7 +121,7 @@ def test_streams_and_wrong_values_are_refused(
     make_webdataset(tmp_path)
     code, _, err = check(capsys, "--data-set timm/wds/shards --nb-classes 3 --data-path", tmp_path)
     assert code == 2
-    assert "a stream is not checked" in err
+    assert "streams cannot be checked" in err
     for words, said in (
         ("--num-workers -1", "--num-workers -1"),
         ("--data-timeout -1", "--data-timeout -1"),
@@ -147,6 +147,6 @@ def test_progress_is_told_of_a_long_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check_data, "SECONDS_BETWEEN_LINES", -1.0)
-    monkeypatch.setattr(check_data, "BATCH", 4)
+    monkeypatch.setattr(check_data, "BATCH_SIZE", 4)
     _, out, _ = check(capsys, "--data-path", make_image_folder(tmp_path / "images"))
     assert "training: 8 of 10 images, 0 bad\n" in out

@@ -29,7 +29,9 @@ import timm.scheduler.scheduler_factory
 from torch.distributed.run import parse_args as parse_torchrun
 
 from config.build_mixer import MixingSettings
-from config.flags import GONE, Parser, check_args, explicit_flags, get_args_parser
+from config.checks import check_args
+from config.flags import get_args_parser
+from config.parser import GONE, Parser, explicit_flags
 from run.loop import Rules
 from tools import show_mixing
 from training import optim

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser as get_torchrun_parser
 
-from config.flags import GONE, get_args_parser
+from config.flags import get_args_parser
+from config.parser import GONE
 from models.interface import ImageModel
 from tests import chaos, fuzz
 from tools import check_data, export, show_mixing

@@ -85,7 +85,7 @@ def some_boxes(count: int) -> torch.Tensor:
 def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch, whole_batch: bool) -> Iterator[None]:
     with monkeypatch.context() as patched:
         if whole_batch:
-            patched.setattr(erasing, "_fill_few", erasing._fill)
+            patched.setattr(erasing, "_fill_in_place", erasing._fill)
         yield
 
 

@@ -121,7 +121,10 @@ def test_mixing_ends_at_its_epoch_and_not_before(photos: Path) -> None:
         ),
         ("--mixer transmix --relabel-ratio 1.2", "--relabel-ratio 1.2: must lie between 0 and 1"),
         ("--mixer transmix --cutmix 0", "--cutmix 0.0: --mixer transmix needs an alpha above 0"),
-        ("--mixer transmix --bce-loss --smoothing 0", "shares set anew change nothing"),
+        (
+            "--mixer transmix --bce-loss --smoothing 0",
+            "the shares that TransMix computes change nothing",
+        ),
         (
             "--mixer resizemix --resize-scope 0.5 0.2",
             "--resize-scope 0.5 0.2: must be two shares, the lower first",

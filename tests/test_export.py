@@ -221,7 +221,7 @@ def test_a_package_that_is_not_there_is_noticed(monkeypatch: pytest.MonkeyPatch)
     [
         ({}, "model.pt", "name a .safetensors or .onnx file"),
         ({}, "model", "name a .safetensors or .onnx file"),
-        ({}, "missing/model.safetensors", "there is no folder"),
+        ({}, "missing/model.safetensors", "does not exist"),
         ({"ema": None}, "model.safetensors", "checkpoint.pth: the checkpoint holds no ema"),
         ({"data": {}}, "model.safetensors", "holds no image_spec and class_names"),
         ({"data": None}, "model.safetensors", "holds no image_spec and class_names"),
@@ -289,9 +289,7 @@ def test_the_hub_offers_what_the_scripts_train() -> None:
         name for name in dir(hubconf) if callable(getattr(hubconf, name)) and name[0] != "_"
     } == set(hubconf.MODELS)
     for name in hubconf.MODELS:
-        assert getattr(hubconf, name).__doc__.startswith(
-            f"{name}. The plain network in evaluation mode."
-        )
+        assert getattr(hubconf, name).__doc__.startswith(f"{name}. The plain network in eval mode.")
 
 
 def test_every_entry_builds_its_network() -> None:
@@ -320,7 +318,7 @@ def test_the_hub_reads_a_checkpoint(checkpoint: Path, ema: bool) -> None:
         ({"pretrained": True}, "no trained weights are published"),
         ({"ema": True}, "ema is for checkpoint="),
         ({"checkpoint": "missing.pth"}, "there is no file missing.pth"),
-        ({"checkpoint": "HERE", "num_classes": 5}, "brings its own num_classes"),
+        ({"checkpoint": "HERE", "num_classes": 5}, "the checkpoint sets num_classes"),
         ({"checkpoint": "HERE"}, "holds a vit_nano_patch4_32, not a deit_tiny_patch16_224"),
     ],
 )

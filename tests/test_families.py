@@ -116,8 +116,10 @@ def test_every_family_is_in_this_contract() -> None:
     for name, _ in TINY.values():
         with torch.device("meta"):
             network = timm.create_model(name)
-        covered.update(family.kind for family in FAMILIES if isinstance(network, family.kind))
-    assert covered == {family.kind for family in FAMILIES}
+        covered.update(
+            family.network_class for family in FAMILIES if isinstance(network, family.network_class)
+        )
+    assert covered == {family.network_class for family in FAMILIES}
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
@@ -215,7 +217,7 @@ def test_weights_move_to_other_classes_and_the_heads_are_said(family: str) -> No
 
 
 def test_a_family_without_checkpointing_says_so() -> None:
-    with pytest.raises(utils.InputError, match=r"--grad-checkpointing: Twins does not offer it"):
+    with pytest.raises(utils.InputError, match=r"--grad-checkpointing: Twins does not support it"):
         use_grad_checkpointing(make_training("Twins", "paper").module, "Twins")
 
 
@@ -446,5 +448,7 @@ def test_attention_across_channels_gives_no_score() -> None:
 
 
 def test_a_convolutional_network_has_no_patches_to_choose() -> None:
-    with pytest.raises(utils.InputError, match=r"--patch-size 4: resnet50 has none to choose"):
+    with pytest.raises(
+        utils.InputError, match=r"--patch-size 4: the patch size of resnet50 is fixed"
+    ):
         build_model("resnet50", CLASSES, input_size=(SIDE, SIDE), patch_size=4)

@@ -100,7 +100,7 @@ def test_a_name_alone_has_its_weights_fetched(
             "--attentive-teacher resnet5O: no such model; did you mean resnet50",
         ),
         ("missing.pth", "--attentive-teacher missing.pth: no such model"),
-        ("test_resnet=", "--attentive-teacher test_resnet=: names no file behind the ="),
+        ("test_resnet=", "--attentive-teacher test_resnet=: names no file after the ="),
         (
             "test_resnet.old=weights.pth",
             "Invalid pretrained tag (old) for test_resnet. It has test_resnet.r160_in1k",
@@ -108,7 +108,7 @@ def test_a_name_alone_has_its_weights_fetched(
         ("test_resnet=missing.pth", "there is no file missing.pth"),
         ("test_convnext=weights.pth", "--attentive-teacher test_convnext=weights.pth"),
         ("vit_nano_patch4_32=nano.pth", "cannot take the student's images of 64 x 96 pixels"),
-        ("test_vit=vit.pth", "gives no map of features"),
+        ("test_vit=vit.pth", "has no feature map"),
     ],
 )
 def test_what_cannot_be_looked_through_is_refused(
@@ -133,7 +133,7 @@ def test_weights_that_cannot_be_fetched_ask_for_a_file(monkeypatch: pytest.Monke
         match=r"could not get its weights \(no route to host\); give a file: test_resnet=",
     ):
         second_networks.build_feature_map("test_resnet", SIZE)
-    with pytest.raises(InputError, match=r"could not get its weights \(timm knows none\)"):
+    with pytest.raises(InputError, match=r"could not get its weights \(timm has none\)"):
         second_networks.build_feature_map("cspresnet50d", SIZE)
 
 

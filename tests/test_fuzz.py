@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import main
-from config.flags import Parser, check_args, get_args_parser
+from config.checks import check_args
+from config.flags import get_args_parser
+from config.parser import Parser
 from run import log, state
 from storage.checkpoints import load_checkpoint
 from tests import fuzz, junk

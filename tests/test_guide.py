@@ -20,10 +20,11 @@ import engine
 import utils
 from config import build_guide
 from config.build_guide import check_guide_size
-from config.flags import check_args, get_args_parser
+from config.checks import check_args
+from config.flags import get_args_parser
 from models.build import build_model, use_float32_attention
 from models.deit import PlainViT
-from models.interface import GuideOutput, ImageModel, resize_score
+from models.interface import GuideOutput, ImageModel, upsample_score
 from models.weights import adapt_weights, load_strictly, plain_weights
 from tests.conftest import randomise
 from tests.image_folders import make_image_folder
@@ -298,7 +299,7 @@ def test_a_step_after_the_guide_learns_as_without_it(case: str, amp: str, tmp_pa
 
 def test_a_resized_score_is_the_bilinear_one() -> None:
     score = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
-    ours = resize_score(score, (2, 3), (5, 4)).unflatten(1, (5, 4))
+    ours = upsample_score(score, (2, 3), (5, 4)).unflatten(1, (5, 4))
 
     def between(position: int, length: int, fine: int) -> tuple[int, int, float]:
         place = min(max((position + 0.5) * length / fine - 0.5, 0.0), length - 1.0)
@@ -314,9 +315,9 @@ def test_a_resized_score_is_the_bilinear_one() -> None:
             below = grid[:, bottom, left] * (1 - along) + grid[:, bottom, right] * along
             expected = (above * (1 - down) + below * down) * 6 / 20
             torch.testing.assert_close(ours[:, row, column], expected)
-    uniform = resize_score(torch.full((1, 6), 1 / 6), (2, 3), (4, 6))
+    uniform = upsample_score(torch.full((1, 6), 1 / 6), (2, 3), (4, 6))
     torch.testing.assert_close(uniform, torch.full((1, 24), 1 / 24))
-    assert torch.equal(resize_score(score, (2, 3), (2, 3)), score)
+    assert torch.equal(upsample_score(score, (2, 3), (2, 3)), score)
 
 
 LOOKERS = [
@@ -342,7 +343,7 @@ def test_a_smaller_look_is_that_of_a_model_built_smaller(case: str) -> None:
         )
     check_score(seen.image_attention, model)
     torch.testing.assert_close(seen.logits, expected.logits, atol=1e-5, rtol=1e-5)
-    score = resize_score(expected.image_attention, small.grid_size, model.grid_size)
+    score = upsample_score(expected.image_attention, small.grid_size, model.grid_size)
     torch.testing.assert_close(seen.image_attention, score, atol=1e-6, rtol=0)
     assert not torch.allclose(prediction(model, images, size), prediction(model, images), atol=1e-3)
 
@@ -376,14 +377,14 @@ REFUSED = [
     (
         "BEiT, token",
         (32, 32),
-        r"--guide-size 32 32: tiny, a Beit, is read at its own size only; a plain ViT",
+        r"--guide-size 32 32: tiny, a Beit, takes images of one size only; use the flag with",
     ),
     (
         "PyramidVisionTransformer",
         (32, 32),
-        r"tiny, a PyramidVisionTransformer, is read at its own size only",
+        r"tiny, a PyramidVisionTransformer, takes images of one size only",
     ),
-    ("ResNet", (32, 32), r"tiny, a ResNet, is read at its own size only"),
+    ("ResNet", (32, 32), r"tiny, a ResNet, takes images of one size only"),
     (
         "VisionTransformer",
         (64, 64),
@@ -595,7 +596,7 @@ def test_without_a_prediction_the_pass_ends_where_the_score_is_read(case: str) -
         (
             "SwinTransformer",
             "--score-block 1",
-            r"a SwinTransformer, is read in its last block only",
+            r"a SwinTransformer, has a score in its last block only",
         ),
         ("VisionTransformer", "--mixer cutmix --score-block 1", r"--score-block 1 \(for smmix\)"),
         ("VisionTransformer", "--con-weight -1", "--con-weight -1.0: must not be negative"),

@@ -167,7 +167,7 @@ def test_what_cannot_be_read_says_why(found: dict[str, Any]) -> None:
     assert "Reduce the number of loader workers" in found["three workers"]
     assert "timm/hfds/ reads the same data" in found["no count"]
     assert found["columns"].endswith(
-        "timm reads the columns image and label, this set has img, label"
+        "timm reads the columns image and label, this data set has img, label"
     )
 
 

@@ -302,7 +302,7 @@ def test_attentivemix_draws_as_many_cells_as_measured_elsewhere(
 
 def test_attentivemix_refuses_more_cells_than_there_are() -> None:
     with pytest.raises(
-        InputError, match=r"--attentive-cells 7: the teacher's map has only 6 cells"
+        InputError, match=r"--attentive-cells 7: the teacher's feature map has only 6 cells"
     ):
         AttentiveMix(K, fake_teacher, cells=7)(*batch_of(2), no_guide, random_of(0))
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import utils
 from config import build_guide, second_networks
-from config.flags import check_args, get_args_parser
+from config.checks import check_args
+from config.flags import get_args_parser
 from config.second_networks import build_motivator, check_motivator_classes
 from models.build import build_model
 from models.interface import ImageModel, resample_score
@@ -297,7 +298,7 @@ def test_one_that_cannot_guide_is_refused(tmp_path: Path) -> None:
     )
     assert "nor a file" in refusal(str(tmp_path / "missing.pth"))
     assert "there is no file" in refusal(f"vit_nano_patch4_32={tmp_path / 'missing.pth'}")
-    assert "names no file behind the =" in refusal("vit_nano_patch4_32=")
+    assert "names no file after the =" in refusal("vit_nano_patch4_32=")
     assert "Invalid pretrained tag (nosuch) for vit_base_patch16_224" in refusal(
         "vit_base_patch16_224.nosuch"
     )
@@ -317,7 +318,7 @@ def test_what_it_cannot_show_is_refused(tmp_path: Path) -> None:
     path = saved(network(name="test_resnet"), tmp_path / "resnet.pth")
     with pytest.raises(
         InputError,
-        match=r"--score rollout: test_resnet=.*, a ResNet, is read in its last block only",
+        match=r"--score rollout: test_resnet=.*, a ResNet, has a score in its last block only",
     ):
         guide_of(network(), f"test_resnet={path}", "--score", "rollout")
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from config.flags import GONE, check_args, explicit_flags, get_args_parser
+from config.checks import check_args
+from config.flags import get_args_parser
+from config.parser import GONE, explicit_flags
 
 # Touvron et al., arXiv 2012.12877, Table 9, and the defaults of the code published with it.
 DEIT = {

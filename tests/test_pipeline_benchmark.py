@@ -60,7 +60,7 @@ def test_both_ways_to_finish_a_batch_give_the_same_but_for_the_noise() -> None:
 
 
 def test_an_empty_folder_is_said(tmp_path: Path) -> None:
-    assert "no image in it" in message_of(InputError, pipeline.find_files, str(tmp_path))
+    assert "holds no image" in message_of(InputError, pipeline.find_files, str(tmp_path))
     assert len(pipeline.find_files("")) == 24
 
 

@@ -31,9 +31,9 @@ from pipeline.loaders import build_train_loader
 from pipeline.randaugment import (
     COLUMNS,
     NOTHING,
-    Drawing,
     Encoder,
     Kind,
+    Recorder,
     Row,
     as_tensor,
     count_kinds,
@@ -113,7 +113,8 @@ def largest_difference(
 ) -> int:
     size = images.shape[1:3]
     rows = [
-        Encoder(name)(Drawing(size), *own, resample=resample, fillcolor=FILL).rows for own in levels
+        Encoder(name)(Recorder(size), *own, resample=resample, fillcolor=FILL).rows
+        for own in levels
     ]
     ours = (
         randaugment_pixels.apply(as_batch(images), as_tensor(rows), FILL)
@@ -179,7 +180,7 @@ def test_tables_of_unusual_histograms(name: str) -> None:
 
 def test_no_bit_is_black_and_eight_bits_are_all() -> None:
     images = pictures("noise", 3, (8, 8))
-    rows = [Encoder("Posterize")(Drawing((8, 8)), bits, resample=None).rows for bits in (0, -3, 8)]
+    rows = [Encoder("Posterize")(Recorder((8, 8)), bits, resample=None).rows for bits in (0, -3, 8)]
     done = randaugment_pixels.apply(as_batch(images), as_tensor(rows), FILL)
     assert not done[:2].any()
     assert torch.equal(done[2], as_batch(images)[2])
@@ -254,7 +255,7 @@ def test_what_is_drawn_is_what_timm_draws(policy: str, interpolation: str) -> No
     called: list[tuple[Any, ...]] = []
     real = Encoder.__call__
 
-    def note(encoder: Encoder, drawing: Drawing, *levels: float, **more: Any) -> Drawing:
+    def note(encoder: Encoder, drawing: Recorder, *levels: float, **more: Any) -> Recorder:
         called.append((encoder.name, *levels))
         return real(encoder, drawing, *levels, **more)
 
@@ -280,7 +281,7 @@ def test_each_operation_and_each_layer_is_drawn_as_often_as_it_should() -> None:
     draw, called = transform.transforms[-1].draw, Counter[str]()
     real = Encoder.__call__
 
-    def note(encoder: Encoder, *given: Any, **more: Any) -> Drawing:
+    def note(encoder: Encoder, *given: Any, **more: Any) -> Recorder:
         called[encoder.name] += 1
         return real(encoder, *given, **more)
 
@@ -550,7 +551,7 @@ WORDS = f"--aa {RECIPE} --batch-size 5 --epochs 1 --warmup-epochs 0 --lr 0.1 --n
 def test_a_run_is_refused_in_words(photos: Path) -> None:
     run = run_small("--randaugment device --data-path", photos)  # with --aa none
     assert run.code == 2
-    assert "--randaugment device: does timm's rand-... policies" in run.err
+    assert "--randaugment device: supports timm's rand-... policies" in run.err
 
 
 @pytest.mark.parametrize(

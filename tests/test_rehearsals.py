@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from config.flags import check_args, explicit_flags, get_args_parser
+from config.checks import check_args
+from config.flags import get_args_parser
+from config.parser import explicit_flags
 from scripts.tables import _finished
 from tests.image_folders import make_image_folder
 from tests.runs import run_main
@@ -267,15 +269,15 @@ def test_main_takes_every_rehearsal_whatever_is_given_for_some(tmp_path: Path) -
     [
         ("", 32, "", ""),
         ("", 32, "--num-workers 3 --device cpu --log-every 3", ""),
-        ("--device cpu", 32, "--lr 9", "--lr 0.001 (asked now: 9.0)"),
-        ("--epochs 3", 48, "", "--epochs 3 (asked now: 2)"),
-        ("", 32, "--epochs 1", "--epochs 2 (asked now: 1)"),
-        ("", 32, "--steps 2", "--max-steps none (asked now: 2)"),
-        ("--steps 3", 3, "--steps 2", "--max-steps 3 (asked now: 2)"),
+        ("--device cpu", 32, "--lr 9", "--lr 0.001 (this command has 9.0)"),
+        ("--epochs 3", 48, "", "--epochs 3 (this command has 2)"),
+        ("", 32, "--epochs 1", "--epochs 2 (this command has 1)"),
+        ("", 32, "--steps 2", "--max-steps none (this command has 2)"),
+        ("--steps 3", 3, "--steps 2", "--max-steps 3 (this command has 2)"),
         ("--steps 2", 2, "--steps 2", ""),
         ("--steps 40", 32, "", ""),  # its epochs were over before
         ("--steps 40", 32, "--steps 50", ""),
-        ("", 32, "--batch-size 64", "total batch 128 (asked now: 64)"),
+        ("", 32, "--batch-size 64", "total batch 128 (this command has 64)"),
     ],
 )
 def test_a_rehearsal_is_finished_only_as_it_would_be_run_now(
@@ -304,8 +306,8 @@ def test_a_variant_is_not_taken_for_the_row(tmp_path: Path) -> None:
     )
     leave(Run(parse(own), {}, 1), tmp_path / "run", '{"epoch": 199}')
     told = _finished.what_differs(_finished.Finished("row", tmp_path / "run", ["main.py", *other]))
-    assert "--variant paper (asked now: released)" in told
-    assert "--region-head shared (asked now: separate)" in told  # what the variant stands for
+    assert "--variant paper (this command has released)" in told
+    assert "--region-head shared (this command has separate)" in told  # what the variant stands for
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ from tests.recorded_runs import (
 from tests.runs import ROOT, run_small
 from tools.report import __main__ as report_command
 from tools.report import charts, details, folders, matching, tables
-from tools.report.records import Chart, Row, Run, Series, Sorted, spread_of
-from tools.report.results import described, signed
+from tools.report.records import Chart, Row, Run, Series, SortedRuns, spread_of
+from tools.report.results import format_difference, format_spread
 from utils import InputError, run_command
 
 
@@ -91,14 +91,14 @@ def html(root: Path) -> str:
     return report_command.make_report(str(root), rows())[0]
 
 
-def sorted_runs(root: Path) -> Sorted:
+def sorted_runs(root: Path) -> SortedRuns:
     return matching.sort_runs(folders.find_runs(root)[0], rows())
 
 
 def one_run(folder: Path, wanted: Row, *lines: str, **keywords: Any) -> Run:
     """A finished run of a row but for what the keywords say."""
     accuracies = keywords.pop(
-        "accuracies", curve(80, matching.flags_of(wanted.words, "cpu")["epochs"])
+        "accuracies", curve(80, matching.flags_of(wanted.arguments, "cpu")["epochs"])
     )
     return folders.read_run(
         write_run(folder, wanted, accuracies, told=lines, **keywords), folder.name
@@ -156,10 +156,10 @@ def test_the_markdown_has_the_same_tables(root: Path, html: str) -> None:
 
 def test_a_spread_is_over_seeds_and_one_seed_has_none() -> None:
     assert spread_of([]) is None
-    assert described(spread_of([(3, 80.0)])) == "80.00"
-    assert described(spread_of([(0, 80.0), (1, 82.0)])) == "81.00 ± 1.41"
+    assert format_spread(spread_of([(3, 80.0)])) == "80.00"
+    assert format_spread(spread_of([(0, 80.0), (1, 82.0)])) == "81.00 ± 1.41"
     assert spread_of([(0, 79.0), (0, 81.0), (1, 82.0)]) == spread_of([(0, 80.0), (1, 82.0)])
-    assert [signed(value) for value in (0.3, -0.26, 0.004, -0.004)] == [
+    assert [format_difference(value) for value in (0.3, -0.26, 0.004, -0.004)] == [
         "+0.30",
         "−0.26",
         "0.00",
@@ -180,7 +180,7 @@ def test_the_last_epoch_counts_and_not_the_best(tmp_path: Path) -> None:
     write_run(tmp_path / "run", row("all"), [50.0, 90.0, 85.0, 80.0])
     page = report_command.make_report(str(tmp_path), rows())[0]
     assert Reader(page).rows(FULL_TABLE)["all (SMMix)"]["ours"] == "80.00"
-    assert "90.00 % in epoch 2; chosen on the validation set, in no table" in page
+    assert "90.00 % in epoch 2; in no table, because it is chosen on the validation set" in page
 
 
 # --------------------------------------------------------------------------------- nothing mixed up
@@ -321,8 +321,8 @@ def test_a_rehearsal_is_never_shown_as_a_reproduction(html: str) -> None:
     assert "vit_mini" not in head
     whole, _, short = rest.partition('<section id="cut-1"')
     assert '<h2 id="rehearsals-h">Rehearsals on CIFAR-10, not a reproduction</h2>' in whole
-    assert "short of data: all images, 6 epochs, vit_mini_patch4_32" in whole
-    assert "another data set, ImageNet-1k, and of another model" in whole
+    assert "with little data: all images, 6 epochs, vit_mini_patch4_32" in whole
+    assert "another data set, ImageNet-1k, and with another model" in whole
     # 51, 53, 52: mean 52, deviation 1; 52.5, 54.5, 53: mean 53.3333, squares 0.694 + 1.361 + 0.111
     # over 2, root 1.041
     assert "52.00 ± 1.00" in whole
@@ -333,15 +333,15 @@ def test_a_rehearsal_is_never_shown_as_a_reproduction(html: str) -> None:
     assert "30.50 ± 0.71" not in whole
     assert "30.50 ± 0.71" in short
     assert "Rehearsals cut short: 2 of 6 epochs" in short
-    assert "a network this small gained from mixing only there" in whole
+    assert "a network this small gained from mixing only with little data" in whole
     assert "gained from mixing" not in short  # that was seen at the full length alone
     assert (
-        "short of data: all images, vit_mini_patch4_32. These rehearsals are shorter than their "
-        "rows ask" in short
+        "with little data: all images, vit_mini_patch4_32. These rehearsals are shorter than their "
+        "rows require" in short
     )
     assert "SMMix starts slower than other mixing" in short
     assert "a ranking at this length tells nothing about the full length" in short
-    assert "another data set, ImageNet-1k, and of another model" in short
+    assert "another data set, ImageNet-1k, and with another model" in short
 
 
 def test_rehearsals_of_each_length_stand_apart(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_a_network_that_rows_look_through_is_no_run_of_a_row(tmp_path: Path) -> 
     assert other["nearest row"] == "–"
     assert (
         other["what differs from it"]
-        == "no row: trained for rows to look through, in a folder pretrained"
+        == "no row: a frozen network of other rows, in a folder named pretrained"
     )
 
 
@@ -618,7 +618,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "log of something else": (break_file("log.txt", "hello\nworld\n"), "line 1 of log.txt"),
     "log with epochs twice": (
         break_file("log.txt", '{"epoch": 1}\n{"epoch": 1}\n'),
-        "epoch 1 behind epoch 1",
+        "epoch 1 after epoch 1",
     ),
     "log with an epoch beyond all": (
         break_file("log.txt", '{"epoch": 99999999}\n{"epoch": 1}\n'),
@@ -637,7 +637,7 @@ def test_a_damaged_folder_is_named_and_the_rest_stands(name: str, tmp_path: Path
     spoil, reason = DAMAGED[name]
     spoil(write_run(tmp_path / "bad", row("all"), curve(20, 4), seed=1))
     page = Reader(report_command.make_report(str(tmp_path), rows())[0])
-    assert reason in page.rows("Folders left out")["bad"]["why"]
+    assert reason in page.rows("Folders that could not be read")["bad"]["reason"]
     assert page.rows(FULL_TABLE)["all (SMMix)"]["ours"] == "81.00"
 
 
@@ -652,15 +652,15 @@ TOLERATED: dict[str, tuple[Callable[[Path], object], str]] = {
     "versions": (break_file("environment.json", b"\xff"), "not recorded"),
     "picture": (
         break_file("mixing.png", b"\x89PNG\r\n\x1a\n" + b"\0" * 99),
-        "mixing.png cannot be shown",
+        "mixing.png cannot be read",
     ),
     "picture of another kind": (
         break_file("mixing.png", "<svg onload='alert(1)'/>"),
-        "mixing.png cannot be shown",
+        "mixing.png cannot be read",
     ),
     "last line": (
         lambda folder: (folder / "log.txt").open("a").write('{"epoch": 4, "tes'),
-        "log.txt is cut short",
+        "the last line of log.txt is incomplete",
     ),
     "numbers": (break_file("log.txt", lines_of('"x"', "[1]")), "nothing recorded"),
     "infinite numbers": (break_file("log.txt", lines_of("NaN", "1e999")), "nothing recorded"),
@@ -720,8 +720,8 @@ def test_a_large_picture_is_made_smaller(tmp_path: Path) -> None:
     assert (picture.kind, picture.width, trouble) == ("jpeg", 700, "")
     assert len(picture.data) < path.stat().st_size / 2
     for side, reason in (
-        (7_000, "has 7000 x 7000 pixels, too many to show"),
-        (10_000, "cannot be shown: Decompr"),
+        (7_000, "has 7000 x 7000 pixels, too many for the report"),
+        (10_000, "cannot be read: Decompr"),
     ):
         Image.new("1", (side, side)).save(path)
         picture, trouble = details.read_picture(path)
@@ -742,7 +742,7 @@ def test_without_runs_it_says_what_it_looked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match=r"holds no run; looked .* for log.txt and args.json"):
+    with pytest.raises(InputError, match=r"no run found .* holds log.txt and args.json"):
         folders.find_runs(tmp_path)
     assert run_command(lambda: report_command.main([str(tmp_path / "nosuch")])) == 2
     assert "nosuch: no such folder" in capsys.readouterr().err
@@ -795,8 +795,8 @@ def test_the_rows_are_those_of_the_scripts(all_rows: list[Row]) -> None:
     )
     assert all(one.title.startswith("Table ") for one in found)
     for one in found:
-        if one.words:
-            flags = matching.flags_of(one.words, "cpu")
+        if one.arguments:
+            flags = matching.flags_of(one.arguments, "cpu")
             assert flags["epochs"] >= 100
             assert (flags["model"].startswith("vit_mini") and flags["subset"] == 2000) == one.small
             total = flags["batch_size"] * flags["accum_steps"]
@@ -807,9 +807,9 @@ def test_the_rows_are_those_of_the_scripts(all_rows: list[Row]) -> None:
 
 
 def test_the_page_of_tables_has_the_rows_that_are_one_recipe(all_rows: list[Row]) -> None:
-    there = [one for one in all_rows if one.words]
+    there = [one for one in all_rows if one.arguments]
     made = {
-        one: Run(one.name, dict(matching.flags_of(one.words, "cpu")), [], {}, {}, [], [], None)
+        one: Run(one.name, dict(matching.flags_of(one.arguments, "cpu")), [], {}, {}, [], [], None)
         for one in there
     }
     groups = set()
@@ -837,13 +837,13 @@ def test_the_page_of_tables_has_the_rows_that_are_one_recipe(all_rows: list[Row]
 
 
 def total_of(one: Row) -> int:
-    flags = matching.flags_of(one.words, "cpu")
+    flags = matching.flags_of(one.arguments, "cpu")
     return int(flags["batch_size"] * flags["accum_steps"])
 
 
 @pytest.mark.parametrize("line", ["table7\tall", SMALL_LINES[0].replace("\t\t", "\tmuch\t"), ""])
 def test_a_list_that_is_not_understood_is_refused(line: str) -> None:
-    with pytest.raises(InputError, match="not understood"):
+    with pytest.raises(InputError, match="cannot be parsed"):
         tables.parse_rows([line], False, "Table 7", "table7.sh")
 
 
@@ -852,7 +852,7 @@ def test_a_row_that_is_not_for_this_main_is_refused(tmp_path: Path) -> None:
     (wrong,) = tables.parse_rows(
         ["table7\tx\tx\tdeit_tiny\t80.0\t--nosuch 3"], False, "Table 7", "table7.sh"
     )
-    with pytest.raises(InputError, match=r"not for this main\.py: --nosuch 3"):
+    with pytest.raises(InputError, match=r"main\.py does not accept .*: --nosuch 3"):
         report_command.make_report(str(tmp_path), [wrong])
 
 
@@ -871,7 +871,7 @@ def test_a_real_run_is_read_as_it_was(tmp_path: Path) -> None:
     assert what_differs(run, same) == ["data"]
     assert (run.is_finished, matching.total_batch(run), len(run.starts)) == (True, 240, 1)
     assert set(run.start.head) == set(
-        folders.HEAD.pattern.split("(", 1)[1].split(")")[0].split("|")
+        folders.HEAD_ROW.pattern.split("(", 1)[1].split(")")[0].split("|")
     )
     assert run.start.trained
     assert any("--model-ema-decay" in line for line in run.warnings)
@@ -946,7 +946,7 @@ def test_a_line_is_where_its_values_are() -> None:
 def test_long_lines_are_thinned_and_keep_their_ends() -> None:
     points: list[tuple[float, float | None]] = [(epoch, float(epoch)) for epoch in range(5000)]
     thinned = charts.thin(points)
-    assert len(thinned) == charts.MOST_POINTS
+    assert len(thinned) == charts.MAX_POINTS
     assert (thinned[0], thinned[-1]) == (points[0], points[-1])
 
 

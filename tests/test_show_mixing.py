@@ -55,9 +55,7 @@ def test_digits_give_a_picture_and_a_table(
 ) -> None:
     assert run(tmp_path, *NANO, "--data-set", "DIGITS") == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith(
-        "vit_nano_patch4_32 is untrained: its attention carries no meaning yet"
-    )
+    assert told[0].startswith("vit_nano_patch4_32 is untrained: its score means nothing yet")
     assert told[1].split() == ["source", "target", "share", "region"]
     assert told[-1] == f"wrote {tmp_path / 'mixed.png'}"
     rows = [line.split(maxsplit=2) for line in told[2:-1]]
@@ -263,7 +261,10 @@ def test_foreign_weights_are_made_to_fit(
         ([*NANO, "--weights", "missing.pth"], "there is no file missing.pth"),
         ([*NANO, "--data-set", "DIGIT"], "--data-set DIGIT: unknown"),
         ([*NANO, "--data-path", "missing"], "--data-path missing: no such folder"),
-        ([*NANO, "--resume", "checkpoint.pth"], "--resume brings its own model: leave out --model"),
+        (
+            [*NANO, "--resume", "checkpoint.pth"],
+            "--resume also loads the model of the checkpoint: leave out --model",
+        ),
         ([*NANO, "--ema"], "--ema is for --resume"),
         ([*NANO, "--count", "0"], "--count 0: must be above 0"),
         ([*NANO, "--side-ratio", "0.7", "0.2"], "--side-ratio 0.7 0.2"),

@@ -140,8 +140,8 @@ def test_every_method_shares_a_batch(name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--mixer mixup", "give another --mixer"),
-        ("--mixer none", "give another --mixer"),
+        ("--mixer mixup", "give a --mixer other than"),
+        ("--mixer none", "give a --mixer other than"),
         ("--mixup 0", "--mixup above 0"),
         ("--relabel transmix", "cannot have labels from TransMix"),
         ("--mixer transmix", "cannot have labels from TransMix"),

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from config.build_mixer import MIXERS
-from config.flags import check_args, get_args_parser
+from config.checks import check_args
+from config.flags import get_args_parser
 from config.mixing_flags import PASTING_METHODS
 from losses import SMMixLoss
 from mixers.interface import MixedBatch, StepRandom
-from models.interface import GuideOutput, ModelOutput, resample_score, resize_score
+from models.interface import GuideOutput, ModelOutput, resample_score, upsample_score
 from smmix import Drawn, Scheme, SMMix, mix_logits, mix_probs
 from tests.conftest import FakeGuide
 from tests.mixing import fake_teacher, make_switch
@@ -210,11 +211,11 @@ def test_a_score_of_a_finer_grid_is_shared_by_area(
 
 def test_a_score_of_a_coarser_grid_is_the_bilinear_one() -> None:
     score = torch.rand(2, 6, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(resample_score(score, (2, 3), (5, 4)), resize_score(score, (2, 3), (5, 4)))
+    assert torch.equal(resample_score(score, (2, 3), (5, 4)), upsample_score(score, (2, 3), (5, 4)))
     assert torch.equal(resample_score(score, (2, 3), (2, 3)), score)
     mixed = resample_score(score, (2, 3), (4, 2))  # finer rows, coarser columns
     torch.testing.assert_close(
-        mixed, resample_score(resize_score(score, (2, 3), (4, 3)), (4, 3), (4, 2))
+        mixed, resample_score(upsample_score(score, (2, 3), (4, 3)), (4, 3), (4, 2))
     )
     uniform = resample_score(torch.full((1, 35), 1 / 35), (7, 5), (4, 8))
     torch.testing.assert_close(uniform, torch.full((1, 32), 1 / 32))
@@ -388,47 +389,47 @@ def test_a_temperature_of_one_changes_no_bit() -> None:
         ("--mixer cutmix --con-weight 1 --score-block 2", r"--score-block 2 \(for smmix\)"),
         (
             "--score random --score-block 3",
-            "--score random is no score of one block: leave out --score-block, or",
+            "--score random does not use one block alone: leave out --score-block, or",
         ),
-        ("--score rollout --score-block 3", "--score rollout is no score of one block"),
+        ("--score rollout --score-block 3", "--score rollout does not use one block alone"),
         (
             "--source-region random --target-region corr --score rollout",
-            "follows no score: leave out --score$",
+            "uses no score: leave out --score$",
         ),
         (
             "--source-region random --target-region corr --score-block 1",
-            "follows no score: leave out --score-block$",
+            "uses no score: leave out --score-block$",
         ),
         (
             "--score random --con-weight 0 --guide-size 16",
-            "--guide-size 16: nothing looks at the clean images",
+            "--guide-size 16: no motivating pass is run",
         ),
         (
             "--score random --con-weight 0 --motivator ema",
-            "--motivator ema: nothing looks at the clean images",
+            "--motivator ema: no motivating pass is run",
         ),
         (
             "--source-region random --target-region corr --con-weight 0 --guide-amp bf16",
-            "--guide-amp bf16: nothing",
+            "--guide-amp bf16: no motivating pass",
         ),
         (
             "--con-temperature 2 --con-weight 0",
-            "--con-temperature 2.0 is of L_con, which --con-weight 0 leaves out",
+            "--con-temperature 2.0 is for L_con, which --con-weight 0 removes",
         ),
         (
             "--fine-temperature 2 --fine-weight 0",
-            "--fine-temperature 2.0 is of L_fine, which --fine-weight 0",
+            "--fine-temperature 2.0 is for L_fine, which --fine-weight 0",
         ),
         (
             "--fine-temperature 2 --bce-loss --smoothing 0",
-            "--fine-temperature 2.0 is of a softmax, and --bce-loss",
+            "--fine-temperature 2.0 is for a softmax, and --bce-loss",
         ),
         ("--con-temperature 0", "--con-temperature 0.0: must be above 0"),
         ("--fine-temperature -1", "--fine-temperature -1.0: must be above 0"),
         ("--con-weight -1", "--con-weight -1.0: must not be negative"),
         (
             "--motivator ema --no-model-ema",
-            "--motivator ema looks through the averaged weights on each step: add",
+            "--motivator ema runs the average on the device in each step: add",
         ),
         ("--motivator ema --model-ema-force-cpu", "leave out --model-ema-force-cpu"),
         ("--subset 0", "--subset 0: must be above 0"),

@@ -16,7 +16,7 @@ import pytest
 
 import run_with_submitit
 from config import flags
-from run_with_submitit import Relay, Trainer, get_args_parser, read_args
+from run_with_submitit import SignalRelay, Trainer, get_args_parser, read_args
 from utils import InputError, run_command
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="this system has no SIGUSR2")
@@ -89,10 +89,10 @@ def test_no_flag_of_ours_is_one_of_main() -> None:
         ("--ngpus -1", "--ngpus -1: must be above 0"),
         ("--timeout 0", "--timeout 0: must be above 0"),
         ("--sbatch account", "--sbatch account: must be NAME=VALUE"),
-        ("--local --nodes 2", "--nodes 2: --local runs on this machine alone"),
+        ("--local --nodes 2", "--nodes 2: --local runs on this machine only"),
         (
             "--output_dir y",
-            "--output-dir: the job's folder is the output folder; use --job-dir alone",
+            "--output-dir: the job's folder is the output folder; use --job-dir only",
         ),
         ("--epochs 0", "--epochs 0: must be above 0"),
         ("--nodes=--", "--nodes []: no value that this flag can have"),
@@ -187,17 +187,17 @@ def test_submitits_signal_reaches_whoever_listens() -> None:
     calls: list[tuple[str, int]] = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: calls.append(("submitit", number)))
     try:
-        with Relay(signal.SIGUSR2) as relay:
+        with SignalRelay(signal.SIGUSR2) as relay:
             signal.raise_signal(signal.SIGUSR1)
             signal.raise_signal(signal.SIGUSR2)
             signal.signal(signal.SIGUSR1, lambda number, frame: calls.append(("main", number)))
             relay.process += 1
             signal.raise_signal(signal.SIGUSR2)
             relay.process -= 1
-            assert not relay.told
+            assert not relay.relayed
             signal.raise_signal(signal.SIGUSR2)
             signal.raise_signal(signal.SIGUSR2)
-            assert relay.told
+            assert relay.relayed
             signal.signal(signal.SIGUSR1, relay.ignore)
         assert calls == [("submitit", signal.SIGUSR2), ("main", signal.SIGUSR1)]
         signal.raise_signal(signal.SIGUSR2)

@@ -190,9 +190,7 @@ def test_a_local_job_that_is_ended_saves_and_stays_ended(stubbed: Path, start: S
     os.kill(controller, signal.SIGTERM)
     code, said = ending_of(job)
     assert code == 1
-    assert (
-        "error: the job was asked to stop and has saved; the same command goes on with it" in said
-    )
+    assert "error: the job saved and stopped on a signal; the same command resumes it" in said
     assert [len(lines(stubbed / f"job/starts{rank}")) for rank in range(2)] == [1, 1]
 
 

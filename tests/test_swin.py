@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine import make_guide
 from models.interface import AttentionOf
-from models.swin import TABLE, Swin, resize_table, window_attention_map, window_of
+from models.swin import TABLE, Swin, resize_table, window_attention_map, window_of_table
 from tests.conftest import randomise
 from training.precision import make_autocast
 
@@ -581,7 +581,7 @@ def test_near_offsets_keep_their_values_in_a_resized_table() -> None:
     ],
 )
 def test_the_window_behind_a_table(entries: int, grid: Any, window: Any) -> None:
-    assert window_of(entries, grid) == window
+    assert window_of_table(entries, grid) == window
 
 
 def test_weights_of_another_architecture_stay_as_they_are() -> None:

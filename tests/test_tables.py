@@ -21,8 +21,9 @@ import pytest
 import torch
 from torch.distributed.run import parse_args as parse_torchrun
 
-from config.flags import explicit_flags, get_args_parser
+from config.flags import get_args_parser
 from config.mixing_flags import METHOD_FLAGS, METHODS, flags_of_method
+from config.parser import explicit_flags
 from config.resolve import resolve
 from scripts.tables import _finished
 from tests.test_commands import RECIPE, ROOT, TABLE_1, check_command, commands_of_header, run_of
@@ -671,8 +672,8 @@ def test_a_flag_goes_to_the_rows_that_have_a_use_for_it() -> None:
         "all": (*smmix, 2.0, "logits", 2.0, [112, 112]),
     }
     assert (
-        f"== table7, row 3, consistency on deit_small: without {' '.join(OF_SMMIX)}, which it has "
-        "no use for" in printed
+        f"== table7, row 3, consistency on deit_small: without {' '.join(OF_SMMIX)}, which it does "
+        "not use" in printed
     )
     assert "row 6, all on deit_small: without" not in printed
 
@@ -879,7 +880,7 @@ def test_a_finished_row_is_left_out_and_one_that_is_not_goes_on(tmp_path: Path) 
     assert names(runs)[0] == second.name
     assert runs[0].args.auto_resume
     assert f"finished, epoch 9 is in {first.folder}/log.txt; skipped" in printed
-    assert f"going on with {second.folder}" in printed
+    assert f"resuming in {second.folder}" in printed
 
 
 def test_a_finished_row_of_another_recipe_stops_the_table_before_it_begins(tmp_path: Path) -> None:
@@ -898,8 +899,10 @@ def test_a_finished_row_of_another_recipe_stops_the_table_before_it_begins(tmp_p
         "--accum-steps",
         "2",
     )
-    differs = "--lr 0.0005 (asked now: 9.0)"
-    where = f"table7, row 6, all on deit_small: {last.folder} is finished with another recipe"
+    differs = "--lr 0.0005 (this command has 9.0)"
+    where = (
+        f"table7, row 6, all on deit_small: {last.folder} holds a finished run with another recipe"
+    )
     assert message == f"error: {where}: {differs}; choose another --output\n"
 
 
@@ -919,14 +922,14 @@ def test_a_finished_row_of_another_recipe_stops_the_table_before_it_begins(tmp_p
             "",
         ),
         ({"batch_size": 128, "accum_steps": 2}, 4, ""),
-        ({}, 2, "total batch 1024 (asked now: 512)"),
-        ({"epochs": 301}, 4, "--epochs 301 (asked now: 300)"),
-        ({"variant": "released"}, 4, "--variant released (asked now: paper)"),
-        ({"max_steps": 5}, 4, "--max-steps 5 (asked now: none)"),
+        ({}, 2, "total batch 1024 (this command has 512)"),
+        ({"epochs": 301}, 4, "--epochs 301 (this command has 300)"),
+        ({"variant": "released"}, 4, "--variant released (this command has paper)"),
+        ({"max_steps": 5}, 4, "--max-steps 5 (this command has none)"),
         (
             {"cool": 1, "mixup": 0.1},
             4,
-            "--cool 1 (asked now: nothing, it is unknown here), --mixup 0.1 (asked now: 0.8)",
+            "--cool 1 (this command has no such flag), --mixup 0.1 (this command has 0.8)",
         ),
     ],
 )
@@ -956,7 +959,7 @@ def test_other_weights_are_another_recipe(tmp_path: Path) -> None:
     command = [*shlex.split(line), *words]
     told = _finished.what_differs(_finished.Finished("row", tmp_path / "run", command))
     weights = "deit_tiny_patch16_224"
-    assert told == f"--motivator {weights}=a.pth (asked now: {weights}=b.pth)"
+    assert told == f"--motivator {weights}=a.pth (this command has {weights}=b.pth)"
     command[-1] = f"{weights}=elsewhere/a.pth"
     assert _finished.what_differs(_finished.Finished("row", tmp_path / "run", command)) == ""
 
@@ -1057,7 +1060,7 @@ def test_a_run_that_fails_stops_the_table_with_its_exit_code(table: str, tmp_pat
     )
     assert done.returncode == 3
     assert (tmp_path / "calls").read_text().split() == list(all_runs(table))[:1]
-    assert "stopped with exit code 3, see above; the same command goes on from here" in done.stderr
+    assert "stopped with exit code 3, see above; the same command resumes from here" in done.stderr
 
 
 def test_a_run_that_is_stopped_politely_stops_the_table_too(tmp_path: Path) -> None:
@@ -1076,9 +1079,7 @@ def test_a_run_that_is_stopped_politely_stops_the_table_too(tmp_path: Path) -> N
     )
     assert done.returncode == 1
     assert (tmp_path / "calls").read_text().split() == list(all_runs("table7"))[:1]
-    assert (
-        "stopped when asked to, before its end; the same command goes on from here" in done.stderr
-    )
+    assert "stopped by a signal before its end; the same command resumes from here" in done.stderr
     assert names(runs_in(shown("table7", "--output", str(tmp_path / "runs")))) == list(
         all_runs("table7")
     )

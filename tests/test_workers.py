@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from pipeline.loaders import closing
-from pipeline.workers import SIGNALS, Loader, StuckLoader, _held_back
+from pipeline.workers import SIGNALS, Loader, StuckLoader, _block_signals
 from tests.image_folders import message_of
 from tests.loader_process import NAMES
 from tests.runs import ROOT
@@ -216,7 +216,7 @@ def test_p13_a_full_queue_ends_with_its_loader(persistent: bool) -> None:
 def test_signals_wait_in_processes_that_start() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     show = "import signal; print(len(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
-    with _held_back():
+    with _block_signals():
         shown = subprocess.run(
             [sys.executable, "-c", show], capture_output=True, text=True, check=True
         )

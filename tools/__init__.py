@@ -1,1 +1,1 @@
-"""Commands beside training, each run with `python -m tools.<name>`."""
+"""Commands beside training, each started with `python -m tools.<name>`."""

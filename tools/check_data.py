@@ -3,9 +3,9 @@
     python -m tools.check_data --data-path /imagenet
     python -m tools.check_data --data-set INAT --data-path /inat --num-workers 16 --output bad.txt
 
-Both halves, as `main.py` would open them, and what it would refuse is refused. Leaves with code 1
-if any image is bad. Nothing is changed or moved. A JPEG has no checksum: damage that leaves it
-decodable, as other pixels, is not seen.
+It opens the training and the validation images as `main.py` does and refuses the same data sets. It
+exits with code 1 if any image is bad, and changes no file. A JPEG has no checksum: damage after
+which it still decodes, to other pixels, is not found.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import NamedTuple
 from torch.utils.data import Dataset
 
 import datasets
-from config.flags import Parser
-from config.mixing_flags import check_values
+from config.parser import Parser
+from config.value_checks import check_values
 from pipeline import loaders
 from pipeline.bad_images import max_bad_images
 from pipeline.images import Images, StreamedImages, UnreadableSampleError
@@ -29,12 +29,12 @@ from pipeline.workers import Loader
 from storage.files import write_atomically
 from utils import InputError, StopRun, cores_per_process, run_command
 
-BATCH = 32
-SECONDS_BETWEEN_LINES = 10.0
+BATCH_SIZE = 32
+SECONDS_BETWEEN_LINES = 10.0  # of progress
 
 
 class Checked(NamedTuple):
-    """One image: what is wrong with it, or its size in pixels."""
+    """The result for one image: its size in pixels, or the reason why it cannot be read."""
 
     number: int
     width: int = 0
@@ -75,7 +75,7 @@ def get_args_parser() -> Parser:
         "--num-workers", type=int, help="processes that decode; default: one per core"
     )
     parser.add_argument(
-        "--data-timeout", default=600.0, type=float, help="seconds to wait for one; 0: for ever"
+        "--data-timeout", default=600.0, type=float, help="seconds to wait for one; 0: no limit"
     )
     parser.add_argument(
         "--output", default="", help="text file for the names of the bad images, one a line"
@@ -87,7 +87,7 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked and with its defaults filled in.
 
     Raises:
-        InputError: a value makes no sense.
+        InputError: a value is invalid.
     """
     args = get_args_parser().parse_args(argv)
     check_values(vars(args), positive=("nb_classes",), not_negative=("num_workers", "data_timeout"))
@@ -99,41 +99,45 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def open_halves(args: argparse.Namespace) -> dict[str, Images]:
-    """Training and validation images.
+    """The training and the validation images.
 
     Raises:
-        InputError: what `main.py` would refuse, or a stream, whose images have no numbers.
+        InputError: `main.py` would refuse the data set, or it is a stream, whose images have no
+            index.
     """
     halves = {}
-    for where in ("training", "validation"):
+    for half in ("training", "validation"):
         images = datasets.open_images(
             args.data_set,
             args.data_path,
-            where == "training",
+            half == "training",
             inat_category=args.inat_category,
             num_classes=args.nb_classes,
         )
         if isinstance(images, StreamedImages):
             raise InputError(
-                f"--data-set {args.data_set}: a stream is not checked; its own reader says what it "
-                "skips"
+                f"--data-set {args.data_set}: streams cannot be checked; their reader reports what "
+                "it skips"
             )
-        halves[where] = images
+        halves[half] = images
     datasets.check_same_classes(halves["training"].class_names, halves["validation"].class_names)
     return halves
 
 
-def check_half(where: str, images: Images, num_workers: int, timeout: float) -> list[int]:
-    """Decodes all images of one half and prints what it finds. Returns the bad ones.
+def check_half(half: str, images: Images, num_workers: int, timeout: float) -> list[int]:
+    """Decodes all images of one half and prints the results.
+
+    Returns:
+        The indices of the bad images.
 
     Raises:
-        InputError: a label names no class.
+        InputError: a label has no class.
     """
     settings = {"num_workers": num_workers, "timeout": timeout} if num_workers else {}
     loader = Loader(
-        Checks(images), name_of=images.name_of, batch_size=BATCH, collate_fn=list, **settings
+        Checks(images), name_of=images.name_of, batch_size=BATCH_SIZE, collate_fn=list, **settings
     )
-    bad, sides, done, said = list[int](), set[int](), 0, time.monotonic()
+    bad, sides, done, printed = list[int](), set[int](), 0, time.monotonic()
     with loaders.closing(loader):
         for batch in loader:
             for checked in batch:
@@ -143,15 +147,12 @@ def check_half(where: str, images: Images, num_workers: int, timeout: float) -> 
                 else:
                     sides.update((checked.width, checked.height))
             done += len(batch)
-            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                print(f"{where}: {done:,} of {len(images):,} images, {len(bad)} bad", flush=True)
+            if time.monotonic() - printed > SECONDS_BETWEEN_LINES:
+                printed = time.monotonic()
+                print(f"{half}: {done:,} of {len(images):,} images, {len(bad)} bad", flush=True)
     size = f"sides from {min(sides)} to {max(sides)} pixels, " if sides else ""
-    print(
-        f"{where}: {len(images):,} images of {len(images.class_names):,} classes, {size}{len(bad)} "
-        "bad",
-        flush=True,
-    )
+    count = f"{len(images):,} images of {len(images.class_names):,} classes"
+    print(f"{half}: {count}, {size}{len(bad)} bad", flush=True)
     return bad
 
 
@@ -159,10 +160,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = read_args(argv)
     halves = open_halves(args)
     bad = {
-        where: check_half(where, images, args.num_workers, args.data_timeout)
-        for where, images in halves.items()
+        half: check_half(half, images, args.num_workers, args.data_timeout)
+        for half, images in halves.items()
     }
-    names = [halves[where].name_of(index) for where, indices in bad.items() for index in indices]
+    names = [halves[half].name_of(index) for half, indices in bad.items() for index in indices]
     if args.output:
         text = "".join(f"{name}\n" for name in names)
         write_atomically(Path(args.output), lambda stream: stream.write(text.encode()))
@@ -170,10 +171,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not names:
         print("all images can be read")
         return
+    tolerated = max_bad_images(len(halves["training"]))
     raise StopRun(
-        f"{len(names)} images cannot be read; mend or remove them. --skip-corrupt trains without "
-        "up to "
-        f"{max_bad_images(len(halves['training']))} of them, evaluation needs all"
+        f"{len(names)} images cannot be read; repair or remove them. With --skip-corrupt training "
+        f"tolerates up to {tolerated} of them, evaluation none"
     )
 
 

@@ -3,11 +3,11 @@
     python -m tools.export --resume output/checkpoint.pth --output model.safetensors
     python -m tools.export --resume output/checkpoint.pth --output model.onnx --ema
 
-The suffix of --output says which. safetensors holds the network's own keys, which are timm's; ONNX
-maps `images` of any count and one size, normalised as in training, to `logits`, and is compared
-with the network where onnxruntime is installed. Both carry the model's name, the classes, how
-images are shown and the commit. What only training needs (the regions' own classifier) stays
-behind, listed by name. Neither trains nor evaluates.
+The suffix of --output chooses the format. A safetensors file has timm's keys. An ONNX file maps
+`images` (any number of them, one size, normalised as in training) to `logits`; it is compared with
+the network if onnxruntime is installed. Both hold the model's name, the classes, the size, crop and
+normalisation of images, and the commit. Weights that only training needs (a second region head) are
+left out and listed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config.flags import Parser
+from config.parser import Parser
 from models.build import ALIASES
 from models.weights import plain_weights, restore_model
 from pipeline.spec import ImageSpec
@@ -36,17 +36,17 @@ from storage.files import write_atomically
 from utils import InputError, keyed_generator, run_command
 
 PACKAGES = {".safetensors": ("safetensors",), ".onnx": ("onnx", "onnxscript")}
-TOLERANCE = 1e-3  # of the largest logit: what another runtime's rounding may cost
+TOLERANCE = 1e-3  # largest difference by rounding, as a share of the largest logit
 
 
 class Plain(NamedTuple):
-    """What is exported."""
+    """The plain network and what is exported with it."""
 
-    network: nn.Module  # in evaluation mode
+    network: nn.Module  # in eval mode
     input_size: tuple[int, int]  # height and width in pixels
     metadata: dict[str, str]
     dropped: list[str]  # keys of the checkpoint's model that the network does not have
-    call: str  # how timm builds the same network
+    call: str  # timm's call that builds the same network
 
 
 def get_args_parser() -> Parser:
@@ -56,7 +56,7 @@ def get_args_parser() -> Parser:
     parser.add_argument(
         "--resume", required=True, metavar="CHECKPOINT", help="checkpoint of main.py"
     )
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
+    parser.add_argument("--ema", action="store_true", help="export the averaged weights")
     parser.add_argument("--output", required=True, help="file to write: .safetensors or .onnx")
     return parser
 
@@ -65,7 +65,7 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked before anything is read.
 
     Raises:
-        InputError: unknown suffix, a package that it needs is missing, or no folder to write to.
+        InputError: the suffix is unknown, a package is missing, or there is no folder to write to.
     """
     args = get_args_parser().parse_args(argv)
     args.output = Path(args.output)
@@ -78,7 +78,7 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if not os.path.isdir(folder) or os.path.isdir(args.output):
         raise InputError(
-            f"--output {args.output}: there is no folder {folder}, or this is a folder itself"
+            f"--output {args.output}: the folder {folder} does not exist, or this is a folder"
         )
     return args
 
@@ -95,7 +95,7 @@ def read_plain(path: str, ema: bool) -> Plain:
     """The plain network of one of main.py's checkpoints.
 
     Raises:
-        InputError: unreadable, not written by main.py, or no averaged weights in it.
+        InputError: it cannot be read, main.py did not write it, or it has no averaged weights.
     """
     checkpoint = load_checkpoint(path)
     try:
@@ -111,7 +111,7 @@ def read_plain(path: str, ema: bool) -> Plain:
         ) from error
     name = ALIASES.get(config["name"], config["name"])
     metadata = {
-        "format": "pt",  # what other readers of safetensors expect: whose tensors these are
+        "format": "pt",  # other readers of safetensors expect the framework here
         "model": name,
         "num_classes": str(model.num_classes),
         "class_names": json.dumps(class_names, ensure_ascii=False),
@@ -121,21 +121,17 @@ def read_plain(path: str, ema: bool) -> Plain:
     }
     network = model.network.eval()
     dropped = sorted(plain_weights(model).keys() - network.state_dict().keys())
-    return Plain(
-        network,
-        model.input_size,
-        metadata,
-        dropped,
-        timm_call(name, network, model.input_size, config),
-    )
+    call = timm_call(name, network, model.input_size, config)
+    return Plain(network, model.input_size, metadata, dropped, call)
 
 
 def timm_call(
     name: str, network: nn.Module, input_size: tuple[int, int], config: dict[str, Any]
 ) -> str:
-    """The call that builds the network, but for the file's name. Regularisation is left out."""
+    """The call of timm that builds the network, without the file's name and regularisation."""
     settings = {"num_classes": config["num_classes"]}
-    if "img_size" in inspect.signature(type(network)).parameters:  # convolutions take any
+    # Convolutional networks take any size and have no such argument.
+    if "img_size" in inspect.signature(type(network)).parameters:
         settings["img_size"] = input_size
     ours = {"name", "num_classes", "input_size", "drop", "drop_path", "separate_region_head"}
     settings |= {
@@ -148,8 +144,7 @@ def timm_call(
 def to_safetensors(plain: Plain) -> bytes:
     from safetensors.torch import save
 
-    # A copy of each: safetensors refuses tensors that share memory or are laid out in another
-    # order.
+    # Copies, because safetensors refuses tensors that share memory or are not contiguous.
     weights = {
         key: value.detach().clone().contiguous()
         for key, value in plain.network.state_dict().items()
@@ -158,9 +153,10 @@ def to_safetensors(plain: Plain) -> bytes:
 
 
 def to_onnx(plain: Plain) -> bytes:
-    """The network as one ONNX file, for any number of images at a time."""
+    """The network as one ONNX file, for any number of images."""
     images = example_images(plain, 2)
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):  # the exporter thinks aloud
+    # The exporter prints its progress and warnings that do not concern the user.
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             plain.network,
@@ -179,10 +175,10 @@ def to_onnx(plain: Plain) -> bytes:
 
 
 def check_onnx(plain: Plain, content: bytes) -> float:
-    """The largest difference from the network's own logits, over one image and over several.
+    """The largest difference from the network's logits, over one image and over three.
 
     Raises:
-        RuntimeError: it is above what rounding explains.
+        RuntimeError: the difference is too large for rounding.
     """
     import onnxruntime
 
@@ -194,11 +190,10 @@ def check_onnx(plain: Plain, content: bytes) -> float:
             expected = plain.network(images)
         logits = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
         difference = float((logits - expected).abs().max())
-        if not difference <= TOLERANCE * max(
-            1.0, float(expected.abs().max())
-        ):  # not a number is refused too
+        limit = TOLERANCE * max(1.0, float(expected.abs().max()))
+        if not difference <= limit:  # refuses NaN too
             raise RuntimeError(
-                f"onnxruntime's logits differ from the network's by {difference:.3g}; nothing "
+                f"onnxruntime's logits differ from the network's by {difference:.3g}; nothing was "
                 "written"
             )
         worst = max(worst, difference)
@@ -215,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output.suffix.lower() == ".onnx":
         content = to_onnx(plain)
         if is_installed("onnxruntime"):
-            print(f"onnxruntime agrees: logits differ by at most {check_onnx(plain, content):.2g}")
+            difference = check_onnx(plain, content)
+            print(f"onnxruntime agrees: logits differ by at most {difference:.2g}")
         else:
             print("not compared with the network: pip install onnxruntime")
     else:

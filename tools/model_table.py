@@ -1,9 +1,8 @@
-"""Writes `docs/models.md`: the backbones of Table 1 with their sizes, costs, grids and the paper's
-accuracies.
+"""Writes `docs/models.md`: sizes, costs, grids and the paper's accuracies of Table 1's backbones.
 
     python -m tools.model_table --output docs/models.md
 
-Sizes and costs come from the models themselves, accuracies and names from the headers of
+Sizes and costs are counted on the models; names and accuracies come from the headers of
 `scripts/*.sh`.
 """
 
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from config.flags import Parser
+from config.parser import Parser
 from models.build import build_model, describe_families
 from storage.files import write_atomically
 from utils import run_command
@@ -50,7 +49,7 @@ Any model of these timm classes trains with SMMix; `python main.py --list-models
 
 
 class Row(NamedTuple):
-    """What a script of Table 1 says of itself."""
+    """The header of one script of Table 1."""
 
     title: str
     model: str
@@ -76,8 +75,7 @@ def table_1() -> list[Row]:
 
 
 def count_multiply_adds(network: nn.Module, input_size: tuple[int, int]) -> int:
-    """Multiply-adds of the products and convolutions of one forward pass of one image (3, height,
-    width)."""
+    """Multiply-adds of products and convolutions for one image of `input_size` (height, width)."""
     network.eval().requires_grad_(False)
     device = next(network.parameters()).device
     with FlopCounterMode(display=False) as counter:
@@ -94,10 +92,10 @@ def render() -> str:
         size = sum(parameter.numel() for parameter in model.network.parameters())
         cost = count_multiply_adds(model.network, model.input_size) / 1e9
         grid = " x ".join(map(str, model.grid_size))
+        link = f"[{row.script}](../scripts/{row.script})"
         lines.append(
-            f"| {row.title} | `{row.model}` | {size:,} | {cost:.2f} G | {grid} | {row.cutmix} | "
-            f"{row.smmix} "
-            f"| [{row.script}](../scripts/{row.script}) |\n"
+            f"| {row.title} | `{row.model}` | {size:,} | {cost:.2f} G | {grid} "
+            f"| {row.cutmix} | {row.smmix} | {link} |\n"
         )
     families = [f"| `{name}` | {meaning} |\n" for name, meaning in describe_families()]
     return HEAD + "".join(lines) + FAMILIES_HEAD + "".join(families)

@@ -1,5 +1,4 @@
-"""Shows what a mixer makes of a few validation images: source, attention, chosen regions, mixed
-image, label share.
+"""Draws a few mixed validation images: source, score, regions, mixed image and label share.
 
     python -m tools.show_mixing --model deit_tiny_patch16_224 --data-set DIGITS --output mixed.png
     python -m tools.show_mixing --resume output/checkpoint.pth --data-path /imagenet \\
@@ -7,9 +6,8 @@ image, label share.
     python -m tools.show_mixing --mixer all --attentive-teacher resnet50=resnet50.pth \\
         --output all.png
 
-With `--mixer all`, the same pairs mixed by every method side by side.
-
-Mixes and draws as training does; neither trains nor evaluates.
+With `--mixer all`, every method mixes the same pairs, side by side. Mixing and draws are those of
+training.
 """
 
 from __future__ import annotations
@@ -24,9 +22,10 @@ import torch
 import datasets
 import engine
 import utils
-from config import mixing_flags as mixing
+from config import mixing_flags
 from config.build_mixer import MixerContext, MixingSettings, build_mixer
-from config.flags import Parser
+from config.mixing_checks import check_mixing_values, mixing_conflicts
+from config.parser import Parser
 from config.second_networks import build_feature_map
 from mixers.interface import MixedBatch, Mixer, StepRandom
 from models.build import build_model
@@ -47,8 +46,9 @@ from storage.checkpoints import load_checkpoint
 from training import precision
 from utils import InputError, run_command
 
-METHODS = tuple(name for name in mixing.METHODS if name != "none")
-EVERY_IMAGE = {
+METHODS = tuple(name for name in mixing_flags.METHODS if name != "none")
+# Values of the flags that this command does not have: every image is mixed, by the method alone.
+FIXED_FLAGS = {
     "mix_protocol": "single",
     "mixup_prob": 1.0,
     "mixup_switch_prob": 1.0,
@@ -69,7 +69,7 @@ def get_args_parser() -> Parser:
     parser.add_argument(
         "--resume", default="", help="checkpoint of main.py: its model, weights and image size"
     )
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights of --resume")
+    parser.add_argument("--ema", action="store_true", help="use the averaged weights of --resume")
     parser.add_argument(
         "--weights", default="", help="weights for --model, this project's or others'"
     )
@@ -83,7 +83,7 @@ def get_args_parser() -> Parser:
     parser.add_argument(
         "--patch-size", type=int, help="side of a patch in pixels; default: the model's own"
     )
-    mixing.add_method_flags(
+    mixing_flags.add_method_flags(
         parser.add_argument_group("mixing, as in main.py"), methods=(*METHODS, "all")
     )
     parser.add_argument(
@@ -99,21 +99,21 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked and with its defaults filled in.
 
     Raises:
-        InputError: a value makes no sense, or flags contradict each other.
+        InputError: a value is invalid, or flags contradict each other.
     """
     args = get_args_parser().parse_args(argv)
-    mixing.check_values(vars(args))
+    check_mixing_values(vars(args))
     args.data_set = args.data_set or ("IMNET" if args.data_path else "DIGITS")
     given = [
         name for name in ("model", "weights", "input_size", "patch_size") if getattr(args, name)
     ]
-    own = ", ".join("--" + name.replace("_", "-") for name in given)
+    model_flags = ", ".join("--" + name.replace("_", "-") for name in given)
     sides = args.input_size or [1]
     rules: list[tuple[bool, str]] = [
         *(
             rule
             for one in flags_by_method(args).values()
-            for rule in mixing.conflicts(argparse.Namespace(**one))
+            for rule in mixing_conflicts(argparse.Namespace(**one))
         ),
         (args.count < 1, f"--count {args.count}: must be above 0"),
         (
@@ -124,11 +124,14 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
             len(sides) > 2 or min(sides) < 1,
             f"--input-size {args.input_size}: takes one side, or height and width, in pixels",
         ),
-        (bool(args.resume) and bool(own), f"--resume brings its own model: leave out {own}"),
+        (
+            bool(args.resume and given),
+            f"--resume also loads the model of the checkpoint: leave out {model_flags}",
+        ),
         (args.ema and not args.resume, "--ema is for --resume CHECKPOINT"),
         (
             not args.output.lower().endswith(".png"),
-            f"--output {args.output}: pictures are PNG; name a .png file",
+            f"--output {args.output}: pictures are PNG; give a name that ends in .png",
         ),
     ]
     for broken, message in rules:
@@ -139,20 +142,19 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def restore(path: str, ema: bool) -> tuple[ImageModel, ImageSpec]:
-    """The model of one of main.py's checkpoints, and how images are shown to it."""
+    """The model of one of main.py's checkpoints, and its size, crop and normalisation of images."""
     checkpoint = load_checkpoint(path)
     model = restore_model(checkpoint, ema)
     try:
         return model, ImageSpec.from_plain(checkpoint["data"]["image_spec"])
     except (KeyError, TypeError) as error:
         raise InputError(
-            f"{path}: no image_spec under data: it was not written by this project's main.py"
+            f"{path}: holds no image_spec under data: this project's main.py did not write it"
         ) from error
 
 
 def build(args: argparse.Namespace, num_classes: int) -> tuple[ImageModel, ImageSpec]:
-    """The model that the flags name, with `--weights` if there are any, and how its data set is
-    shown to it."""
+    """The model that the flags name, and its size, crop and normalisation of images."""
     input_size = utils.as_pair(args.input_size) if args.input_size else None
     utils.seed_globals("init", args.seed)
     model = build_model(args.model, num_classes, input_size=input_size, patch_size=args.patch_size)
@@ -160,24 +162,21 @@ def build(args: argparse.Namespace, num_classes: int) -> tuple[ImageModel, Image
         for note in load_foreign(model, load_checkpoint(args.weights), args.weights):
             print(f"{args.weights}: {note}")
     elif args.mixer in ("smmix", "transmix", "all"):
-        print(
-            f"{args.model} is untrained: its attention carries no meaning yet; give --resume or "
-            "--weights"
-        )
+        print(f"{args.model} is untrained: its score means nothing yet; give --resume or --weights")
     return model, datasets.image_spec_for(args.data_set, model.input_size)
 
 
 def flags_by_method(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The mixing flags of each method to show: the one that was named, or all that can be.
+    """The mixing flags of each method to draw.
 
-    With `all`, a method's own flags are its alone; AttentiveMix is left out where it has no
-    classifier to ask.
+    With `--mixer all`, each method gets only the flags that it takes, and AttentiveMix is left out
+    without its classifier.
     """
-    flags = {**vars(args), **EVERY_IMAGE}
+    flags = {**vars(args), **FIXED_FLAGS}
     if args.mixer != "all":
         return {args.mixer: flags}
     names = [name for name in METHODS if name != "attentivemix" or args.attentive_teacher]
-    return {name: mixing.flags_of_method(flags, name) for name in names}
+    return {name: mixing_flags.flags_of_method(flags, name) for name in names}
 
 
 def make_mixers(
@@ -187,14 +186,14 @@ def make_mixers(
     num_classes: int,
     device: torch.device,
 ) -> dict[str, Mixer]:
-    """The methods without their coin, on every image."""
+    """The mixers of the methods, which mix every image."""
     teacher = None
     if args.attentive_teacher:
         network = build_feature_map(args.attentive_teacher, model.input_size).to(device)
         teacher = engine.make_teacher(network, precision.make_autocast(device, "none"))
-    around = MixerContext(num_classes, model.grid_size, partial(denormalise, spec=spec), teacher)
+    context = MixerContext(num_classes, model.grid_size, partial(denormalise, spec=spec), teacher)
     return {
-        name: build_mixer(MixingSettings.from_flags(flags), around).first
+        name: build_mixer(MixingSettings.from_flags(flags), context).first
         for name, flags in flags_by_method(args).items()
     }
 
@@ -225,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     guide = engine.make_guide(model.to(device), autocast)
 
     def mix(mixer: Mixer) -> MixedBatch:
-        random = utils.keyed_generator("picture", args.seed, 0)  # the same draws for all
+        random = utils.keyed_generator("picture", args.seed, 0)  # the same draws for each
         batch = mixer(pixels, labels, guide, StepRandom(random, random))
         return engine.settle_labels(model, batch, autocast)
 

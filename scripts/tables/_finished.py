@@ -1,9 +1,8 @@
-"""Whether finished runs are those that a table's script would make now: it asks before it skips
-them.
+"""Compares finished runs with the commands that a table's script would run now.
 
-Compares each folder's `args.json` with the words of main.py, as the report does. Ends with 2 and a
-line for each run whose recipe is another one. Called by _finished.sh; trains nothing, changes
-nothing.
+_finished.sh calls it before the script skips those runs. The `args.json` of each folder is compared
+with the arguments of main.py, as the report does. If a recipe differs, it prints a line for each
+such run and exits with code 2. It changes nothing.
 """
 
 from __future__ import annotations
@@ -16,24 +15,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools.report.folders import DamagedError, read_run
-from tools.report.matching import differences_now
+from tools.report.matching import differences_from_command
 from utils import InputError, run_command
 
 
 class Finished(NamedTuple):
-    """A finished run, and the command that it would be run with now.
+    """A finished run, and the command that would run it now."""
 
-    Args:
-        what: the table and the row, for messages.
-    """
-
-    what: str
+    what: str  # the table and the row, for messages
     folder: Path
     command: list[str]
 
 
 def read_words(words: Sequence[str]) -> Iterator[Finished]:
-    """From WHAT FOLDER COUNT and COUNT words of a command, again and again."""
+    """Parses the arguments: WHAT FOLDER COUNT and COUNT words of a command, repeated."""
     rest = list(words)
     while rest:
         what, folder, count, *rest = rest
@@ -42,32 +37,30 @@ def read_words(words: Sequence[str]) -> Iterator[Finished]:
 
 
 def what_differs(run: Finished) -> str:
-    """The flags that the run there was not made with, or why that is not known; empty where it is
-    the same."""
-    (start,) = [place for place, word in enumerate(run.command) if Path(word).name == "main.py"]
-    launch = " ".join(run.command[:start])
-    processes = math.prod(
-        int(number) for number in re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", launch)
-    )
+    """The differences between a run and its command as text, or why the run cannot be read.
+
+    The text is empty if there are no differences.
+    """
+    (start,) = [index for index, word in enumerate(run.command) if Path(word).name == "main.py"]
+    launch, arguments = " ".join(run.command[:start]), tuple(run.command[start + 1 :])
+    counts = re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", launch)
+    processes = math.prod(map(int, counts))
     try:
-        found = differences_now(
-            read_run(run.folder, run.folder.name), tuple(run.command[start + 1 :]), processes
-        )
+        recorded = read_run(run.folder, run.folder.name)
+        differences = differences_from_command(recorded, arguments, processes)
     except (DamagedError, OSError) as error:
         return f"its recipe cannot be read: {error}"
-    return ", ".join(one.text for one in found)
+    return ", ".join(one.text for one in differences)
 
 
 def main() -> None:
-    told = []
+    messages = []
     for run in read_words(sys.argv[1:]):
-        if differs := what_differs(run):
-            told.append(
-                f"{run.what}: {run.folder} is finished with another recipe: {differs}; choose "
-                "another --output"
-            )
-    if told:
-        raise InputError("\n".join(told))
+        if differences := what_differs(run):
+            problem = f"{run.folder} holds a finished run with another recipe: {differences}"
+            messages.append(f"{run.what}: {problem}; choose another --output")
+    if messages:
+        raise InputError("\n".join(messages))
 
 
 if __name__ == "__main__":

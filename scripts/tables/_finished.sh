@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Which rows are finished, and whether they were run as they would be now.
-# Sourced by _table.sh, never run by itself. Kept to what bash 3.2 (macOS) understands.
+# Finds finished runs, and compares their recipes with this command.
+# Sourced by _table.sh, not run directly. Compatible with bash 3.2 (macOS).
 # shellcheck disable=SC2154  # root, table and finished come from _table.sh
 
-# is_finished FOLDER EPOCHS: whether log.txt there, a line of JSON per epoch, has the last one. A line that was cut
-# short does not count, nor an epoch that was: status.json says how many are done.
+# is_finished FOLDER EPOCHS: whether log.txt, with one line of JSON per epoch, has the last epoch. An incomplete line
+# does not count, nor an incomplete epoch: status.json has the number of complete ones.
 is_finished() {
   local done_there
   [[ -f $1/log.txt ]] && grep -Eq "\"epoch\": *$(($2 - 1)) *(,.*)?}\$" "$1/log.txt" || return 1
@@ -13,7 +13,7 @@ is_finished() {
   ((done_there >= $2))
 }
 
-# has_steps FOLDER N: whether a rehearsal there came to its end after N steps or more; without N it did not.
+# has_steps FOLDER N: whether the rehearsal in FOLDER ended after N steps or more; false if N is empty.
 has_steps() {
   local step
   [[ -n $2 ]] || return 1
@@ -22,17 +22,17 @@ has_steps() {
   ((step >= $2))
 }
 
-# was_stopped FOLDER: whether the run there was stopped by a signal. It has saved then, and its exit code may be 0.
+# was_stopped FOLDER: whether a signal stopped the run in FOLDER. Then it has saved, and its exit code may be 0.
 was_stopped() { [[ -f $1/status.json ]] && grep -Eq '"state": *"preempted"' "$1/status.json"; }
 
-# note_finished WHAT FOLDER WORD...: a finished run, and the command that would make it now; WHAT is for messages.
+# note_finished WHAT FOLDER WORD...: records a finished run and the command that would run it now; WHAT is for messages.
 note_finished() {
   local what=$1 folder=$2
   shift 2
   finished+=("$what" "$folder" "$#" "$@")
 }
 
-# Refuses to skip what was noted where its recipe is another one than now: one start of python for all of it.
+# Stops if a recorded run has another recipe than its command. One start of Python compares all of them.
 compare_finished() {
   local status=0
   ((${#finished[@]})) || return 0

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# What the user gives beside a table's own arguments: refused where it would make one row into another under its name,
-# left out where a row's mixer has no use for it, else handed on to main.py.
-# Sourced by _table.sh, never run by itself. Kept to what bash 3.2 (macOS) understands.
+# Handles the user's flags for main.py: refuses those that the rows set, drops those that a row's mixer does not use,
+# and passes the others on.
+# Sourced by _table.sh, not run directly. Compatible with bash 3.2 (macOS).
 # shellcheck disable=SC2034,SC2154  # table, passed, row_flags and the like come from _table.sh, extra goes there
 
 # read_last FLAG WORD...: sets `last`, the last value of a flag among the words; empty without one.
@@ -20,7 +20,7 @@ read_last() {
   done
 }
 
-# Refuses the flags that this table's rows set themselves: with them a row would be another one, in its own folder.
+# Refuses the flags that this table's rows set: with other values, a row's folder would hold another recipe.
 refuse_row_flags() {
   local index word flag flags own=' ' listing=1 # with `listing`, adapt_row trains nothing
   for ((index = 0; index < ${#row_names[@]}; index++)); do
@@ -40,8 +40,8 @@ refuse_row_flags() {
   done
 }
 
-# choose_extra WHAT FLAG...: sets `extra`, those of the user's own flags that go to main.py in a row (or a pre-training)
-# with these flags; WHAT is for messages.
+# choose_extra WHAT FLAG...: sets `extra`, the user's flags that go to main.py in a row (or a pre-training) with these
+# flags; WHAT is for messages.
 choose_extra() {
   local what=$1 word flag is_left=0 left=() mixer has_con has_fine has_score
   shift
@@ -55,11 +55,11 @@ choose_extra() {
     fi
     if ((is_left)); then left+=("$word"); else extra+=("$word"); fi
   done
-  ((${#left[@]} == 0 || listing || checking)) || say "$what: without ${left[*]}, which it has no use for"
+  ((${#left[@]} == 0 || listing || checking)) || say "$what: without ${left[*]}, which it does not use"
 }
 
-# read_uses FLAG...: sets what has_no_use asks of a row with these flags: its `mixer` (none for a pre-training), and
-# whether it has L_con, L_fine and a score (1 or 0).
+# read_uses FLAG...: sets what has_no_use needs to know of a row with these flags: its `mixer` (none for a pre-training)
+# and whether it has L_con, L_fine and a score (1 or 0).
 read_uses() {
   local last
   read_last --mixer "$@"
@@ -74,7 +74,7 @@ read_uses() {
   ((!pretraining)) || mixer=''
 }
 
-# has_no_use FLAG: whether a row has none for a flag of main.py, as config/mixing_flags.py says of its mixer.
+# has_no_use FLAG: whether a row does not use a flag of main.py; config/mixing_flags.py has the same rules.
 has_no_use() {
   local users='' pasting='smmix cutmix resizemix fmix attentivemix saliencymix transmix'
   case $1 in

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What a table's script prints for --list and --list-tsv.
-# Sourced by _table.sh, never run by itself. Kept to what bash 3.2 (macOS) understands.
+# Prints the lists of --list and --list-tsv.
+# Sourced by _table.sh, not run directly. Compatible with bash 3.2 (macOS).
 # shellcheck disable=SC2034,SC2154  # what it reads and sets is _table.sh's
 
 # Prints the rows with their numbers and the paper's figures.
@@ -23,7 +23,7 @@ list_rows() {
 }
 
 # Prints a line for each run of the chosen rows, fields with tabs between them: table, row, label, model, the paper's
-# figure (if any), and the arguments of main.py (if the row is available) without the places of data and output.
+# figure (if any), and the arguments of main.py (if the row is available) without data and output folder.
 list_runs() {
   local place
   if [[ -n $1 ]]; then
@@ -65,7 +65,7 @@ list_run() {
   printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$table" "$3" "$label" "$model" "${figure#-}" "$(only_recipe "$command")"
 }
 
-# only_recipe COMMAND: what follows main.py in the text of a command, without the places of data and output.
+# only_recipe COMMAND: the words after main.py in the text of a command, without data and output folder.
 only_recipe() {
   local words=() word kept=() skip=1
   read -r -d '' -a words <<<"$1" || true

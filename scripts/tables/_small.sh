@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# How a row of a table is rehearsed: a tiny ViT on a part of CIFAR-10, one process, no GPU needed.
-# Sourced by _table.sh, never run by itself. Kept to what bash 3.2 (macOS) understands.
+# Rehearses a row of a table: a tiny ViT on a part of CIFAR-10, in one process, without a GPU.
+# Sourced by _table.sh, not run directly. Compatible with bash 3.2 (macOS).
 #
-# The setting is short of data on purpose, because only there mixing helps a model this small: 2,000 images, 200 epochs.
-# Its figures say nothing about ImageNet and are no reproduction of the paper's.
+# It has little data on purpose (2,000 images, 200 epochs): only then does mixing help a model this small. Its figures
+# say nothing about ImageNet and do not reproduce the paper's.
 # shellcheck disable=SC2154  # data, output, table, small_steps, passed, checking and listing come from _table.sh
 
 small_model=vit_mini_patch4_32 # 96 wide, 6 deep, 32 pixels in patches of 4
@@ -26,7 +26,7 @@ small_arguments() {
   arguments+=(${extra[@]+"${extra[@]}"})
 }
 
-# train_small WHAT FOLDER FLAG...: one rehearsal, unless it is finished. With `checking` it is only noted, if it is.
+# train_small WHAT FOLDER FLAG...: one rehearsal, unless it is finished. With `checking` it is only recorded.
 train_small() {
   local what=$1 folder=$2 arguments=() epochs command
   small_arguments "$@"
@@ -44,8 +44,8 @@ train_small() {
   train_once "$what" "$folder" "$epochs" run "${command[@]}"
 }
 
-# pretrain NAME FLAG...: a network that a row of a rehearsal looks through, trained small itself, once for all tables
-# and seeds. Sets `pretrained`, its checkpoint.
+# pretrain NAME FLAG...: trains a small motivator or teacher for a rehearsal, once for all tables and seeds. Sets
+# `pretrained`, its checkpoint.
 pretrain() {
   local folder=$output/small/pretrained/$1 name=$1
   shift
@@ -53,7 +53,7 @@ pretrain() {
   ((listing)) || train_for_all "small, pre-training of $name" "$folder" "$@"
 }
 
-# A pre-training has the seed 0, and none of the flags that are for rows.
+# A pre-training has seed 0 and gets no flag that only rows use.
 train_for_all() {
   local passed=(${passed[@]+"${passed[@]}"} --seed 0) pretraining=1
   train_small "$@"

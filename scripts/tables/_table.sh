@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# How the scripts of the paper's tables start: their rows, which of them to run, which are finished.
-# Sourced, never run by itself. Kept to what bash 3.2 (macOS) understands.
+# Shared by the scripts of the paper's tables: their rows, the choice of rows, and skipping finished runs.
+# Sourced, not run directly. Compatible with bash 3.2 (macOS).
 #
 # A table's script sets
 #   table     its name, in messages and as a folder
 #   title     the line above its list of rows
-#   models    its columns, as names of the model scripts in scripts/; empty where each row is such a model itself
+#   models    its columns, as names of the model scripts in scripts/; empty if each row is such a model
 #   columns   the heading of each column of figures
-#   method    where rows are models: what they are trained with, the second half of a folder's name
-#   open_flags   those flags of its rows that may be given other values, with another --output
+#   method    if rows are models: their mixing method, the second half of a folder's name
+#   open_flags   flags of its rows that the user may set to other values, with another --output
 # declares its rows in the paper's order with `row` and `row_to_come`, defines `train_row` anew unless every run is a
 # model's script with flags, `adapt_row` if what a row adds depends on more than the row, and ends with
 # `run_table "$@"`.
@@ -31,7 +31,7 @@ row_names=() row_labels=() row_figures=() row_flags=() row_there=() open_flags=(
 # them, and FLAG... are what the row adds to its recipe (words without spaces).
 row() { add_row 1 "$@"; }
 
-# row_to_come NAME LABEL FIGURES: a row whose method this project does not have yet.
+# row_to_come NAME LABEL FIGURES: a row whose method is not implemented yet.
 row_to_come() { add_row 0 "$@"; }
 
 add_row() {
@@ -43,8 +43,8 @@ add_row() {
   row_flags+=("$*")
 }
 
-# train_row MODEL ARGUMENT...: one run, with the arguments that the model scripts take. A table with a recipe of its
-# own defines this anew.
+# train_row MODEL ARGUMENT...: one run, with the arguments that the model scripts take. A table with another recipe
+# redefines this function.
 train_row() { train_by_script "$@"; }
 
 # train_by_script MODEL ARGUMENT...: the recipe of scripts/MODEL.sh.
@@ -54,10 +54,10 @@ train_by_script() {
   bash "$root/scripts/$model.sh" "$@"
 }
 
-# adapt_row NAME: may change `flags`, what the row adds to its recipe; `small` (1 or 0) says what for.
+# adapt_row NAME: may change `flags`, what the row adds to its recipe; `small` is 1 for a rehearsal, else 0.
 adapt_row() { :; }
 
-# run_table ARGUMENT...: what the user asked of the table.
+# run_table ARGUMENT...: lists or runs the rows that the user chose.
 run_table() {
   local data='' nproc='' output=$root/output asked='' only='' seed=0 small=0 small_steps='' list=0
   local listing=0 checking=0 pretraining=0 elsewhere=0 passed=() chosen=() chosen_models=() finished=()
@@ -155,13 +155,13 @@ for_each_run() {
   done
 }
 
-# Where rows are models, a rehearsal has a single row: their method.
+# If rows are models, a rehearsal has a single row: their method.
 only_method() {
   row_names=("$method") row_labels=("${columns[0]}") row_figures=('') row_flags=("--mixer $method") row_there=(1)
 }
 
-# run_row INDEX MODEL NAME: one run, unless it is finished. With `checking` nothing is run or said: a finished one is
-# noted for compare_finished, with the command that would make it now.
+# run_row INDEX MODEL NAME: one run, unless it is finished. With `checking` nothing is run or printed: a finished run is
+# recorded for compare_finished, with the command that would run it now.
 run_row() {
   local index=$1 model=$2 folder flags=() extra=() arguments=() words=() epochs suffix=''
   local what="$table, row $((index + 1)), ${row_names[index]}"
@@ -178,7 +178,7 @@ run_row() {
   choose_extra "$what" ${flags[@]+"${flags[@]}"}
   arguments=(--data-path "$data" --nproc "$nproc" --output "$folder"
     ${flags[@]+"${flags[@]}"} ${extra[@]+"${extra[@]}"})
-  # What would be run; refuses here what cannot be run.
+  # The words of the command; a command that cannot run is refused here.
   words_of_run train_row "$model" "${arguments[@]}"
   read_epochs "${words[@]}"
   if ((checking)); then
@@ -188,23 +188,23 @@ run_row() {
   train_once "$what" "$folder" "$epochs" train_row "$model" "${arguments[@]}"
 }
 
-# words_of_run COMMAND...: sets `words`, those of the last command that COMMAND would `run`.
+# words_of_run COMMAND...: sets `words` to the words of the last command that COMMAND would `run`.
 words_of_run() {
-  local told word
-  told=$(mktemp)
+  local words_file word
+  words_file=$(mktemp)
   (
     set -e
-    export DRY_RUN=1 WORDS_TO=$told
+    export DRY_RUN=1 WORDS_TO=$words_file
     "$@"
   ) >/dev/null
   words=()
   while IFS= read -r -d '' word; do
     words+=("$word")
-  done <"$told"
-  rm -f "$told"
+  done <"$words_file"
+  rm -f "$words_file"
 }
 
-# train_once WHAT FOLDER EPOCHS COMMAND...: COMMAND, unless FOLDER has the last epoch; where it fails, or is stopped,
+# train_once WHAT FOLDER EPOCHS COMMAND...: runs COMMAND, unless FOLDER has the last epoch; if it fails or is stopped,
 # the table ends.
 train_once() {
   local what=$1 folder=$2 epochs=$3 status
@@ -214,11 +214,11 @@ train_once() {
     return
   fi
   if [[ -e $folder/log.txt ]]; then
-    say "$what: going on with $folder"
+    say "$what: resuming in $folder"
   else
     say "$what: into $folder"
   fi
-  # Behind || or in a condition, bash would not stop at the first error within.
+  # After || or in a condition, bash would ignore set -e inside.
   set +e
   (
     set -e
@@ -227,11 +227,11 @@ train_once() {
   status=$?
   set -e
   if ((status)); then
-    printf 'error: %s: stopped with exit code %s, see above; the same command goes on from here\n' "$what" "$status" >&2
+    printf 'error: %s: stopped with exit code %s, see above; the same command resumes from here\n' "$what" "$status" >&2
     exit "$status"
   fi
   if [[ ${DRY_RUN:-0} != 1 ]] && was_stopped "$folder"; then
-    printf 'error: %s: stopped when asked to, before its end; the same command goes on from here\n' "$what" >&2
+    printf 'error: %s: stopped by a signal before its end; the same command resumes from here\n' "$what" >&2
     exit 1
   fi
 }
@@ -244,7 +244,7 @@ read_epochs() {
   is_count "$epochs" || die "--epochs $epochs: must be a whole number above 0"
 }
 
-# Sets `chosen`: the places of the rows that the words name, by number or by name; without words, of all there are.
+# Sets `chosen`: the indices of the rows that the words name, by number or name; without words, of all available rows.
 choose_rows() {
   local words=() word index
   read -r -a words <<<"$1"
@@ -266,7 +266,7 @@ choose_rows() {
   done
 }
 
-# Sets `index`: the place of a row, by its number or its name.
+# Sets `index`: the index of a row, found by its number or name.
 find_row() {
   local known=''
   for ((index = 0; index < ${#row_names[@]}; index++)); do

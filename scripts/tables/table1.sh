@@ -11,14 +11,13 @@
 # our own. The column TransMix has a script of its own, scripts/tables/table1_transmix.sh.
 #
 # --list            the rows and the paper's figures
-# --row N|NAME      rows to run, by number or name, several with commas or by repeating it; default: all there are
-# --model NAME      these columns only
+# --row N|NAME      rows to run, by number or name, separated by commas; may be repeated; default: all available rows
+# --model NAME      columns to run; default: all
 # --data-path, --nproc, NNODES=... and DRY_RUN=1   as in scripts/deit_small.sh
-# --output ROOT     runs are in ROOT/table1/<model>_<row>, with _seed<k> behind it where --seed is not 0; default:
-#                   output. Run again, the same command leaves out rows that are finished and goes on with one that was
-#                   interrupted.
+# --output ROOT     runs are in ROOT/table1/<model>_<row>, with _seed<k> added if --seed is not 0; default: output. The
+#                   same command skips finished rows and resumes an interrupted one.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused.
+# All other flags go to main.py after the recipe and override it; flags that the rows set are refused.
 #
 # A run is scripts/<model>.sh with --mixer, and its recipe is said there; both rows have the same.
 # The paper quotes CutMix's figures from the models' own papers, so part of its gains may be the recipe's.

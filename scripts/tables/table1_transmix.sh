@@ -11,12 +11,12 @@
 # scripts take --mixer transmix all the same (Swin-T, without a class token, by the image tokens' attention).
 #
 # --list            the rows and the paper's figures
-# --row N|NAME      rows to run, by number or name, several with commas or by repeating it; default: all there are
+# --row N|NAME      rows to run, by number or name, separated by commas; may be repeated; default: all available rows
 # --data-path, --nproc, NNODES=... and DRY_RUN=1   as in scripts/deit_small.sh
-# --output ROOT     runs are in ROOT/table1/<model>_transmix; default: output. Run again, the same command leaves out
-#                   rows that are finished and goes on with one that was interrupted.
+# --output ROOT     runs are in ROOT/table1/<model>_transmix; default: output. The same command skips finished rows and
+#                   resumes an interrupted one.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused.
+# All other flags go to main.py after the recipe and override it; flags that the rows set are refused.
 #
 # DeiT rows: the recipe of the authors' repository (Beckschen/TransMix: configs/deit_s_transmix.yaml,
 # configs/deit_b_transmix.yaml, train.py), which is not DeiT's:

@@ -12,14 +12,14 @@
 # available yet.
 #
 # --list            the rows and the paper's figures
-# --row N|NAME      rows to run, by number or name, several with commas or by repeating it; default: all there are
+# --row N|NAME      rows to run, by number or name, separated by commas; may be repeated; default: all available rows
 # --model NAME      one column only, deit_small or swin_tiny
 # --data-path, --nproc, NNODES=... and DRY_RUN=1   as in scripts/deit_small.sh
-# --output ROOT     runs are in ROOT/table2/<model>_<row>; default: output. Run again, the same command leaves out rows
-#                   that are finished and goes on with one that was interrupted.
+# --output ROOT     runs are in ROOT/table2/<model>_<row>; default: output. The same command skips finished rows and
+#                   resumes an interrupted one.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused,
-# but for --mix-protocol, --mix-alpha, --resize-placement and --attentive-teacher with another --output.
+# All other flags go to main.py after the recipe and override it; flags that the rows set are refused,
+# except --mix-protocol, --mix-alpha, --resize-placement and --attentive-teacher with another --output.
 #
 # Where the paper's figures come from. All but SMMix's are those of the Open-Mixup benchmark (Westlake-AI/openmixup,
 # docs/en/mixup_benchmarks/Mixup_imagenet.md, "DeiT Training Settings with ViTs"), so every row runs its recipe: total

@@ -10,13 +10,13 @@
 # DeiT, as its authors say) is the published result.
 #
 # --list            the rows and the paper's figures
-# --row N|NAME      rows to run, by number or name, several with commas or by repeating it; default: all there are
+# --row N|NAME      rows to run, by number or name, separated by commas; may be repeated; default: all available rows
 # --data-path, --nproc, NNODES=... and DRY_RUN=1   as in scripts/deit_small.sh
-# --output ROOT     runs are in ROOT/table6/deit_small_<row>; default: output. Run again, the same command leaves out
-#                   rows that are finished and goes on with one that was interrupted.
+# --output ROOT     runs are in ROOT/table6/deit_small_<row>; default: output. The same command skips finished rows and
+#                   resumes an interrupted one.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused,
-# but for --relabel-ratio with --row transmix and another --output.
+# All other flags go to main.py after the recipe and override it; flags that the rows set are refused,
+# except --relabel-ratio with --row transmix and another --output.
 #
 # A row is scripts/deit_small.sh and its flags; smmix is the SMMix run of Table 1 once more: if you have that, --row
 # transmix is all that is missing. The paper gives no formula for the other two rows and the released code has neither,

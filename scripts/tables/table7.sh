@@ -10,13 +10,12 @@
 # 80.8, all 81.1. Not run by us: no figure of our own.
 #
 # --list            the rows and the paper's figures
-# --row N|NAME      rows to run, by number or name, several with commas or by repeating it; default: all there are
+# --row N|NAME      rows to run, by number or name, separated by commas; may be repeated; default: all available rows
 # --data-path, --nproc, NNODES=... and DRY_RUN=1   as in scripts/deit_small.sh
-# --output ROOT     runs are in ROOT/table7/deit_small_<row>, with _seed<k> behind it where --seed is not 0; default:
-#                   output. Run again, the same command leaves out rows that are finished and goes on with one that was
-#                   interrupted.
+# --output ROOT     runs are in ROOT/table7/deit_small_<row>, with _seed<k> added if --seed is not 0; default: output.
+#                   The same command skips finished rows and resumes an interrupted one.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused.
+# All other flags go to main.py after the recipe and override it; flags that the rows set are refused.
 #
 # A row is scripts/deit_small.sh and its flags. mixing: the max-min attention region mixing of Sec. 4.1, without it
 # plain CutMix; fine: L_fine, which needs that mixing; consistency: L_con, on CutMix too, where lam is the box's share.

@@ -11,13 +11,12 @@
 #
 # --motivator-tiny FILE, --motivator-small FILE   weights of DeiT-T and DeiT-S for rows 1 and 2
 # --list            the rows and the paper's figures
-# --row N|NAME      rows to run, by number or name, several with commas or by repeating it; default: all there are
+# --row N|NAME      rows to run, by number or name, separated by commas; may be repeated; default: all available rows
 # --data-path, --nproc, NNODES=... and DRY_RUN=1   as in scripts/deit_small.sh
-# --output ROOT     runs are in ROOT/table9/deit_tiny_<row>, with _seed<k> behind it where --seed is not 0; default:
-#                   output. Run again, the same command leaves out rows that are finished and goes on with one that was
-#                   interrupted.
+# --output ROOT     runs are in ROOT/table9/deit_tiny_<row>, with _seed<k> added if --seed is not 0; default: output.
+#                   The same command skips finished rows and resumes an interrupted one.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused.
+# All other flags go to main.py after the recipe and override it; flags that the rows set are refused.
 #
 # A row is scripts/deit_tiny.sh and its flags. The paper does not say which weights its pre-trained networks have; by
 # default they are DeiT's own, which timm names and downloads.

@@ -10,13 +10,12 @@
 # max_min 74.7. Not run by us: no figure of our own.
 #
 # --list            the rows and the paper's figures
-# --row N|NAME      rows to run, by number or name, several with commas or by repeating it; default: all there are
+# --row N|NAME      rows to run, by number or name, separated by commas; may be repeated; default: all available rows
 # --data-path, --nproc, NNODES=... and DRY_RUN=1   as in scripts/deit_small.sh
-# --output ROOT     runs are in ROOT/tablea4/deit_small_<row>, with _seed<k> behind it where --seed is not 0; default:
-#                   output. Run again, the same command leaves out rows that are finished and goes on with one that was
-#                   interrupted.
+# --output ROOT     runs are in ROOT/tablea4/deit_small_<row>, with _seed<k> added if --seed is not 0; default: output.
+#                   The same command skips finished rows and resumes an interrupted one.
 # --small [--steps N]   a rehearsal on CIFAR-10: see docs/tables.md
-# Whatever else is given goes to main.py behind the recipe, so that it wins; flags that rows set themselves are refused.
+# All other flags go to main.py after the recipe and override it; flags that the rows set are refused.
 #
 # A row is scripts/deit_small.sh with 100 epochs and its flags: where the region is taken in the source, and where it
 # goes in the target; corr is the place it was taken from. All rows have both loss terms, L_fine and L_con. The paper

@@ -1,1 +1,1 @@
-"""Timings, side by side in one process. `python -m tools.bench.run` runs them all."""
+"""Benchmarks that compare cases in one process; `python -m tools.bench.run` runs them all."""

@@ -1,4 +1,4 @@
-"""A small folder of made-up pictures, a few kB each, nothing random, in ImageNet's layout."""
+"""Writes a small folder of generated pictures in ImageNet's layout, the same ones each time."""
 
 from __future__ import annotations
 
@@ -11,23 +11,19 @@ from PIL import Image
 
 
 def picture(number: int, size: tuple[int, int] = (48, 40), mode: str = "RGB") -> Image.Image:
-    """A picture (width, height) that differs for every number: a gradient and a square, in a colour
-    of its own."""
+    """A gradient with a coloured square, (width, height) pixels, different for every number."""
     width, height = size
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     pixels = np.stack([x, y, np.full_like(x, (number * 37) % 256)], axis=-1).astype(np.uint8)
     side = min(size) // 4
     top, left = (number * 5) % (height - side), (number * 11) % (width - side)
-    pixels[top : top + side, left : left + side] = [
-        (number * 83) % 256,
-        255 - (number * 29) % 256,
-        128,
-    ]
+    color = [(number * 83) % 256, 255 - (number * 29) % 256, 128]
+    pixels[top : top + side, left : left + side] = color
     return Image.fromarray(pixels).convert(mode)
 
 
 def jpeg_bytes(number: int, size: tuple[int, int] = (48, 40)) -> bytes:
-    """`picture` as a JPEG file's content."""
+    """`picture`, encoded as a JPEG file."""
     buffer = io.BytesIO()
     picture(number, size).save(buffer, "JPEG")
     return buffer.getvalue()
@@ -40,13 +36,13 @@ def make_image_folder(
     splits: Sequence[str] = ("train", "val"),
     size: tuple[int, int] = (48, 40),
 ) -> Path:
-    """IMNET and `timm/`: root/<split>/<class>/<number>.jpg. Returns root."""
+    """Writes root/<split>/<class>/<number>.jpg, as IMNET and `timm/` read it, and returns root."""
     number = 0
     for split in splits:
         for name in classes:
             folder = root / split / name
             folder.mkdir(parents=True)
-            for place in range(per_class):
-                (folder / f"{place}.jpg").write_bytes(jpeg_bytes(number, size))
+            for index in range(per_class):
+                (folder / f"{index}.jpg").write_bytes(jpeg_bytes(number, size))
                 number += 1
     return root

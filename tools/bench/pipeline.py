@@ -1,10 +1,10 @@
-"""The input pipeline on one core: from JPEG files to a training batch, beside DeiT's plain one.
+"""Benchmarks of the input pipeline on one core, from JPEG files to a training batch.
 
-The reference is what DeiT's loader worker does with timm's transform: Pillow's decoder,
-RandomResizedCrop, flip, RandAugment, float, normalised, erased, stacked. Ours are
-`pipeline.samples.TrainSamples` as a worker runs them; what they leave to the device is a case of
-its own, on this core, or on another device in `finish_cases`. A measurement is one batch of `BATCH`
-images, with the same files and draws in all cases of one view.
+The reference is the work of DeiT's loader worker with timm's transform: decode with Pillow,
+RandomResizedCrop, flip, RandAugment, to float, normalise, erase, stack. Our cases run
+`pipeline.samples.TrainSamples` as a worker does; the device's part is a separate case, on this core
+or, in `finish_cases`, on another device. A measurement is one batch of `BATCH` images; all cases
+with one view use the same files and draws.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from tools.bench.image_folder import make_image_folder
 from tools.bench.timing import Case
 from utils import InputError, keyed_globals
 
-FILES, MADE_UP_SIZE = 150, (500, 375)  # so many of a folder; pictures where there is none
+MAX_FILES = 150  # images used from a folder
+GENERATED_SIZE = (500, 375)  # width and height of generated pictures
 BATCH, REPEATS = 48, 3
 
 
 class Inputs(NamedTuple):
-    """Files, and what they are made into."""
+    """Image files, and how they are augmented."""
 
     files: list[str]
     spec: ImageSpec
@@ -58,7 +59,7 @@ class Inputs(NamedTuple):
         return TrainSamples(Images(len(self.files), read, ["any"]), transform, 0, erase=erasing)
 
     def places(self, views: int) -> Iterator[list[Place]]:
-        """Batches without end: each of `BATCH` entries, with `views` of an image in a row."""
+        """Endless batches of `BATCH` places, with `views` of each image in a row."""
         numbers = itertools.count()
         while True:
             entries = itertools.islice(numbers, BATCH)
@@ -66,31 +67,29 @@ class Inputs(NamedTuple):
 
 
 def find_files(data_path: str) -> list[str]:
-    """At most `FILES` images anywhere under a folder; without one, pictures made up for the
-    occasion.
+    """At most `MAX_FILES` images at any depth of a folder; without one, generated pictures.
 
     Raises:
-        InputError: no image is there.
+        InputError: the folder holds no image.
     """
     if not data_path:
-        made = tempfile.TemporaryDirectory()
-        atexit.register(made.cleanup)
-        folder = Path(made.name) / "images"
+        temporary = tempfile.TemporaryDirectory()
+        atexit.register(temporary.cleanup)
+        folder = Path(temporary.name) / "images"
         data_path = str(
-            make_image_folder(folder, per_class=12, splits=("train",), size=MADE_UP_SIZE)
+            make_image_folder(folder, per_class=12, splits=("train",), size=GENERATED_SIZE)
         )
     names = (
         path for path in sorted(Path(data_path).rglob("*")) if path.suffix.lower() in IMG_EXTENSIONS
     )
-    files = [str(path) for path in itertools.islice(names, FILES)]
+    files = [str(path) for path in itertools.islice(names, MAX_FILES)]
     if not files:
-        raise InputError(f"--data-path {data_path}: no image in it")
+        raise InputError(f"--data-path {data_path}: holds no image")
     return files
 
 
 def plain_transform(inputs: Inputs) -> Any:
-    """timm's own transform, as DeiT uses it, with the guard that it needs (see
-    `pipeline.transforms.posterize`)."""
+    """timm's transform as DeiT uses it, with the guard of `pipeline.transforms.posterize`."""
     augment = inputs.augment
     transform = create_transform(
         inputs.spec.input_size,
@@ -110,23 +109,23 @@ def plain_transform(inputs: Inputs) -> Any:
 def plain_batches(
     inputs: Inputs, transform: Any = None, decode: Callable[[str], Any] = pil_loader
 ) -> Callable[[], Any]:
-    """DeiT's own way, which decodes through torchvision."""
+    """Makes batches as DeiT does, which decodes with torchvision."""
     transform = transform or plain_transform(inputs)
     places = inputs.places(views=1)
 
     def load() -> torch.Tensor:
-        made = []
+        loaded = []
         for place in next(places):
             image = decode(inputs.files[place[1]])
             with keyed_globals("sample", 0, *place):
-                made.append(transform(image))
-        return torch.stack(made)  # (B, 3, H, W) float32
+                loaded.append(transform(image))
+        return torch.stack(loaded)  # (B, 3, H, W) float32
 
     return load
 
 
 def our_batches(inputs: Inputs, samples: TrainSamples, views: int = 1) -> Callable[[], Batch]:
-    """A worker's part: pixels, boxes and operations."""
+    """Makes batches as our worker does: pixels, boxes and operations."""
     places = inputs.places(views)
     return lambda: samples.__getitems__(next(places))
 
@@ -134,8 +133,7 @@ def our_batches(inputs: Inputs, samples: TrainSamples, views: int = 1) -> Callab
 def finished(
     inputs: Inputs, batch: Batch, device: torch.device | None = None
 ) -> Callable[[], torch.Tensor]:
-    """The device's part: move there, if that is elsewhere, do what was drawn, normalise and
-    erase."""
+    """The device's part: copy to the device, apply operations, normalise and erase."""
     device = device or torch.device("cpu")
     assert batch.boxes is not None
     assert batch.operations is not None
@@ -155,10 +153,10 @@ def finished(
 
 
 def finish_cases(data_path: str, size: int, batch_size: int, device: torch.device) -> list[Case]:
-    """The device's part of a batch, without RandAugment and with it; arguments as in `cases`."""
+    """The device's part of a batch, without and with RandAugment; arguments as in `cases`."""
     inputs = Inputs(find_files(data_path), ImageSpec((size, size)))
     places = [(0, position % len(inputs.files), position) for position in range(batch_size)]
-    offered = AUGMENTERS[: 1 if device.type == "mps" else 2]  # there is no float64
+    offered = AUGMENTERS[: 1 if device.type == "mps" else 2]  # MPS has no float64
     batches = {name: inputs.samples(randaugment=name).__getitems__(places) for name in offered}
     return [
         Case(f"finish, --randaugment {name}", finished(inputs, batch, device))
@@ -167,8 +165,7 @@ def finish_cases(data_path: str, size: int, batch_size: int, device: torch.devic
 
 
 def in_a_worker(run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` as in a loader worker, where nobody else's random state has to be put back after each
-    sample."""
+    """`run` as in a loader worker, where the global random state need not be restored."""
 
     def pretending() -> Any:
         with patch.object(utils, "get_worker_info", lambda: "a worker"):
@@ -178,7 +175,7 @@ def in_a_worker(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def cases(data_path: str, size: int) -> list[Case]:
-    """Reference first; the cases with simplejpeg are left out where it is not installed.
+    """All cases, the reference first. Those with simplejpeg need it to be installed.
 
     Args:
         data_path: a folder with images anywhere in it, or empty.
@@ -214,9 +211,9 @@ def cases(data_path: str, size: int) -> list[Case]:
                 our_batches(inputs, least, REPEATS),
             ),
         ]
-    undone = our_batches(inputs, inputs.samples(randaugment="device"))()
-    made.append(("the device's part, on this core", finished(inputs, our_batches(inputs, once)())))
-    made.append(
-        ("the device's part with --randaugment device, on this core", finished(inputs, undone))
-    )
+    pending = our_batches(inputs, inputs.samples(randaugment="device"))()
+    batch = our_batches(inputs, once)()
+    on_device = "the device's part with --randaugment device, on this core"
+    made.append(("the device's part, on this core", finished(inputs, batch)))
+    made.append((on_device, finished(inputs, pending)))
     return [Case(name, in_a_worker(run), images=BATCH) for name, run in made]

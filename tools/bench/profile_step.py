@@ -1,9 +1,9 @@
-"""Where the time of one SMMix step goes: as parts of the step, and as operations by torch.profiler.
+"""Profiles one SMMix step: the time of its parts, and of its operations by torch.profiler.
 
     python -m tools.bench.profile_step --model deit_tiny_patch16_224 --batch-size 32
 
-The parts are torch.profiler's on a CPU. On CUDA they are timed by events, in steps of their own
-without the profiler; see `tools.bench.recorders` for why. That path has not been run on a GPU.
+On a CPU torch.profiler times the parts. On CUDA events time them, in separate steps without the
+profiler; `tools.bench.recorders` gives the reason. The CUDA path has not been run on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 
 import utils
-from config.flags import Parser
+from config.parser import Parser
 from tools.bench.recorders import ByProfiler, Recorder, by_cuda_events
 from tools.bench.steps import Bench
 from tools.bench.timing import describe_machine
@@ -46,41 +46,42 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def named(recorder: Recorder, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under a name that the recorder knows."""
+    """`function`, which records its work under a name."""
 
-    def shown(*given: Any, **more: Any) -> Any:
+    def recorded(*args: Any, **keywords: Any) -> Any:
         with recorder.during(name):
-            return function(*given, **more)
+            return function(*args, **keywords)
 
-    return shown
+    return recorded
 
 
 @contextmanager
 def name_parts(bench: Bench, recorder: Recorder) -> Iterator[None]:
-    """Lets the recorder see the parts of a step, as long as the context lasts."""
+    """Records the parts of a step within this context."""
     training = bench.training
     model, scaler = training.model, training.scaler
     name = partial(named, recorder)
-    learn, look = name("forward", model.forward), name("forward of the pass", model.forward)
-    with ExitStack() as changed:
+    forward = name("forward", model.forward)
+    forward_of_pass = name("forward of the pass", model.forward)
+
+    def forward_by_mode(*args: Any, **keywords: Any) -> Any:
+        return (forward if model.training else forward_of_pass)(*args, **keywords)
+
+    with ExitStack() as patches:
         for owner, attribute, part in (
             (bench, "guide", name("motivating pass", bench.guide)),
             (training, "criterion", name("losses", training.criterion)),
-            (
-                model,
-                "forward",
-                lambda *given, **more: (learn if model.training else look)(*given, **more),
-            ),
+            (model, "forward", forward_by_mode),
             (torch.Tensor, "backward", name("backward", torch.Tensor.backward)),
             (scaler, "unscale_", name("update", scaler.unscale_)),
             (scaler, "step", name("update", scaler.step)),
         ):
-            changed.enter_context(patch.object(owner, attribute, part))
+            patches.enter_context(patch.object(owner, attribute, part))
         yield
 
 
 def time_parts(bench: Bench, steps: int, recorder: Recorder) -> dict[str, float]:
-    """Milliseconds per step of each of `PARTS` and of the whole `step`, over steps with SMMix."""
+    """Mean milliseconds of each of `PARTS` and of the whole `step`, over steps with SMMix."""
     mixer = bench.mixer("smmix")
     mixer.first = cast(Any, named(recorder, "mixing", mixer.first.__call__))
     with name_parts(bench, recorder), recorder:
@@ -105,15 +106,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe_machine(device, args.threads))
     print("\n".join(part_lines(times)))
     by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(
-        profiler.found.key_averages().table(
-            sort_by=by, row_limit=args.rows, max_name_column_width=40
-        )
-    )
+    operations = profiler.profile.key_averages()
+    print(operations.table(sort_by=by, row_limit=args.rows, max_name_column_width=40))
 
 
 def part_lines(times: Mapping[str, float]) -> list[str]:
-    """A table: milliseconds, and share of the step, of each part."""
+    """A table of the parts: milliseconds and share of the step."""
     lines = ["| part | ms | share of the step |", "| --- | --- | --- |"]
     return lines + [
         f"| {name} | {times[name]:.1f} | {100 * times[name] / times['step']:.1f} % |"

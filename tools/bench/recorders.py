@@ -1,12 +1,10 @@
-"""How long named stretches of work take that lie after and inside each other: by torch.profiler, or
-by marks.
+"""Times named, possibly nested parts of a program, with torch.profiler or with CUDA events.
 
-A CUDA device works behind the host, and a backward pass is launched from a thread of autograd's
-own, where the profiler knows nothing of the names that are open elsewhere. Marks lie in the stream
-itself: what is between two of them took the time between them, whoever launched it.
+A CUDA device works later than the host, and autograd launches the backward pass from another
+thread, where the profiler does not know the names. Events are recorded in the stream itself, so the
+time between two of them is the time of the work between them, whichever thread launched it.
 
-**The marks of CUDA have not been run on a GPU**; the tests run the same code with marks of another
-clock.
+**The CUDA events have not been run on a GPU**; the tests run the same code with another clock.
 """
 
 from __future__ import annotations
@@ -23,20 +21,19 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 
 class Recorder(ABC):
-    """Records while it is open as a context. Stretches end in the reverse order of their
-    beginning."""
+    """A context that records named parts. Parts end in the reverse order of their beginning."""
 
     @abstractmethod
     def begin(self, name: str) -> None:
-        """Work under that name begins."""
+        """Begins the part with this name."""
 
     @abstractmethod
     def end(self) -> None:
-        """What was begun last ends."""
+        """Ends the part that was begun last."""
 
     @abstractmethod
     def total(self) -> dict[str, float]:
-        """After the context: milliseconds by name, with what lies inside, added up."""
+        """Milliseconds by name, summed, nested parts included; call it after the context."""
 
     @abstractmethod
     def __enter__(self) -> Recorder: ...
@@ -46,7 +43,7 @@ class Recorder(ABC):
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """The context's work, under that name."""
+        """A context whose work is the part with this name."""
         self.begin(name)
         try:
             yield
@@ -55,24 +52,23 @@ class Recorder(ABC):
 
 
 class ByProfiler(Recorder):
-    """The host's time under each name, as torch.profiler has it; the names also appear among its
-    operations.
+    """Times the host with torch.profiler; the names also appear among its operations.
 
     Attributes:
-        found: the profile, to be asked for its operations after the context.
+        profile: the profile, which gives its operations after the context.
     """
 
     def __init__(self, device: torch.device) -> None:
         on_cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-        self.found = profile(activities=[ProfilerActivity.CPU, *on_cuda])
+        self.profile = profile(activities=[ProfilerActivity.CPU, *on_cuda])
         self.open: list[record_function] = []
 
     def __enter__(self) -> ByProfiler:
-        self.found.__enter__()
+        self.profile.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.found.__exit__(*error)
+        self.profile.__exit__(*error)
 
     def begin(self, name: str) -> None:
         self.open.append(record_function(name))
@@ -82,24 +78,24 @@ class ByProfiler(Recorder):
         self.open.pop().__exit__(None, None, None)
 
     def total(self) -> dict[str, float]:
-        return {row.key: row.cpu_time_total / 1000 for row in self.found.key_averages()}
+        return {row.key: row.cpu_time_total / 1000 for row in self.profile.key_averages()}
 
 
 class Mark(Protocol):
-    """A moment, as `torch.cuda.Event` has it."""
+    """A point in time, such as `torch.cuda.Event`."""
 
     def record(self) -> None: ...
 
     def elapsed_time(self, end_event: Any) -> float:
-        """Milliseconds from this mark to that one, once both are reached."""
+        """Milliseconds from this mark to `end_event`, after both are reached."""
 
 
 class ByMarks(Recorder):
-    """The time between a mark before and one after.
+    """Times each part by a mark before it and a mark after it.
 
     Args:
-        make_mark: gives a mark that is not recorded yet.
-        wait: returns when all marks are reached.
+        make_mark: returns a mark that is not recorded yet.
+        wait: waits until all marks are reached.
     """
 
     def __init__(self, make_mark: Callable[[], Mark], wait: Callable[[], Any]) -> None:
@@ -120,10 +116,10 @@ class ByMarks(Recorder):
         self.closed.append((*self.open.pop(), self._mark()))
 
     def total(self) -> dict[str, float]:
-        added: defaultdict[str, float] = defaultdict(float)
+        sums: defaultdict[str, float] = defaultdict(float)
         for name, begun, ended in self.closed:
-            added[name] += begun.elapsed_time(ended)
-        return dict(added)
+            sums[name] += begun.elapsed_time(ended)
+        return dict(sums)
 
     def _mark(self) -> Mark:
         mark = self.make_mark()
@@ -132,7 +128,7 @@ class ByMarks(Recorder):
 
 
 def by_cuda_events(device: torch.device) -> ByMarks:
-    """Marks in the current stream of a CUDA device."""
+    """A recorder with events in the current stream of a CUDA device."""
     return ByMarks(
         partial(torch.cuda.Event, enable_timing=True), partial(torch.cuda.synchronize, device)
     )

@@ -1,7 +1,4 @@
-"""What a run of the benchmarks has found so far: data first, and Markdown made of nothing else.
-
-Measures nothing.
-"""
+"""The results of a run of the benchmarks, as data and as Markdown."""
 
 from __future__ import annotations
 
@@ -13,19 +10,19 @@ from tools.bench import stages, steps
 from tools.bench.stages import Stages
 from tools.bench.timing import Timing, to_markdown
 
-Found = list[Timing] | Stages  # of one part
+Found = list[Timing] | Stages  # the result of one part
 
 
 class Results:
-    """The parts that are done, in the order in which they were added.
+    """Results of the parts that are done, in the order in which they were added.
 
     Attributes:
         machine: hardware and versions, see `timing.describe_machine`.
-        flags: those of the run, by name.
-        timings: of each part that compares cases.
-        half_mixup: where steps were timed, what each method costs in half of the steps; see
-            `steps.switched`.
-        stages: where they were timed, CPU seconds per image by pipeline and stage.
+        flags: the flags of the run, by name.
+        timings: the timings of each part that compares cases.
+        half_mixup: the cost of each method in half of the steps, see `steps.switched`; None if
+            steps were not timed.
+        stages: CPU seconds per image by pipeline and stage; None if stages were not timed.
     """
 
     def __init__(self, machine: dict[str, Any], flags: dict[str, Any]) -> None:
@@ -43,7 +40,7 @@ class Results:
             self.half_mixup = steps.switched(found)
 
     def to_plain(self) -> dict[str, Any]:
-        """For JSON: times in seconds. What was not measured is left out."""
+        """Plain data for JSON, with times in seconds and without parts that were not measured."""
         plain = {
             part: [timing.to_plain() for timing in timings]
             for part, timings in self.timings.items()
@@ -55,15 +52,11 @@ class Results:
     def head(self) -> str:
         """One line: machine, clock, model and versions."""
         flags, machine = self.flags, self.machine
-        timed = (
-            "CUDA events"
-            if machine["type"] == "cuda"
-            else "CPU time"
-            if flags["threads"] == 1
-            else "wall clock"
-        )
-        words = [
-            f"{machine['device']}, {flags['threads']} threads ({timed})",
+        clock = "CPU time" if flags["threads"] == 1 else "wall clock"
+        if machine["type"] == "cuda":
+            clock = "CUDA events"
+        parts = [
+            f"{machine['device']}, {flags['threads']} threads ({clock})",
             flags["model"],
             f"batch {flags['batch_size']}",
             flags["amp"],
@@ -72,15 +65,14 @@ class Results:
             f"torch {machine['torch']}",
             f"timm {machine['timm']}",
         ]
-        return ", ".join(words)
+        return ", ".join(parts)
 
     def section(self, part: str) -> str:
         """One part as Markdown, after an empty line."""
         if part == "stages":
             assert self.stages is not None
-            return (
-                f"\n## stages of the input, CPU time per image\n\n{stages.to_markdown(self.stages)}"
-            )
+            table = stages.to_markdown(self.stages)
+            return f"\n## stages of the input, CPU time per image\n\n{table}"
         text = f"\n## {part}\n\n{to_markdown(self.timings[part])}"
         if part != "step" or self.half_mixup is None:
             return text
@@ -88,10 +80,10 @@ class Results:
         return f"{text}\n\nHalf of the steps by Mixup, over CutMix with Mixup: {shares}"
 
     def save(self, folder: Path) -> None:
-        """Replaces bench.json and bench.md in a folder that is there.
+        """Writes or replaces bench.json and bench.md in an existing folder.
 
         Raises:
-            InputError: they cannot be written.
+            InputError: the files cannot be written.
         """
         parts = [*self.timings, *(["stages"] if self.stages is not None else [])]
         text = "\n".join([self.head(), *map(self.section, parts)]) + "\n"

@@ -1,11 +1,11 @@
-"""Times everything that `docs/performance.md` speaks of, side by side in this process.
+"""Runs the benchmarks of `docs/performance.md` in one process.
 
     python -m tools.bench.run --model deit_tiny_patch16_224 --batch-size 32 --output output/bench
     python -m tools.bench.run --model vit_nano_patch4_32 --quick
 
-Writes OUTPUT/bench.json and OUTPUT/bench.md with hardware and versions, anew after each part: what
-was measured stays when a later part fails or is interrupted. Without --output it prints the tables
-only.
+It writes OUTPUT/bench.json and OUTPUT/bench.md with hardware and versions after each part, so that
+results are kept if a later part fails or is interrupted. Without --output it only prints the
+tables.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from pathlib import Path
 import torch
 
 import utils
-from config.flags import Parser
+from config.parser import Parser
 from tools.bench import pipeline, stages, steps
 from tools.bench.results import Found, Results
 from tools.bench.timing import Case, describe_machine, measure
 from utils import InputError, run_command
 
-OF_THE_MODEL: dict[str, Callable[[steps.Bench], list[Case]]] = {
+MODEL_PARTS: dict[str, Callable[[steps.Bench], list[Case]]] = {
     "step": steps.step_cases,
     "guide": steps.guide_cases,
     "update": steps.update_cases,
     "paste": steps.paste_cases,
 }
-WITH_MEMORY = ("step", "guide")
-PARTS = (*OF_THE_MODEL, "pipeline", "stages", "finish")
+WITH_MEMORY = ("step", "guide")  # parts that also measure peak memory
+PARTS = (*MODEL_PARTS, "pipeline", "stages", "finish")
 
 
 def get_args_parser() -> Parser:
@@ -54,15 +54,15 @@ def get_args_parser() -> Parser:
         "--compile", action="store_true", help="torch.compile the step and the motivating pass"
     )
     parser.add_argument("--rounds", default=15, type=int, help="measurements of each case")
-    parser.add_argument("--threads", default=1, type=int, help="of torch on the CPU")
+    parser.add_argument("--threads", default=1, type=int, help="threads of torch on the CPU")
     parser.add_argument(
-        "--data-path", default="", help="folder of JPEGs for the input; default: pictures made up"
+        "--data-path", default="", help="folder of JPEGs for the input; default: generated pictures"
     )
     parser.add_argument(
         "--parts", default=list(PARTS), nargs="+", choices=PARTS, help="what to time"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="3 rounds: to see that it runs, not for figures"
+        "--quick", action="store_true", help="3 rounds: checks that it runs, too few for figures"
     )
     parser.add_argument("--output", default="", help="folder for bench.json and bench.md")
     return parser
@@ -72,7 +72,7 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked.
 
     Raises:
-        InputError: a number that makes no sense.
+        InputError: a number is not above 0.
     """
     args = get_args_parser().parse_args(argv)
     for name in ("batch_size", "rounds", "threads"):
@@ -83,11 +83,11 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def check_places(args: argparse.Namespace) -> None:
-    """Whether the images are there and the results can be written, before hours are spent.
+def check_folders(args: argparse.Namespace) -> None:
+    """Checks before hours of timing that images exist and results can be written.
 
     Raises:
-        InputError: there is no image, or the folder for the results cannot be written.
+        InputError: --data-path holds no image, or --output cannot be written.
     """
     if args.data_path:
         pipeline.find_files(args.data_path)
@@ -104,31 +104,27 @@ def check_places(args: argparse.Namespace) -> None:
 
 
 def clock_of(args: argparse.Namespace) -> Callable[[], float]:
-    """CPU time for one thread; several add up, and wait busily."""
+    """CPU time for one thread, else wall time: CPU times of threads add up, and waiting counts."""
     return time.process_time if args.threads == 1 else time.perf_counter
 
 
 def time_model(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Found]]:
-    """The parts about training, one after the other; the model is built only if one of them is
-    asked for."""
-    parts = [part for part in OF_THE_MODEL if part in args.parts]
+    """Times the chosen parts about training. The model is built only if there is one."""
+    parts = [part for part in MODEL_PARTS if part in args.parts]
     if not parts:
         return
     bench = steps.Bench(
         args.model, device, args.batch_size, args.amp, args.compile, args.input_size
     )
     for part in parts:
-        cases = OF_THE_MODEL[part](bench)
-        yield (
-            part,
-            measure(
-                cases, device, args.rounds, clock=clock_of(args), with_memory=part in WITH_MEMORY
-            ),
-        )
+        cases, with_memory = MODEL_PARTS[part](bench), part in WITH_MEMORY
+        clock = clock_of(args)
+        timings = measure(cases, device, args.rounds, clock=clock, with_memory=with_memory)
+        yield part, timings
 
 
 def time_input(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Found]]:
-    """The parts about the input, one after the other; only `finish` uses the device."""
+    """Times the chosen parts about the input; only `finish` uses the device."""
     size = args.input_size or 224
     if "finish" in args.parts:
         finishing = pipeline.finish_cases(args.data_path, size, args.batch_size, device)
@@ -142,7 +138,7 @@ def time_input(args: argparse.Namespace, device: torch.device) -> Iterator[tuple
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = read_args(argv)
-    check_places(args)
+    check_folders(args)
     device = torch.device(utils.pick_device(args.device))
     args.amp = args.amp or ("fp16" if device.type == "cuda" else "none")
     torch.set_num_threads(args.threads)

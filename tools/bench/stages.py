@@ -1,5 +1,4 @@
-"""Where an image's time goes on its way into a batch, stage by stage: DeiT's pipeline and ours, in
-CPU seconds."""
+"""Times the stages of the input pipeline per image, DeiT's and ours, in CPU seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from pipeline.spec import ImageSpec
 from tools.bench import pipeline
 from tools.bench.pipeline import Inputs
 
-NAMES = {  # class of a step of a transform -> its stage
+STAGES = {  # class of a step of a transform -> its stage
     "RandomResizedCropAndInterpolation": "crop and resize",
     "CropAndResize": "crop and resize",
     "ResizeTo": "crop and resize",
@@ -30,95 +29,98 @@ NAMES = {  # class of a step of a transform -> its stage
     "function": "to a tensor",
 }
 REST, ALL = "the rest: batch, keys", "all"
-ORDER = ("decode", *dict.fromkeys(NAMES.values()), REST, ALL)
+ORDER = ("decode", *dict.fromkeys(STAGES.values()), REST, ALL)
 
-Stages = dict[
-    str, dict[str, float]
-]  # pipeline -> stage, of those it has in `ORDER` -> CPU seconds per image
+Stages = dict[str, dict[str, float]]  # pipeline -> stage of `ORDER` -> CPU seconds per image
 
 
 class Stopwatch:
-    """Seconds of this process by stage."""
+    """CPU seconds of this process by stage."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def timed(self, stage: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
+        """`run`, which adds its time to a stage."""
+
+        def call(*args: Any, **keywords: Any) -> Any:
             begun = time.process_time()
-            made = run(*given, **named)
+            result = run(*args, **keywords)
             self.seconds[stage] += time.process_time() - begun
-            return made
+            return result
 
         return call
 
-    def watch_steps(self, transform: Any) -> None:
+    def time_steps(self, transform: Any) -> None:
         """Times each step of a composed transform."""
         transform.transforms = [
-            self.timed(NAMES[type(step).__name__], step) for step in transform.transforms
+            self.timed(STAGES[type(step).__name__], step) for step in transform.transforms
         ]
 
 
-def theirs(inputs: Inputs, watch: Stopwatch) -> Callable[[], Any]:
-    """DeiT's pipeline, watched."""
+def deit_pipeline(inputs: Inputs, stopwatch: Stopwatch) -> Callable[[], Any]:
+    """DeiT's pipeline with timed stages."""
     transform = pipeline.plain_transform(inputs)
-    watch.watch_steps(transform)
-    return pipeline.plain_batches(inputs, transform, watch.timed("decode", pil_loader))
+    stopwatch.time_steps(transform)
+    return pipeline.plain_batches(inputs, transform, stopwatch.timed("decode", pil_loader))
 
 
-def ours(inputs: Inputs, watch: Stopwatch, decode: images.Decode, resize: str) -> Callable[[], Any]:
-    """Our workers' part, watched."""
-    samples = inputs.samples(watch.timed("decode", decode), resize)
-    watch.watch_steps(samples.transform)
+def our_pipeline(
+    inputs: Inputs, stopwatch: Stopwatch, decode: images.Decode, resize: str
+) -> Callable[[], Any]:
+    """The worker's part of our pipeline with timed stages."""
+    samples = inputs.samples(stopwatch.timed("decode", decode), resize)
+    stopwatch.time_steps(samples.transform)
     return pipeline.our_batches(inputs, samples)
 
 
 def pipelines(inputs: Inputs) -> dict[str, tuple[Stopwatch, Callable[[], Any]]]:
-    """What is compared: by name, a stopwatch and what makes a batch under it. DeiT's comes
-    first."""
+    """The pipelines by name, DeiT's first: a stopwatch, and the function that makes a batch."""
     kinds: list[tuple[str, images.Decode, str]] = [("pillow", decode_pillow, "pillow")]
     if images.simplejpeg is not None:
         kinds += [
             ("simplejpeg", decode_simplejpeg, "pillow"),
             ("simplejpeg, --resize torch", decode_simplejpeg, "torch"),
         ]
-    watch = Stopwatch()
-    made = {"DeiT's": (watch, theirs(inputs, watch))}
+    stopwatch = Stopwatch()
+    made = {"DeiT's": (stopwatch, deit_pipeline(inputs, stopwatch))}
     for name, decode, resize in kinds:
-        watch = Stopwatch()
-        made[name] = watch, ours(inputs, watch, decode, resize)
+        stopwatch = Stopwatch()
+        made[name] = stopwatch, our_pipeline(inputs, stopwatch, decode, resize)
     return made
 
 
-def time_batch(watch: Stopwatch, run: Callable[[], Any]) -> dict[str, float]:
-    """Seconds of each stage of one batch, of the rest and of all."""
-    watch.seconds.clear()
+def time_batch(stopwatch: Stopwatch, run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of one batch: each stage, the rest and the sum."""
+    stopwatch.seconds.clear()
     begun = time.process_time()
     pipeline.in_a_worker(run)()
     total = time.process_time() - begun
-    return {**watch.seconds, REST: total - sum(watch.seconds.values()), ALL: total}
+    return {**stopwatch.seconds, REST: total - sum(stopwatch.seconds.values()), ALL: total}
 
 
 def measure(data_path: str, size: int, rounds: int) -> Stages:
-    """Medians over rounds in which the pipelines take turns, after one round to warm up; arguments
-    as in `pipeline.cases`."""
-    watched = pipelines(Inputs(pipeline.find_files(data_path), ImageSpec((size, size))))
-    seen: dict[str, list[dict[str, float]]] = {name: [] for name in watched}
+    """Medians over rounds in which the pipelines alternate, after one round to warm up.
+
+    Arguments are those of `pipeline.cases`.
+    """
+    pipelines_by_name = pipelines(Inputs(pipeline.find_files(data_path), ImageSpec((size, size))))
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines_by_name}
     for _ in range(rounds + 1):
-        for name, (watch, run) in watched.items():
-            seen[name].append(time_batch(watch, run))
+        for name, (stopwatch, run) in pipelines_by_name.items():
+            measured[name].append(time_batch(stopwatch, run))
     return {
         name: {
             stage: statistics.median(batch[stage] for batch in batches[1:]) / pipeline.BATCH
             for stage in ORDER
             if stage in batches[0]
         }
-        for name, batches in seen.items()
+        for name, batches in measured.items()
     }
 
 
 def to_markdown(found: Stages) -> str:
-    """A table: milliseconds per image of each stage, a column for each pipeline."""
+    """A table: milliseconds per image of each stage, with a column for each pipeline."""
     head = ["stage", *(f"{name}, ms" for name in found)]
     rows = [head, ["---"] * len(head)]
     for stage in ORDER:

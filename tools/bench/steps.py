@@ -1,5 +1,4 @@
-"""A training step with each mixer, and what SMMix adds to it: the motivating pass and the mixing
-operation."""
+"""Benchmarks of the training step with each mixer, and of the parts that SMMix adds to it."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ SPLIT = "smmix --mix-protocol split"
 
 
 class Bench:
-    """One model with its training, on random images that are on the device already: no loader, no
-    transfer."""
+    """One model with its training, on random images that are already on the device."""
 
     def __init__(
         self,
@@ -79,8 +77,10 @@ class Bench:
         self.meters, self.step = Meters(), 0
 
     def mixer(self, name: str, **more: Any) -> Switch:
-        """A method alone. AttentiveMix looks through a stand-in that costs nothing; its teacher's
-        cost is apart."""
+        """The mixer of one method, which mixes every batch.
+
+        AttentiveMix gets a stand-in for its classifier, so its cost is not counted.
+        """
         flags = {
             **vars(get_args_parser().parse_args([])),
             "mixer": name,
@@ -92,33 +92,32 @@ class Bench:
             return torch.nn.functional.adaptive_avg_pool2d(images, 7)
 
         to_bytes = partial(denormalise, spec=ImageSpec((1, 1)))
-        around = MixerContext(CLASSES, self.model.grid_size, to_bytes, teacher)
-        return build_mixer(MixingSettings.from_flags(flags), around)
+        context = MixerContext(CLASSES, self.model.grid_size, to_bytes, teacher)
+        return build_mixer(MixingSettings.from_flags(flags), context)
 
     def cheaper_guides(self) -> dict[str, Guide]:
-        """The motivating pass under each flag that makes it cheaper, by the flag, as far as this
-        model takes it."""
-        model, made = self.model, {}
+        """A guide for each flag that makes the pass cheaper and that this model supports."""
+        model, guides = self.model, {}
         if self.amp == "none":
-            made["--guide-amp bf16"] = engine.make_guide(
+            guides["--guide-amp bf16"] = engine.make_guide(
                 model, precision.make_autocast(self.device, "bf16")
             )
         if model.accepts_other_sizes:
             cells = zip(model.grid_size, model.patch_size, strict=True)
             height, width = (max(2, count // 2) * patch for count, patch in cells)
-            made[f"--guide-size {height} {width}"] = engine.make_guide(
+            guides[f"--guide-size {height} {width}"] = engine.make_guide(
                 model, self.autocast, size=(height, width)
             )
-        made["--con-weight 0"] = engine.make_guide(model, self.autocast, predict=False)
+        guides["--con-weight 0"] = engine.make_guide(model, self.autocast, predict=False)
         if model.score_blocks > 1:
             block = model.score_blocks // 2
-            made[f"--con-weight 0 --score-block {block}"] = engine.make_guide(
+            guides[f"--con-weight 0 --score-block {block}"] = engine.make_guide(
                 model, self.autocast, block=block, predict=False
             )
-        return made
+        return guides
 
     def take_step(self, mixer: Switch, guide: Guide | None = None) -> None:
-        """Forward, backward and update on the batch mixed by `mixer`."""
+        """One step: mixing, forward, backward and update."""
         self.training.model.train()
         self.training.mixer = mixer
         self.training.guide = guide or self.guide
@@ -133,7 +132,7 @@ class Bench:
 
 
 def step_cases(bench: Bench) -> list[Case]:
-    """One step with each method, and with SMMix made cheaper; CutMix is the reference."""
+    """One step with each method and with cheaper forms of SMMix; CutMix is the reference."""
     names = ["cutmix", *(name for name in METHODS if name != "cutmix")]
     cases = [
         Case(f"step with {name}", partial(bench.take_step, bench.mixer(name))) for name in names
@@ -151,16 +150,15 @@ def step_cases(bench: Bench) -> list[Case]:
 
 
 def switched(timings: list[Timing]) -> dict[str, float]:
-    """What a run with Mixup at switch probability 0.5 costs, over CutMix with Mixup: the mean of
-    two kinds of step.
+    """The cost of a run with Mixup in half of its steps, as a ratio to CutMix with Mixup.
 
-    Where each batch is split between the two there is one kind.
+    It is the mean cost of both kinds of step. With --mix-protocol split there is only one kind.
 
     Args:
-        timings: of `step_cases`.
+        timings: the timings of `step_cases`.
 
     Returns:
-        The ratio by method, with the flags that make it cheaper.
+        The ratio by method, with its flags.
     """
     seconds = {timing.name.removeprefix("step with "): timing.seconds[0] for timing in timings}
     base = seconds["cutmix"] + seconds["mixup"]
@@ -175,8 +173,7 @@ def switched(timings: list[Timing]) -> dict[str, float]:
 
 
 def guide_cases(bench: Bench) -> list[Case]:
-    """The motivating pass, as it is, as the whole forward pass, and made cheaper, beside those of
-    training."""
+    """The motivating pass, its cheaper forms and a whole forward pass, beside training."""
 
     def forward() -> None:
         bench.training.model.train()
@@ -204,7 +201,7 @@ def guide_cases(bench: Bench) -> list[Case]:
 
 
 def update_cases(bench: Bench) -> list[Case]:
-    """Optimizer and average: one call for all parameters, as here, and a loop over them."""
+    """Optimizer and average: one call for all parameters, as in training, and a loop over them."""
     fused = optim.make_optimizer(bench.model, {"opt": "adamw", "lr": 1e-6, "weight_decay": 0.05})
     looped = torch.optim.AdamW(bench.model.parameters(), lr=1e-6, weight_decay=0.05, foreach=False)
     average = ModelEmaV3(bench.model, decay=0.99996)
@@ -226,37 +223,32 @@ def update_cases(bench: Bench) -> list[Case]:
 
 
 def paste_by_unfolding(images: Tensor, regions: Regions, patch_size: tuple[int, int]) -> Tensor:
-    """The textbook way: unfold all patches, index the regions' ones, fold everything again."""
+    """The simple way: unfold all patches, index those of the regions, fold all patches again."""
     rows, columns = images.shape[2] // patch_size[0], images.shape[3] // patch_size[1]
     patches = unfold(images, patch_size, stride=patch_size)  # (B, C * P, N)
     below = torch.arange(regions.size[0], device=images.device)[:, None]
     beside = torch.arange(regions.size[1], device=images.device)
 
     def cells(corners: Tensor) -> Tensor:
-        return ((corners[:, :1, None] + below) * columns + corners[:, 1:, None] + beside).flatten(
-            1
-        )  # (B, h * w)
+        tops, lefts = corners[:, :1, None], corners[:, 1:, None]
+        return ((tops + below) * columns + lefts + beside).flatten(1)  # (B, h * w)
 
     batch = torch.arange(len(images), device=images.device)[:, None]
     mixed = patches.clone()
-    mixed[batch, :, cells(regions.target_corners)] = patches.flip(0)[
-        batch, :, cells(regions.source_corners)
-    ]
-    return fold(
-        mixed, (rows * patch_size[0], columns * patch_size[1]), patch_size, stride=patch_size
-    )
+    source, target = cells(regions.source_corners), cells(regions.target_corners)
+    mixed[batch, :, target] = patches.flip(0)[batch, :, source]
+    size = (rows * patch_size[0], columns * patch_size[1])
+    return fold(mixed, size, patch_size, stride=patch_size)
 
 
 def copy_regions(images: Tensor, regions: Regions, patch_size: tuple[int, int]) -> Tensor:
-    """As many pixels as are pasted, copied from one place to another: what no mixing can do
-    without."""
+    """Copies as many pixels as pasting does: the least that any pasting needs."""
     height, width = regions.size[0] * patch_size[0], regions.size[1] * patch_size[1]
     return images[:, :, :height, :width].clone()
 
 
 def paste_cases(bench: Bench) -> list[Case]:
-    """The mixing operation alone, on regions of half the side; the pasted pixels' copy is the
-    reference."""
+    """The mixing operation alone, on regions of half the side; copying them is the reference."""
     model, batch = bench.model, bench.batch_size
     size = (model.grid_size[0] // 2, model.grid_size[1] // 2)
     room = torch.tensor([model.grid_size[0] - size[0] + 1, model.grid_size[1] - size[1] + 1])
@@ -279,8 +271,8 @@ def paste_cases(bench: Bench) -> list[Case]:
 
 
 def _mix_without_pass(bench: Bench) -> None:
-    if not hasattr(bench, "seen"):
-        bench.seen = bench.guide(bench.images)  # type: ignore[attr-defined]
+    if not hasattr(bench, "guide_output"):
+        bench.guide_output = bench.guide(bench.images)  # type: ignore[attr-defined]
     mixer, generator = bench.mixer("smmix"), utils.keyed_generator("bench")
-    seen = bench.seen  # type: ignore[attr-defined]
-    mixer(bench.images, bench.labels, lambda images: seen, StepRandom(generator, generator))
+    output = bench.guide_output  # type: ignore[attr-defined]
+    mixer(bench.images, bench.labels, lambda images: output, StepRandom(generator, generator))

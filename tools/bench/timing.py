@@ -1,8 +1,7 @@
-"""Timing several things side by side: interleaved, in an order drawn anew each round, medians with
-their spread.
+"""Times several cases in one process: in rounds, in a new random order each, with medians.
 
-Only ratios of one run are worth quoting. A ratio is taken in each round between neighbours and its
-median is given, so that a machine that slows down for a while slows both sides.
+Quote only ratios of one run. A ratio is computed within each round, and its median is reported: if
+the machine slows down for a while, it slows both sides.
 """
 
 from __future__ import annotations
@@ -23,20 +22,19 @@ import utils
 
 
 class Case(NamedTuple):
-    """Something to time: `run`, called `repeat` times per measurement. `images` is how many it
-    treats."""
+    """A function to time."""
 
     name: str
     run: Callable[[], Any]
-    repeat: int = 1
-    images: int | None = None
+    repeat: int = 1  # calls per measurement
+    images: int | None = None  # images that one call processes
 
 
 class Timing(NamedTuple):
-    """Seconds per call of one case, and its ratio to the reference: median, first and third
-    quartile.
+    """Seconds per call of one case, and its ratio to the reference.
 
-    `peak_mib` is the most memory for tensors that one call had beyond what was there before it.
+    Both are (median, first quartile, third quartile). `peak_mib` is the peak memory of tensors that
+    one call adds.
     """
 
     name: str
@@ -59,10 +57,10 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     with_memory: bool = False,
 ) -> list[Timing]:
-    """Times every case once per round; the reference is the first one unless it is named.
+    """Times every case once per round. The reference is the first case, or the named one.
 
-    On CUDA by events around each call, after synchronising. On the CPU by `clock`:
-    `time.process_time` leaves out what other processes take.
+    On CUDA, events around each call are used, after synchronising. On the CPU `clock` is used:
+    `time.process_time` does not count other processes.
     """
     order = random.Random(seed)
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
@@ -102,8 +100,10 @@ def _clock(case: Case, device: torch.device, clock: Callable[[], float]) -> floa
 
 
 def _peak_memory(case: Case, device: torch.device) -> float:
-    """By CUDA's allocator; on the CPU by adding up what the profiler says was taken and given
-    back."""
+    """Peak memory of one call in MiB.
+
+    CUDA's allocator reports it; on the CPU it is the sum of the profiler's memory events.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -111,11 +111,11 @@ def _peak_memory(case: Case, device: torch.device) -> float:
         case.run()
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         case.run()
-    assert watched.profiler is not None
+    assert profiled.profiler is not None
     events = [
-        event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"
+        event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"
     ]
     taken = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(itertools.accumulate(taken), default=0) / 2**20
@@ -129,8 +129,7 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def to_markdown(timings: list[Timing]) -> str:
-    """A table: case, milliseconds per call, ratio, and images per second and memory where they are
-    known."""
+    """A table: case, milliseconds per call, ratio; images per second and memory if known."""
     more = {
         "images/s": [timing.images_per_second for timing in timings],
         "peak MiB": [t.peak_mib for t in timings],
@@ -140,20 +139,20 @@ def to_markdown(timings: list[Timing]) -> str:
     }
     head = ["case", "ms", "ratio", *more]
     rows = [head, ["---"] * len(head)]
-    for place, timing in enumerate(timings):
+    for index, timing in enumerate(timings):
         middle, low, high = timing.ratio
         row = [
             timing.name,
             f"{1000 * timing.seconds[0]:.3g}",
             f"{middle:.2f} [{low:.2f}..{high:.2f}]",
         ]
-        row += ["" if values[place] is None else f"{values[place]:.4g}" for values in more.values()]
+        row += ["" if values[index] is None else f"{values[index]:.4g}" for values in more.values()]
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
-    """Hardware and versions, as every figure needs them."""
+    """Hardware and versions, which belong to every figure."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"device": name, "type": device.type, "threads": threads, **utils.describe_versions()}
 

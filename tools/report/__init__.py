@@ -1,1 +1,1 @@
-"""The report: run folders and the rows of the paper's tables, as a page and as Markdown."""
+"""The report of runs, as HTML and as Markdown."""

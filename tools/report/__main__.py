@@ -1,11 +1,11 @@
-"""A report of your runs beside the paper's tables: report.html, one file with everything in it, and
-report.md.
+"""Writes report.html and report.md: a report of your runs beside the paper's tables.
 
     python -m tools.report output
     python -m tools.report output --output somewhere
 
-Reads every run folder at and below the one that is given, and the rows of scripts/tables/. Changes
-nothing in them. The same folders give the same bytes. Trains nothing, reads no checkpoint.
+It reads the run folders at and below the given folder and the rows of scripts/tables/, but no
+checkpoint, and changes none of them. The same folders give the same bytes. report.html is one file
+with everything in it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from config.flags import Parser
+from config.parser import Parser
 from storage.files import write_atomically
-from tools.report import details, folders, matching, tables
-from tools.report import html as report_html
-from tools.report import markdown as tools_report_markdown
-from tools.report import results as tools_report_results
-from tools.report.records import Result, Row, Run, Sorted
+from tools.report.details import run_page
+from tools.report.folders import find_runs
+from tools.report.html import write_page
+from tools.report.markdown import write_text
+from tools.report.matching import changed_flags, sort_runs
+from tools.report.records import Result, Row, Run, SortedRuns
+from tools.report.results import build_report, progress, recipe_name, table_name
+from tools.report.tables import read_rows
 from utils import InputError, run_command
 
 
@@ -31,7 +34,7 @@ def get_args_parser() -> Parser:
         "python -m tools.report", description="Puts your runs beside the paper's tables."
     )
     parser.add_argument(
-        "root", metavar="OUTPUT_ROOT", help="the folder with your runs in it, at any depth"
+        "root", metavar="OUTPUT_ROOT", help="folder that holds your runs, at any depth"
     )
     parser.add_argument(
         "--output", default="", help="folder for report.html and report.md; default: OUTPUT_ROOT"
@@ -46,48 +49,39 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def where_it_counts(run: Run, found: Sorted) -> str:
-    """The rows that a run belongs to, in words."""
+def rows_of_run(run: Run, found: SortedRuns) -> str:
+    """The rows that a run belongs to, as text."""
 
     def names(results: Sequence[Result]) -> str:
-        there = [result.row for result in results if run in (*result.finished, *result.unfinished)]
-        return ", ".join(
-            f"{tools_report_results.table_name(row.table)} {tools_report_results.recipe(row)}"
-            for row in there
-        )
+        rows = [result.row for result in results if run in (*result.finished, *result.unfinished)]
+        return ", ".join(f"{table_name(row.table)} {recipe_name(row)}" for row in rows)
 
     kinds = [("", found.full), ("as a rehearsal: ", found.small)]
-    kinds += [
-        (f"as a rehearsal cut short ({cut}): ", results) for cut, results in found.cut.items()
-    ]
-    parts = [how + there for how, results in kinds if (there := names(results))]
+    kinds += [(f"as a rehearsal cut short ({cut}): ", found.cut[cut]) for cut in found.cut]
+    parts = [kind + rows for kind, results in kinds if (rows := names(results))]
+    if not parts:
+        return "no row of the paper"
     counts = run.is_finished or run.is_cut
-    return "; ".join(parts or ["no row of the paper"]) + (
-        "; not yet, since it is not finished" if parts and not counts else ""
-    )
+    return "; ".join(parts) + ("" if counts else "; not yet, because the run is not finished")
 
 
 def make_report(root: str, rows: Sequence[Row]) -> tuple[str, str]:
     """HTML and Markdown of the runs at and below `root`.
 
     Args:
-        rows: of the paper's tables, see `tools.report.tables.read_rows`.
+        rows: the rows of the paper's tables, see `tools.report.tables.read_rows`.
 
     Raises:
-        InputError: there is no such folder, or nothing in it looks like a run.
+        InputError: `root` is not a folder, or it holds no run folder.
     """
-    runs, skipped = folders.find_runs(Path(root))
-    found = matching.sort_runs(runs, rows)
-    pages = []
-    for number, run in enumerate(runs, start=1):
-        flags = matching.changed_flags(run)
-        pages.append(
-            details.run_page(
-                run, number, where_it_counts(run, found), tools_report_results.progress(run), flags
-            )
-        )
-    report = tools_report_results.build(root, runs, skipped, found)._replace(runs=pages)
-    return report_html.write_page(report), tools_report_markdown.write_text(report)
+    runs, skipped = find_runs(Path(root))
+    found = sort_runs(runs, rows)
+    pages = [
+        run_page(run, number, rows_of_run(run, found), progress(run), changed_flags(run))
+        for number, run in enumerate(runs, start=1)
+    ]
+    report = build_report(root, runs, skipped, found)._replace(runs=pages)
+    return write_page(report), write_text(report)
 
 
 def _write(data: bytes, stream: BinaryIO) -> None:
@@ -97,16 +91,14 @@ def _write(data: bytes, stream: BinaryIO) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = read_args(argv)
     folder = Path(args.output)
-    html, markdown = make_report(args.root, tables.read_rows())
+    html, markdown = make_report(args.root, read_rows())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {folder}: cannot be made: {error.strerror or error}") from error
-    for name, written in (("report.html", html), ("report.md", markdown)):
-        write_atomically(
-            folder / name, partial(_write, written.encode("utf-8", "backslashreplace"))
-        )
-        print(f"wrote {folder / name}")
+    for path, text in ((folder / "report.html", html), (folder / "report.md", markdown)):
+        write_atomically(path, partial(_write, text.encode("utf-8", "backslashreplace")))
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Lines over epochs as SVG text: axes, ticks, a legend, colours that the page chooses.
+"""Draws charts over epochs as SVG text: axes, ticks, lines and a legend.
 
-Level 1: knows numbers and names only. No scripts, no styles of its own beyond class names, nothing
-from elsewhere.
+The elements have class names only; the colours are in `tools/report/style.py`.
 """
 
 from __future__ import annotations
@@ -15,21 +14,18 @@ from typing import NamedTuple
 from tools.report.records import Chart, Series
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, BOTTOM = (
-    58,
-    14,
-    38,
-)  # room for the ticks of y, the last tick of x, the ticks and title of x
-LEGEND_LINE, LETTER = 17, 7.0  # pixels of a line of the legend, and of a letter in it, about
-COLORS = 8  # that the page has; further lines repeat them with other dashes
+# Margins for: the ticks of y, the last tick of x, the ticks and the title of x.
+LEFT, RIGHT, BOTTOM = 58, 14, 38
+LEGEND_LINE = 17  # pixels of one line of the legend
+LETTER = 7.0  # pixels of one letter of the legend, roughly
+COLORS = 8  # colours in the style sheet; further lines repeat them with other dashes
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
-MOST_POINTS = 400  # of a line; longer ones are thinned out, their ends kept
-LOG_FROM = 30.0  # ratio of the largest to the smallest value from which on the axis is logarithmic
+MAX_POINTS = 400  # longer lines are thinned out; their ends stay
+LOG_FROM = 30.0  # the axis is logarithmic if largest / smallest value is above this
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, about `count`: steps of 1, 2 or 5 times a power of
-    ten."""
+    """About `count` round numbers from `low` to `high`, in steps of 1, 2 or 5 times 10^n."""
     span = high - low
     if not span > 0:
         return [low]
@@ -41,8 +37,10 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from `low` to `high`, some left out where there are many; 1, 2, 5 where there
-    are few."""
+    """Ticks of a logarithmic axis: at most about five powers of ten.
+
+    A short axis also has 2 and 5 times each power.
+    """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = max(1, math.ceil((last - first) / 5))
     digits = (1,) if last - first > 2 else (1, 2, 5)
@@ -51,20 +49,20 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_text(value: float) -> str:
-    """Short, and the same on every machine."""
+    """The number as a short text, the same on every machine."""
     return "0" if abs(value) < 1e-15 else f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
 def thin(points: list[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """At most `MOST_POINTS` of the points, evenly spread, first and last among them."""
-    if len(points) <= MOST_POINTS:
+    """At most `MAX_POINTS` points, evenly spread, with the first and the last."""
+    if len(points) <= MAX_POINTS:
         return points
     last = len(points) - 1
-    return [points[round(place * last / (MOST_POINTS - 1))] for place in range(MOST_POINTS)]
+    return [points[round(index * last / (MAX_POINTS - 1))] for index in range(MAX_POINTS)]
 
 
 class Axis(NamedTuple):
-    """One direction: values from `low` to `high` on pixels from `start` to `end`."""
+    """One axis: values from `low` to `high` on pixels from `start` to `end`."""
 
     low: float
     high: float
@@ -72,7 +70,7 @@ class Axis(NamedTuple):
     end: float
     is_log: bool = False
 
-    def place(self, value: float) -> float:
+    def pixel(self, value: float) -> float:
         scale: Callable[[float], float] = math.log10 if self.is_log else float
         low, high = scale(self.low), scale(self.high)
         return self.start + (scale(value) - low) / (high - low) * (self.end - self.start)
@@ -82,21 +80,23 @@ class Axis(NamedTuple):
 
 
 def y_axis(values: list[float], top: float) -> Axis:
-    """The axis of values: logarithmic where they are positive and far apart, else a little wider
-    than they are."""
+    """The vertical axis, a little longer than the range of the values.
+
+    It is logarithmic if the values are positive and far apart.
+    """
     low, high = min(values), max(values)
     bottom = HEIGHT - BOTTOM
     if low > 0 and high / low > LOG_FROM:
         return Axis(low / 1.15, high * 1.15, bottom, top, is_log=True)
-    room = (high - low) * 0.06 or abs(high) * 0.06 or 1.0
-    return Axis(0.0 if 0 <= low < room * 2 else low - room, high + room, bottom, top)
+    margin = (high - low) * 0.06 or abs(high) * 0.06 or 1.0
+    return Axis(0.0 if 0 <= low < margin * 2 else low - margin, high + margin, bottom, top)
 
 
-def draw(chart: Chart, number: str) -> str:
-    """The chart as an `<svg>` element, or a paragraph that says that there is nothing to draw.
+def draw(chart: Chart, name: str) -> str:
+    """The chart as an `<svg>` element, or a paragraph if nothing is recorded.
 
     Args:
-        number: unlike any other chart's on the page.
+        name: a prefix for ids; no other chart on the page may have the same one.
     """
     series = [one for one in chart.series if any(y is not None for _, y in one.points)]
     if not series:
@@ -107,13 +107,13 @@ def draw(chart: Chart, number: str) -> str:
     across = Axis(min(1.0, *(x for x, _ in known)) if last > 1 else 0.0, last, LEFT, WIDTH - RIGHT)
     up = y_axis([y for _, y in known], top)
     title = f"{chart.title}, {chart.unit}" + (" (logarithmic)" if up.is_log else "")
-    said = "; ".join(f"{one.name} ends at {tick_text(_last_of(one))}" for one in series)
+    ends = "; ".join(f"{one.name} ends at {tick_text(_last_of(one))}" for one in series)
     parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{number}t '
-        f'{number}d">',
-        f'<title id="{number}t">{escape(title)}</title><desc id="{number}d">{escape(said)}</desc>',
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-labelledby="{name}t {name}d">',
+        f'<title id="{name}t">{escape(title)}</title><desc id="{name}d">{escape(ends)}</desc>',
         *_axes(across, up),
-        *(line for place, one in enumerate(series) for line in _line(one, place, across, up)),
+        *(line for index, one in enumerate(series) for line in _line(one, index, across, up)),
         *entries,
         "</svg>",
     ]
@@ -124,21 +124,22 @@ def _last_of(series: Series) -> float:
     return [y for _, y in series.points if y is not None][-1]
 
 
-def _style(place: int) -> str:
-    dash = DASHES[(place + place // COLORS) % len(DASHES)]
-    return f'class="s{place % COLORS}"' + (f' stroke-dasharray="{dash}"' if dash else "")
+def _style(index: int) -> str:
+    """Class and dashes of the line with this index."""
+    dash = DASHES[(index + index // COLORS) % len(DASHES)]
+    return f'class="s{index % COLORS}"' + (f' stroke-dasharray="{dash}"' if dash else "")
 
 
 def _legend(series: list[Series]) -> tuple[list[str], float]:
-    """The names with their strokes, in lines as they fit, and where the plot may begin below."""
+    """The elements of the legend, wrapped into lines, and the y at which the plot begins."""
     parts, x, y = [], float(LEFT), 12.0
-    for place, one in enumerate(series):
+    for index, one in enumerate(series):
         name = one.name if len(one.name) <= 40 else one.name[:39] + "…"
         width = 34 + LETTER * len(name) + 10
         if x > LEFT and x + width > WIDTH:
             x, y = float(LEFT), y + LEGEND_LINE
         parts.append(
-            f'<line {_style(place)} x1="{x:.1f}" x2="{x + 26:.1f}" y1="{y - 4:.1f}" '
+            f'<line {_style(index)} x1="{x:.1f}" x2="{x + 26:.1f}" y1="{y - 4:.1f}" '
             f'y2="{y - 4:.1f}"/>'
         )
         parts.append(f'<text x="{x + 31:.1f}" y="{y:.1f}">{escape(name)}</text>')
@@ -148,37 +149,31 @@ def _legend(series: list[Series]) -> tuple[list[str], float]:
 
 def _axes(across: Axis, up: Axis) -> Iterable[str]:
     for tick in up.ticks():
-        y = up.place(tick)
+        y = up.pixel(tick)
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         yield f'<text class="end" x="{LEFT - 6}" y="{y + 4:.1f}">{tick_text(tick)}</text>'
     bottom = HEIGHT - BOTTOM
     yield f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>'
-    whole = sorted(
-        {
-            round(tick)
-            for tick in [across.low, *across.ticks(), across.high]
-            if across.low <= round(tick)
-        }
-    )
-    shown = [
-        tick
-        for tick in whole
-        if tick == whole[-1] or (whole[-1] - tick) >= 0.08 * (across.high - across.low)
-    ]
-    for tick in shown:
-        yield f'<text class="middle" x="{across.place(tick):.1f}" y="{bottom + 15}">{tick}</text>'
+    ticks = [across.low, *across.ticks(), across.high]
+    epochs = sorted({round(tick) for tick in ticks if across.low <= round(tick)})
+    last, gap = epochs[-1], 0.08 * (across.high - across.low)
+    for epoch in epochs:
+        if epoch == last or last - epoch >= gap:  # no tick too close to the last one
+            x = across.pixel(epoch)
+            yield f'<text class="middle" x="{x:.1f}" y="{bottom + 15}">{epoch}</text>'
     yield f'<text class="middle" x="{(LEFT + WIDTH - RIGHT) / 2:.1f}" y="{HEIGHT - 5}">epoch</text>'
 
 
-def _line(series: Series, place: int, across: Axis, up: Axis) -> Iterable[str]:
-    """Strokes between neighbouring points that are there, a dot where one stands alone."""
-    for there, points in groupby(thin(series.points), key=lambda point: point[1] is not None):
-        if not there:
+def _line(series: Series, index: int, across: Axis, up: Axis) -> Iterable[str]:
+    """One stroke for each part of a line without a gap; a dot if the part is a single point."""
+    parts = groupby(thin(series.points), key=lambda point: point[1] is not None)
+    for has_values, points in parts:
+        if not has_values:
             continue
-        places = [(across.place(x), up.place(y)) for x, y in points if y is not None]
-        if len(places) == 1:
-            x, y = places[0]
-            yield f'<circle class="s{place % COLORS}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+        pixels = [(across.pixel(x), up.pixel(y)) for x, y in points if y is not None]
+        if len(pixels) == 1:
+            x, y = pixels[0]
+            yield f'<circle class="s{index % COLORS}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
         else:
-            text = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            yield f'<polyline {_style(place)} points="{text}"/>'
+            text = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
+            yield f'<polyline {_style(index)} points="{text}"/>'

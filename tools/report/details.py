@@ -1,8 +1,4 @@
-"""One run in detail: its course as charts, what it was, what it warned of, its picture.
-
-Level 2: from a `Run` to what the page shows. Reads one file, the picture, and trusts it no more
-than the rest. It must not know the paper's tables, HTML or Markdown.
-"""
+"""Makes the detailed part of the report for one run: results, charts, warnings and its picture."""
 
 from __future__ import annotations
 
@@ -15,16 +11,16 @@ from PIL import Image, UnidentifiedImageError
 
 from tools.report.records import Chart, Picture, Run, RunPage, Series
 
-MOST_PIXELS = 40_000_000
-AS_IT_IS = 250_000  # bytes; larger pictures are encoded anew, as JPEG
-QUALITY = 88
+MAX_PIXELS = 40_000_000
+MAX_PNG_BYTES = 250_000  # larger pictures are encoded as JPEG
+JPEG_QUALITY = 88
 ACCURACIES = (("top-1", "test_acc1"), ("top-1, EMA", "test_ema_acc1"))
 TERMS = (
     ("classification", "train_loss_cls"),
     ("fine-grained", "train_loss_fine"),
     ("consistency", "train_loss_con"),
 )
-HEAD = (
+HEAD_ROWS = (
     "images",
     "model",
     "input",
@@ -38,26 +34,32 @@ HEAD = (
 
 
 def run_page(
-    run: Run, number: int, belongs: str, state: str, flags: list[tuple[str, str, str]]
+    run: Run, number: int, rows: str, state: str, flags: list[tuple[str, str, str]]
 ) -> RunPage:
-    """All that is said of a run.
+    """The detailed part of the page for one run.
 
     Args:
-        belongs: where it counts, in words.
-        state: how far it has come, in words.
-        flags: those that differ from the defaults: name, value, default.
+        rows: the rows of the paper that the run belongs to, as text.
+        state: the progress of the run, as text.
+        flags: the flags that differ from the defaults: name, value, default.
     """
-    picture, trouble = read_picture(run.picture)
-    told = [*_oddities(run), *([trouble] if trouble else []), *run.warnings]
-    facts = [("counts in", belongs), *_facts(run)]
-    setting = list(_setting(run))
+    picture, problem = read_picture(run.picture)
     return RunPage(
-        number, run.name, state, run.is_finished, facts, setting, told, flags, charts(run), picture
+        number=number,
+        name=run.name,
+        state=state,
+        is_finished=run.is_finished,
+        facts=[("counts in", rows), *_facts(run)],
+        setting=list(_setting(run)),
+        warnings=[*_problems(run), *([problem] if problem else []), *run.warnings],
+        flags=flags,
+        charts=charts(run),
+        picture=picture,
     )
 
 
 def charts(run: Run) -> list[Chart]:
-    """Its course over epochs, counted from 1."""
+    """Charts of a run over its epochs, counted from 1."""
 
     def lines(names: Iterable[tuple[str, str]]) -> list[Series]:
         return [
@@ -70,16 +72,13 @@ def charts(run: Run) -> list[Chart]:
         Chart("Top-1 on the validation set", "%", lines(ACCURACIES)),
         Chart("Training loss", "mean of the epoch", lines([("loss", "train_loss")])),
         Chart("Terms of the loss", "mean of the epoch", lines(TERMS)),
-        Chart("Learning rate", "at the epoch's beginning", lines([("learning rate", "lr")])),
+        Chart("Learning rate", "at the start of the epoch", lines([("learning rate", "lr")])),
     ]
 
 
 def _facts(run: Run) -> Iterable[tuple[str, str]]:
-    for name, value in (
-        ("top-1", run.top1),
-        ("top-1, EMA", run.ema),
-        ("top-5", run.last("test_acc5")),
-    ):
+    accuracies = [("top-1", run.top1), ("top-1, EMA", run.ema), ("top-5", run.last("test_acc5"))]
+    for name, value in accuracies:
         if value is not None:
             yield f"{name}, last epoch", f"{value:.2f} %"
     best = [
@@ -91,20 +90,21 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
         value, epoch = max(best)
         yield (
             "best top-1 of any epoch",
-            f"{value:.2f} % in epoch {1 - epoch}; chosen on the validation set, in no table",
+            f"{value:.2f} % in epoch {1 - epoch}; in no table, because it is chosen on the "
+            "validation set",
         )
     yield "seed", str(run.args["seed"])
-    if seconds := sum(start.seconds for start in run.course):
-        starts = f" in {len(run.course)} starts" if len(run.course) > 1 else ""
+    if seconds := sum(start.seconds for start in run.counted_starts):
+        count = len(run.counted_starts)
+        starts = f" in {count} starts" if count > 1 else ""
         yield "duration, from train.log", duration(seconds) + starts
     yield "status", str(run.status.get("state", "not recorded"))
 
 
 def _setting(run: Run) -> Iterable[tuple[str, str]]:
-    """What it was, from the table at its head; without folders, so that a report can be passed
-    on."""
+    """Data, model, device and versions, without folders: a report can be given to others."""
     yield "data", run.args["data_set"]
-    yield from ((name, run.start.head[name]) for name in HEAD if name in run.start.head)
+    yield from ((name, run.start.head[name]) for name in HEAD_ROWS if name in run.start.head)
     yield "commit", run.versions.get("commit", "not recorded")
     others = [f"{name} {version}" for name, version in run.versions.items() if name != "commit"]
     yield "versions", ", ".join(others) or "not recorded"
@@ -118,17 +118,18 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
-def _oddities(run: Run) -> Iterable[str]:
+def _problems(run: Run) -> Iterable[str]:
     if skipped := run.last("skipped_steps"):
-        yield f"{skipped:.0f} steps were left out: they were not finite"
+        yield f"{skipped:.0f} skipped steps: their gradient was NaN or inf"
     state = run.status.get("state")
     if state == "failed":
         code = run.status.get("exit_code", "unknown")
-        yield f"the run failed, exit code {code}: {run.status.get('error', 'no reason recorded')}"
+        reason = run.status.get("error", "no reason recorded")
+        yield f"the run failed, exit code {code}: {reason}"
     elif state == "preempted" and not run.is_finished:
-        yield "the run was stopped politely; the same command with --auto-resume goes on"
+        yield "the run saved and stopped on a signal; resume it with --auto-resume"
     elif state == "running" and not run.is_finished:
-        yield "status.json says running: it is still under way, or was killed"
+        yield "status.json says running: the run is still in progress, or was killed"
     if run.missing:
         yield f"log.txt lacks epochs {run.missing[0]} to {run.missing[-1]}, counted from 0"
     if not run.starts:
@@ -136,8 +137,11 @@ def _oddities(run: Run) -> Iterable[str]:
 
 
 def read_picture(path: Path | None) -> tuple[Picture | None, str]:
-    """The picture to show, or what is wrong with it; neither where there is none. Large ones become
-    JPEGs."""
+    """Reads the picture of a run. Large pictures become JPEGs.
+
+    Returns:
+        The picture, or None with the problem; None and an empty text if the run has no picture.
+    """
     if path is None:
         return None, ""
     try:
@@ -146,13 +150,13 @@ def read_picture(path: Path | None) -> tuple[Picture | None, str]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=["PNG"])
             width, height = image.size
-            if width * height > MOST_PIXELS:
-                return None, f"{path.name} has {width} x {height} pixels, too many to show"
+            if width * height > MAX_PIXELS:
+                return None, f"{path.name} has {width} x {height} pixels, too many for the report"
             image.load()
-        if len(data) <= AS_IT_IS:
+        if len(data) <= MAX_PNG_BYTES:
             return Picture("png", data, width, height), ""
         stream = io.BytesIO()
-        image.convert("RGB").save(stream, format="JPEG", quality=QUALITY, optimize=True)
+        image.convert("RGB").save(stream, format="JPEG", quality=JPEG_QUALITY, optimize=True)
         return Picture("jpeg", stream.getvalue(), width, height), ""
     except (
         OSError,
@@ -162,4 +166,4 @@ def read_picture(path: Path | None) -> tuple[Picture | None, str]:
         Image.DecompressionBombWarning,
         Image.DecompressionBombError,
     ) as error:
-        return None, f"{path.name} cannot be shown: {type(error).__name__}"
+        return None, f"{path.name} cannot be read: {type(error).__name__}"

@@ -1,8 +1,6 @@
-"""The report as one HTML file: nothing from elsewhere, no script, light and dark, for screens,
-phones and paper.
+"""Writes the report as one HTML file, without scripts or files from elsewhere.
 
-Level 2: from `Report` to text. Everything that is shown goes through `escape`. It must not know
-runs, rows or files.
+It has a light and a dark form and fits screens, phones and paper. Every text goes through `escape`.
 """
 
 from __future__ import annotations
@@ -20,20 +18,20 @@ POLICY = (
     "'none'"
 )
 
-WORDY, LONG = 20, 60  # letters from which on a cell wants room, and much of it
+# Cells with more letters get a minimum width, or a larger one.
+MEDIUM_CELL, LONG_CELL = 20, 60
 
 
 def escape(text: str) -> str:
-    """Safe in HTML text and attributes; what no screen shows (controls, half characters) as an
-    escape sequence."""
-    shown = "".join(
+    """Escapes a text for HTML; characters that cannot be printed become escape sequences."""
+    printable = "".join(
         one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
     )
-    return escape_html(shown, quote=True)
+    return escape_html(printable, quote=True)
 
 
 def write_page(report: Report) -> str:
-    """The whole file."""
+    """The whole page."""
     anchors = [(section.anchor, section.title) for section in report.sections]
     anchors += [("runs", "Runs")] if report.runs else []
     links = "".join(
@@ -61,8 +59,8 @@ def _paragraphs(texts: Iterable[str]) -> str:
 
 def _section(section: Section) -> str:
     tables = "\n".join(
-        _table(table, f"{section.anchor}-{place}")
-        for place, table in enumerate(section.tables, start=1)
+        _table(table, f"{section.anchor}-{number}")
+        for number, table in enumerate(section.tables, start=1)
     )
     head = f'<section id="{section.anchor}" aria-labelledby="{section.anchor}-h">'
     title = f'<h2 id="{section.anchor}-h">{escape(section.title)}</h2>'
@@ -71,11 +69,11 @@ def _section(section: Section) -> str:
 
 def _table(table: Table, anchor: str) -> str:
     head = "".join(
-        f'<th scope="col"{_kind(name, place in table.numeric)}>{escape(name)}</th>'
-        for place, name in enumerate(table.header)
+        f'<th scope="col"{_class_of(name, column in table.numeric)}>{escape(name)}</th>'
+        for column, name in enumerate(table.header)
     )
     rows = "\n".join(
-        "<tr>" + "".join(_body_cell(cell, place, table) for place, cell in enumerate(row)) + "</tr>"
+        f"<tr>{''.join(_body_cell(cell, column, table) for column, cell in enumerate(row))}</tr>"
         for row in table.rows
     )
     title = escape(table.title)
@@ -85,7 +83,7 @@ def _table(table: Table, anchor: str) -> str:
     )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     drawn = "".join(
-        charts.draw(chart, f"{anchor}-c{place}") for place, chart in enumerate(table.charts)
+        charts.draw(chart, f"{anchor}-c{index}") for index, chart in enumerate(table.charts)
     )
     body = grid + notes + (f'<div class="charts wide">{drawn}</div>' if drawn else "")
     if table.folded:
@@ -93,20 +91,22 @@ def _table(table: Table, anchor: str) -> str:
     return f'<div class="table">{body}</div>'
 
 
-def _body_cell(cell: Cell, place: int, table: Table) -> str:
-    links = ", ".join(f'<a href="#run-{number}">{escape(words)}</a>' for number, words in cell.runs)
+def _body_cell(cell: Cell, column: int, table: Table) -> str:
+    links = ", ".join(f'<a href="#run-{number}">{escape(link)}</a>' for number, link in cell.runs)
     content = " ".join(part for part in (escape(cell.text), links) if part)
-    if place == 0:
+    if column == 0:
         return f'<th scope="row">{content}</th>'
-    shown = ", ".join([cell.text, *(words for _, words in cell.runs)])
-    return f"<td{_kind(shown, place in table.numeric)}>{content}</td>"
+    text = ", ".join([cell.text, *(link for _, link in cell.runs)])
+    return f"<td{_class_of(text, column in table.numeric)}>{content}</td>"
 
 
-def _kind(text: str, is_number: bool) -> str:
-    """The class of a cell, by what is in it."""
+def _class_of(text: str, is_number: bool) -> str:
+    """The class attribute of a cell, which sets its width and alignment."""
     if is_number:
         return ' class="number"'
-    return ' class="text"' if len(text) > LONG else ' class="words"' if len(text) > WORDY else ""
+    if len(text) > LONG_CELL:
+        return ' class="text"'
+    return ' class="words"' if len(text) > MEDIUM_CELL else ""
 
 
 def _runs(runs: list[RunPage]) -> Iterable[str]:
@@ -123,7 +123,7 @@ def _run(run: RunPage) -> str:
         for fact, value in [*run.facts, *run.setting]
     )
     drawn = "".join(
-        charts.draw(chart, f"{name}-c{place}") for place, chart in enumerate(run.charts)
+        charts.draw(chart, f"{name}-c{index}") for index, chart in enumerate(run.charts)
     )
     parts = [
         f'<article id="{name}" aria-labelledby="{name}-h"><h3 id="{name}-h">{escape(run.name)} ',
@@ -135,18 +135,15 @@ def _run(run: RunPage) -> str:
         parts.append(f'<div class="warnings"><h4>Warnings</h4><ul>{lines}</ul></div>')
     if run.picture is not None:
         data = base64.b64encode(run.picture.data).decode("ascii")
+        size = f'width="{run.picture.width}" height="{run.picture.height}"'
         parts.append(
-            '<details open><summary>What was mixed after the last epoch</summary><img alt="Pairs '
-            "of images and what "
-            f'became of them, drawn by the run" width="{run.picture.width}" '
-            f'height="{run.picture.height}" '
+            "<details open><summary>Mixed images after the last epoch</summary>"
+            f'<img alt="Pairs of images and their mixed images, drawn by the run" {size} '
             f'src="data:image/{run.picture.kind};base64,{data}"></details>'
         )
     if run.flags:
-        flags = [Cell(name) for name in ("flag", "value", "default")]
         rows = [[Cell(text) for text in flag] for flag in run.flags]
         title = f"Flags of the recipe that differ from the defaults: {len(rows)}"
-        parts.append(
-            _table(Table(title, [cell.text for cell in flags], rows, [], folded=True), f"{name}-f")
-        )
+        table = Table(title, ["flag", "value", "default"], rows, [], folded=True)
+        parts.append(_table(table, f"{name}-f"))
     return "".join([*parts, "</article>"])

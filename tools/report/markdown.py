@@ -1,7 +1,6 @@
-"""The report as Markdown: the same tables and runs, without curves and pictures.
+"""Writes the report as Markdown: the same tables and runs, without charts and pictures.
 
-Level 2: from `Report` to text. Everything that is shown goes through `escape`. It must not know
-runs, rows or files.
+Every text goes through `escape`.
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ from tools.report.records import Cell, Report, RunPage, Section, Table
 
 
 def escape(text: str) -> str:
-    """Safe in a line of Markdown and in a cell of a table: no markup, no HTML, no line breaks."""
-    shown = "".join(
+    """Escapes a text for a line or a table cell: no markup, no HTML, no line breaks."""
+    printable = "".join(
         one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
     )
-    shown = re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", shown)
-    return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", printable)
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def write_text(report: Report) -> str:
-    """The whole file."""
+    """The whole text."""
     parts = [
         f"# {escape(report.title)}",
         *map(escape, report.lead),
-        "`report.html` beside it has the curves and pictures.",
+        "`report.html` in the same folder has the charts and pictures.",
     ]
     for section in report.sections:
         parts += _section(section)
@@ -47,7 +46,7 @@ def _section(section: Section) -> Iterable[str]:
 
 
 def _table(table: Table) -> str:
-    rule = ["---:" if place in table.numeric else "---" for place in range(len(table.header))]
+    rule = ["---:" if column in table.numeric else "---" for column in range(len(table.header))]
     rows = [
         [escape(name) for name in table.header],
         rule,
@@ -57,13 +56,13 @@ def _table(table: Table) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    links = ", ".join(f"[{escape(words)}](#run-{number})" for number, words in cell.runs)
+    links = ", ".join(f"[{escape(link)}](#run-{number})" for number, link in cell.runs)
     return " ".join(part for part in (escape(cell.text), links) if part)
 
 
 def _run(run: RunPage) -> Iterable[str]:
     yield f"### Run {run.number}"
-    facts = [("folder", run.name), ("how far", run.state), *run.facts]
+    facts = [("folder", run.name), ("progress", run.state), *run.facts]
     facts += [("setting", "; ".join(f"{name} {value}" for name, value in run.setting))]
     facts += [("warning", line) for line in run.warnings]
     yield "\n".join(f"- {escape(name)}: {escape(value)}" for name, value in facts)

@@ -1,8 +1,7 @@
-"""Which run belongs to which row of the paper: only one whose whole recipe is the row's, on the
-row's data.
+"""Matches runs to rows of the paper's tables.
 
-Flags are read by the project's own parser and compared one by one. It must not know files, nor how
-anything is shown.
+A run belongs to a row only if its whole recipe, its total batch and its data are the row's. Flags
+are read by the parser of `main.py` and compared one by one.
 """
 
 from __future__ import annotations
@@ -18,37 +17,40 @@ import torch
 from config.flags import get_args_parser
 from config.mixing_flags import METHODS
 from config.resolve import model_config, resolve
-from models.build import draft_model
+from models.build import build_on_meta
 from run.saved_flags import FREE_ON_RESUME, same_value
-from tools.report.records import Other, Result, Row, Run, Sorted
+from tools.report.records import Result, Row, Run, SortedRuns, UnmatchedRun
 from utils import InputError, Processes
 
-# Free when a run is gone on with, because the run has it behind it or it is a path; still a part of
-# what a row is.
-OF_A_ROW = {"finetune", "start_epoch", "max_steps", "attentive_teacher", "motivator", "subset"}
-# The data are compared by what they are, whatever they are called: see `_compare_data`.
-FREE = (FREE_ON_RESUME | {"seed", "data_set", "inat_category", "nb_classes"}) - OF_A_ROW
-NETWORKS = {"attentive_teacher", "motivator"}  # NAME, NAME=FILE or a file
-THE_ROW, NOW = "the row has", "asked now:"  # how the value that a run's is compared with is called
-# the folder of networks that rows of rehearsals look through, see scripts/tables/_small.sh
+# These flags may change when a run is resumed, because they act only at its start or are paths.
+# They are still a part of the row's recipe.
+ROW_FLAGS = {"finetune", "start_epoch", "max_steps", "attentive_teacher", "motivator", "subset"}
+# The data are compared by their content and not by their name: see `_compare_data`.
+DATA_FLAGS = {"data_set", "inat_category", "nb_classes"}
+IGNORED_FLAGS = (FREE_ON_RESUME | {"seed"} | DATA_FLAGS) - ROW_FLAGS
+NETWORK_FLAGS = {"attentive_teacher", "motivator"}  # their values are NAME, NAME=FILE or a file
+# How a difference introduces the expected value.
+IN_ROW, IN_COMMAND = "the row has", "this command has"
+# Folder of the frozen networks of rehearsals, see scripts/tables/_small.sh.
 PRETRAINED = "pretrained"
-CUTS = {"epochs", "max_steps"}  # what makes a rehearsal a shorter one
-WITH_CUTS = {*CUTS, "warmup_epochs"}  # and what may go with that
+LENGTH_FLAGS = {"epochs", "max_steps"}  # a rehearsal that differs in these is a shorter one
+SHORTER_FLAGS = {*LENGTH_FLAGS, "warmup_epochs"}  # a shorter rehearsal may differ in all of these
 
 
 class DataSet(NamedTuple):
-    """What rows are trained on."""
+    """The data set that rows are trained on."""
 
     name: str
     classes: int
     train: int
     val: int
-    flags: tuple[str, ...]  # what --data-set may say
+    flags: tuple[str, ...]  # the possible beginnings of --data-set
 
 
 IMAGENET = DataSet("ImageNet-1k", 1000, 1_281_167, 50_000, ("IMNET", "timm/"))
 CIFAR10 = DataSet("CIFAR-10", 10, 50_000, 10_000, ("CIFAR10", "IMNET"))
-SETTLED = (
+# Rows of a run's head that must be the same in all its starts.
+FIXED_HEAD_ROWS = (
     "data",
     "images",
     "classes",
@@ -62,91 +64,83 @@ SETTLED = (
 
 
 class Difference(NamedTuple):
-    """What a run and a row do not share; `name` is a flag's, or a word for something else."""
+    """One difference between a run and a row. `name` is a flag, or the name of something else."""
 
     name: str
     text: str
 
 
 class ModelFacts(NamedTuple):
-    """What a model is where flags are left out: height and width, and the number of its blocks with
-    a score."""
+    """Values that a model gives where flags leave them open."""
 
-    input_size: tuple[int, int]
-    score_blocks: int
+    input_size: tuple[int, int]  # height and width in pixels
+    score_blocks: int  # number of blocks with a score
 
 
-def sort_runs(runs: Sequence[Run], rows: Sequence[Row]) -> Sorted:
-    """Puts every run under the rows whose recipe it has; a recipe may be that of several rows.
+def sort_runs(runs: Sequence[Run], rows: Sequence[Row]) -> SortedRuns:
+    """Assigns every run to the rows whose recipe it has. Several rows may have the same recipe.
 
     Raises:
-        InputError: a row's arguments are not those of `main.py`.
+        InputError: `main.py` does not accept the arguments of a row.
     """
-    there = {row: Result(row) for row in rows}
+    results = {row: Result(row) for row in rows}
     cut = dict[str, dict[Row, Result]]()
     others = []
     for run in runs:
         if PRETRAINED in PurePath(run.name).parent.parts:
-            others.append(
-                Other(
-                    run,
-                    None,
-                    [f"no row: trained for rows to look through, in a folder {PRETRAINED}"],
-                )
-            )
+            reason = f"no row: a frozen network of other rows, in a folder named {PRETRAINED}"
+            others.append(UnmatchedRun(run, None, [reason]))
             continue
-        compared = [(differences(run, row), row) for row in rows if row.words]
-        fitting = [row for found, row in compared if not found]
-        for row in fitting:
-            place(there[row], run, run.is_finished)
+        compared = [(differences(run, row), row) for row in rows if row.arguments]
+        matching = [row for found, row in compared if not found]
         shorter = [
             row for found, row in compared if row.small and _is_shorter({one.name for one in found})
         ]
-        for row in [] if fitting else shorter:
-            results = cut.setdefault(_length(run, row), {})
-            place(results.setdefault(row, Result(row)), run, run.is_finished or run.is_cut)
-        if not fitting and not shorter:
+        if matching:
+            for row in matching:
+                _add_run(results[row], run, run.is_finished)
+        elif shorter:
+            for row in shorter:
+                same_length = cut.setdefault(_length(run, row), {})
+                result = same_length.setdefault(row, Result(row))
+                _add_run(result, run, run.is_finished or run.is_cut)
+        else:
             found, nearest = min(compared, key=lambda one: len(one[0]), default=([], None))
-            others.append(Other(run, nearest, [one.text for one in found]))
-    full, small = (
-        [result for row, result in there.items() if row.small == kind] for kind in (False, True)
-    )
-    by_length = sorted(
-        cut.items(), key=lambda item: [int(number) for number in re.findall(r"\d+", item[0])]
-    )
-    return Sorted(
-        full, small, {length: _whole_tables(found, rows) for length, found in by_length}, others
-    )
+            others.append(UnmatchedRun(run, nearest, [one.text for one in found]))
+    full = [result for row, result in results.items() if not row.small]
+    small = [result for row, result in results.items() if row.small]
+    lengths = sorted(cut, key=lambda length: [int(digits) for digits in re.findall(r"\d+", length)])
+    whole = {length: _whole_tables(cut[length], rows) for length in lengths}
+    return SortedRuns(full, small, whole, others)
 
 
 def _whole_tables(found: dict[Row, Result], rows: Sequence[Row]) -> list[Result]:
-    """The results with the rows without any beside them, of the tables that have one."""
+    """The results, with an empty result for every other row of the same tables."""
     tables = {row.table for row in found}
     return [found.get(row, Result(row)) for row in rows if row.small and row.table in tables]
 
 
-def _is_shorter(differ: set[str]) -> bool:
-    """Whether a rehearsal that differs from its row in these flags is a shorter one and nothing
-    else."""
-    return differ <= WITH_CUTS and bool(differ & CUTS)
+def _is_shorter(differing: set[str]) -> bool:
+    """Whether a rehearsal with these differing flags is a shorter one of the same recipe."""
+    return differing <= SHORTER_FLAGS and bool(differing & LENGTH_FLAGS)
 
 
 def _length(run: Run, row: Row) -> str:
-    """How much shorter than its row a rehearsal is."""
-    wanted = flags_of(row.words, _device_of(run))
-    planned, warm_up = wanted["epochs"], run.args.get("warmup_epochs")
-    steps = f", at most {run.args['max_steps']} steps" if run.args.get("max_steps") else ""
-    length = (
-        f"{run.planned} of {planned} epochs{steps}"
-        if run.planned != planned or not steps
-        else steps[2:]
-    )
-    return length + (
-        "" if warm_up == wanted["warmup_epochs"] else f", {warm_up} of them to warm up"
-    )
+    """The length of a shorter rehearsal, beside that of its row."""
+    wanted = flags_of(row.arguments, _device_of(run))
+    epochs, max_steps = wanted["epochs"], run.args.get("max_steps")
+    warm_up = run.args.get("warmup_epochs")
+    parts = []
+    if run.planned != epochs or not max_steps:
+        parts.append(f"{run.planned} of {epochs} epochs")
+    if max_steps:
+        parts.append(f"at most {max_steps} steps")
+    if warm_up != wanted["warmup_epochs"]:
+        parts.append(f"{warm_up} of them to warm up")
+    return ", ".join(parts)
 
 
-def place(result: Result, run: Run, is_finished: bool) -> None:
+def _add_run(result: Result, run: Run, is_finished: bool) -> None:
     (result.finished if is_finished else result.unfinished).append(run)
 
 
@@ -154,52 +148,56 @@ def place(result: Result, run: Run, is_finished: bool) -> None:
 
 
 def differences(run: Run, row: Row) -> list[Difference]:
-    """What keeps a run from being one of this row; nothing if it is."""
-    wanted = flags_of(row.words, _device_of(run))
+    """The differences between a run and a row; empty if the run belongs to the row."""
+    wanted = flags_of(row.arguments, _device_of(run))
     found = compare_flags(run.args, wanted)
-    if any(one.name == "score_block" for one in found) and _reads_last(run, wanted):
+    if any(one.name == "score_block" for one in found) and _reads_last_block(run, wanted):
         found = [one for one in found if one.name != "score_block"]
     found += _compare_data(run, CIFAR10 if row.small else IMAGENET, wanted.get("subset"))
-    return [*found, *_compare_total(run, wanted, 1, THE_ROW), *_compare_course(run)]
+    return [*found, *_compare_total(run, wanted, 1, IN_ROW), *_compare_starts(run)]
 
 
-def differences_now(run: Run, words: tuple[str, ...], processes: int) -> list[Difference]:
-    """What a run that came to its end does not share with a command of main.py for the same folder;
-    nothing if it is what the command would make. How many steps a run may take makes no difference
-    where its epochs ended before.
+def differences_from_command(
+    run: Run, arguments: tuple[str, ...], processes: int
+) -> list[Difference]:
+    """The differences between a finished run and a command of main.py for the same folder.
+
+    Empty if the command would make the same run. `max_steps` is ignored if the run finished its
+    epochs within that number of steps.
+
+    Args:
+        arguments: the arguments of main.py.
+        processes: the number of processes of the command.
 
     Raises:
-        InputError: the words are not those of `main.py`.
+        InputError: `main.py` does not accept the arguments.
     """
-    wanted = flags_of(words, _device_of(run))
-    most, taken = wanted["max_steps"], run.status.get("step")
-    is_whole = run.is_finished and isinstance(taken, int) and (most is None or most >= taken)
-    found = [
-        one
-        for one in compare_flags(run.args, wanted, NOW)
-        if one.name != "max_steps" or not is_whole
-    ]
-    for name in sorted(NETWORKS - {one.name for one in found}):
-        if _weights(run.args.get(name)) != _weights(wanted[name]):
-            found.append(
-                Difference(
-                    name, f"{written(name, run.args.get(name))} ({NOW} {_shown(wanted[name])})"
-                )
-            )
-    return [*found, *_compare_total(run, wanted, processes, NOW)]
+    wanted = flags_of(arguments, _device_of(run))
+    max_steps, steps = wanted["max_steps"], run.status.get("step")
+    is_within = isinstance(steps, int) and (max_steps is None or max_steps >= steps)
+    found = compare_flags(run.args, wanted, IN_COMMAND)
+    if run.is_finished and is_within:
+        found = [one for one in found if one.name != "max_steps"]
+    for name in sorted(NETWORK_FLAGS - {one.name for one in found}):
+        value, expected = run.args.get(name), wanted[name]
+        if _weights_file(value) != _weights_file(expected):
+            text = f"{written_flag(name, value)} ({IN_COMMAND} {_text_of(expected)})"
+            found.append(Difference(name, text))
+    return [*found, *_compare_total(run, wanted, processes, IN_COMMAND)]
 
 
 def _compare_total(
     run: Run, wanted: dict[str, Any], processes: int, whose: str
 ) -> Iterable[Difference]:
-    total, own = wanted["batch_size"] * wanted["accum_steps"] * processes, total_batch(run)
-    if own != total:
-        yield Difference("total batch", f"total batch {own or 'not recorded'} ({whose} {total})")
+    expected = wanted["batch_size"] * wanted["accum_steps"] * processes
+    total = total_batch(run)
+    if total != expected:
+        text = f"total batch {total or 'not recorded'} ({whose} {expected})"
+        yield Difference("total batch", text)
 
 
-def _reads_last(run: Run, wanted: dict[str, Any]) -> bool:
-    """Whether run and row both read their own score in the last block, where one of them says so
-    and one does not."""
+def _reads_last_block(run: Run, wanted: dict[str, Any]) -> bool:
+    """Whether both use the model's score of the last block, one by its number, one by default."""
     model, patch_size = wanted["model"], wanted["patch_size"]
     if [run.args["model"], run.args.get("patch_size"), run.args.get("motivator")] != [
         model,
@@ -212,33 +210,33 @@ def _reads_last(run: Run, wanted: dict[str, Any]) -> bool:
 
 
 def compare_flags(
-    args: dict[str, Any], wanted: dict[str, Any], whose: str = THE_ROW
+    args: dict[str, Any], wanted: dict[str, Any], whose: str = IN_ROW
 ) -> list[Difference]:
-    """Flags of the recipe whose values differ; one that an older version did not have counts as
-    left out."""
+    """Flags of the recipe whose values differ.
+
+    A flag that an older version did not have counts as its default.
+    """
     found, defaults = [], _defaults()
-    for name in sorted((args.keys() | wanted.keys()) - FREE):
-        is_known = name in defaults
-        own, other = (
-            args.get(name, defaults.get(name)),
-            wanted.get(name, "nothing, it is unknown here"),
-        )
-        if name in NETWORKS:
-            own, other = network_of(own), network_of(other)
-        if not is_known or not same_value(own, other):
-            found.append(Difference(name, f"{written(name, own)} ({whose} {_shown(other)})"))
+    for name in sorted((args.keys() | wanted.keys()) - IGNORED_FLAGS):
+        value = args.get(name, defaults.get(name))
+        expected = wanted.get(name, "no such flag")
+        if name in NETWORK_FLAGS:
+            value, expected = network_of(value), network_of(expected)
+        if name not in defaults or not same_value(value, expected):
+            text = f"{written_flag(name, value)} ({whose} {_text_of(expected)})"
+            found.append(Difference(name, text))
     return found
 
 
-def written(name: str, value: Any) -> str:
-    """A flag with its value, as it could stand on a command line."""
+def written_flag(name: str, value: Any) -> str:
+    """A flag with its value, as on a command line."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {_shown(value)}"
+    return f"--{flag} {_text_of(value)}"
 
 
-def _shown(value: Any) -> str:
+def _text_of(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -247,8 +245,11 @@ def _shown(value: Any) -> str:
 
 
 def network_of(value: Any) -> Any:
-    """What tells one network from another, wherever its weights lie: its name without tag, or a
-    file and its folder."""
+    """The identity of a network, without the place of its weights.
+
+    Returns:
+        Its name without tag, or the last folder and the file name of a path.
+    """
     if not isinstance(value, str) or not value:
         return value
     name, equals, _ = value.partition("=")
@@ -258,34 +259,34 @@ def network_of(value: Any) -> Any:
     return name.split(".")[0]
 
 
-def _weights(value: Any) -> str:
-    """The name of the file that a network's weights were said to be in, where it is said beside the
-    network's name."""
+def _weights_file(value: Any) -> str:
+    """The file name in NAME=FILE, else an empty text."""
     return PurePath(str(value).partition("=")[2]).name
 
 
 @cache
-def flags_of(words: tuple[str, ...], device: str) -> dict[str, Any]:
-    """The flags of a row as a run on such a device would save them.
+def flags_of(arguments: tuple[str, ...], device: str) -> dict[str, Any]:
+    """The flags that a run with these arguments on this device saves.
 
     Raises:
-        InputError: the parser refuses them.
+        InputError: the parser refuses the arguments.
     """
     try:
-        args = get_args_parser().parse_args(list(words))
+        args = get_args_parser().parse_args(list(arguments))
     except SystemExit as error:
         raise InputError(
-            f"a row of scripts/tables/ is not for this main.py: {' '.join(words)}"
+            "main.py does not accept the arguments of a row of scripts/tables/: "
+            + " ".join(arguments)
         ) from error
     return dict(vars(resolve(args, Processes(0, 1, torch.device(device)))))
 
 
 @cache
 def _facts_of(model: str, patch_size: int | None) -> ModelFacts:
-    """What flags leave to a model."""
+    """The values of this model for flags that are left out."""
     args = get_args_parser().parse_args(["--model", model])
     args.patch_size = patch_size
-    built = draft_model(**model_config(args, 10))
+    built = build_on_meta(**model_config(args, 10))
     return ModelFacts(built.input_size, built.score_blocks)
 
 
@@ -296,32 +297,26 @@ def _defaults() -> dict[str, Any]:
 
 def changed_flags(run: Run) -> list[tuple[str, str, str]]:
     """Flags of the recipe that differ from main.py's defaults: name, value, default."""
-    mixer, given = run.args["mixer"], run.args.get("input_size")
-    words = (
-        "--data-set",
-        "DIGITS",
-        "--mixer",
-        mixer if mixer in METHODS else "none",
-    )
+    mixer = run.args["mixer"] if run.args["mixer"] in METHODS else "none"
+    arguments = ("--data-set", "DIGITS", "--mixer", mixer)
     defaults = {
-        **flags_of(words, _device_of(run)),
-        "input_size": given,
+        **flags_of(arguments, _device_of(run)),
+        "input_size": run.args.get("input_size"),
         "mixer": _defaults()["mixer"],
     }
-    found = [one.name for one in compare_flags(run.args, defaults)]
+    names = [one.name for one in compare_flags(run.args, defaults)]
     return [
-        (f"--{name.replace('_', '-')}", _shown(run.args.get(name)), _shown(defaults.get(name)))
-        for name in found
+        (f"--{name.replace('_', '-')}", _text_of(run.args.get(name)), _text_of(defaults.get(name)))
+        for name in names
     ]
 
 
-# ---------------------------------------------------------------- what the head of a run says of it
+# ------------------------------------------------------------------------------ the head of a run
 
 
 def _numbers(text: str) -> list[int]:
-    return [
-        int(number.replace(",", "")) for number in re.findall(r"\d[\d,]{0,29}", text)
-    ]  # more is no count
+    # At most 30 digits: a longer number is no count.
+    return [int(digits.replace(",", "")) for digits in re.findall(r"\d[\d,]{0,29}", text)]
 
 
 def _device_of(run: Run) -> str:
@@ -330,13 +325,13 @@ def _device_of(run: Run) -> str:
 
 
 def total_batch(run: Run) -> int | None:
-    """Images per step over all processes; None if the run does not say."""
+    """The total batch of a run, or None if it is not recorded."""
     numbers = _numbers(run.start.head.get("total batch", ""))
     return numbers[-1] if numbers else None
 
 
 def _compare_data(run: Run, wanted: DataSet, subset: int | None) -> Iterable[Difference]:
-    """Whether a run learned the row's data: by classes and images, and by the kind of data set."""
+    """Compares the data by kind of data set, number of classes and numbers of images."""
     head = run.start.head
     found = [_numbers(head.get(name, "")) for name in ("classes", "images")]
     if [len(numbers) for numbers in found] != [1, 2]:
@@ -345,38 +340,30 @@ def _compare_data(run: Run, wanted: DataSet, subset: int | None) -> Iterable[Dif
     right = classes == wanted.classes and val == wanted.val and train == (subset or wanted.train)
     if right and str(run.args["data_set"]).startswith(wanted.flags):
         return []
-    own = f"{run.args['data_set']}, {classes:,} classes, {train:,} and {val:,} images"
-    return [Difference("data", f"data {own} (the row has {wanted.name})")]
+    data = f"{run.args['data_set']}, {classes:,} classes, {train:,} and {val:,} images"
+    return [Difference("data", f"data {data} (the row has {wanted.name})")]
 
 
-def _compare_course(run: Run) -> Iterable[Difference]:
-    """What the flags saved last do not say of a run's course."""
-    for start in run.course:
+def _compare_starts(run: Run) -> Iterable[Difference]:
+    """Changes between the starts of a run, which its saved flags do not record."""
+    for start in run.counted_starts:
         if start.weights and not run.args.get("finetune"):
-            yield Difference("finetune", f"begun with weights from {start.weights}")
-    for name in SETTLED:
-        told = [start.head.get(name, "") for start in run.course]
-        values = [_without_place(name, value) for value in told]
+            yield Difference("finetune", f"started with weights from {start.weights}")
+    for name in FIXED_HEAD_ROWS:
+        values = [_comparable(name, start.head.get(name, "")) for start in run.counted_starts]
         if len(set(values)) > 1:
-            yield Difference(
-                name, f"changed on the way: {name} {' -> '.join(dict.fromkeys(values))}"
-            )
-    if run.args.get("accept_changes"):
-        flags = (
-            " ".join(map(str, run.args["accept_changes"]))
-            if isinstance(run.args["accept_changes"], list)
-            else "?"
-        )
-        yield Difference(
-            "accept_changes", f"gone on with under changed settings: --accept-changes {flags}"
-        )
+            changes = " -> ".join(dict.fromkeys(values))
+            yield Difference(name, f"changed when the run was resumed: {name} {changes}")
+    if changed := run.args.get("accept_changes"):
+        flags = " ".join(map(str, changed)) if isinstance(changed, list) else "?"
+        text = f"resumed with changed settings: --accept-changes {flags}"
+        yield Difference("accept_changes", text)
     if run.missing:
         yield Difference("log", f"log.txt lacks epochs {run.missing[0]} to {run.missing[-1]}")
 
 
-def _without_place(name: str, value: str) -> str:
-    """A row of the head but for what may change: the data's folder, and how a total batch is
-    shared."""
+def _comparable(name: str, value: str) -> str:
+    """A row of the head without the data's folder and without the factors of the total batch."""
     if name == "data":
         return value.split(" ")[0]
     return value.split("= ")[-1] if name == "total batch" else value

@@ -1,8 +1,4 @@
-"""What the parts of the report hand to each other: a run, a row of the paper, where a run belongs,
-and the page.
-
-Level 0: imports nothing from the project, computes nothing but means.
-"""
+"""The data types of the report: runs, rows of the paper's tables, results, parts of the page."""
 
 from __future__ import annotations
 
@@ -12,19 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# ------------------------------------------------------------------------------------- what was run
+# --------------------------------------------------------------------------------------------- runs
 
 
 @dataclass
 class Start:
-    """One start of a run, as `train.log` has it.
+    """One start of a run, as `train.log` records it.
 
     Attributes:
-        head: the rows of the table at its beginning.
-        seconds: from that table to the last line.
-        trained: whether anything was trained after it.
-        resumed: whether it went on from a checkpoint.
-        weights: the file that the weights came from, with --finetune.
+        head: the rows of the table that is printed at the start.
+        seconds: the time from that table to the last line of this start.
+        trained: whether training began.
+        resumed: whether it resumed from a checkpoint.
+        weights: the file that the weights were read from, with --finetune.
     """
 
     head: dict[str, str]
@@ -36,17 +32,17 @@ class Start:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says.
+    """The content of one run folder.
 
     Args:
-        name: the folder, below the root of the report.
+        name: the path of the folder, relative to the root of the report.
         args: every flag, from `args.json`.
-        epochs: the lines of `log.txt`, in their order; a value that was not finite is None.
-        status: `status.json`, empty where it is missing.
-        versions: `environment.json`, likewise.
-        starts: from `train.log`.
-        warnings: what the run said of itself, and what is odd about the folder.
-        picture: `mixing.png` or None.
+        epochs: the lines of `log.txt`, in order; None replaces a value that is not finite.
+        status: the content of `status.json`; empty if the file is missing.
+        versions: the content of `environment.json`; empty if the file is missing.
+        starts: the starts of the run, from `train.log`.
+        warnings: warnings and errors from `train.log`, and problems of the folder itself.
+        picture: the path of `mixing.png`, or None.
     """
 
     name: str
@@ -60,23 +56,23 @@ class Run:
 
     @property
     def planned(self) -> int:
+        """The number of epochs that --epochs asks for."""
         return int(self.args["epochs"])
 
     @property
     def done(self) -> int:
-        """Epochs up to the last one in the log."""
+        """The number of epochs up to the last one in the log."""
         return int(self.epochs[-1]["epoch"]) + 1 if self.epochs else 0
 
     @property
     def missing(self) -> list[int]:
-        """Epochs before the last one that the log does not have."""
-        there = {line["epoch"] for line in self.epochs}
-        return [epoch for epoch in range(self.done) if epoch not in there]
+        """Epochs before the last one that the log lacks, counted from 0."""
+        logged = {line["epoch"] for line in self.epochs}
+        return [epoch for epoch in range(self.done) if epoch not in logged]
 
     @property
     def is_finished(self) -> bool:
-        """Whether the log has every epoch that was asked for, and a top-1 accuracy of the last
-        one."""
+        """Whether the log has every planned epoch, and the top-1 accuracy of the last one."""
         return (
             self.done == self.planned
             and not self.missing
@@ -86,41 +82,39 @@ class Run:
 
     @property
     def is_cut(self) -> bool:
-        """Whether it ended as --max-steps says, before its last epoch was over, with something
-        measured."""
+        """Whether --max-steps ended the run before its last epoch, with an accuracy in the log."""
         is_over = self.status.get("state") == "done" and self.status.get("epoch") != self.planned
         return bool(self.args.get("max_steps")) and is_over and self.top1 is not None
 
     def last(self, name: str) -> float | None:
-        """A value of the last epoch."""
+        """The value of this name in the last epoch, or None."""
         return self.epochs[-1].get(name) if self.epochs else None
 
     @property
     def top1(self) -> float | None:
-        """Percent, of the last epoch."""
+        """Top-1 accuracy of the last epoch, in percent."""
         return self.last("test_acc1")
 
     @property
     def ema(self) -> float | None:
-        """The same of the averaged weights, where there are any."""
+        """Top-1 accuracy of the averaged weights in the last epoch, or None without an average."""
         return self.last("test_ema_acc1")
 
     @property
-    def course(self) -> list[Start]:
-        """The starts that this run is made of: from the last one that began anew, those that
-        trained."""
+    def counted_starts(self) -> list[Start]:
+        """The starts that trained, from the last one that did not resume a checkpoint."""
         trained = [start for start in self.starts if start.trained]
-        anew = [place for place, start in enumerate(trained) if not start.resumed]
-        return trained[anew[-1] :] if anew else trained
+        fresh = [index for index, start in enumerate(trained) if not start.resumed]
+        return trained[fresh[-1] :] if fresh else trained
 
     @property
     def start(self) -> Start:
-        """The last start that trained, else the last one."""
-        return [Start({}), *self.starts, *self.course][-1]
+        """The last start that trained; without one, the last start."""
+        return [Start({}), *self.starts, *self.counted_starts][-1]
 
 
-class Skipped(NamedTuple):
-    """A folder that is no run that could be read, and why."""
+class SkippedFolder(NamedTuple):
+    """A folder that could not be read as a run, and the reason."""
 
     name: str
     reason: str
@@ -131,19 +125,19 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A row of one of the paper's tables for one model, as scripts/tables/ has it.
+    """A row of one of the paper's tables for one model, as scripts/tables/ lists it.
 
     Args:
-        table: `table7`.
-        name: of the row, as --row takes it.
-        label: of the row, to be read.
-        model: of scripts/, the column.
-        figure: the paper's top-1 in percent; None where it has none.
-        words: the arguments of main.py without data and output; empty where the row is not
+        table: the short name of the table, such as `table7`.
+        name: the name of the row, as --row takes it.
+        label: the label of the row, for readers.
+        model: the model script in scripts/, which is the column of the table.
+        figure: the paper's top-1 accuracy in percent, or None if the paper has none.
+        arguments: the arguments of main.py without data and output folder; empty if the row is not
             available yet.
-        small: whether it is a rehearsal.
-        title: of the table.
-        script: its name in scripts/tables/.
+        small: whether the row is a rehearsal.
+        title: the title of the table.
+        script: the name of the table's script in scripts/tables/.
     """
 
     table: str
@@ -151,14 +145,14 @@ class Row:
     label: str
     model: str
     figure: float | None
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     small: bool
     title: str
     script: str
 
 
 class Spread(NamedTuple):
-    """The mean over seeds, the standard deviation (n - 1; None with one seed), and their number."""
+    """Mean over seeds, standard deviation (n - 1; None with one seed), and number of seeds."""
 
     mean: float
     deviation: float | None
@@ -174,24 +168,26 @@ class Result:
     unfinished: list[Run] = field(default_factory=list)
 
     def spread(self, name: str = "test_acc1") -> Spread | None:
-        """Of a value of the last epoch, over seeds: runs of one seed are averaged first. None
-        without such values."""
+        """The spread over seeds of this value in the last epoch; None if no run has the value."""
         values = [(run.args["seed"], run.last(name)) for run in self.finished]
         return spread_of([(seed, value) for seed, value in values if value is not None])
 
 
 def spread_of(values: Sequence[tuple[int, float]]) -> Spread | None:
-    """From pairs of seed and value; None without any."""
+    """The spread of pairs (seed, value), or None without pairs.
+
+    The values of one seed are averaged first.
+    """
     if not values:
         return None
     seeds = sorted({seed for seed, _ in values})
-    means = [statistics.fmean(value for own, value in values if own == seed) for seed in seeds]
+    means = [statistics.fmean(value for s, value in values if s == seed) for seed in seeds]
     deviation = statistics.stdev(means) if len(means) > 1 else None
     return Spread(statistics.fmean(means), deviation, len(means))
 
 
-class Other(NamedTuple):
-    """A run that fits no row, the nearest one, and what differs."""
+class UnmatchedRun(NamedTuple):
+    """A run that belongs to no row, the nearest row, and the differences from that row."""
 
     run: Run
     nearest: Row | None
@@ -199,33 +195,35 @@ class Other(NamedTuple):
 
 
 @dataclass
-class Sorted:
-    """Where every run belongs; each list of results has all rows of its kind, or for `cut` those of
-    tables with a run.
+class SortedRuns:
+    """All runs, sorted by the rows that they belong to.
 
     Attributes:
-        cut: rehearsals with fewer epochs or steps than their row, by what was cut.
+        full: results of all rows of the paper.
+        small: results of all rehearsals.
+        cut: results of rehearsals with fewer epochs or steps than their row, by length; only tables
+            with such a run.
+        others: runs that belong to no row.
     """
 
     full: list[Result]
     small: list[Result]
     cut: dict[str, list[Result]]
-    others: list[Other]
+    others: list[UnmatchedRun]
 
 
 # ----------------------------------------------------------------------------------------- the page
 
 
 class Series(NamedTuple):
-    """A line of a chart: its points (x, y) in the order of x; where y is None the line is
-    broken."""
+    """A line of a chart: its points (x, y), sorted by x. The line has a gap where y is None."""
 
     name: str
     points: list[tuple[float, float | None]]
 
 
 class Chart(NamedTuple):
-    """Lines over one axis of epochs."""
+    """A chart: lines over epochs."""
 
     title: str
     unit: str
@@ -233,15 +231,19 @@ class Chart(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A cell of a table; `runs` are numbers of runs to link to, each with the words for it."""
+    """A cell of a table. `runs` are links: the number of a run and the text of its link."""
 
     text: str
     runs: tuple[tuple[int, str], ...] = ()
 
 
 class Table(NamedTuple):
-    """A table with a title, and what is to be said below it; `numeric` are the columns of
-    numbers."""
+    """A table with a title and notes below it.
+
+    Attributes:
+        numeric: the indices of the columns that hold numbers.
+        folded: whether the page opens the table only on a click.
+    """
 
     title: str
     header: list[str]
@@ -253,7 +255,7 @@ class Table(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the page; `lead` are its first paragraphs."""
+    """A section of the page. `lead` holds the paragraphs before its tables."""
 
     title: str
     anchor: str
@@ -262,7 +264,7 @@ class Section(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture inside the page: its bytes as `kind` says, and its size in pixels."""
+    """A picture inside the page: its format (`kind`), its bytes, and its size in pixels."""
 
     kind: str
     data: bytes
@@ -271,14 +273,14 @@ class Picture(NamedTuple):
 
 
 class RunPage(NamedTuple):
-    """What the page says of one run."""
+    """The part of the page for one run."""
 
     number: int
     name: str
     state: str
     is_finished: bool
-    facts: list[tuple[str, str]]  # how it went
-    setting: list[tuple[str, str]]  # what it was
+    facts: list[tuple[str, str]]  # results, duration and status
+    setting: list[tuple[str, str]]  # data, model, device and versions
     warnings: list[str]
     flags: list[tuple[str, str, str]]  # name, value, default
     charts: list[Chart]

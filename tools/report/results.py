@@ -1,8 +1,4 @@
-"""What the report says, before it has a form: the tables of results, and a page for each run.
-
-Level 2: from sorted runs to text and numbers. It must not know HTML or Markdown, nor where anything
-lies on the disk.
-"""
+"""Makes the sections and tables of the report from sorted runs, before HTML or Markdown."""
 
 from __future__ import annotations
 
@@ -14,105 +10,103 @@ from statistics import fmean
 from tools.report.records import (
     Cell,
     Chart,
-    Other,
     Report,
     Result,
     Row,
     Run,
     Section,
     Series,
-    Skipped,
-    Sorted,
+    SkippedFolder,
+    SortedRuns,
     Spread,
     Table,
+    UnmatchedRun,
 )
 
-MEANING = (
-    "Top-1 accuracy in percent, on the whole validation set, of the model as it is after its last "
-    "epoch. EMA is the "
-    "same of its averaged weights, where a run keeps them. Ours: mean ± standard deviation over "
-    "seeds (n − 1)."
+ACCURACY = (
+    "Top-1 accuracy in percent, on the whole validation set, of the model after its last epoch. "
+    "EMA is the accuracy of its averaged weights, where a run keeps them. Ours: mean ± standard "
+    "deviation over seeds (n − 1)."
 )
-BELONGING = (
+MATCHING = (
     "A run counts in a row only if every flag of its recipe, the total batch and the data are the "
-    "row's; seed, device, "
-    "loader processes and folders are free. A run that is not finished counts nowhere."
+    "row's; seed, device, loader processes and folders may differ. A run that is not finished "
+    "counts in no mean."
 )
 REHEARSAL = (
-    "Not a reproduction. Setting: CIFAR-10, short of data: {setting}, {models}. {why} The paper's "
-    "figure stands beside "
-    "as a reference only: it is of another data set, ImageNet-1k, and of another model."
+    "Not a reproduction. Setting: CIFAR-10 with little data: {setting}, {models}. {why} The "
+    "paper's figure is given for reference only: it was measured on another data set, "
+    "ImageNet-1k, and with another model."
 )
-WHOLE = (
-    "It is short of data on purpose: in trials of this length a network this small gained from "
-    "mixing only there."
+WHY_FEW_IMAGES = (
+    "The number of images is small on purpose: in trials of this length, a network this small "
+    "gained from mixing only with little data."
 )
-CUT = (
-    "These rehearsals are shorter than their rows ask: {cut}. They stand apart and count in no "
-    "other table. SMMix "
-    "starts slower than other mixing and ended higher in long trials only: a ranking at this "
-    "length tells nothing "
-    "about the full length."
+WHY_APART = (
+    "These rehearsals are shorter than their rows require: {cut}. They have their own tables and "
+    "count in no other. SMMix starts slower than other mixing and ended higher in long trials "
+    "only: a ranking at this length tells nothing about the full length."
 )
-OURS, EMA = "ours, CIFAR-10", "EMA, CIFAR-10"  # of a rehearsal
-FIGURES = ("paper", "ours", "difference", "seeds", "EMA", OURS, EMA)  # columns of numbers
-MOST_LINES = 12  # of one chart
+OURS, EMA = "ours, CIFAR-10", "EMA, CIFAR-10"  # columns of a rehearsal
+NUMERIC = ("paper", "ours", "difference", "seeds", "EMA", OURS, EMA)  # columns of numbers
+MAX_LINES = 12  # lines of one chart
+NOTHING = "–"  # an empty cell
 
 
-class Words:
-    """Numbers of runs, and how they are spoken of."""
+class RunLinks:
+    """Numbers the runs, and makes the links to them."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.numbers = {run.name: number for number, run in enumerate(runs, start=1)}
 
-    def links(self, result: Result) -> Cell:
+    def cell(self, result: Result) -> Cell:
+        """A cell with links to the runs of a row."""
         finished = [(self.numbers[run.name], f"seed {run.args['seed']}") for run in result.finished]
-        others = [
+        unfinished = [
             (self.numbers[run.name], f"seed {run.args['seed']}, {progress(run)}")
             for run in result.unfinished
         ]
-        return Cell("" if finished or others else "–", (*finished, *others))
+        return Cell("" if finished or unfinished else NOTHING, (*finished, *unfinished))
 
 
 def progress(run: Run) -> str:
-    """How far a run has come, in a few words."""
+    """The progress of a run, in a few words."""
     if run.is_finished:
         return "finished"
     if run.is_cut:
-        return f"stopped after {run.args['max_steps']} steps, as asked"
+        return f"stopped after {run.args['max_steps']} steps by --max-steps"
     if run.done == run.planned and not run.missing:
         return "finished, but its last top-1 is missing"
     return f"unfinished: epoch {run.done} of {run.planned}"
 
 
-def number(value: float) -> str:
+def format_accuracy(value: float) -> str:
     return f"{value:.2f}"
 
 
-def signed(value: float) -> str:
+def format_difference(value: float) -> str:
     text = f"{abs(value):.2f}"
     return text if float(text) == 0 else ("+" if value > 0 else "−") + text
 
 
-def described(spread: Spread | None) -> str:
+def format_spread(spread: Spread | None) -> str:
     if spread is None:
-        return "–"
-    return number(spread.mean) + (
-        "" if spread.deviation is None else f" ± {number(spread.deviation)}"
-    )
+        return NOTHING
+    deviation = "" if spread.deviation is None else f" ± {format_accuracy(spread.deviation)}"
+    return format_accuracy(spread.mean) + deviation
 
 
-def seeds(spread: Spread | None) -> str:
-    return "–" if spread is None else str(spread.seeds)
+def format_seeds(spread: Spread | None) -> str:
+    return NOTHING if spread is None else str(spread.seeds)
 
 
-def ours(result: Result) -> str:
-    """The figure of a row, or why there is none."""
+def accuracy_or_reason(result: Result) -> str:
+    """The accuracy of a row, or the reason why it has none."""
     if (spread := result.spread()) is not None:
-        return described(spread)
+        return format_spread(spread)
     if result.unfinished:
         return "not finished"
-    return "not run" if result.row.words else "not available yet"
+    return "not run" if result.row.arguments else "not available yet"
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -124,14 +118,15 @@ def table_name(table: str) -> str:
 
 
 def by_table(results: Iterable[Result]) -> list[list[Result]]:
-    """Results of one table together, tables in the order they come first."""
+    """Results grouped by table, in the order in which the tables first appear."""
     tables = dict[str, list[Result]]()
     for result in results:
         tables.setdefault(result.row.table, []).append(result)
     return list(tables.values())
 
 
-def recipe(row: Row) -> str:
+def recipe_name(row: Row) -> str:
+    """The name of a row's recipe, such as `deit_tiny_smmix`."""
     return f"{row.model}_{row.name}"
 
 
@@ -141,23 +136,23 @@ def how_to_run(results: Sequence[Result], small: bool) -> str:
     lines = " or ".join(
         f"bash scripts/tables/{script}{flag} --data-path FOLDER" for script in scripts
     )
-    return f"To run rows of it: {lines}"
+    return f"To run its rows: {lines}"
 
 
 def repeated_seeds(results: Iterable[Result]) -> Iterable[str]:
+    """A note for each seed of a row that was run more than once."""
     for result in results:
         seeds = sorted(run.args["seed"] for run in result.finished)
+        recipe = recipe_name(result.row)
         for seed, same in groupby(seeds):
             if (count := len(list(same))) > 1:
-                yield (
-                    f"{recipe(result.row)}: seed {seed} was run {count} times; their mean counts "
-                    "as one seed."
-                )
+                runs = f"seed {seed} was run {count} times"
+                yield f"{recipe}: {runs}; their mean counts as one seed."
 
 
 def curves(results: Sequence[Result]) -> tuple[Chart, ...]:
-    """Top-1 over epochs, a line for each row with finished runs: their mean."""
-    many = len({result.row.model for result in results}) > 1
+    """A chart of top-1 over epochs, with one line for the mean of each row's finished runs."""
+    has_models = len({result.row.model for result in results}) > 1
     series = []
     for result in results:
         values = dict[float, list[float]]()
@@ -166,46 +161,51 @@ def curves(results: Sequence[Result]) -> tuple[Chart, ...]:
                 if line.get("test_acc1") is not None:
                     values.setdefault(line["epoch"] + 1, []).append(line["test_acc1"])
         if values:
-            name = f"{result.row.label}, {result.row.model}" if many else result.row.label
+            name = f"{result.row.label}, {result.row.model}" if has_models else result.row.label
             series.append(Series(name, [(epoch, fmean(values[epoch])) for epoch in sorted(values)]))
-    if not 1 <= len(series) <= MOST_LINES or all(len(one.points) == 1 for one in series):
+    if not 1 <= len(series) <= MAX_LINES or all(len(one.points) == 1 for one in series):
         return ()
     return (Chart("Top-1 over epochs, mean over seeds", "%", series),)
 
 
-def full_table(results: Sequence[Result], words: Words) -> Table:
-    """Rows beside the paper's figures."""
+def full_table(results: Sequence[Result], links: RunLinks) -> Table:
+    """One table of the paper: the paper's figures beside ours."""
     header = ["row", "model", "paper", "ours", "difference", "seeds", "EMA", "runs", "recipe"]
     rows = []
     for result in results:
         row, spread = result.row, result.spread()
-        paper = "–" if row.figure is None else f"{row.figure:.1f}"
-        gap = "–" if spread is None or row.figure is None else signed(spread.mean - row.figure)
-        ema = described(result.spread("test_ema_acc1"))
-        texts = [row.label, row.model, paper, ours(result), gap, seeds(spread), ema]
-        rows.append([*(Cell(text) for text in texts), words.links(result), Cell(recipe(row))])
+        paper = NOTHING if row.figure is None else f"{row.figure:.1f}"
+        difference = NOTHING
+        if spread is not None and row.figure is not None:
+            difference = format_difference(spread.mean - row.figure)
+        ours, seeds = accuracy_or_reason(result), format_seeds(spread)
+        ema = format_spread(result.spread("test_ema_acc1"))
+        texts = [row.label, row.model, paper, ours, difference, seeds, ema]
+        rows.append([*(Cell(text) for text in texts), links.cell(result), Cell(recipe_name(row))])
     header, rows = without_empty(header, rows, "EMA")
     was_run = any(result.finished or result.unfinished for result in results)
     title = results[0].row.title.replace(" of the paper", "")
     title = title if title.startswith("Table") else table_name(results[0].row.table)
     title += "" if was_run else f": none of its {len(rows)} rows was run"
     notes = [how_to_run(results, small=False), *repeated_seeds(results)]
-    numeric = tuple(place for place, name in enumerate(header) if name in FIGURES)
+    numeric = tuple(index for index, name in enumerate(header) if name in NUMERIC)
     return Table(title, header, rows, notes, numeric, curves(results), folded=not was_run)
 
 
 def without_empty(
     header: list[str], rows: list[list[Cell]], name: str
 ) -> tuple[list[str], list[list[Cell]]]:
-    """A table without the column of this name, if nothing is in it."""
-    place = header.index(name)
-    if any(row[place].text != "–" for row in rows):
+    """The table without the column of this name, if that column is empty."""
+    column = header.index(name)
+    if any(row[column].text != NOTHING for row in rows):
         return header, rows
-    return header[:place] + header[place + 1 :], [row[:place] + row[place + 1 :] for row in rows]
+    return header[:column] + header[column + 1 :], [
+        row[:column] + row[column + 1 :] for row in rows
+    ]
 
 
-def small_table(results: Sequence[Result], papers: Sequence[Row], words: Words) -> Table:
-    """Rehearsals; the paper's figures only as what they are."""
+def small_table(results: Sequence[Result], papers: Sequence[Row], links: RunLinks) -> Table:
+    """One table of rehearsals, with the paper's figures for reference."""
     header = ["row", OURS, "seeds", EMA, "paper, ImageNet-1k (reference only)", "runs", "recipe"]
     rows = []
     for result in results:
@@ -215,114 +215,117 @@ def small_table(results: Sequence[Result], papers: Sequence[Row], words: Words) 
             for one in papers
             if (one.table, one.name) == (row.table, row.name) and one.figure is not None
         ]
-        ema = described(result.spread("test_ema_acc1"))
-        texts = [row.label, ours(result), seeds(result.spread()), ema, reference(found)]
-        rows.append([*(Cell(text) for text in texts), words.links(result), Cell(recipe(row))])
+        ours, seeds = accuracy_or_reason(result), format_seeds(result.spread())
+        ema = format_spread(result.spread("test_ema_acc1"))
+        texts = [row.label, ours, seeds, ema, paper_figures(found)]
+        rows.append([*(Cell(text) for text in texts), links.cell(result), Cell(recipe_name(row))])
     header, rows = without_empty(header, rows, EMA)
     title = f"{results[0].row.title.replace(' of the paper', '')}: rehearsal on CIFAR-10"
     notes = [how_to_run(results, small=True), *repeated_seeds(results)]
-    numeric = tuple(place for place, name in enumerate(header) if name in FIGURES)
+    numeric = tuple(index for index, name in enumerate(header) if name in NUMERIC)
     return Table(title, header, rows, notes, numeric, curves(results))
 
 
-def reference(rows: Sequence[Row]) -> str:
+def paper_figures(rows: Sequence[Row]) -> str:
     """The paper's figures of a row, with their models."""
     figures = [row.figure for row in rows if row.figure is not None]
     if len(figures) <= 2:
-        return ", ".join(f"{row.figure:.1f} ({row.model})" for row in rows) or "–"
+        return ", ".join(f"{row.figure:.1f} ({row.model})" for row in rows) or NOTHING
     return f"{min(figures):.1f} to {max(figures):.1f} ({len(figures)} models)"
 
 
 # ----------------------------------------------------------------------------------------- sections
 
 
-def full_section(found: Sorted, words: Words) -> Section:
-    tables = [full_table(results, words) for results in by_table(found.full)]
-    lead = ["ImageNet-1k with the paper's recipe, as far as it is known. " + MEANING, BELONGING]
+def full_section(found: SortedRuns, links: RunLinks) -> Section:
+    tables = [full_table(results, links) for results in by_table(found.full)]
+    lead = ["ImageNet-1k with the paper's recipe, as far as it is known. " + ACCURACY, MATCHING]
     return Section("Tables of the paper", "tables", lead, tables)
 
 
-def setting_of(rows: Iterable[Row], with_epochs: bool = True) -> str:
-    """What the rehearsals' commands have in common, in words: images and epochs, or images
-    alone."""
+def images_and_epochs(rows: Iterable[Row], with_epochs: bool = True) -> str:
+    """The number of images of rehearsals, and of epochs if `with_epochs`, as text."""
     settings = []
     for row in rows:
-        given = dict(re.findall(r"--(subset|epochs) (\d+)", " ".join(row.words)))
+        given = dict(re.findall(r"--(subset|epochs) (\d+)", " ".join(row.arguments)))
         images = f"{int(given['subset']):,} images" if "subset" in given else "all images"
         settings.append(f"{images}, {given.get('epochs', '?')} epochs" if with_epochs else images)
     return " or ".join(dict.fromkeys(settings))
 
 
-def small_sections(found: Sorted, words: Words) -> Iterable[Section]:
-    """Whole rehearsals, and those that were cut short, one section for each length."""
+def small_sections(found: SortedRuns, links: RunLinks) -> Iterable[Section]:
+    """A section of whole rehearsals, and one for each length of shorter ones."""
     papers = [result.row for result in found.full]
-    rows = [result.row for result in found.small if result.row.words]
+    rows = [result.row for result in found.small if result.row.arguments]
     models = " and ".join(dict.fromkeys(row.model for row in rows))
-    lead = REHEARSAL.format(models=models, setting=setting_of(rows), why=WHOLE)
-    tables, none = [], []
+    setting = images_and_epochs(rows)
+    lead = [REHEARSAL.format(models=models, setting=setting, why=WHY_FEW_IMAGES)]
+    tables, not_run = [], []
     for results in by_table(found.small):
         if any(result.finished or result.unfinished for result in results):
-            tables.append(small_table(results, papers, words))
+            tables.append(small_table(results, papers, links))
         else:
-            none.append(table_name(results[0].row.table))
+            not_run.append(table_name(results[0].row.table))
+    if not_run:
+        lead.append(f"Not run as a rehearsal: {', '.join(not_run)}.")
     if found.small:
-        without = [f"Not run as a rehearsal: {', '.join(none)}."] if none else []
-        yield Section(
-            "Rehearsals on CIFAR-10, not a reproduction", "rehearsals", [lead, *without], tables
-        )
-    for place, (cut, results) in enumerate(found.cut.items(), start=1):
-        images = setting_of(rows, with_epochs=False)
-        told = REHEARSAL.format(models=models, setting=images, why=CUT.format(cut=cut))
-        tables = [small_table(one, papers, words) for one in by_table(results)]
-        yield Section(f"Rehearsals cut short: {cut}", f"cut-{place}", [told], tables)
+        title = "Rehearsals on CIFAR-10, not a reproduction"
+        yield Section(title, "rehearsals", lead, tables)
+    images = images_and_epochs(rows, with_epochs=False)
+    for number, (cut, results) in enumerate(found.cut.items(), start=1):
+        why = WHY_APART.format(cut=cut)
+        lead = [REHEARSAL.format(models=models, setting=images, why=why)]
+        tables = [small_table(one, papers, links) for one in by_table(results)]
+        yield Section(f"Rehearsals cut short: {cut}", f"cut-{number}", lead, tables)
 
 
-def other_section(others: Sequence[Other], words: Words) -> Section | None:
+def other_section(others: Sequence[UnmatchedRun], links: RunLinks) -> Section | None:
     if not others:
         return None
     header = ["run", "status", "top-1", "EMA", "nearest row", "what differs from it"]
     rows = []
     for run, nearest, texts in others:
-        row = "–" if nearest is None else f"{table_name(nearest.table)}, {recipe(nearest)}"
-        row += " (rehearsal)" if nearest is not None and nearest.small else ""
-        values = ["–" if value is None else number(value) for value in (run.top1, run.ema)]
-        cells = [Cell(text) for text in (progress(run), *values, row, "; ".join(texts) or "–")]
-        rows.append([Cell("", ((words.numbers[run.name], run.name),)), *cells])
+        row = NOTHING
+        if nearest is not None:
+            row = f"{table_name(nearest.table)}, {recipe_name(nearest)}"
+            row += " (rehearsal)" if nearest.small else ""
+        values = [
+            NOTHING if value is None else format_accuracy(value) for value in (run.top1, run.ema)
+        ]
+        differences = "; ".join(texts) or NOTHING
+        cells = [Cell(text) for text in (progress(run), *values, row, differences)]
+        rows.append([Cell("", ((links.numbers[run.name], run.name),)), *cells])
     lead = [
-        "Their recipe, data or total batch is no row's, or rows look through them. They count in "
-        "no table."
+        "These runs count in no table: their recipe, data or total batch is that of no row, or "
+        "they are the frozen networks of other rows."
     ]
-    return Section(
-        "Other runs", "others", lead, [Table("Runs that fit no row", header, rows, [], (2, 3))]
-    )
+    table = Table("Runs that fit no row", header, rows, [], (2, 3))
+    return Section("Other runs", "others", lead, [table])
 
 
-def skipped_section(skipped: Sequence[Skipped]) -> Section | None:
+def skipped_section(skipped: Sequence[SkippedFolder]) -> Section | None:
     if not skipped:
         return None
     rows = [[Cell(name), Cell(reason)] for name, reason in skipped]
-    return Section(
-        "Folders left out", "skipped", [], [Table("Folders left out", ["folder", "why"], rows, [])]
-    )
+    table = Table("Folders that could not be read", ["folder", "reason"], rows, [])
+    return Section("Folders that could not be read", "skipped", [], [table])
 
 
-def build(root: str, runs: Sequence[Run], skipped: Sequence[Skipped], found: Sorted) -> Report:
-    """Everything but the pages of the runs, which the command adds."""
-    words = Words(runs)
-    sections = [full_section(found, words), *small_sections(found, words)]
-    sections += [
-        section
-        for section in (other_section(found.others, words), skipped_section(skipped))
-        if section
-    ]
+def build_report(
+    root: str, runs: Sequence[Run], skipped: Sequence[SkippedFolder], found: SortedRuns
+) -> Report:
+    """The report without the pages of the runs, which the command adds."""
+    links = RunLinks(runs)
+    sections = [full_section(found, links), *small_sections(found, links)]
+    optional = (other_section(found.others, links), skipped_section(skipped))
+    sections += [section for section in optional if section]
     finished = sum(run.is_finished for run in runs)
-    there = [result for result in found.full if result.row.words]
+    available = [result for result in found.full if result.row.arguments]
+    with_runs = sum(bool(result.finished) for result in available)
     lead = [
-        f"Run folders in {root}: {len(runs)}, of them finished: {finished}, of no row of the "
-        "paper: "
-        f"{len(found.others)}. Folders left out: {len(skipped)}.",
-        f"Rows of the paper that can be run here: {len(there)}, of them with a finished run on "
-        "ImageNet-1k: "
-        f"{sum(bool(result.finished) for result in there)}.",
+        f"Run folders in {root}: {len(runs)}. Finished: {finished}. Without a row of the paper: "
+        f"{len(found.others)}. Folders that could not be read: {len(skipped)}.",
+        f"Rows of the paper that can be run here: {len(available)}. With a finished run on "
+        f"ImageNet-1k: {with_runs}.",
     ]
     return Report("SMMix: a report of runs", lead, sections, [])

@@ -1,4 +1,4 @@
-"""How the report looks: one style sheet, light and dark, screen and paper. Text only."""
+"""The style sheet of the report, with a light and a dark form, for screens and for paper."""
 
 from __future__ import annotations
 
