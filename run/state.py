@@ -128,8 +128,8 @@ def find(
             _check_finite({name: checkpoint.get(name) or {} for name in ("model", "ema")})
             if given and Path(given).resolve() != path.resolve():
                 warnings.append(
-                    f"--auto-resume resumes {path}; --resume {given} is used only if --output-dir "
-                    "has no checkpoint"
+                    f"--auto-resume resumes from {path}; --resume {given} is used only if "
+                    "--output-dir has no checkpoint"
                 )
             return str(path), warnings
         except StopRun as error:
