@@ -31,6 +31,7 @@ from tests.image_folders import make_image_folder
 from tests.runs import run_small
 from tests.test_families import (
     CPU,
+    ONE_OF_EACH,
     TINY,
     batch_of,
     check_score,
@@ -225,14 +226,14 @@ def test_a_gate_on_the_attention_is_passed(case: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SHORT)
 def test_a_glance_compiles_whole(case: str) -> None:
-    model, images = make(case), batch_of(1)[0]
+    """Under autocast; that the rest compiles, `test_a_compiled_model_takes_the_same_step` sees."""
+    model, images = make(case, **ONE_OF_EACH.get(CASES[case][0], {})), batch_of(1)[0]
     torch._dynamo.reset()
-    compiled = torch.compile(model.motivating_pass, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model.motivating_pass, backend="eager", fullgraph=True)
     sizes = [None, (32, 48)] if model.accepts_other_sizes else [None]
     for size in sizes:
-        for amp in ("none", "bf16"):
-            with torch.no_grad(), AUTOCASTS[amp]():
-                same(compiled(images, size), model.motivating_pass(images, size))
+        with torch.no_grad(), AUTOCASTS["bf16"]():
+            same(compiled(images, size), model.motivating_pass(images, size))
 
 
 def test_a_model_in_training_mode_is_not_looked_through() -> None:
