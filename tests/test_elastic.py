@@ -26,7 +26,7 @@ from run import state as run_state
 from run.folder import candidates
 from storage import checkpoints, files
 from tests.image_folders import damage, make_image_folder
-from tests.launches import Launch, Ranks, read_status, run_ranks
+from tests.launches import Launch, Meddle, Ranks, read_status, run_ranks
 from tests.runs import (
     SMALL,
     changed,
@@ -161,21 +161,32 @@ def test_p10_the_total_batch_stays(photos: Path, tmp_path: Path) -> None:
     assert "8 per process x 1 processes x 1 accumulated = 8" in whole.out
 
 
-# --------------------------------------------------------------------------------- DDP's first step
+# ------------------------------------------------------------------------------ the control for DDP
+
+
+@contextmanager
+def cold(rank: int) -> Iterator[None]:
+    """Without the pass that lets DDP order its buckets before the first step."""
+    with patch.object(engine, "warm_up", lambda *args: None):
+        yield
 
 
 @pytest.mark.slow
-def test_p1_three_ranks_go_on_exactly(photos: Path, tmp_path: Path) -> None:
-    """Without the pass that lets DDP order its buckets before the first step they do not."""
+@pytest.mark.parametrize("meddle", [None, cold])
+def test_p1_three_ranks_go_on_exactly_if_ddp_is_warmed_up(
+    meddle: Meddle | None, photos: Path, tmp_path: Path
+) -> None:
     words = split(
         "--batch-size 2 --epochs 2 --lr 0.1 --save-steps 2 --auto-resume --data-path",
         photos,
         "--output-dir",
     )
-    run_ranks(3, tmp_path, *words, tmp_path / "whole")
-    run_ranks(3, tmp_path, *words, tmp_path / "parts", "--epochs 1 --accept-changes epochs")
-    run_ranks(3, tmp_path, *words, tmp_path / "parts", "--accept-changes epochs")
-    assert changed(fingerprint(tmp_path / "whole"), fingerprint(tmp_path / "parts")) == []
+    first = "--epochs 1 --accept-changes epochs"
+    run_ranks(3, tmp_path, *words, tmp_path / "whole", meddle=meddle)
+    run_ranks(3, tmp_path, *words, tmp_path / "parts", first, meddle=meddle)
+    run_ranks(3, tmp_path, *words, tmp_path / "parts", "--accept-changes epochs", meddle=meddle)
+    found = changed(fingerprint(tmp_path / "whole"), fingerprint(tmp_path / "parts"))
+    assert ("checkpoint.pth model" in found) == (meddle is cold)
 
 
 # -------------------------------------------------------------------------------- not finite values
