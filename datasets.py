@@ -49,7 +49,7 @@ CIFARS = {"CIFAR": torchvision_datasets.CIFAR100, "CIFAR10": torchvision_dataset
 DATA_SETS = ("DIGITS", *CIFARS, "IMNET", *INAT_YEARS)  # and timm/<name>
 UNFLIPPED = ("DIGITS", "timm/torch/mnist", "timm/torch/kmnist", "timm/torch/qmnist")
 CROP_RATIOS = {"DIGITS": 1.0}  # the digits reach the image's border
-STREAM_READERS = ("wds", "tfds", "hfids")  # timm's readers that yield images in their own order
+STREAM_READERS = ("wds", "tfds", "hfids")  # timm's readers that choose the order of the images
 # timm's readers that download the data set, so that `path` need not exist
 DOWNLOADING_READERS = ("hfds", "hfids", "tfds")
 
@@ -186,7 +186,7 @@ def _open_cifar(kind: type[torchvision_datasets.CIFAR10], path: str, train: bool
 
 
 def _images_without_files(dataset: Any, class_names: list[str], name: str) -> Images:
-    """The images of a torchvision data set, which are not in files of their own."""
+    """The images of a torchvision data set, where an image has no file."""
     read, name_of = partial(read_dataset, dataset), f"image {{}} of {name}".format
     targets = getattr(dataset, "targets", None)
     labels = None if targets is None else [int(label) for label in targets]

@@ -24,7 +24,7 @@ import utils
 from losses import Criterion, Terms
 from mixers.interface import Guide, MixedBatch, StepRandom
 from mixers.switch import Switch
-from models.interface import Depth, GuideOutput, ImageModel, resample_score
+from models.interface import GuideOutput, ImageModel, ScoreBlock, resample_score
 from pipeline.samples import Batch
 from training import optim
 from training.meters import Meters
@@ -37,7 +37,7 @@ def make_guide(
     autocast: Autocast,
     call: Callable[..., GuideOutput] | None = None,
     size: tuple[int, int] | None = None,
-    block: Depth = None,
+    block: ScoreBlock = None,
     predict: bool = True,
     grid: tuple[int, int] | None = None,
 ) -> Guide:

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node=4 main.py --model deit_small_patch16_224 --data-path /imagenet \\
         --output-dir output
 
-This file says in which order a run is put together; `config/` makes each object, `run/` trains.
+This file defines the order in which the parts of a run are made. `config/` makes each part, and
+`run/` trains.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ from utils import Processes
 def read_args(
     argv: Sequence[str] | None, read: ReadCheckpoint = load_checkpoint
 ) -> argparse.Namespace:
-    """The command line, checked.
+    """Parses and checks the command line.
 
-    With `--eval`, a checkpoint of ours gives the flags that the command line leaves out.
+    With `--eval`, flags that are not on the command line are taken from the checkpoint, if it is
+    one of this project.
     """
     parser = get_args_parser()
     args = parser.parse_args(argv)
@@ -76,7 +78,7 @@ def read_args(
 def train(
     args: argparse.Namespace, processes: Processes, log: RunLog, read: CheckpointReader
 ) -> None:
-    """From flags to the last epoch, and whatever ends it before."""
+    """Makes a run and trains it to its end. An error is recorded in the output folder."""
     has_folder = args.output_dir and processes.is_main
     folder = RunFolder(args.output_dir, args.keep_checkpoints) if has_folder else None
     with ExitStack() as ending:
@@ -96,7 +98,8 @@ def train(
             with loaders.closing(run.data.train_loader, run.data.val_loader), run.agreement:
                 run.write_status(run.train())
         except BaseException as error:
-            with suppress(utils.StopRun):  # such as a full disk: the first error is the one to show
+            # Recording may fail, for example on a full disk. The first error must be reported.
+            with suppress(utils.StopRun):
                 record_failure(args.output_dir, folder, processes.rank, error, run is not None)
             if isinstance(error, NonFiniteLoss):
                 save_bad_batch(args.output_dir, processes.rank, error)
@@ -111,7 +114,7 @@ def make_run(
     resume_from: str,
     read: CheckpointReader,
 ) -> Run:
-    """Everything a run needs, at the place where the checkpoint `resume_from` left it."""
+    """Makes everything that a run needs, and loads the checkpoint `resume_from` if it is not ""."""
     run_state.check_visible_to_all(resume_from, processes)
     checkpoint = run_state.read(resume_from, read) if resume_from else None
     flags = resolve(args, processes, shares_of_resumed(args, checkpoint, processes, log))
@@ -134,7 +137,7 @@ def make_run(
         data = data._replace(bad_images=bad_images)
     training = build.make_training(flags, model, spec, processes, read)
 
-    # What the run is, and how far.
+    # The settings of the run, and how far it has come.
     identity = make_identity(args, flags, train_images, spec, processes)
     num_images = train_images.num_images, val_images.num_images
     log.table(summary.describe_run(identity, training, data.steps, num_images))
@@ -152,7 +155,7 @@ def make_run(
     prepare_output(log, folder, resume_from, checkpoint, progress, identity, end)
     schedule = build.make_schedule(flags, training, processes, data.steps, progress)
 
-    samples = data.val_loader.dataset if folder else None  # else nobody keeps the picture
+    samples = data.val_loader.dataset if folder else None  # without a folder no picture is saved
     draw_picture = make_picture_drawer(training, samples, spec, train_images.class_names)
     return Run(
         rules=Rules.of(flags),
@@ -173,7 +176,7 @@ def make_identity(
     spec: ImageSpec,
     processes: Processes,
 ) -> run_state.Identity:
-    """What the run is, as its checkpoints keep it."""
+    """The settings of the run, as its checkpoints keep them."""
     return run_state.Identity(
         args=vars(flags),
         model_config=model_config(flags, len(train_images.class_names)),
@@ -194,8 +197,10 @@ def shares_of_resumed(
     processes: Processes,
     log: RunLog,
 ) -> dict[str, int]:
-    """`batch_size` and `accum_steps` of a resumed run, where another number of processes must share
-    the total batch in another way; nothing where the command line is right as it is."""
+    """`batch_size` and `accum_steps` of a run that is resumed with another number of processes.
+
+    They keep its total batch. The result is empty if the command line is already right.
+    """
     if checkpoint is None:
         return {}
     asked = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
@@ -211,7 +216,7 @@ def shares_of_resumed(
 
 
 def end_of(flags: Flags, progress: run_state.Progress) -> str:
-    """Which end of its run a checkpoint has reached, if any."""
+    """The end that the run has already reached, as text; "" if it has not ended."""
     if progress.epoch >= flags.epochs:
         return f"all {flags.epochs} epochs"
     if flags.max_steps is not None and progress.step >= flags.max_steps:
@@ -228,14 +233,19 @@ def prepare_output(
     identity: run_state.Identity,
     end: str,
 ) -> None:
-    """Puts log and output folder back to where the run is resumed, and writes what it is."""
+    """Restores log and output folder to the state of the checkpoint, and writes the settings.
+
+    Args:
+        resume_from: the path of `checkpoint`.
+        end: the result of `end_of`; if it is not "", the log is not changed.
+    """
     if not end:
         log.drop_epochs_from(progress.epoch, progress.step)
     if folder is not None:
         if checkpoint is not None:
             names = checkpoint.get("names", ())
             for path in folder.rewind_to(Path(resume_from), progress.step, names):
-                log.say(f"warning: a later checkpoint is set aside as {path}")
+                log.say(f"warning: a later checkpoint was renamed to {path}")
         write_json(folder.path / "args.json", identity.args)
         write_json(folder.path / "environment.json", identity.versions)
     if end:
@@ -245,10 +255,13 @@ def prepare_output(
 def make_picture_drawer(
     training: engine.Training, samples: Any, spec: ImageSpec, class_names: list[str]
 ) -> Callable[[int], torch.Tensor | None]:
-    """Epoch -> the picture of what the mixer makes of the same four validation images, or None.
+    """A function that draws the picture of a mixed batch: epoch -> picture or None.
+
+    Every epoch uses the same 8 validation images, in 4 pairs. The function returns None if nothing
+    is mixed, or if the validation images are a stream.
 
     Args:
-        samples: validation samples; None where nobody keeps the picture.
+        samples: the validation samples; None if no picture is saved.
     """
     mixer = training.mixer.first
     if isinstance(mixer, NoMixing) or not isinstance(samples, EvalSamples):
@@ -275,10 +288,10 @@ def make_picture_drawer(
 def record_failure(
     output_dir: str, folder: RunFolder | None, rank: int, error: BaseException, has_begun: bool
 ) -> None:
-    """Writes the error that ended the run into `status.json`, also if it is another rank's.
+    """Writes the error that ended the run into `status.json`, by way of rank 0.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     text = error.text if isinstance(error, utils.StopRun) else str(error)
     cause = {
@@ -292,7 +305,7 @@ def record_failure(
 
 
 def save_bad_batch(output_dir: str, rank: int, failure: NonFiniteLoss) -> None:
-    """Each rank whose loss was not finite writes the micro-batch it had."""
+    """Writes the micro-batch whose loss was not finite, on each rank that had such a loss."""
     if output_dir and failure.evidence is not None:
         save_checkpoint(Path(output_dir) / f"not_finite_rank{rank}.pth", failure.evidence)
 
@@ -303,10 +316,10 @@ def save_bad_batch(output_dir: str, rank: int, failure: NonFiniteLoss) -> None:
 def evaluate(
     args: argparse.Namespace, processes: Processes, log: RunLog, read: CheckpointReader
 ) -> None:
-    """`--eval`: figures of a checkpoint, and of its averaged weights, on the input it was trained
-    for.
+    """`--eval`: prints the accuracy and loss of a checkpoint, and of its average.
 
-    Weights of other projects (DeiT's, timm's) do not say their model and input: flags do.
+    The model and its input are those of the checkpoint. Weights of other projects (DeiT, timm) do
+    not describe them; then the flags do.
     """
     flags, checkpoint = resolve(args, processes), read(args.resume)
     images = build.open_images(flags, False, read)
@@ -336,7 +349,7 @@ def evaluate(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command line on this process. `utils.run_command` turns errors into messages."""
+    """Runs one command line in this process. `utils.run_command` turns errors into messages."""
     read = CheckpointReader()
     args = read_args(argv, read)
     if args.list_models:

@@ -160,8 +160,8 @@ def paste_regions(images: Tensor, regions: Regions, patch_size: tuple[int, int])
     """Eq. 8: x_M, each target with the region of its source pasted in.
 
     The batch is copied once, in strips: the pixels of one row of the image that lie in one patch.
-    For each strip of x_M an index says which strip of the batch it is: the strip at the same place,
-    or inside the target region the matching strip of the source region.
+    For each strip of x_M an index gives the strip of the batch that is copied: the one at the same
+    place of the target, or inside the target region the matching one of the source region.
 
     Args:
         images: (B, C, height, width), any dtype, channels first or last in memory; not changed.
@@ -174,7 +174,7 @@ def paste_regions(images: Tensor, regions: Regions, patch_size: tuple[int, int])
     batch, channels, height, width = images.shape
     patch_height, patch_width = patch_size
     # A strip is contiguous in memory. With channels last it holds all channels; with channels first
-    # each channel is a plane of its own strips.
+    # each channel is a separate plane of strips.
     is_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     memory = images.permute(0, 2, 3, 1) if is_last else images.contiguous()
     planes = 1 if is_last else channels

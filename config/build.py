@@ -29,7 +29,7 @@ from models.build import (
 )
 from models.interface import ImageModel
 from models.weights import load_foreign
-from pipeline import erasing, loaders, randaugment_pixels, samples, transforms
+from pipeline import erasing, loaders, samples, transforms
 from pipeline.images import pick_decoder, take_subset
 from pipeline.spec import Augment, ImageSpec
 from storage.checkpoints import ReadCheckpoint
@@ -143,17 +143,6 @@ def make_train_loader(flags: Flags, train: Any, spec: ImageSpec, processes: Proc
         pin_memory=flags.pin_mem and processes.device.type == "cuda",
         timeout=flags.data_timeout,
     )
-
-
-def make_finish(flags: Flags, spec: ImageSpec) -> Callable[..., torch.Tensor]:
-    """The function that augments, normalises and erases a batch: `engine.py:Training.finish`."""
-    fill = transforms.fill_color(spec)
-
-    def finish(images: torch.Tensor, boxes: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-        augmented = randaugment_pixels.apply(images, drawn, fill) if drawn.shape[1] else images
-        return erasing.erase(transforms.normalise(augmented, spec), boxes, flags.remode)
-
-    return finish
 
 
 def make_criterion(
@@ -274,7 +263,7 @@ def make_training(
         nonfinite=NonFiniteGuard(processes, flags.max_bad_steps),
         fixed_scale=flags.amp != "fp16",
         memory_format=memory_format(flags),
-        finish=make_finish(flags, spec),
+        finish=transforms.FinishBatch(spec, flags.remode),
     )
     engine.warm_up(training, model.input_size)
     return training

@@ -13,7 +13,7 @@ from config.resolve import Flags
 from config.second_networks import MotivatingPass, build_motivator
 from mixers.interface import Guide
 from models.build import use_float32_attention
-from models.interface import Depth, ImageModel
+from models.interface import ImageModel, ScoreBlock
 from pipeline.spec import ImageSpec
 from storage.checkpoints import ReadCheckpoint, load_checkpoint
 from training import precision
@@ -49,7 +49,7 @@ def check_guide_size(model: ImageModel, name: str, size: tuple[int, int]) -> Non
         )
 
 
-def check_score_block(model: ImageModel, name: str, block: Depth) -> None:
+def check_score_block(model: ImageModel, name: str, block: ScoreBlock) -> None:
     """Checks that the model has a score in this block, or in all blocks with `rollout`.
 
     Raises:
@@ -122,7 +122,7 @@ def make_guide(
     size = None if flags.guide_size is None else utils.as_pair(flags.guide_size)
     if size is not None:
         check_guide_size(motivator, name, size)
-    block: Depth = "rollout" if flags.score == "rollout" else flags.score_block
+    block: ScoreBlock = "rollout" if flags.score == "rollout" else flags.score_block
     check_score_block(motivator, name, block)
     return engine.make_guide(
         motivator,

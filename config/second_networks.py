@@ -374,7 +374,7 @@ def _download(name: str, flag: str) -> nn.Module:
         raise InputError(
             f"{flag}: timm could not get its weights ({reason}); give a file: {name}=CHECKPOINT"
         ) from error
-    network.pretrained_cfg.pop("state_dict", None)  # a second copy of the weights
+    network.pretrained_cfg.pop("state_dict", None)  # frees a second copy of the weights
     return network
 
 

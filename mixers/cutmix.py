@@ -11,7 +11,7 @@ from torch import Tensor
 from mixers.boxes import draw_box, draw_box_between, sides_of
 from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
 from mixers.masks import paste
-from pipeline.boxes import Box, box_mask, edges_of
+from pipeline.boxes import Box, box_mask, boxes_to_tensor
 
 
 class CutMix(Mixer[list[Box]]):
@@ -49,5 +49,5 @@ class CutMix(Mixer[list[Box]]):
 
     def apply(self, images: Tensor, labels: Tensor, drawn: list[Box], guide: Guide) -> MixedBatch:
         height, width = images.shape[-2:]
-        mask = box_mask(edges_of(drawn, images.device), (height, width))
+        mask = box_mask(boxes_to_tensor(drawn, images.device), (height, width))
         return self.label(*paste(images, images.flip(0), mask), labels, mask)

@@ -16,7 +16,7 @@ from torch import Tensor
 from mixers.boxes import draw_box, draw_box_inside
 from mixers.interface import Guide, MixedBatch, Mixer, pair_up
 from mixers.masks import paste
-from pipeline.boxes import Box, box_mask, edges_of
+from pipeline.boxes import Box, box_mask, boxes_to_tensor
 
 
 class ResizeMix(Mixer[list[Box]]):
@@ -62,7 +62,7 @@ class ResizeMix(Mixer[list[Box]]):
 
     def apply(self, images: Tensor, labels: Tensor, drawn: list[Box], guide: Guide) -> MixedBatch:
         height, width = images.shape[-2:]
-        edges = edges_of(drawn, images.device)
+        edges = boxes_to_tensor(drawn, images.device)
         mask = box_mask(edges, (height, width))
         return self.label(*paste(images, resize_into(images.flip(0), edges), mask), labels, mask)
 

@@ -1,2 +1,1 @@
-"""Architectures: `interface.py` says what mixing asks of one, each family has a file, `build.py`
-finds one by its name."""
+"""Model families: `interface.py` says what mixing needs, `build.py` finds a model by its name."""

@@ -1,10 +1,9 @@
-"""BEiT and BEiT v2 through timm's own class: a plain vision transformer with relative position
-biases.
+"""BEiT and BEiT v2 of timm: plain vision transformers with relative position biases.
 
-"Last block" is `blocks[-1]`; its biases, its own and those shared by all blocks, are part of the
-map. The class token's row and column are cut, or its row alone is read. Members that predict from
-the mean have no norm before it: their tokens are the last block's, and `fc_norm` belongs to the
-classifier. Knows no mixer and no loss.
+The last block is `blocks[-1]`. Its map includes its position biases and those that all blocks
+share. For the score of the image tokens, the row and column of the class token are removed.
+Networks that predict from the mean token have no norm before the mean. Their final tokens are the
+output of the last block, and `fc_norm` is a part of the classifier F.
 
 Papers: BEiT (arXiv 2106.08254), BEiT v2 (arXiv 2208.06366).
 """
@@ -27,19 +26,21 @@ from models.blocks import (
     resize_positions,
     softmax_map,
 )
-from models.float32_attention import like_its_layer
-from models.prefix_tokens import attend_from_first
+from models.float32_attention import in_layer_precision
+from models.prefix_tokens import attend_prefix
 
 TABLE = "relative_position_bias_table"
-INDEX = "relative_position_index"  # timm computes it; official files have it
-EXTRA = 3  # entries at a table's end: class token to image token, image to class, class to class
+INDEX = "relative_position_index"  # a buffer that timm computes; official files contain it
+
+# Entries at the end of a table: class token to image token, image to class, class to class.
+EXTRA = 3
 
 
 class BEiT(PlainTransformer):
     """Any timm `Beit`.
 
     Raises:
-        ValueError: it does not pool its tokens, so it gives no prediction for an image.
+        ValueError: it does not pool its tokens, so it has no logits for an image.
     """
 
     network: Beit
@@ -55,24 +56,23 @@ class BEiT(PlainTransformer):
         tokens = torch.cat((network.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
         if network.pos_embed is not None:
             tokens = tokens + network.pos_embed
-        shared = (
-            network.rel_pos_bias() if network.rel_pos_bias is not None else None
-        )  # (H, 1 + N, 1 + N)
+        # The position bias that all blocks share: (H, 1 + N, 1 + N).
+        shared = None if network.rel_pos_bias is None else network.rel_pos_bias()
         return network.pos_drop(tokens), [{"shared_rel_pos_bias": shared}] * len(network.blocks)
 
-    def map_of(
-        self, block: Any, tokens: Tensor, beside: dict[str, Any], class_only: bool
+    def block_attention_map(
+        self, block: Any, tokens: Tensor, block_args: dict[str, Any], class_only: bool
     ) -> Tensor:
-        return biased_attention_map(
-            block.attn, block.norm1(tokens), beside["shared_rel_pos_bias"], class_only
-        )
+        shared_bias = block_args["shared_rel_pos_bias"]
+        return biased_attention_map(block.attn, block.norm1(tokens), shared_bias, class_only)
 
-    def attend(
-        self, block: Any, tokens: Tensor, beside: dict[str, Any], count: int
+    def attend_and_map(
+        self, block: Any, tokens: Tensor, block_args: dict[str, Any], count: int
     ) -> tuple[Tensor, Tensor] | None:
         if type(block) is not Block:
             return None
-        return attend_and_map(block.attn, block.norm1(tokens), beside["shared_rel_pos_bias"], count)
+        shared_bias = block_args["shared_rel_pos_bias"]
+        return attend_and_map(block.attn, block.norm1(tokens), shared_bias, count)
 
     def classify(self, pooled: Tensor) -> Tensor:
         network = self.network
@@ -83,20 +83,16 @@ class BEiT(PlainTransformer):
     ) -> tuple[dict[str, Tensor], list[str]]:
         own = self.network.state_dict()
         new = {key: value for key, value in weights.items() if not key.endswith(INDEX)}
-        new.update(
-            {key: value for key, value in own.items() if key.endswith(INDEX)}
-        )  # older releases save them
+        # In older releases of timm the index is a part of the state dict.
+        new.update({key: value for key, value in own.items() if key.endswith(INDEX)})
         notes = [f"{key} dropped: the network computes it" for key in weights if key not in new]
+        kernel = "patch_embed.proj.weight"
         for key, value in new.items():
             if key == "pos_embed":
                 new[key] = resize_positions(
                     value, self.grid_size, self.network.num_prefix_tokens, old_grid
                 )
-            elif (
-                key == "patch_embed.proj.weight"
-                and value.ndim == 4
-                and value.shape[2:] != self.patch_size
-            ):
+            elif key == kernel and value.ndim == 4 and value.shape[2:] != self.patch_size:
                 new[key] = resample_patch_embed(value, list(self.patch_size))
             elif key.endswith(TABLE) and value.ndim == 2:
                 new[key] = resize_table(value, self.grid_size, old_grid)
@@ -105,22 +101,22 @@ class BEiT(PlainTransformer):
         return new, notes
 
 
-@like_its_layer
+@in_layer_precision
 def biased_attention_map(
     attention: Any, tokens: Tensor, shared_bias: Tensor | None, class_only: bool
 ) -> Tensor:
-    """The map A of Eq. 5 that a BEiT layer would use on `tokens`, in float32 and without gradient.
+    """Eq. 5: the map A of a BEiT attention layer, in float32 and without gradient.
 
-    Queries and keys are computed a second time here (values are not).
+    Queries and keys are computed a second time here, but not values.
 
     Args:
         attention: timm's `Attention` of this family.
-        tokens: (B, T, D), what the layer itself receives.
-        shared_bias: (H, T, T), what all layers add before the softmax.
-        class_only: compute the first token's row alone (Q = 1), else all (Q = T).
+        tokens: (B, T, D), the input of the layer.
+        shared_bias: (H, T, T), the bias that all layers add before the softmax.
+        class_only: compute the row of the first token only (Q = 1), else all rows (Q = T).
 
     Returns:
-        (B, H, Q, T), rows (queries) sum to one.
+        (B, H, Q, T). Rows (queries) sum to one.
     """
     with torch.no_grad():
         queries, keys = queries_and_keys(attention, tokens, class_only)
@@ -128,25 +124,34 @@ def biased_attention_map(
         return softmax_map(queries, keys, attention.scale, bias)
 
 
-@like_its_layer
+@in_layer_precision
 def attend_and_map(
     attention: Any, tokens: Tensor, shared_bias: Tensor | None, count: int
 ) -> tuple[Tensor, Tensor]:
-    """What a BEiT layer gives the first of `tokens` (B, T, D), (B, count, D), and its map (B, H, T,
-    T)."""
+    """The output of a BEiT layer for its first `count` tokens, and its complete map.
+
+    Args:
+        tokens: (B, T, D), the input of the layer.
+        shared_bias: (H, T, T), the bias that all layers add before the softmax.
+
+    Returns:
+        (B, count, D) and (B, H, T, T) float32.
+    """
     queries, keys, values = queries_keys_values(attention, tokens)
     bias = position_bias(attention, shared_bias, tokens.shape[1])
     rows = None if bias is None else bias[:, :, :count]
-    attended = attend_from_first(attention, tokens, (queries, keys, values), count, rows)
+    attended = attend_prefix(attention, tokens, (queries, keys, values), count, rows)
     return attended, softmax_map(queries, keys, attention.scale, bias)
 
 
 def position_bias(attention: Any, shared_bias: Tensor | None, count: int) -> Tensor | None:
-    """(1, H, count, T), what a layer adds before the softmax for its first queries: its own biases
-    and the shared."""
-    own = (
-        None if attention.relative_position_bias_table is None else attention._get_rel_pos_bias()
-    )  # (1, H, T, T)
+    """The sum of a layer's position bias and the shared one, for the first `count` queries.
+
+    Returns:
+        (1, H, count, T), or None if the network has neither.
+    """
+    has_table = attention.relative_position_bias_table is not None
+    own = attention._get_rel_pos_bias() if has_table else None  # (1, H, T, T)
     if own is None or shared_bias is None:
         bias = own if shared_bias is None else shared_bias[None]
     else:
@@ -155,11 +160,14 @@ def position_bias(attention: Any, shared_bias: Tensor | None, count: int) -> Ten
 
 
 def resize_table(table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int] | None) -> Tensor:
-    """A table of relative positions (entries, H) for another grid, by timm's rule; the same tensor
-    if nothing is to do.
+    """Resamples a table of relative position biases (entries, H) to another grid, by timm's rule.
 
     Args:
-        old_grid: the grid it belongs to. If absent: this one if the count fits, else a square.
+        old_grid: the grid it belongs to. None: `grid` if the number of entries agrees, else a
+            square grid.
+
+    Returns:
+        The new table, or `table` itself if nothing has to change.
     """
     near, extra = table[:-EXTRA], table[-EXTRA:]
     size = 2 * grid[0] - 1, 2 * grid[1] - 1
@@ -170,8 +178,7 @@ def resize_table(table: Tensor, grid: tuple[int, int], old_grid: tuple[int, int]
     if old_grid == grid or len(near) != math.prod(old_size):
         return table
     heads = table.shape[1]
-    square = near.T.reshape(
-        heads, *old_size
-    )  # in this shape all supported releases take grids that are not square
-    resized = resize_rel_pos_bias_table(square, new_window_size=grid, new_bias_shape=(heads, *size))
+    # All supported releases of timm resample a table of this shape, also if it is not square.
+    maps = near.T.reshape(heads, *old_size)
+    resized = resize_rel_pos_bias_table(maps, new_window_size=grid, new_bias_shape=(heads, *size))
     return torch.cat((resized.reshape(heads, -1).T, extra))

@@ -1,5 +1,4 @@
-"""From a model's name to an `ImageModel`, and foreign weights made to fit by named rules. Holds no
-training state."""
+"""Builds an `ImageModel` from its name, lists the families, and switches options of a model on."""
 
 from __future__ import annotations
 
@@ -38,20 +37,22 @@ from models.swin_v2 import SwinV2
 from models.twins import TwinsModel
 from utils import InputError
 
-# The released research code's names for the same networks.
+# The names of the same networks in the authors' released code.
 ALIASES = {
     f"vit_deit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")
 }
 
 
 class Family(NamedTuple):
-    """The seam for further families."""
+    """One model family. A new one needs a row in `FAMILIES`."""
 
-    kind: type[nn.Module]  # the plain network's class
-    wrapper: Callable[..., ImageModel]  # how SMMix reads it
-    modules: tuple[str, ...]  # timm's modules whose names build it
-    score: str  # what its attention score means
-    sized: bool = True  # the class itself is built for an input size; otherwise the wrapper is told
+    network_class: type[nn.Module]  # the class of the plain network
+    wrapper: Callable[..., ImageModel]  # the `ImageModel` around it
+    modules: tuple[str, ...]  # timm's modules whose model names build this class
+    score: str  # the meaning of its attention score, for the documentation
+
+    # Whether the network's class takes the input size; otherwise the wrapper takes it.
+    takes_img_size: bool = True
 
 
 ENERGY = (
@@ -109,7 +110,7 @@ FAMILIES = (
         PVTv2,
         ("pvt_v2",),
         "the last block's map; where keys are reduced, each one's score is shared by its cells",
-        sized=False,
+        takes_img_size=False,
     ),
     Family(Twins, TwinsModel, ("twins",), "the map of the last global attention"),
     Family(
@@ -118,11 +119,17 @@ FAMILIES = (
         ("maxxvit",),
         "MaxViT: the last grid attention's map; CoAtNet: its global attention's",
     ),
-    Family(ConvNeXt, ConvNet, ("convnext",), ENERGY, sized=False),
-    Family(ResNet, ConvNet, ("resnet", "res2net", "resnest", "sknet"), ENERGY, sized=False),
+    Family(ConvNeXt, ConvNet, ("convnext",), ENERGY, takes_img_size=False),
+    Family(
+        ResNet,
+        ConvNet,
+        ("resnet", "res2net", "resnest", "sknet"),
+        ENERGY,
+        takes_img_size=False,
+    ),
 )
 
-# Families without such a score, for the refusal.
+# The reason why the networks of a class have no score, for the error message.
 NO_SCORE = {"Xcit": "its attention runs across channels, so no token receives a score"}
 
 
@@ -137,30 +144,33 @@ def build_model(
     separate_region_head: bool = False,
     **overrides: Any,
 ) -> ImageModel:
-    """A freshly initialised model.
+    """Builds a model with freshly initialised weights.
 
     Args:
-        name: timm's name, or the released code's.
-        input_size: (height, width) in pixels; the model's own if absent.
-        patch_size: side of a patch in pixels; the model's own if absent.
-        overrides: further keywords of the timm class (`embed_dim`, `depth`, ...).
+        name: a name of timm, or of the authors' released code.
+        num_classes: K.
+        input_size: (height, width) in pixels. None: timm's default for this name.
+        patch_size: side of a patch in pixels. None: timm's default for this name.
+        drop: dropout rate.
+        drop_path: rate of stochastic depth.
+        separate_region_head: see `ImageModel`.
+        overrides: further keyword arguments of the timm class (`embed_dim`, `depth`, ...).
 
     Raises:
-        InputError: unknown name (near misses listed), no readable attention, a size that the
-            patches do not divide.
+        InputError: the name is unknown (the message lists similar ones), the network gives no
+            score, or the input size is not a multiple of the patch size.
     """
     name = ALIASES.get(name, name)
     if not timm.is_model(name):
         raise InputError(f"--model {name}: no such model; {near_misses(name)}")
     entry = timm.model_entrypoint(name)
-    sized = all(
-        family.sized for family in FAMILIES if entry.__module__.rsplit(".")[-1] in family.modules
-    )
-    if input_size is not None and sized:
+    module = entry.__module__.rsplit(".")[-1]
+    takes_img_size = all(family.takes_img_size for family in FAMILIES if module in family.modules)
+    if input_size is not None and takes_img_size:
         overrides["img_size"] = input_size
-    if patch_size is not None and not sized:
+    if patch_size is not None and not takes_img_size:
         raise InputError(
-            f"--patch-size {patch_size}: {name} has none to choose; leave the flag out"
+            f"--patch-size {patch_size}: the patch size of {name} is fixed; leave the flag out"
         )
     if patch_size is not None:
         overrides["patch_size"] = patch_size
@@ -169,16 +179,16 @@ def build_model(
             num_classes=num_classes, drop_rate=drop, drop_path_rate=drop_path, **overrides
         )
     except (TypeError, AssertionError, ValueError) as error:
+        # If SMMix does not support the family at all, `_wrapper_of` raises that error instead: it
+        # explains more than a setting that timm refuses.
         with torch.device("meta"):
-            _wrapper_of(
-                entry(), name
-            )  # a family that SMMix cannot read may not know these settings: say that first
+            _wrapper_of(entry(), name)
         raise InputError(
             f"--model {name}: timm cannot build it with these settings: {error}"
         ) from error
     try:
-        told = {} if sized else {"input_size": input_size}
-        model = _wrapper_of(network, name)(network, separate_region_head, **told)
+        wrapper_args = {} if takes_img_size else {"input_size": input_size}
+        model = _wrapper_of(network, name)(network, separate_region_head, **wrapper_args)
     except ValueError as error:
         raise InputError(f"--model {name} cannot be trained with SMMix: {error}") from error
     _check_grid(model, name, input_size)
@@ -187,59 +197,61 @@ def build_model(
     return model
 
 
-def draft_model(**config: Any) -> ImageModel:
-    """The model of these keywords of `build_model` without memory for its weights, on the meta
-    device: to read its sizes, or to refuse weights of other shapes at once."""
+def build_on_meta(**config: Any) -> ImageModel:
+    """`build_model` on the meta device: the model has shapes, but no memory for its weights.
+
+    For reading its sizes, or for refusing weights of other shapes early.
+
+    Args:
+        config: the arguments of `build_model`.
+    """
     try:
         with torch.device("meta"):
             return build_model(**config)
-    except (NotImplementedError, RuntimeError):  # some models of older timm need real numbers
+    except (NotImplementedError, RuntimeError):
+        # Some models of older releases of timm cannot be built without real values.
         return build_model(**config)
 
 
 def _wrapper_of(network: nn.Module, name: str) -> Callable[..., ImageModel]:
     for family in FAMILIES:
-        if isinstance(network, family.kind):
+        if isinstance(network, family.network_class):
             return family.wrapper
-    kind, supported = type(network).__name__, ", ".join(family.kind.__name__ for family in FAMILIES)
+    kind = type(network).__name__
+    supported = ", ".join(family.network_class.__name__ for family in FAMILIES)
     reason = f" ({NO_SCORE[kind]})" if kind in NO_SCORE else ""
     raise InputError(
-        f"--model {name}: a {kind} has no attention score that SMMix can read{reason}; "
+        f"--model {name}: {kind} has no attention score that SMMix can use{reason}; "
         f"supported are {supported}: see --list-models"
     )
 
 
 def list_models() -> Iterator[tuple[str, str, str, str]]:
-    """Family, name, grid and the meaning of the score of every name that builds, or the reason why
-    one cannot be read.
+    """Family, name, grid and meaning of the score of every model, or why it is not supported.
 
-    Each is built without memory to find out: all of them take a minute or two.
+    Each model is built on the meta device, which takes a minute or two for all of them.
     """
     for family in FAMILIES:
-        for name in sorted(
-            {name for module in family.modules for name in timm.list_models(module=module)}
-        ):
+        kind = family.network_class.__name__
+        found = {name for module in family.modules for name in timm.list_models(module=module)}
+        for name in sorted(found):
             try:
                 with torch.device("meta"):
                     model = build_model(name, 1000)
             except InputError as error:
-                yield family.kind.__name__, name, "-", f"refused: {error.text.split(': ', 1)[-1]}"
+                yield kind, name, "-", f"refused: {error.text.split(': ', 1)[-1]}"
             else:
-                yield (
-                    family.kind.__name__,
-                    name,
-                    " x ".join(map(str, model.grid_size)),
-                    family.score,
-                )
+                grid = " x ".join(map(str, model.grid_size))
+                yield kind, name, grid, family.score
 
 
 def describe_families() -> list[tuple[str, str]]:
-    """Class and meaning of the score, for the documentation."""
-    return [(family.kind.__name__, family.score) for family in FAMILIES]
+    """Class of the network and meaning of the score for each family, for the documentation."""
+    return [(family.network_class.__name__, family.score) for family in FAMILIES]
 
 
 def near_misses(name: str) -> str:
-    """Advice on a name that timm does not have."""
+    """Advice for an unknown model name: similar names, or how to list all."""
     near = difflib.get_close_matches(name, [*timm.list_models(), *ALIASES], n=5, cutoff=0.5)
     return f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists all names"
 
@@ -255,7 +267,7 @@ def _check_grid(model: ImageModel, name: str, input_size: tuple[int, int] | None
 
 
 def use_distillation(model: ImageModel, name: str) -> None:
-    """Makes the model give its distillation token's logits apart while training (DeiT Sec. 4).
+    """Makes the model return separate logits of its distillation token in training (DeiT Sec. 4).
 
     Raises:
         InputError: the model has no distillation token.
@@ -270,25 +282,22 @@ def use_distillation(model: ImageModel, name: str) -> None:
 
 
 def use_grad_checkpointing(model: ImageModel, name: str) -> None:
-    """Recomputes activations in the backward pass.
+    """Switches gradient checkpointing on: activations are computed again in the backward pass.
 
     Raises:
-        InputError: timm's model cannot.
+        InputError: timm's model does not support it.
     """
     try:
         cast(Any, model.network).set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:
-        raise InputError(f"--grad-checkpointing: {name} does not offer it: {error}") from error
+        raise InputError(f"--grad-checkpointing: {name} does not support it: {error}") from error
 
 
 def use_float32_attention(model: ImageModel, name: str) -> None:
-    """Computes attention in float32 under autocast, in the layers and where their score is read.
+    """Computes attention and its score in float32 under autocast.
 
     Raises:
         InputError: the model has no attention.
     """
     if isinstance(model, ConvNet) or not attention_in_float32(model.network):
         raise InputError(f"--attn-fp32: {name} has no attention; leave the flag out")
-
-
-# ------------------------------------------------------------------------------------------ weights

@@ -1,15 +1,13 @@
-"""Convolutional networks through timm's own classes, ConvNeXt and ResNet: an extension beyond the
-paper.
+"""Convolutional networks of timm, ConvNeXt and ResNet: an extension beyond the paper.
 
-The paper names it as its limitation: a convolutional network has no attention, so Eq. 5 and 6 have
-nothing to read. Here the energy of the final feature map stands in for them: the L2 norm over the
-channels of each cell, divided by its sum over the map. Like Eq. 6 without a class token it is one
-number per cell, not negative, and sums to one, so that everything after it stays as it is. No
-figure of the paper says how well it works.
+A convolutional network has no attention, so Eq. 5 and 6 are not defined for it; the paper names
+this as its limitation. Here the energy of the final feature map replaces the score: the L2 norm of
+each cell over its channels, divided by the sum of the norms over the map. Like Eq. 6 without a
+class token, it is one number per cell, not negative, and sums to one, so the method after it does
+not change. The paper has no result for it.
 
-"Last block" is the end of the last stage; the tokens are the cells of its map. ConvNeXt normalises
-after pooling, so its tokens come before that norm, and the norm is part of the classifier F. Knows
-no mixer and no loss.
+The tokens are the cells of the feature map at the end of the last stage. ConvNeXt has its norm
+after pooling, so its tokens come before that norm, and the norm is a part of the classifier F.
 
 Letters: B batch, R x C cells, N = R * C, D channels, K classes.
 
@@ -29,7 +27,7 @@ from models.interface import AttentionOf, ImageModel
 
 
 def energy_score(features: Tensor) -> Tensor:
-    """In place of Eq. 6: the share of each cell in the energy of the map, without gradient.
+    """Replaces Eq. 6: the share of each cell in the energy of the map, without gradient.
 
     Args:
         features: (B, D, R, C).
@@ -40,24 +38,23 @@ def energy_score(features: Tensor) -> Tensor:
     energy = features.detach().float().flatten(2).norm(dim=1)  # (B, N)
     total = energy.sum(dim=1, keepdim=True)  # (B, 1)
     uniform = torch.full_like(energy, 1 / energy.shape[1])
-    return torch.where(
-        total > 0, energy / total.clamp(min=torch.finfo(torch.float32).tiny), uniform
-    )
+    smallest = torch.finfo(torch.float32).tiny
+    return torch.where(total > 0, energy / total.clamp(min=smallest), uniform)
 
 
 class ConvNet(ImageModel):
     """Any timm `ConvNeXt` or `ResNet`.
 
-    They take images of any size, which therefore has to be said here: the grid of regions follows
-    from it.
+    timm's networks accept images of any size. This wrapper needs one size, because the grid of
+    tokens follows from it.
 
     Args:
-        input_size: (height, width) in pixels; the model's own if absent.
-        patch_size: must be absent; a convolutional network has none to choose.
+        input_size: (height, width) in pixels. None: that of timm's published weights.
+        patch_size: must be None; a convolutional network has no patches.
 
     Raises:
-        ValueError: a patch size, no pooling before the classifier, or an input that the stride does
-            not divide.
+        ValueError: `patch_size` is set, the network has no pooling before the classifier, or
+            `input_size` is not a multiple of the stride.
     """
 
     network: ConvNeXt | ResNet
@@ -82,17 +79,14 @@ class ConvNet(ImageModel):
             )
         super().__init__(network, network.num_features, network.num_classes, separate_region_head)
         self._stride = int(cast(Any, network).feature_info[-1]["reduction"])
-        height, width = (
-            cast(Any, network).pretrained_cfg["input_size"][1:]
-            if input_size is None
-            else input_size
-        )
+        if input_size is None:
+            input_size = cast(Any, network).pretrained_cfg["input_size"][1:]
+        height, width = cast(tuple[int, int], input_size)
         if min(height, width) < self._stride or height % self._stride or width % self._stride:
             lower = [max(side // self._stride, 1) * self._stride for side in (height, width)]
             raise ValueError(
                 f"--input-size {height} {width}: each side must be a multiple of its stride of "
-                f"{self._stride} pixels, "
-                f"such as {lower[0]} {lower[1]}"
+                f"{self._stride} pixels, such as {lower[0]} {lower[1]}"
             )
         self._grid_size = height // self._stride, width // self._stride
 
@@ -109,7 +103,7 @@ class ConvNet(ImageModel):
     ) -> tuple[Tensor, Tensor | None]:
         if images.shape[-2:] != self.input_size:
             raise ValueError(
-                f"images of {tuple(images.shape[-2:])} pixels for a model built for "
+                f"images of {tuple(images.shape[-2:])} pixels do not fit a model built for "
                 f"{self.input_size}"
             )
         features = self.network.forward_features(images)  # (B, D, R, C)
@@ -122,7 +116,6 @@ class ConvNet(ImageModel):
         return self.network.forward_head(features), None
 
     def classify(self, pooled: Tensor) -> Tensor:
-        maps = pooled.reshape(
-            -1, pooled.shape[-1], 1, 1
-        )  # pooling one cell, by mean or maximum, leaves it as it is
+        # One token becomes a map of one cell, which pooling by mean or maximum does not change.
+        maps = pooled.reshape(-1, pooled.shape[-1], 1, 1)
         return self.network.forward_head(maps).unflatten(0, pooled.shape[:-1])  # (..., K)

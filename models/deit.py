@@ -1,9 +1,7 @@
-"""Plain vision transformers through timm's own classes: DeiT, DeiT distilled, DeiT III, ViT; and
-two small ones.
+"""Plain vision transformers of timm (DeiT, distilled DeiT, DeiT III, ViT) and two small ones.
 
-"Last block" is `blocks[-1]`; its score is read over image tokens only (paper Sec. 3.2; class,
-distillation and register tokens are cut). The class token, where there is one, is the first. Knows
-no mixer and no loss.
+The last block is `blocks[-1]`. Its score uses image tokens only (paper Sec. 3.2): rows and columns
+of class, distillation and register tokens are removed. A class token is always the first token.
 
 Papers: DeiT (arXiv 2012.12877), ViT (arXiv 2010.11929).
 """
@@ -29,15 +27,15 @@ from models.blocks import (
     resize_positions,
     softmax_map,
 )
-from models.float32_attention import like_its_layer
-from models.prefix_tokens import attend_from_first
+from models.float32_attention import in_layer_precision
+from models.prefix_tokens import attend_prefix
 
 
 class PlainViT(PlainTransformer):
-    """Any timm `VisionTransformer` whose last block computes attention from a joint qkv projection.
+    """Any timm `VisionTransformer` whose last block has attention with a joint `qkv` projection.
 
     Raises:
-        ValueError: that block is of another kind, so there is no map to read.
+        ValueError: its last block is of another class, whose map cannot be computed.
     """
 
     network: VisionTransformer
@@ -46,9 +44,7 @@ class PlainViT(PlainTransformer):
         last = network.blocks[-1]
         if not (isinstance(last, (Block, ResPostBlock)) and isinstance(last.attn, Attention)):
             kind = type(getattr(last, "attn", last)).__name__
-            raise ValueError(
-                f"its last block computes attention in {kind}, whose map cannot be read"
-            )
+            raise ValueError(f"the attention map of its last block ({kind}) cannot be computed")
         super().__init__(network, network.embed_dim, network.num_classes, separate_region_head)
 
     def embed(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -58,45 +54,49 @@ class PlainViT(PlainTransformer):
 
     @property
     def accepts_other_sizes(self) -> bool:
-        """Where patches are embedded by one convolution, positions are learned, and none belong to
-        the pooling."""
+        """Whether `embed_resized` fits this network.
+
+        It needs a patch embedding of one convolution, and attention pooling without positions.
+        """
         network = self.network
-        plain = type(network) in (VisionTransformer, VisionTransformerDistilled)
-        pooled = getattr(network.attn_pool, "pos_embed", None) is None
-        return plain and type(network.patch_embed) is PatchEmbed and pooled
+        is_plain = type(network) in (VisionTransformer, VisionTransformerDistilled)
+        is_patched = type(network.patch_embed) is PatchEmbed
+        pools_anywhere = getattr(network.attn_pool, "pos_embed", None) is None
+        return is_plain and is_patched and pools_anywhere
 
     def embed_resized(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """The position embedding is resampled each time: it changes from step to step."""
-        network, patches = self.network, self.network.patch_embed.proj(images)  # (B, D, r, c)
+        """`embed` for images of another size, with the position embedding resampled to their grid.
+
+        It is resampled in every pass, because training changes it in every step.
+        """
+        network = self.network
+        patches = network.patch_embed.proj(images)  # (B, D, r, c)
         tokens = network.patch_embed.norm(patches.flatten(2).transpose(1, 2))  # (B, n, D)
-        prefix = (getattr(network, name, None) for name in ("cls_token", "dist_token", "reg_token"))
-        tokens = torch.cat(
-            (*(one.expand(len(tokens), -1, -1) for one in prefix if one is not None), tokens), dim=1
-        )
+        names = ("cls_token", "dist_token", "reg_token")
+        present = [getattr(network, name, None) for name in names]
+        prefix = [token.expand(len(tokens), -1, -1) for token in present if token is not None]
+        tokens = torch.cat((*prefix, tokens), dim=1)
         if network.pos_embed is not None:
-            placed = network.pos_embed.shape[1] - math.prod(
-                self.grid_size
-            )  # prefix tokens that have a position
-            positions = resize_positions(
-                network.pos_embed, tuple(patches.shape[2:]), placed, self.grid_size
-            )
+            # Prefix tokens without a position come first and get zeros.
+            prefix_positions = network.pos_embed.shape[1] - math.prod(self.grid_size)
+            grid = tuple(patches.shape[2:])
+            positions = resize_positions(network.pos_embed, grid, prefix_positions, self.grid_size)
             tokens = tokens + pad(positions, (0, 0, tokens.shape[1] - positions.shape[1], 0))
         return network.norm_pre(tokens), [{}] * len(network.blocks)
 
-    def map_of(
-        self, block: Any, tokens: Tensor, beside: dict[str, Any], class_only: bool
+    def block_attention_map(
+        self, block: Any, tokens: Tensor, block_args: dict[str, Any], class_only: bool
     ) -> Tensor:
-        seen = (
-            block.norm1(tokens) if isinstance(block, Block) else tokens
-        )  # a post-norm block attends to its raw input
-        return attention_map(block.attn, seen, class_only)
+        # A post-norm block gives its attention the tokens without a norm.
+        attention_input = block.norm1(tokens) if isinstance(block, Block) else tokens
+        return attention_map(block.attn, attention_input, class_only)
 
-    def attend(
-        self, block: Any, tokens: Tensor, beside: dict[str, Any], count: int
+    def attend_and_map(
+        self, block: Any, tokens: Tensor, block_args: dict[str, Any], count: int
     ) -> tuple[Tensor, Tensor] | None:
-        return (
-            attend_and_map(block.attn, block.norm1(tokens), count) if type(block) is Block else None
-        )
+        if type(block) is not Block:
+            return None
+        return attend_and_map(block.attn, block.norm1(tokens), count)
 
     def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = self.network.forward_head(features)
@@ -104,78 +104,79 @@ class PlainViT(PlainTransformer):
 
     def classify(self, pooled: Tensor) -> Tensor:
         network = self.network
-        pooled = network.head_drop(
-            network.fc_norm(pooled)
-        )  # attention pooling, where there is some, has no part in F
+        # Attention pooling, if the network has it, is not a part of F.
+        pooled = network.head_drop(network.fc_norm(pooled))
         if isinstance(network, VisionTransformerDistilled) and not network.distilled_training:
-            return (network.head(pooled) + network.head_dist(pooled)) / 2  # as its own prediction
+            # The mean of both heads, as in the prediction of the whole image.
+            return (network.head(pooled) + network.head_dist(pooled)) / 2
         return network.head(pooled)
 
     def resize_weights(
         self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None
     ) -> tuple[dict[str, Tensor], list[str]]:
         own, notes = self.network.state_dict(), []
+        # DeiT III's published files have other names for layer scale.
         new = {
-            key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): v
-            for key, v in weights.items()
+            key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): value
+            for key, value in weights.items()
         }
         position, kernel = new.get("pos_embed"), new.get("patch_embed.proj.weight")
         if position is not None and "pos_embed" in own:
             prefix = own["pos_embed"].shape[1] - math.prod(self.grid_size)
             new["pos_embed"] = resize_positions(position, self.grid_size, prefix, old_grid)
             if new["pos_embed"] is not position:
-                notes.append(
-                    f"pos_embed resized from {tuple(position.shape)} to "
-                    f"{tuple(new['pos_embed'].shape)}"
-                )
+                shapes = tuple(position.shape), tuple(new["pos_embed"].shape)
+                notes.append(f"pos_embed resized from {shapes[0]} to {shapes[1]}")
         if kernel is not None and kernel.ndim == 4 and kernel.shape[2:] != self.patch_size:
             new["patch_embed.proj.weight"] = resample_patch_embed(kernel, list(self.patch_size))
-            notes.append(
-                f"patch_embed.proj.weight resized from {tuple(kernel.shape[2:])} to "
-                f"{tuple(self.patch_size)}"
-            )
+            sizes = tuple(kernel.shape[2:]), tuple(self.patch_size)
+            notes.append(f"patch_embed.proj.weight resized from {sizes[0]} to {sizes[1]}")
         return new, notes
 
 
-@like_its_layer
+@in_layer_precision
 def attend_and_map(attention: Any, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """What a timm attention layer gives the first of `tokens` (B, T, D), (B, count, D), and its map
-    (B, H, T, T)."""
+    """The output of a timm attention layer for its first `count` tokens, and its complete map.
+
+    Args:
+        tokens: (B, T, D), the input of the layer.
+
+    Returns:
+        (B, count, D) and (B, H, T, T) float32.
+    """
     queries, keys, values = queries_keys_values(attention, tokens)
     queries, keys = attention.q_norm(queries), attention.k_norm(keys)
-    attended = attend_from_first(attention, tokens, (queries, keys, values), count)
+    attended = attend_prefix(attention, tokens, (queries, keys, values), count)
     return attended, softmax_map(queries, keys, attention.scale)
 
 
 def init_like_deit(network: VisionTransformer) -> None:
-    """DeiT starts its class token from a truncated normal of deviation 0.02; timm 1.x starts it at
-    zero (1e-6)."""
+    """Initialises the class token as DeiT does: a truncated normal with deviation 0.02.
+
+    timm 1.x initialises it close to zero (1e-6).
+    """
     assert network.cls_token is not None
     nn.init.trunc_normal_(network.cls_token, std=0.02)
 
 
-# For small inputs (28 or 32 pixels) on a laptop. Registered with timm, so that `timm.create_model`
-# finds them too.
+# Two networks for inputs of 28 or 32 pixels on a laptop. They are registered with timm, so
+# `timm.create_model` builds them too.
 
 
 def _small_vit(settings: dict[str, Any], kwargs: dict[str, Any]) -> VisionTransformer:
-    weights = (
-        "pretrained",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "cache_dir",
-    )  # timm passes these; there are none
-    given = {name: value for name, value in kwargs.items() if name not in weights}
+    # timm passes arguments about pretrained weights, which do not exist for these networks.
+    unused = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    given = {name: value for name, value in kwargs.items() if name not in unused}
     return VisionTransformer(**{"img_size": 32, "patch_size": 4, **settings, **given})
 
 
 @register_model
 def vit_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """64 wide, 4 deep: what the quickstart trains."""
+    """Width 64, depth 4: the network of the quickstart."""
     return _small_vit({"embed_dim": 64, "depth": 4, "num_heads": 4}, kwargs)
 
 
 @register_model
 def vit_mini_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """96 wide, 6 deep: for CIFAR-10 in an afternoon."""
+    """Width 96, depth 6: trains on CIFAR-10 in an afternoon."""
     return _small_vit({"embed_dim": 96, "depth": 6, "num_heads": 3}, kwargs)

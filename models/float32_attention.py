@@ -1,7 +1,4 @@
-"""Attention layers that compute in float32 under autocast (`--attn-fp32`), whatever their class.
-
-Holds no sizes, no names and no registry.
-"""
+"""Attention layers of any class that compute in float32 under autocast (`--attn-fp32`)."""
 
 from __future__ import annotations
 
@@ -12,85 +9,87 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-ATTENTION = ("attn", "attn_pool")  # what timm's networks and ours call their attention layers
+# The names of attention layers in timm's networks and in PVT.
+ATTENTION = ("attn", "attn_pool")
 
 
 class InFloat32:
-    """Comes before an attention layer's class and computes the whole layer in float32 under
-    autocast too.
+    """Mixin before the class of an attention layer: the layer computes in float32 under autocast.
 
-    The layer keeps its parameters and their names. What it gives is cast to autocast's type at the
-    end, so that the rest of the network stays as it was. Without autocast nothing changes.
+    The layer keeps its parameters and their names. Its output is cast to autocast's type, so that
+    the rest of the network computes as before. Without autocast nothing changes.
     """
 
-    plain: type[nn.Module]  # the layer's own class
+    plain: type[nn.Module]  # the layer's class without this mixin
 
-    def forward(self, tokens: Tensor, *given: Any, **named: Any) -> Tensor:
-        plain, device = cast(Any, super()).forward, tokens.device.type
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plain_forward, device = cast(Any, super()).forward, tokens.device.type
         if not torch.is_autocast_enabled(device):
-            return plain(tokens, *given, **named)
+            return plain_forward(tokens, *args, **kwargs)
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            given, named = (
-                tuple(map(_widened, given)),
-                {name: _widened(value) for name, value in named.items()},
-            )
-            return plain(_widened(tokens), *given, **named).to(dtype)
+            args = tuple(map(_to_float32, args))
+            kwargs = {name: _to_float32(value) for name, value in kwargs.items()}
+            return plain_forward(_to_float32(tokens), *args, **kwargs).to(dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copied and pickled by the plain class: this one is made while running, and has no place
-        to be found at."""
-        return _blank_in_float32, (self.plain,), vars(self)
+        """Copies and pickles through the plain class.
+
+        The class with the mixin is made at run time, so pickle cannot find it by its name.
+        """
+        return _empty_in_float32, (self.plain,), vars(self)
 
 
-def _widened(value: Any) -> Any:
-    return (
-        value.float()
-        if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-        else value
-    )
+def _to_float32(value: Any) -> Any:
+    """A tensor of half precision -> float32; everything else as it is."""
+    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value
 
 
-_made: dict[
-    type[nn.Module], type[nn.Module]
-] = {}  # so that copies are of one class with what they are copied from
+# The class made for each plain class, so that a copy of a layer has the same class as the layer.
+_made: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _in_float32(kind: type[nn.Module]) -> type[nn.Module]:
-    if kind not in _made:
-        _made[kind] = type(f"{kind.__name__}InFloat32", (InFloat32, kind), {"plain": kind})
-    return _made[kind]
+def _in_float32(plain: type[nn.Module]) -> type[nn.Module]:
+    if plain not in _made:
+        _made[plain] = type(f"{plain.__name__}InFloat32", (InFloat32, plain), {"plain": plain})
+    return _made[plain]
 
 
-def _blank_in_float32(kind: type[nn.Module]) -> nn.Module:
-    made = _in_float32(kind)
+def _empty_in_float32(plain: type[nn.Module]) -> nn.Module:
+    made = _in_float32(plain)
     return made.__new__(made)
 
 
 def attention_in_float32(network: nn.Module) -> int:
-    """Makes every attention layer of a network compute in float32 under autocast; returns how many
-    there are."""
-    layers = [
-        layer for name, layer in network.named_modules() if name.rpartition(".")[2] in ATTENTION
-    ]
+    """Makes all attention layers of a network compute in float32 under autocast.
+
+    Returns:
+        The number of attention layers.
+    """
+    named = network.named_modules()
+    layers = [layer for name, layer in named if name.rpartition(".")[2] in ATTENTION]
     for layer in layers:
         if not isinstance(layer, InFloat32):
             layer.__class__ = _in_float32(type(layer))
     return len(layers)
 
 
-Reading = TypeVar("Reading", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def like_its_layer(read: Reading) -> Reading:
-    """For a second reading of an attention layer, `read(layer, tokens, ...)`: in float32 if the
-    layer computes so."""
+def in_layer_precision(function: Function) -> Function:
+    """Decorator: `function(layer, tokens, ...)` computes in float32 if the attention layer does.
 
-    @wraps(read)
-    def reading(attention: Any, tokens: Tensor, *given: Any, **named: Any) -> Any:
+    For functions that compute a layer's attention map a second time.
+    """
+
+    @wraps(function)
+    def wrapper(attention: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(attention, InFloat32):
-            return read(attention, tokens, *given, **named)
+            return function(attention, tokens, *args, **kwargs)
         with torch.autocast(tokens.device.type, enabled=False):
-            return read(attention, tokens.float(), *given, **named)
+            return function(attention, tokens.float(), *args, **kwargs)
 
-    return cast(Reading, reading)
+    return cast(Function, wrapper)

@@ -1,11 +1,10 @@
-"""What mixing asks of a model, whatever its family: logits, final image tokens, attention scores,
-region logits.
+"""What mixing needs of a model: logits, final image tokens, attention scores and region logits.
 
-Knows "classify the mean token inside and outside a mask" but not what SMMix is. Imports nothing
-from the project, no family and no timm.
+`ImageModel` wraps the plain network of a family and computes these four. Mixers and losses receive
+only its results, `GuideOutput` and `ModelOutput`.
 
-Letters: B batch, N image tokens (row-major over the grid), D width, K classes, H heads, T all
-tokens.
+Letters: B batch, C channels, N image tokens (row-major over the grid of R x C cells), D width,
+K classes, H heads, T all tokens (class, distillation and register tokens, then the image tokens).
 """
 
 from __future__ import annotations
@@ -18,48 +17,56 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-Depth = (
-    int | Literal["rollout"] | None
-)  # of the score: a block, counted from 1; the mean of all; or the last
-AttentionOf = Literal[
-    "image", "class"
-]  # whose: that of the image tokens (Eq. 6), or of the class token (TransMix)
+# The block whose attention gives the score: its number, counted from 1; "rollout" for the mean of
+# the scores of all blocks; None for the last block.
+ScoreBlock = int | Literal["rollout"] | None
+
+# The queries of the score: the image tokens (Eq. 6), or the class token (TransMix).
+AttentionOf = Literal["image", "class"]
 
 
 class ModelOutput(NamedTuple):
-    """Everything one forward pass gives; what was not asked for is `None`."""
+    """The result of one forward pass. Parts that the caller did not request are `None`."""
 
-    logits: Tensor  # (B, K)
-    # (B, N, D): final image tokens X of Eq. 2, row-major, without class, distillation or register
-    # tokens
+    # (B, K)
+    logits: Tensor
+
+    # (B, N, D): the final image tokens X of Eq. 2, row-major, without class, distillation and
+    # register tokens
     tokens: Tensor
-    image_attention: Tensor | None = None  # (B, N) float32, no gradient: alpha of Eq. 6
-    region_logits: Tensor | None = (
-        None  # (B, 2, K): the source region's, then the target region's (Eq. 12)
-    )
-    distillation_logits: Tensor | None = (
-        None  # (B, K): the distillation token's own, while it is trained by a teacher
-    )
-    class_attention: Tensor | None = (
-        None  # (B, N) float32, no gradient: what the class token attends to, mean over heads
-    )
+
+    # (B, N) float32 without gradient: alpha of Eq. 6
+    image_attention: Tensor | None = None
+
+    # (B, 2, K): logits of the source region, then of the target region (Eq. 12)
+    region_logits: Tensor | None = None
+
+    # (B, K): logits of the distillation token, only while a teacher trains it
+    distillation_logits: Tensor | None = None
+
+    # (B, N) float32 without gradient: attention of the class token to each image token, averaged
+    # over heads
+    class_attention: Tensor | None = None
 
 
 class GuideOutput(NamedTuple):
-    """What the motivating pass gives: all that mixing needs to know of clean images."""
+    """The result of the motivating pass: what a mixer may use of the clean images."""
 
-    logits: Tensor | None  # (B, K), if the prediction was asked for
-    image_attention: Tensor  # (B, N) float32: alpha of Eq. 6, on the model's own grid
+    logits: Tensor | None  # (B, K); None if the prediction was not requested
+    image_attention: Tensor  # (B, N) float32: alpha of Eq. 6, on the model's grid
+
+
+# --------------------------------------------------------------------------------------- the scores
 
 
 def image_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Eq. 6: how much attention each image token receives, averaged over heads and image-token
-    queries.
+    """Eq. 6: the attention that each image token receives, averaged over heads and queries.
 
-    Rows and columns of class, distillation and register tokens are left out without renormalising.
+    Only image tokens count as queries and as keys. Rows and columns of class, distillation and
+    register tokens are removed, and the rest is not normalised again.
 
     Args:
-        attention: (B, H, T, T) map after the softmax; rows are queries.
+        attention: (B, H, T, T), the attention map after the softmax. Rows are queries.
         num_prefix_tokens: how many of the T tokens come before the image tokens.
 
     Returns:
@@ -70,14 +77,14 @@ def image_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
 
 
 def class_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
-    """TransMix (arXiv 2111.09833): how much the class token attends to each image token, averaged
-    over heads.
+    """The class token's attention to each image token, averaged over heads (TransMix).
 
-    Columns of class, distillation and register tokens are left out without renormalising.
+    Columns of class, distillation and register tokens are removed, and the rest is not normalised
+    again. Paper: TransMix (arXiv 2111.09833).
 
     Args:
-        attention: (B, H, Q, T) map after the softmax; rows are queries, and the first is the class
-            token's.
+        attention: (B, H, Q, T), the attention map after the softmax. Rows are queries; the first is
+            that of the class token.
         num_prefix_tokens: how many of the T tokens come before the image tokens.
 
     Returns:
@@ -86,51 +93,57 @@ def class_attention_score(attention: Tensor, num_prefix_tokens: int) -> Tensor:
     return attention[:, :, 0, num_prefix_tokens:].float().mean(dim=1)  # (B, N)
 
 
-def resize_score(score: Tensor, old_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """A score of a coarser grid on a finer one, bilinear: each of its cells is shared by those it
-    covers.
+def upsample_score(score: Tensor, old_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Resamples a score to a finer grid (bilinear) and keeps its sum approximately.
+
+    The score of each coarse cell is divided among the fine cells that it covers.
 
     Args:
         score: (B, n) float32, row-major over `old_grid`.
+        old_grid: rows and columns of the coarser grid.
+        grid: rows and columns of the finer grid.
 
     Returns:
-        (B, N), row-major over `grid`; its sum is about the same.
+        (B, N), row-major over `grid`.
     """
     maps = interpolate(score.unflatten(1, old_grid)[:, None], grid, mode="bilinear")  # (B, 1, R, C)
     return maps.flatten(1) * (score.shape[1] / (grid[0] * grid[1]))
 
 
 def resample_score(score: Tensor, old_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """A score of another model's grid on this one: `resize_score` along a side that gets finer;
-    along one that gets coarser each new cell receives what lies within it, cells on its border in
-    proportion to their area.
+    """Resamples a score from another model's grid to this one.
+
+    Along a side that becomes finer this is `upsample_score`. Along a side that becomes coarser,
+    each new cell receives the sum of the old cells inside it. An old cell that lies in two new ones
+    is divided between them in proportion to the area.
 
     Args:
         score: (B, n) float32, row-major over `old_grid`.
+        old_grid: rows and columns of the other model's grid.
+        grid: rows and columns of the grid that is wanted.
 
     Returns:
-        (B, N), row-major over `grid`; its sum is about the same, and the same where no side gets
-        finer.
+        (B, N), row-major over `grid`. Its sum stays the same if no side becomes finer, and
+        approximately the same otherwise.
     """
-    between = max(old_grid[0], grid[0]), max(old_grid[1], grid[1])
-    if between != old_grid:
-        score = resize_score(score, old_grid, between)
-    if grid == between:
+    finest = max(old_grid[0], grid[0]), max(old_grid[1], grid[1])
+    if finest != old_grid:
+        score = upsample_score(score, old_grid, finest)
+    if grid == finest:
         return score
-    rows, columns = (
-        overlaps(old, new, score.device) for old, new in zip(between, grid, strict=True)
-    )
+    rows = overlap_matrix(finest[0], grid[0], score.device)
+    columns = overlap_matrix(finest[1], grid[1], score.device)
     with torch.autocast(score.device.type, enabled=False):
-        return (rows @ score.float().unflatten(1, between) @ columns.T).flatten(1)
+        return (rows @ score.float().unflatten(1, finest) @ columns.T).flatten(1)
 
 
-def overlaps(old: int, new: int, device: torch.device) -> Tensor:
-    """(new, old) float32: how much of each of `old` equal parts of a line lies in each of `new`
-    ones; columns sum to one."""
-    ends, cells = (
-        torch.arange(new + 1, device=device) * (old / new),
-        torch.arange(old, device=device),
-    )
+def overlap_matrix(old: int, new: int, device: torch.device) -> Tensor:
+    """(new, old) float32: the fraction of each old cell that lies in each new cell.
+
+    Both divide the same line, into `old` and into `new` equal cells. Columns sum to one.
+    """
+    ends = torch.arange(new + 1, device=device) * (old / new)
+    cells = torch.arange(old, device=device)
     begin, end = ends[:-1, None], ends[1:, None]
     return (torch.minimum(end, cells + 1) - torch.maximum(begin, cells)).clamp(min=0)
 
@@ -151,15 +164,22 @@ def pool_regions(tokens: Tensor, source_mask: Tensor) -> Tensor:
         return sums / members.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
-class ImageModel(nn.Module, ABC):
-    """A plain network together with the reading of it that SMMix needs.
+# ---------------------------------------------------------------------------------------- the model
 
-    `network` is the family's own module: it maps images to logits, its state dict has its own keys,
-    and it is what exports and plain evaluators get. Families implement the four methods below.
+
+class ImageModel(nn.Module, ABC):
+    """A plain network, and the methods that read tokens, scores and region logits from it.
+
+    `network` is the family's plain network (timm's class, or ours for PVT). It maps images to
+    logits, its state dict has the published keys, and exports contain it alone.
+
+    A family implements `grid_size`, `patch_size`, `features`, `image_tokens`, `head` and
+    `classify`. The other methods have defaults.
 
     Args:
         network: the plain network.
         width: D, the width of its final tokens.
+        num_classes: K.
         separate_region_head: classify the regions with a second linear layer, as the released code
             does, instead of the classifier F of Eq. 12.
     """
@@ -175,131 +195,158 @@ class ImageModel(nn.Module, ABC):
             nn.init.trunc_normal_(self.token_head.weight, std=0.02)
             nn.init.zeros_(self.token_head.bias)
 
+    # What the model is: sizes and abilities.
+
     @property
     @abstractmethod
     def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of the final token grid."""
+        """Rows and columns of the grid of final image tokens."""
 
     @property
     @abstractmethod
     def patch_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the image patch behind one final token."""
+        """Height and width in pixels of the image patch that belongs to one final token."""
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that this model takes."""
+        return self.grid_size[0] * self.patch_size[0], self.grid_size[1] * self.patch_size[1]
 
     @property
     def has_class_token(self) -> bool:
-        """Whether a class token attends to the final image tokens.
+        """Whether the model has a class token that attends to the final image tokens.
 
-        Where none does, the image tokens' score stands in for its own. That substitute is ours:
-        TransMix defines none.
+        If not, the score of the image tokens (Eq. 6) replaces the score of the class token. This
+        replacement is the project's choice: TransMix defines none.
         """
         return False
 
     @property
     def accepts_other_sizes(self) -> bool:
-        """Whether the motivating pass can take images of another size: position embeddings and the
-        like are then resampled."""
+        """Whether the motivating pass accepts images of another size than `input_size`.
+
+        Such a model resamples its position embedding for that pass.
+        """
         return False
 
     @property
     def score_blocks(self) -> int:
-        """How many blocks the motivating pass can read its score in; 0: the last one only."""
+        """How many blocks can give the score of the motivating pass, or 0 if only the last can."""
         return 0
+
+    # What a family implements: the parts of its forward pass.
 
     @abstractmethod
     def features(
         self, images: Tensor, need_attention: AttentionOf | None
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, C, height, width) images -> the network's final features, and the score (B, N) that
-        is asked for.
+        """Images (B, C, height, width) -> the network's final features and the score (B, N).
 
-        The score is read without gradient, from the tokens that the last block receives in this
-        pass, and after that
-        block has run: under autocast, older torch keeps a weight's first cast for the whole pass,
-        so a weight first cast for the score would get no gradient.
+        The score belongs to the last block. It is computed without gradient, from the same tokens
+        that this block receives, and after the block has run. The order matters: under autocast,
+        older releases of torch cache the first cast of a weight for the whole pass. A weight that
+        is first cast for the score, without gradient, would then get no gradient.
+
+        Args:
+            need_attention: the queries of the score; None for no score.
+
+        Returns:
+            The final features, in the layout of the family, and the score or None.
         """
 
     @abstractmethod
     def image_tokens(self, features: Tensor) -> Tensor:
-        """The network's final features -> (B, N, D) image tokens."""
+        """The network's final features -> image tokens (B, N, D), row-major."""
 
     @abstractmethod
     def head(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The network's final features -> (B, K) logits, and the distillation token's own while it
-        is trained."""
+        """The network's final features -> logits (B, K), and those of the distillation token.
+
+        The second is None, except in a model with a distillation token while a teacher trains it.
+        """
 
     @abstractmethod
     def classify(self, pooled: Tensor) -> Tensor:
-        """The classifier F of Eq. 3 on pooled tokens (..., D) -> (..., K)."""
+        """The classifier F of Eq. 3 on pooled tokens: (..., D) -> logits (..., K)."""
+
+    # Weights.
 
     def resize_weights(
         self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None
     ) -> tuple[dict[str, Tensor], list[str]]:
-        """Weights of the same architecture, under the network's own keys, made to fit this input
-        and patch size.
+        """Adapts weights of the same architecture to this model's input size and patch size.
 
         Args:
-            old_grid: the grid they were trained on; a square one is assumed if absent.
+            weights: under the keys of `network`.
+            old_grid: the grid they were trained on. None: a square one is assumed.
 
         Returns:
-            New weights, and a note for each tensor that was changed. What cannot be made to fit
-            stays as it is: the strict loading that follows says so.
+            New weights, and a note for each tensor that was changed. A tensor that cannot be
+            adapted stays as it is, and the strict loading that follows reports it.
         """
         return dict(weights), []
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the network exempts from weight decay, as seen from here."""
+        """Names of the parameters, in this module, that the network exempts from weight decay."""
         names: set[str] = getattr(self.network, "no_weight_decay", set)()
         return {f"network.{name}" for name in names}
 
-    @property
-    def input_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images this model takes."""
-        return self.grid_size[0] * self.patch_size[0], self.grid_size[1] * self.patch_size[1]
+    # The two passes of a training step.
 
     def motivating_pass(
         self,
         images: Tensor,
         size: tuple[int, int] | None = None,
-        block: Depth = None,
+        block: ScoreBlock = None,
         predict: bool = True,
     ) -> GuideOutput:
-        """The motivating pass: prediction and score of clean images, in evaluation mode, and
-        nothing that costs more.
+        """The motivating pass: score (Eq. 6) and logits of clean images, in eval mode.
+
+        The caller disables gradients and sets eval mode.
 
         Args:
-            images: (B, C, height, width), of the model's own size.
-            size: height and width in pixels to show them at, multiples of `patch_size`, if the
-                model `accepts_other_sizes`.
-            block: read the score in this block, counted from 1, of the model's `score_blocks`;
-                `rollout`: the mean of all their scores; default: that of the last.
-            predict: false ends the pass where the score is read, if the family can; then there are
-                no logits.
+            images: (B, C, height, width) of `input_size`.
+            size: height and width in pixels to which the images are resized for this pass,
+                multiples of `patch_size`. Only for a model that `accepts_other_sizes`.
+            block: the block that gives the score, counted from 1 up to `score_blocks`; "rollout"
+                for the mean of the scores of all blocks; None for the last block.
+            predict: whether logits are needed. If not, the pass ends at the block that gives the
+                score, in families that can stop early.
+
+        Returns:
+            The logits, or None without `predict`, and the score (B, N) on the model's grid.
         """
-        assert not self.training, "the motivating pass is for evaluation mode"
-        known = (
-            self.score_blocks > 0
-            if block == "rollout"
-            else block is None or 0 < block <= self.score_blocks
-        )
-        assert known, f"no block {block} of {self.score_blocks} to read"
+        assert not self.training, "the motivating pass needs eval mode"
+        if block == "rollout":
+            is_possible = self.score_blocks > 0
+        else:
+            is_possible = block is None or 0 < block <= self.score_blocks
+        assert is_possible, f"block {block} cannot give the score, {self.score_blocks} blocks can"
         if size is None:
             return self.guide_output(images, False, block, predict)
-        assert self.accepts_other_sizes, f"{type(self).__name__} takes images of one size"
-        smaller = interpolate(images, size, mode="bilinear", antialias=True)
-        seen = self.guide_output(smaller, True, block, predict)
-        grid = size[0] // self.patch_size[0], size[1] // self.patch_size[1]
-        return GuideOutput(seen.logits, resize_score(seen.image_attention, grid, self.grid_size))
+
+        # A pass over smaller images is cheaper. Its score comes on a coarser grid and is resampled.
+        assert self.accepts_other_sizes, f"{type(self).__name__} takes images of one size only"
+        small_images = interpolate(images, size, mode="bilinear", antialias=True)
+        output = self.guide_output(small_images, True, block, predict)
+        small_grid = size[0] // self.patch_size[0], size[1] // self.patch_size[1]
+        score = upsample_score(output.image_attention, small_grid, self.grid_size)
+        return GuideOutput(output.logits, score)
 
     def guide_output(
-        self, images: Tensor, resized: bool, block: Depth, predict: bool
+        self, images: Tensor, resized: bool, block: ScoreBlock, predict: bool
     ) -> GuideOutput:
-        """The motivating pass without resizing. Families whose prediction does not need the final
-        image tokens leave them out.
+        """The motivating pass without the resizing; called by `motivating_pass` alone.
+
+        This default is a complete forward pass. Families override it to skip work that neither the
+        logits nor the score needs.
 
         Args:
-            resized: they are not of the model's own size; then the score is on their grid. Only if
-                it `accepts_other_sizes`.
-            block, predict: see there.
+            images: (B, C, height, width).
+            resized: whether the images have another size than `input_size`. The score is then on
+                the grid of these images.
+            block: as in `motivating_pass`.
+            predict: as in `motivating_pass`.
         """
         output = self(images, need_attention="image")
         assert output.image_attention is not None
@@ -311,29 +358,41 @@ class ImageModel(nn.Module, ABC):
         source_mask: Tensor | None = None,
         need_attention: AttentionOf | None = None,
     ) -> ModelOutput:
-        """One pass.
+        """One forward pass: logits and image tokens, and on request region logits and a score.
 
         Args:
             images: (B, C, height, width).
-            source_mask: (B, N) bool; with it the regions inside and outside are classified too (Eq.
-                10 to 12).
-            need_attention: also return the score of the image tokens (Eq. 6) or of the class token,
-                see `has_class_token`. Only then does one block compute its attention map
-                explicitly. The prediction and its gradient stay as they are.
+            source_mask: (B, N) bool, true where the token belongs to the source image. If given,
+                the regions inside and outside are classified as well (Eq. 10 to 12).
+            need_attention: also return the score of the image tokens (Eq. 6) or that of the class
+                token, see `has_class_token`. Only then does the last block compute its attention
+                map explicitly. The logits and their gradients do not change.
         """
+        # The backbone: final features, and the score of the last block if it was requested.
         features, score = self.features(images, need_attention)
+
+        # The classifier F: logits of the whole image (Eq. 3).
         logits, distillation_logits = self.head(features)
-        tokens = self.image_tokens(features)
+
+        # The final image tokens X (Eq. 2), row-major, without prefix tokens.
+        tokens = self.image_tokens(features)  # (B, N, D)
+
         region_logits = None
         if source_mask is not None:
+            # Mean token of each region (Eq. 10, 11), classified by F, or by the second head of the
+            # released code (Eq. 12).
             classify = self.classify if self.token_head is None else self.token_head
             region_logits = classify(pool_regions(tokens, source_mask))  # (B, 2, K)
         elif self.token_head is not None and self.training:
-            # A step without regions leaves this head idle. Zero gradients instead of none keep DDP
-            # from having to search for unused parameters on every step.
+            # A step without regions does not use this head. Zero gradients instead of none: DDP
+            # then never has to search for unused parameters.
             logits = logits + 0.0 * (self.token_head.weight.sum() + self.token_head.bias.sum())
-        image_attention = score if need_attention == "image" else None
-        class_attention = score if need_attention == "class" else None
+
         return ModelOutput(
-            logits, tokens, image_attention, region_logits, distillation_logits, class_attention
+            logits,
+            tokens,
+            image_attention=score if need_attention == "image" else None,
+            region_logits=region_logits,
+            distillation_logits=distillation_logits,
+            class_attention=score if need_attention == "class" else None,
         )

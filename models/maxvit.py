@@ -1,11 +1,10 @@
-"""MaxViT and CoAtNet through timm's own class (`MaxxVit`): convolutions first, attention in the
-last blocks.
+"""MaxViT and CoAtNet of timm (`MaxxVit`): convolutions first, attention in the last blocks.
 
-"Last block" is the last one of the last stage: in MaxViT its grid attention, which follows its
-window attention, in CoAtNet attention over all tokens. At the sizes timm builds for, one grid
-covers the last stage and its map is Eq. 5's. Elsewhere each token's score is read in its own grid
-of spread tokens, put back in place and divided by the number of grids, so that the scores sum to
-one. Knows no mixer and no loss.
+The last block is the last one of the last stage. Its map is that of the grid attention in MaxViT,
+which follows the window attention, and of the attention over all tokens in CoAtNet. At timm's
+published sizes one grid covers the last stage, and its map is that of Eq. 5. At other sizes MaxViT
+divides the tokens among several grids. The score of a token is then averaged over the queries of
+its grid and divided by the number of grids, so the scores sum to one.
 
 Papers: MaxViT (arXiv 2204.01697), CoAtNet (arXiv 2106.04803). Letters: W grids of A tokens each.
 """
@@ -28,8 +27,8 @@ from timm.models.maxxvit import (
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.blocks import run_block
-from models.float32_attention import like_its_layer
+from models.blocks import require_mean_pooling, run_block
+from models.float32_attention import in_layer_precision
 from models.interface import AttentionOf, ImageModel
 
 
@@ -37,7 +36,8 @@ class MaxViT(ImageModel):
     """Any timm `MaxxVit` that ends in one attention layer and predicts from the mean of its tokens.
 
     Raises:
-        ValueError: its last block is another, or it predicts from something else.
+        ValueError: its last block is of another class or has batch norm, or it predicts from
+            something other than the mean.
     """
 
     network: MaxxVit
@@ -49,26 +49,23 @@ class MaxViT(ImageModel):
             raise ValueError(
                 f"its last block is a {type(last).__name__}, which has no single attention map"
             )
-        if network.global_pool != "avg":
-            raise ValueError(
-                f"global_pool is {network.global_pool!r}, and regions are classified by their mean "
-                "token"
-            )
+        require_mean_pooling(network)
         first_norm = last.attn_grid.norm1 if isinstance(last, MaxxVitBlock) else last.norm1
-        if any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in first_norm.modules()
-        ):
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        if any(isinstance(module, batch_norm) for module in first_norm.modules()):
             raise ValueError(
-                "its last block normalises with batch statistics, which a second reading would "
-                "change"
+                "its last block has batch norm, whose statistics would change when the score is "
+                "computed"
             )
         super().__init__(network, network.num_features, network.num_classes, separate_region_head)
         self.image_size = input_size_of(network)
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """That of the last stage. A size which timm would round on the way there gives fewer rows
-        than timm's."""
+        """The grid of the last stage.
+
+        For an input size that timm would round up, it has fewer rows or columns than timm's grid.
+        """
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
     @property
@@ -92,10 +89,10 @@ class MaxViT(ImageModel):
         if isinstance(last, TransformerBlock2d):
             features = network.norm(run_block(final, last, maps))
             with torch.no_grad():
-                seen = last.norm1(maps).permute(
-                    0, 2, 3, 1
-                )  # (B, R, C, D), also where the block halves the grid
-                return features, grid_score(last.attn, seen, tuple(seen.shape[1:3]))
+                # If the block halves the grid, `norm1` already does so.
+                attention_input = last.norm1(maps).permute(0, 2, 3, 1)  # (B, R, C, D)
+                size = tuple(attention_input.shape[1:3])
+                return features, grid_score(last.attn, attention_input, size)
         maps = run_block(final, last.conv, maps)
         maps = maps if last.nchw_attn else maps.permute(0, 2, 3, 1)
         if last.attn_block is not None:
@@ -103,9 +100,12 @@ class MaxViT(ImageModel):
         features = run_block(final, last.attn_grid, maps)
         features = network.norm(features if last.nchw_attn else features.permute(0, 3, 1, 2))
         with torch.no_grad():
-            seen = last.attn_grid.norm1(maps)
-            seen = seen.permute(0, 2, 3, 1) if last.nchw_attn else seen  # (B, R, C, D)
-            return features, grid_score(last.attn_grid.attn, seen, last.attn_grid.partition_size)
+            grid_block = last.attn_grid
+            normed = grid_block.norm1(maps)
+            # (B, R, C, D)
+            attention_input = normed.permute(0, 2, 3, 1) if last.nchw_attn else normed
+            size = grid_block.partition_size
+            return features, grid_score(grid_block.attn, attention_input, size)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features.flatten(2).transpose(1, 2)
@@ -116,9 +116,7 @@ class MaxViT(ImageModel):
     def classify(self, pooled: Tensor) -> Tensor:
         head = self.network.head
         tokens = pooled.reshape(-1, pooled.shape[-1])
-        if isinstance(
-            head, NormMlpClassifierHead
-        ):  # a norm and a hidden layer of its own, behind the mean
+        if isinstance(head, NormMlpClassifierHead):  # a norm and a hidden layer after the mean
             tokens = head.pre_logits(head.flatten(head.norm(tokens[:, :, None, None])))
         return head.fc(head.drop(tokens)).reshape(*pooled.shape[:-1], -1)
 
@@ -131,46 +129,44 @@ class MaxViT(ImageModel):
                 try:
                     new[key] = checkpoint_filter_fn({key: value}, self.network)[key]
                 except (AssertionError, RuntimeError, ValueError):
-                    continue  # the strict loading that follows says so
+                    continue  # the strict loading that follows reports it
             if new[key].shape != value.shape:
                 notes.append(f"{key} resized from {tuple(value.shape)} to {tuple(new[key].shape)}")
         return new, notes
 
 
 def input_size_of(network: MaxxVit) -> tuple[int, int]:
-    """Height and width in pixels that the network was built for.
+    """Height and width in pixels for which the network was built.
 
-    timm's older releases do not keep them: there one grid is taken to cover the last stage.
+    Older releases of timm do not store them. One grid is then assumed to cover the last stage.
     """
     if hasattr(network, "img_size"):
         size: Any = network.img_size
         return size[0], size[1]
     blocks: Any = network.stages[-1].blocks
     last = blocks[-1]
-    grid = (
-        last.attn_grid.partition_size
-        if isinstance(last, MaxxVitBlock)
-        else last.attn.rel_pos.window_size
-    )
+    if isinstance(last, MaxxVitBlock):
+        grid = last.attn_grid.partition_size
+    else:
+        grid = last.attn.rel_pos.window_size
     stride = network.stem.stride * 2 ** len(network.stages)
     return grid[0] * stride, grid[1] * stride
 
 
-@like_its_layer
+@in_layer_precision
 def grid_score(attention: Any, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    """How much attention each token receives, averaged over heads and the queries of its own grid
-    (Eq. 6), over W.
+    """Eq. 6 for grid attention: averaged over heads and the queries of the same grid, over W.
 
-    The joint projection is computed a second time here, since some members keep queries and keys
-    apart in it.
+    The joint projection is computed a second time here, values included: some networks order it
+    head by head, so the part of queries and keys cannot be cut out.
 
     Args:
         attention: timm's `Attention2d` or `AttentionCl`.
-        tokens: (B, R, C, D), what the layer receives before it is partitioned.
-        size: rows and columns of one grid; its tokens are spread over the whole of R x C.
+        tokens: (B, R, C, D), the input of the layer before it is divided into grids.
+        size: rows and columns of one grid. Its tokens are spread evenly over all R x C tokens.
 
     Returns:
-        (B, N) float32, row-major over R x C, no gradient.
+        (B, N) float32, row-major over R x C, without gradient.
     """
     batch, heads = len(tokens), attention.num_heads
     with torch.no_grad():
@@ -181,13 +177,10 @@ def grid_score(attention: Any, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         joint = joint if attention.head_first else joint.transpose(2, 3)  # (B W, A, H, 3, D / H)
         queries, keys, _ = joint.transpose(1, 2).unbind(3)  # (B W, H, A, D / H)
         with torch.autocast(tokens.device.type, enabled=False):
-            similarity = (queries.float() * attention.scale) @ keys.float().transpose(
-                -2, -1
-            )  # (B W, H, A, A)
+            queries = queries.float() * attention.scale
+            similarity = queries @ keys.float().transpose(-2, -1)  # (B W, H, A, A)
             if attention.rel_pos is not None:
                 similarity = similarity + attention.rel_pos.get_bias().float()
             received = similarity.softmax(dim=-1).mean(dim=(1, 2)) * batch / len(grids)  # (B W, A)
-            score = grid_reverse(
-                received.unflatten(1, size).unsqueeze(3), list(size), list(tokens.shape[1:3])
-            )
-            return score.flatten(1)
+            maps = received.unflatten(1, size).unsqueeze(3)
+            return grid_reverse(maps, list(size), list(tokens.shape[1:3])).flatten(1)  # (B, N)

@@ -1,12 +1,11 @@
-"""PVT v1, which timm does not have, and SMMix's reading of it: "last block" is the last block of
-stage 4.
+"""PVT v1, which timm does not contain, and its wrapper. The last block is that of stage 4.
 
-Four stages on grids of 1/4, 1/8, 1/16 and 1/32 of the image; keys and values are taken from a grid
-shrunk to that of stage 4, where a class token joins. The state dict has the keys of the published
-PVT files. Knows no mixer and no loss.
+Four stages work on grids of 1/4, 1/8, 1/16 and 1/32 of the image size. Keys and values come from a
+grid reduced to that of stage 4. In stage 4 a class token is added. The state dict has the keys of
+the published PVT files.
 
-Paper: Pyramid Vision Transformer (arXiv 2102.12122). Letters: B batch, R x C a stage's grid, N = R
-* C, T all tokens (N, in stage 4 N + 1), M keys, D the stage's width, H heads.
+Paper: Pyramid Vision Transformer (arXiv 2102.12122). Letters: B batch, R x C a stage's grid,
+N = R * C, T all tokens (N, and 1 + N in stage 4), M keys, D the stage's width, H heads.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from models.blocks import resize_positions, run_block, softmax_map, split_heads
-from models.float32_attention import like_its_layer
+from models.float32_attention import in_layer_precision
 from models.interface import (
     AttentionOf,
-    Depth,
     GuideOutput,
     ImageModel,
+    ScoreBlock,
     class_attention_score,
     image_attention_score,
 )
 from models.prefix_tokens import finish_block
 
 Grid = tuple[int, int]
-STRIDES = (4, 2, 2, 2)  # of the patch embeddings
-BLOCK_EPS = (
-    1e-6  # of the blocks' and the final LayerNorm; those behind convolutions keep PyTorch's 1e-5
-)
+STRIDES = (4, 2, 2, 2)  # the strides of the four patch embeddings
+
+# Epsilon of LayerNorm in the blocks and at the end. After convolutions it is PyTorch's 1e-5.
+BLOCK_EPS = 1e-6
 
 
 def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
@@ -46,7 +45,7 @@ def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Patches of stride x stride pixels -> normed tokens: (B, D_in, R_in, C_in) -> (B, N, D)."""
+    """Patches of stride x stride cells -> normed tokens: (B, D_in, R_in, C_in) -> (B, N, D)."""
 
     def __init__(self, stride: int, width_in: int, width: int) -> None:
         super().__init__()
@@ -58,8 +57,7 @@ class PatchEmbedding(nn.Module):
 
 
 class ReducedAttention(nn.Module):
-    """Attention whose keys and values come from the grid shrunk `reduction` times (PVT Sec. 3.3),
-    fused."""
+    """Fused attention with keys and values from a grid reduced by `reduction` (PVT Sec. 3.3)."""
 
     def __init__(self, width: int, num_heads: int, reduction: int, drop: float) -> None:
         super().__init__()
@@ -75,7 +73,7 @@ class ReducedAttention(nn.Module):
             self.norm = nn.LayerNorm(width)
 
     def _reduce(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """(B, T, D) -> (B, M, D), what keys and values are made of."""
+        """(B, T, D) -> (B, M, D), the tokens that become keys and values."""
         if self.reduction == 1:
             return tokens
         return self.norm(self.sr(_to_map(tokens, grid)).flatten(2).transpose(1, 2))
@@ -84,39 +82,46 @@ class ReducedAttention(nn.Module):
         return self._attend(tokens, grid, tokens.shape[1])[0]
 
     def _attend(self, tokens: Tensor, grid: Grid, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Output of the first `count` tokens, all queries (B, H, T, D / H), and keys (B, H, M, D /
-        H)."""
+        """The output for the first `count` tokens, with all queries and keys.
+
+        Returns:
+            (B, count, D), (B, H, T, D / H) and (B, H, M, D / H).
+        """
         parts = self.q(tokens), *self.kv(self._reduce(tokens, grid)).chunk(2, dim=-1)
         queries, keys, values = (split_heads(part, self.num_heads) for part in parts)
         mixed = scaled_dot_product_attention(queries[:, :, :count], keys, values)
         return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2))), queries, keys
 
-    @like_its_layer
+    @in_layer_precision
     def attend_and_map(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """What `forward` gives the first token (B, 1, D), and its map (B, H, T, M)."""
+        """The output for the first token (B, 1, D), and the complete map (B, H, T, M)."""
         attended, queries, keys = self._attend(tokens, grid, 1)
         return attended, softmax_map(queries, keys, queries.shape[-1] ** -0.5)
 
-    @like_its_layer
+    @in_layer_precision
     def attention_map(self, tokens: Tensor, grid: Grid, class_only: bool) -> Tensor:
-        """The map A of Eq. 5 that `forward` uses on `tokens`: (B, H, T, M), in float32 and without
-        gradient.
+        """Eq. 5: the map A of this layer, in float32 and without gradient.
 
-        The fused kernel gives none, so queries and keys are computed a second time here (values are
-        not); with `class_only` the first token's row alone: (B, H, 1, M).
+        The fused kernel does not return its map, so queries and keys are computed a second time
+        here, but not values.
+
+        Args:
+            tokens: (B, T, D), the input of the layer.
+            class_only: compute the row of the first token only.
+
+        Returns:
+            (B, H, T, M), or (B, H, 1, M) with `class_only`.
         """
         width = self.q.in_features
         with torch.no_grad():
             queries = split_heads(self.q(tokens[:, :1] if class_only else tokens), self.num_heads)
             keys = linear(self._reduce(tokens, grid), self.kv.weight[:width], self.kv.bias[:width])
-            return softmax_map(
-                queries, split_heads(keys, self.num_heads), queries.shape[-1] ** -0.5
-            )
+            keys = split_heads(keys, self.num_heads)
+            return softmax_map(queries, keys, queries.shape[-1] ** -0.5)
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + attention(norm x), then x + MLP(norm x), each dropped by stochastic
-    depth."""
+    """Pre-norm block: x + attention(norm(x)), then x + MLP(norm(x)), with stochastic depth."""
 
     def __init__(
         self,
@@ -144,18 +149,18 @@ class PyramidVisionTransformer(nn.Module):
     """PVT v1: (B, in_chans, height, width) images of one size -> (B, num_classes) logits.
 
     Args:
-        img_size: side, or (height, width), in pixels. Position embeddings are made for it, nothing
-            is interpolated while running. A remainder beyond 32 is cut off, as strided convolutions
-            do.
-        patch_size: that of stage 1, which is always 4.
-        drop_rate: dropout behind position embeddings, attention and in MLPs.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0 over the blocks
+        img_size: side, or (height, width), in pixels. Position embeddings have this size and are
+            never interpolated in a forward pass. Pixels beyond a multiple of 32 are cut off by the
+            strided convolutions.
+        patch_size: patch size of stage 1, which must be 4.
+        drop_rate: dropout after position embeddings and attention, and in the MLPs.
+        drop_path_rate: stochastic depth of the last block. It rises linearly from 0 over the blocks
             of all stages.
-        embed_dims, num_heads, mlp_ratios, depths, sr_ratios: one value per stage; stage 4 has no
-        reduction (1).
+        embed_dims, num_heads, mlp_ratios, depths, sr_ratios: one value per stage. The reduction
+            `sr_ratios` of stage 4 must be 1.
 
     Raises:
-        ValueError: settings that do not make a PVT.
+        ValueError: the settings do not describe a PVT.
     """
 
     def __init__(
@@ -184,23 +189,20 @@ class PyramidVisionTransformer(nn.Module):
         self.num_classes, self.num_features = num_classes, embed_dims[-1]
         self.grad_checkpointing = False
         self.pos_drop = nn.Dropout(drop_rate)
-        rates = iter(
-            index * drop_path_rate / max(sum(depths) - 1, 1) for index in range(sum(depths))
-        )
+        total = sum(depths)
+        rates = iter(index * drop_path_rate / max(total - 1, 1) for index in range(total))
         dims_in = (in_chans, *embed_dims[:-1])
         for stage, (dim, heads, ratio, depth, reduction) in enumerate(zip(*per_stage, strict=True)):
-            positions = math.prod(self.grid_sizes[stage]) + (stage == 3)
+            positions = math.prod(self.grid_sizes[stage]) + (stage == 3)  # + 1 for the class token
             blocks = [
                 Block(dim, heads, ratio, reduction=reduction, drop=drop_rate, drop_path=next(rates))
                 for _ in range(depth)
             ]
-            # The published names: patch_embed1, pos_embed1, block1, ... and no list of stages.
-            self.add_module(
-                f"patch_embed{stage + 1}", PatchEmbedding(STRIDES[stage], dims_in[stage], dim)
-            )
-            self.register_parameter(
-                f"pos_embed{stage + 1}", nn.Parameter(torch.zeros(1, positions, dim))
-            )
+            embedding = PatchEmbedding(STRIDES[stage], dims_in[stage], dim)
+            position = nn.Parameter(torch.zeros(1, positions, dim))
+            # The published files have these names (patch_embed1, pos_embed1, block1, ...).
+            self.add_module(f"patch_embed{stage + 1}", embedding)
+            self.register_parameter(f"pos_embed{stage + 1}", position)
             self.add_module(f"block{stage + 1}", nn.ModuleList(blocks))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.num_features))
         self.norm = nn.LayerNorm(self.num_features, eps=BLOCK_EPS)
@@ -209,8 +211,10 @@ class PyramidVisionTransformer(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Linear layers, position embeddings and class token: deviation 0.02. Convolutions keep
-        PyTorch's own."""
+        """Linear layers, position embeddings and class token: truncated normal, deviation 0.02.
+
+        Convolutions keep PyTorch's initialisation.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -220,60 +224,58 @@ class PyramidVisionTransformer(nn.Module):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        """PVT decays its position embeddings."""
+        """Only the class token: PVT applies weight decay to its position embeddings."""
         return {"cls_token"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs for the backward pass and compute the rest again."""
+        """Keeps only the inputs of the blocks and computes the rest again in the backward pass."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A new classifier for `num_classes` classes; none for 0."""
+        """Replaces the classifier by a new one for `num_classes` classes, or by none for 0."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         for name, parameter in self.head.named_parameters():
-            _ = (
+            if name == "bias":
                 nn.init.zeros_(parameter)
-                if name == "bias"
-                else nn.init.trunc_normal_(parameter, std=0.02)
-            )
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02)
 
     def blocks_of(self, stage: int) -> Sequence[Block]:
-        """The blocks of stage 0 to 3."""
+        """The blocks of a stage, counted from 0 to 3."""
         return getattr(self, f"block{stage + 1}")
 
-    def enter_stage(self, stage: int, images: Tensor) -> Tensor:
-        """The image or the feature map before stage 0 to 3 -> tokens (B, T, D) for its first
-        block."""
-        tokens = getattr(self, f"patch_embed{stage + 1}")(images)  # (B, N, D)
+    def embed_stage(self, stage: int, maps: Tensor) -> Tensor:
+        """The images or feature maps before a stage (0 to 3) -> tokens (B, T, D) for its blocks."""
+        tokens = getattr(self, f"patch_embed{stage + 1}")(maps)  # (B, N, D)
         if stage == 3:
-            tokens = torch.cat(
-                (self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1
-            )  # (B, 1 + N, D)
+            class_tokens = self.cls_token.expand(tokens.shape[0], -1, -1)  # (B, 1, D)
+            tokens = torch.cat((class_tokens, tokens), dim=1)  # (B, 1 + N, D)
         return self.pos_drop(tokens + getattr(self, f"pos_embed{stage + 1}"))
 
     def forward_to_last_block(self, images: Tensor) -> Tensor:
-        """(B, in_chans, height, width) -> (B, 1 + N, D), what the last block receives."""
+        """Images (B, in_chans, height, width) -> the input of the last block (B, 1 + N, D)."""
         size = tuple(images.shape[-2:])
         torch._assert(
             size == self.img_size,
-            f"images of {size} pixels, but this network was made for {self.img_size}",
+            f"images of {size} pixels do not fit a network built for {self.img_size}",
         )
+        maps = images
         for stage, grid in enumerate(self.grid_sizes[:-1]):
-            tokens = self.enter_stage(stage, images)  # (B, N, D)
+            tokens = self.embed_stage(stage, maps)  # (B, N, D)
             for block in self.blocks_of(stage):
                 tokens = run_block(self, block, tokens, grid)
-            images = _to_map(tokens, grid)  # (B, D, R, C)
-        tokens = self.enter_stage(3, images)  # (B, 1 + N, D)
+            maps = _to_map(tokens, grid)  # (B, D, R, C)
+        tokens = self.embed_stage(3, maps)  # (B, 1 + N, D)
         for block in self.blocks_of(3)[:-1]:
             tokens = run_block(self, block, tokens, self.grid_sizes[3])
         return tokens
 
     def forward_last_block(self, tokens: Tensor) -> Tensor:
-        """What the last block receives -> final normed tokens (B, 1 + N, D)."""
+        """The input of the last block -> final normed tokens (B, 1 + N, D)."""
         return self.norm(run_block(self, self.blocks_of(3)[-1], tokens, self.grid_sizes[3]))
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -312,8 +314,7 @@ def _check_settings(
 
 
 class PVT(ImageModel):
-    """PVT as it is read here: the attention of stage 4's last block to image tokens, theirs or the
-    class token's."""
+    """The wrapper of PVT v1: the score is that of the last block of stage 4."""
 
     network: PyramidVisionTransformer
 
@@ -339,38 +340,33 @@ class PVT(ImageModel):
     ) -> tuple[Tensor, Tensor | None]:
         tokens = self.network.forward_to_last_block(images)  # (B, 1 + N, D)
         features = self.network.forward_last_block(tokens)
-        return features, None if need_attention is None else self._score(
-            tokens, need_attention == "class"
-        )
+        if need_attention is None:
+            return features, None
+        return features, self._score(tokens, need_attention == "class")
 
     @torch.no_grad()
     def _score(self, tokens: Tensor, class_only: bool) -> Tensor:
-        """(B, N), from what the last block receives (B, 1 + N, D)."""
-        last, score_of = (
-            self.network.blocks_of(3)[-1],
-            class_attention_score if class_only else image_attention_score,
-        )
-        return score_of(
-            last.attn.attention_map(last.norm1(tokens), self.grid_size, class_only),
-            num_prefix_tokens=1,
-        )
+        """The input of the last block (B, 1 + N, D) -> its score (B, N)."""
+        last = self.network.blocks_of(3)[-1]
+        score_of = class_attention_score if class_only else image_attention_score
+        attention = last.attn.attention_map(last.norm1(tokens), self.grid_size, class_only)
+        return score_of(attention, num_prefix_tokens=1)
 
     def guide_output(
-        self, images: Tensor, resized: bool, block: Depth, predict: bool
+        self, images: Tensor, resized: bool, block: ScoreBlock, predict: bool
     ) -> GuideOutput:
-        """The last block makes nothing of the image tokens but their score: the class token decides
-        alone."""
-        tokens, last = (
-            self.network.forward_to_last_block(images),
-            self.network.blocks_of(3)[-1],
-        )  # (B, 1 + N, D)
+        """The motivating pass; the last block computes the output of the class token only.
+
+        The logits depend on no other token.
+        """
+        tokens = self.network.forward_to_last_block(images)  # (B, 1 + N, D)
+        last = self.network.blocks_of(3)[-1]
         if not predict:
             return GuideOutput(None, self._score(tokens, class_only=False))
         attended, attention = last.attn.attend_and_map(last.norm1(tokens), self.grid_size)
         features = self.network.norm(finish_block(last, tokens[:, :1], attended))  # (B, 1, D)
-        return GuideOutput(
-            self.head(features)[0], image_attention_score(attention, num_prefix_tokens=1)
-        )
+        score = image_attention_score(attention, num_prefix_tokens=1)
+        return GuideOutput(self.head(features)[0], score)
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features[:, 1:]
@@ -387,30 +383,29 @@ class PVT(ImageModel):
         new, notes = dict(weights), []
         for stage, grid in enumerate(self.network.grid_sizes):
             key, scale = f"pos_embed{stage + 1}", 2 ** (3 - stage)
-            if (held := new.get(key)) is None or held.ndim != 3:
+            if (value := new.get(key)) is None or value.ndim != 3:
                 continue
-            # Each stage from its own old grid to its own new one: counts of different stages may
-            # coincide.
+            # Every stage needs its old grid: the number of tokens alone does not identify it, as
+            # another shape can have the same number.
             old = None if old_grid is None else (old_grid[0] * scale, old_grid[1] * scale)
             new[key] = resize_positions(
-                held, grid, int(stage == 3), old, interpolation="bilinear", antialias=False
+                value, grid, int(stage == 3), old, interpolation="bilinear", antialias=False
             )
-            if new[key] is not held:
-                notes.append(f"{key} resized from {tuple(held.shape)} to {tuple(new[key].shape)}")
+            if new[key] is not value:
+                notes.append(f"{key} resized from {tuple(value.shape)} to {tuple(new[key].shape)}")
         return new, notes
 
 
-# Registered with timm, so that `timm.create_model` finds them too.
+# These networks are registered with timm, so `timm.create_model` builds them too.
 
 
 def _pvt(
     depths: Sequence[int], pretrained: bool, kwargs: dict[str, Any]
 ) -> PyramidVisionTransformer:
     if pretrained:
-        raise ValueError(
-            "there are no weights of PVT v1 to download by name: load a file of them instead"
-        )
-    unused = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # timm passes these
+        raise ValueError("timm has no weights of PVT v1 to download: load them from a file instead")
+    # timm passes these arguments about pretrained weights.
+    unused = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
     given = {name: value for name, value in kwargs.items() if name not in unused}
     return PyramidVisionTransformer(**{"depths": depths, **given})
 

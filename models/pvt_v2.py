@@ -1,11 +1,10 @@
-"""PVT v2 through timm's own class: four stages without position embeddings, keys from a shrunk grid
-in the early ones.
+"""PVT v2 of timm: four stages without position embeddings; early stages reduce their keys.
 
-"Last block" is the last one of the last stage. There its keys are its own tokens (`sr_ratios` end
-in 1) and the map is Eq. 5's. The linear members (`..._li`) attend to a pooled grid of 7 x 7, and an
-override can shrink the keys of the last stage too: what a key receives is then shared equally by
-the cells it was made from, so the scores still sum to one; cells that no key covers receive
-nothing. Knows no mixer and no loss.
+The last block is the last one of the last stage. Its keys are all tokens (`sr_ratios` end in 1),
+and its map is that of Eq. 5. There are two exceptions: the linear variants (`..._li`) attend to a
+pooled grid of 7 x 7 keys, and an override of `sr_ratios` can reduce the keys of the last stage. The
+attention that a key receives is then divided equally among the cells from which it was made, so the
+scores still sum to one. Cells that belong to no key receive nothing.
 
 Paper: PVT v2 (arXiv 2106.13797). Letters: B batch, R x C the final grid, N = R * C, M keys, H
 heads.
@@ -21,8 +20,8 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2, checkpoint_filter_fn
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, linear
 
-from models.blocks import run_block
-from models.float32_attention import like_its_layer
+from models.blocks import require_mean_pooling, run_block
+from models.float32_attention import in_layer_precision
 from models.interface import AttentionOf, ImageModel
 
 
@@ -30,11 +29,11 @@ class PVTv2(ImageModel):
     """Any timm `PyramidVisionTransformerV2` that predicts from the mean of its tokens.
 
     Args:
-        input_size: (height, width) in pixels. timm's class takes any size and knows none; its
-            default is the one its published weights were trained on.
+        input_size: (height, width) in pixels. timm's class accepts any size and stores none. None:
+            224 x 224, the size of the published weights.
 
     Raises:
-        ValueError: it predicts from something else.
+        ValueError: it predicts from something other than the mean.
     """
 
     network: PyramidVisionTransformerV2
@@ -45,25 +44,22 @@ class PVTv2(ImageModel):
         separate_region_head: bool = False,
         input_size: tuple[int, int] | None = None,
     ) -> None:
-        if network.global_pool != "avg":
-            raise ValueError(
-                f"global_pool is {network.global_pool!r}, and regions are classified by their mean "
-                "token"
-            )
+        require_mean_pooling(network)
         super().__init__(network, network.num_features, network.num_classes, separate_region_head)
         self.image_size = input_size or (224, 224)
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """That of the last stage. A size which timm would pad on the way there gives fewer rows
-        than timm's."""
+        """The grid of the last stage.
+
+        For an input size that timm would pad, it has fewer rows or columns than timm's grid.
+        """
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        stride = 4 * 2 ** (
-            len(self.network.stages) - 1
-        )  # each stage after the first halves the grid
+        # The first stage has patches of 4 x 4 pixels; each later one halves the grid.
+        stride = 4 * 2 ** (len(self.network.stages) - 1)
         return stride, stride
 
     def features(
@@ -83,12 +79,8 @@ class PVTv2(ImageModel):
         for block in final.blocks[:-1]:
             tokens = run_block(final, block, tokens, grid)
         last = final.blocks[-1]
-        features = (
-            final.norm(run_block(final, last, tokens, grid))
-            .transpose(1, 2)
-            .unflatten(2, grid)
-            .contiguous()
-        )
+        normed = final.norm(run_block(final, last, tokens, grid))  # (B, N, D)
+        features = normed.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, R, C)
         with torch.no_grad():
             return features, reduced_score(last.attn, last.norm1(tokens), grid)
 
@@ -104,21 +96,20 @@ class PVTv2(ImageModel):
     def resize_weights(
         self, weights: Mapping[str, Tensor], old_grid: tuple[int, int] | None
     ) -> tuple[dict[str, Tensor], list[str]]:
-        new = dict(
-            checkpoint_filter_fn(dict(weights), self.network)
-        )  # nothing depends on the size: only other names
+        # No weight depends on the input size; timm's function renames those of official files.
+        new = dict(checkpoint_filter_fn(dict(weights), self.network))
         return new, [f"{key} renamed or dropped" for key in weights if key not in new]
 
 
-@like_its_layer
+@in_layer_precision
 def reduced_score(attention: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Eq. 6 for a layer whose keys may come from a shrunk grid, in float32 and without gradient.
+    """Eq. 6 for a layer that may reduce its keys, in float32 and without gradient.
 
-    Queries and keys are computed a second time here (values are not).
+    Queries and keys are computed a second time here, but not values.
 
     Args:
         attention: timm's `Attention` of this family.
-        tokens: (B, N, D), what the layer itself receives.
+        tokens: (B, N, D), the input of the layer.
         grid: R and C.
 
     Returns:
@@ -127,27 +118,26 @@ def reduced_score(attention: Any, tokens: Tensor, grid: tuple[int, int]) -> Tens
     width, heads = attention.q.out_features, attention.num_heads
     with torch.no_grad():
         maps = tokens.transpose(1, 2).unflatten(2, grid)  # (B, D, R, C)
-        cells = torch.eye(tokens.shape[1], device=tokens.device).unflatten(1, grid)[
-            :, None
-        ]  # (N, 1, R, C), one hot
+        one_hot = torch.eye(tokens.shape[1], device=tokens.device)  # (N, N)
+        cells = one_hot.unflatten(1, grid)[:, None]  # (N, 1, R, C)
+
+        # The tokens (B, M, D) that become keys, and the share of each cell in each key: the same
+        # pooling of one-hot maps.
         if attention.pool is not None:
-            shrunk = attention.sr(attention.pool(maps)).flatten(2).transpose(1, 2)
-            sources, shares = attention.act(attention.norm(shrunk)), attention.pool(cells)
+            reduced = attention.sr(attention.pool(maps)).flatten(2).transpose(1, 2)
+            key_tokens, shares = attention.act(attention.norm(reduced)), attention.pool(cells)
         elif attention.sr is not None:
-            sources = attention.norm(attention.sr(maps).flatten(2).transpose(1, 2))  # (B, M, D)
+            key_tokens = attention.norm(attention.sr(maps).flatten(2).transpose(1, 2))
             shares = avg_pool2d(cells, attention.sr.kernel_size, attention.sr.stride)
         else:
-            sources, shares = tokens, cells
+            key_tokens, shares = tokens, cells
+
         bias = None if attention.kv.bias is None else attention.kv.bias[:width]
-        keys = (
-            linear(sources, attention.kv.weight[:width], bias)
-            .unflatten(2, (heads, -1))
-            .transpose(1, 2)
-        )
+        keys = linear(key_tokens, attention.kv.weight[:width], bias)
+        keys = keys.unflatten(2, (heads, -1)).transpose(1, 2)  # (B, H, M, D / H)
         queries = attention.q(tokens).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, H, N, D / H)
         with torch.autocast(tokens.device.type, enabled=False):
-            similarity = (queries.float() * attention.scale) @ keys.float().transpose(
-                -2, -1
-            )  # (B, H, N, M)
+            queries = queries.float() * attention.scale
+            similarity = queries @ keys.float().transpose(-2, -1)  # (B, H, N, M)
             received = similarity.softmax(dim=-1).mean(dim=(1, 2))  # (B, M)
             return received @ shares.flatten(1).float().T  # (B, M) @ (M, N)

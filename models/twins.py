@@ -1,8 +1,7 @@
-"""Twins (PCPVT and SVT) through timm's own class: four stages, position encodings from
-convolutions.
+"""Twins of timm (PCPVT and SVT): four stages, position encodings from convolutions.
 
-"Last block" is the last one of the last stage. In all published members it attends globally and
-without shrinking its keys, so its map is Eq. 5's. Knows no mixer and no loss.
+The last block is the last one of the last stage. In all published networks it attends to all tokens
+and does not reduce its keys, so its map is that of Eq. 5.
 
 Paper: Twins (arXiv 2104.13840).
 """
@@ -16,7 +15,8 @@ from timm.models.twins import GlobalSubSampleAttn, Twins
 from torch import Tensor
 from torch.nn.functional import linear
 
-from models.float32_attention import like_its_layer
+from models.blocks import require_mean_pooling
+from models.float32_attention import in_layer_precision
 from models.interface import AttentionOf, ImageModel, image_attention_score
 
 
@@ -24,8 +24,8 @@ class TwinsModel(ImageModel):
     """Any timm `Twins` whose last block attends to all tokens, and that predicts from their mean.
 
     Raises:
-        ValueError: its last block attends in windows or to shrunk keys, or it predicts from
-            something else.
+        ValueError: its last block attends in windows or to reduced keys, or the network predicts
+            from something other than the mean.
     """
 
     network: Twins
@@ -35,18 +35,14 @@ class TwinsModel(ImageModel):
         attention = blocks[-1].attn
         if not isinstance(attention, GlobalSubSampleAttn):
             raise ValueError(
-                f"its last block computes attention in {type(attention).__name__}, not over all "
+                f"the attention of its last block, {type(attention).__name__}, is not over all "
                 "tokens"
             )
         if attention.sr is not None:
             raise ValueError(
-                "the keys of its last block are shrunk, so its tokens have no scores of their own"
+                "its last block reduces its keys, so it gives no score to each single token"
             )
-        if network.global_pool != "avg":
-            raise ValueError(
-                f"global_pool is {network.global_pool!r}, and regions are classified by their mean "
-                "token"
-            )
+        require_mean_pooling(network)
         super().__init__(network, network.num_features, network.num_classes, separate_region_head)
 
     @property
@@ -58,7 +54,7 @@ class TwinsModel(ImageModel):
     def patch_size(self) -> tuple[int, int]:
         embeds: Any = self.network.patch_embeds
         height = width = 1
-        for embed in embeds:  # each shrinks the grid of the one before
+        for embed in embeds:  # each divides the grid of the stage before
             height, width = height * embed.patch_size[0], width * embed.patch_size[1]
         return height, width
 
@@ -71,19 +67,19 @@ class TwinsModel(ImageModel):
         stages = zip(
             network.patch_embeds, network.pos_drops, network.blocks, network.pos_block, strict=True
         )
-        maps = received = images
+        maps = block_input = images
         for embed, drop, blocks, encode in stages:
             tokens, grid = embed(maps)
             tokens = drop(tokens)
             for index, block in enumerate(blocks):
-                received = tokens
+                block_input = tokens
                 tokens = block(tokens, grid)
-                if index == 0:
+                if index == 0:  # the position encoding follows the first block of a stage
                     tokens = encode(tokens, grid)
             maps = tokens.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, R, C)
         features, last = network.norm(tokens), network.blocks[-1][-1]
         with torch.no_grad():
-            return features, global_score(last.attn, last.norm1(received))
+            return features, global_score(last.attn, last.norm1(block_input))
 
     def image_tokens(self, features: Tensor) -> Tensor:
         return features
@@ -95,12 +91,17 @@ class TwinsModel(ImageModel):
         return self.network.head(self.network.head_drop(pooled))
 
 
-@like_its_layer
+@in_layer_precision
 def global_score(attention: Any, tokens: Tensor) -> Tensor:
-    """Eq. 6 for a layer that attends to all tokens: (B, N, D), its input, -> (B, N) in float32 and
-    without gradient.
+    """Eq. 6 for a layer that attends to all tokens, in float32 and without gradient.
 
-    Queries and keys are computed a second time here (values are not).
+    Queries and keys are computed a second time here, but not values.
+
+    Args:
+        tokens: (B, N, D), the input of the layer.
+
+    Returns:
+        (B, N).
     """
     width, heads = attention.q.out_features, attention.num_heads
     with torch.no_grad():
@@ -108,7 +109,6 @@ def global_score(attention: Any, tokens: Tensor) -> Tensor:
         keys = linear(tokens, attention.kv.weight[:width], attention.kv.bias[:width])
         keys = keys.unflatten(2, (heads, -1)).transpose(1, 2)
         with torch.autocast(tokens.device.type, enabled=False):
-            similarity = (queries.float() * attention.scale) @ keys.float().transpose(
-                -2, -1
-            )  # (B, H, N, N)
+            queries = queries.float() * attention.scale
+            similarity = queries @ keys.float().transpose(-2, -1)  # (B, H, N, N)
             return image_attention_score(similarity.softmax(dim=-1), num_prefix_tokens=0)

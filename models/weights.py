@@ -1,22 +1,25 @@
-"""Weights of a model: found in a checkpoint, made to fit by named rules, and loaded strictly.
+"""Finds the weights in the content of a checkpoint, adapts them to a model and loads them strictly.
 
-Takes what was read from a file, never a path. Letters as in `models/interface.py`.
+Every adaptation follows a fixed rule and is reported in a note.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from models.build import build_model, draft_model
+from models.build import build_model, build_on_meta
 from models.interface import ImageModel
 from utils import InputError, as_pair, first_of, is_ordinary
 
+# The names of classifiers in the families, and of the second region head.
+HEADS = ("head", "head.fc", "fc", "head_dist", "token_head")
 
-def _rebuild(config: Any, build: Callable[..., ImageModel] = build_model) -> ImageModel:
-    """The model of a checkpoint's `model_config`."""
+
+def _build_from(config: Any, build: Callable[..., ImageModel] = build_model) -> ImageModel:
+    """Builds the model that a checkpoint's `model_config` describes."""
     try:
         return build(**{**config, "input_size": as_pair(config["input_size"])})
     except (TypeError, KeyError) as error:
@@ -26,25 +29,25 @@ def _rebuild(config: Any, build: Callable[..., ImageModel] = build_model) -> Ima
 def load_foreign(
     model: ImageModel, checkpoint: Mapping[str, Any], source: str, fresh_heads: bool = True
 ) -> list[str]:
-    """Starts from the weights in a checkpoint: this project's, DeiT's, timm's, or the released
-    code's.
+    """Loads the weights of a checkpoint of this project, DeiT, timm or the authors' released code.
 
     Args:
-        checkpoint: what `storage.checkpoints.load_checkpoint` returned.
-        source: its path, for messages.
-        fresh_heads: a head that does not fit starts anew; otherwise it is refused.
+        model: receives the weights.
+        checkpoint: the content of the file, as `storage.checkpoints.load_checkpoint` returns it.
+        source: the path of the file, for messages.
+        fresh_heads: a head that does not fit keeps its fresh initialisation. If false, it is
+            refused.
 
     Returns:
-        A note for each thing that had to be changed, see `adapt_weights`.
+        A note for each change to the weights, see `adapt_weights`.
 
     Raises:
-        InputError: it holds no weights, or those of another architecture.
+        InputError: the file contains no weights, or those of another architecture.
     """
     old_grid = None
-    if (
-        "model_config" in checkpoint
-    ):  # ours: the grid behind its position embedding is known, square or not
-        old_grid = _rebuild(checkpoint["model_config"], draft_model).grid_size
+    if "model_config" in checkpoint:
+        # A checkpoint of this project: the grid of its position embedding is known.
+        old_grid = _build_from(checkpoint["model_config"], build_on_meta).grid_size
     try:
         found = pick_weights(checkpoint)
     except InputError as error:
@@ -55,14 +58,14 @@ def load_foreign(
 
 
 def restore_model(checkpoint: Mapping[str, Any], ema: bool = False) -> ImageModel:
-    """The model of one of our own checkpoints, with its weights: `model_config` says what to build.
+    """Builds the model of a checkpoint of this project and loads its weights.
 
     Args:
-        checkpoint: what `storage.checkpoints.load_checkpoint` returned.
-        ema: take the averaged weights.
+        checkpoint: the content of the file, as `storage.checkpoints.load_checkpoint` returns it.
+        ema: load the weights of the average.
 
     Raises:
-        InputError: not a checkpoint of this project, or no averaged weights in it.
+        InputError: the checkpoint was not written by this project, or contains no average.
     """
     key = "ema" if ema else "model"
     if "model_config" not in checkpoint or checkpoint.get(key) is None:
@@ -70,26 +73,25 @@ def restore_model(checkpoint: Mapping[str, Any], ema: bool = False) -> ImageMode
         raise InputError(
             f"the checkpoint holds no {missing}: it was not written by this project's main.py"
         )
-    weights = own_keys(checkpoint[key])
-    check_fit(_rebuild(checkpoint["model_config"], draft_model), weights, source="the checkpoint")
-    model = _rebuild(checkpoint["model_config"])
+    config, weights = checkpoint["model_config"], to_model_keys(checkpoint[key])
+    # Checked without memory first, so that weights of other shapes are refused early.
+    check_fit(_build_from(config, build_on_meta), weights, source="the checkpoint")
+    model = _build_from(config)
     load_strictly(model, weights, source="the checkpoint")
     return model
 
 
 def plain_weights(model: ImageModel) -> dict[str, Tensor]:
-    """The state dict under the network's own (timm's) keys, plus `token_head.*` where there is a
-    second head."""
+    """The state dict under timm's keys, plus `token_head.*` for a second region head."""
     weights = dict(model.network.state_dict())
     if model.token_head is not None:
-        weights.update(
-            {f"token_head.{key}": value for key, value in model.token_head.state_dict().items()}
-        )
+        head = model.token_head.state_dict()
+        weights.update({f"token_head.{key}": value for key, value in head.items()})
     return weights
 
 
-def own_keys(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `plain_weights`: keys as `ImageModel.load_state_dict` expects them."""
+def to_model_keys(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `plain_weights`: timm's keys -> the keys of `ImageModel.load_state_dict`."""
     return {
         key if key.startswith("token_head.") else f"network.{key}": value
         for key, value in weights.items()
@@ -102,66 +104,45 @@ def adapt_weights(
     old_grid: tuple[int, int] | None = None,
     fresh_heads: bool = True,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Makes plain weights of the same architecture fit another input size, patch size or class
-    count.
+    """Adapts weights of the same architecture to the model's input size, patch size and classes.
 
     Args:
-        weights: keys as `plain_weights` gives them (timm's, DeiT's and the released code's files
-            have the same).
-        old_grid: the grid the weights were trained on; a square one is assumed if absent.
-        fresh_heads: let heads that do not fit start anew.
+        weights: under the keys of `plain_weights`, which are those of the files of timm, DeiT and
+            the authors' released code.
+        old_grid: the grid they were trained on. None: a square one is assumed.
+        fresh_heads: a head that does not fit keeps its fresh initialisation.
 
     Returns:
-        The weights under `ImageModel`'s own keys, complete, and a note for each thing that was
-        changed. Heads that do not fit keep their fresh initialisation, which the notes say.
+        The weights under the keys of `ImageModel.load_state_dict`, and a note for each change.
     """
     own = plain_weights(model)
     adapted, notes = model.resize_weights(weights, old_grid)
-    for head in ("head", "head.fc", "fc", "head_dist", "token_head") if fresh_heads else ():
+    for head in HEADS if fresh_heads else ():
         for key in (f"{head}.weight", f"{head}.bias"):
             if key in adapted and key not in own:
                 del adapted[key]
                 notes.append(f"{key} dropped: this model has no {head}")
             elif key in own and (key not in adapted or adapted[key].shape != own[key].shape):
                 was = f"has shape {tuple(adapted[key].shape)}" if key in adapted else "is missing"
-                notes.append(
-                    f"{key} {was} in the file: starts anew with shape {tuple(own[key].shape)}"
-                )
+                shape = tuple(own[key].shape)
+                notes.append(f"{key} {was} in the file: starts anew with shape {shape}")
                 adapted[key] = own[key]
-    return own_keys(adapted), notes
+    return to_model_keys(adapted), notes
 
 
 def pick_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The model's state dict in a checkpoint, ours or foreign, without the prefixes of DDP and
-    torch.compile.
+    """The model's state dict in a checkpoint, without the prefixes of DDP and torch.compile.
 
-    It is under `model`, `state_dict` or `model_state`, or the checkpoint is nothing but named
-    tensors.
+    Its place is `model`, `state_dict` or `model_state`, or the whole checkpoint is a state dict.
 
     Raises:
-        InputError: neither is the case, and the message lists the keys that were found; or a tensor
-            is sparse, complex, quantized, without content or not finite.
+        InputError: no state dict was found (the message lists the keys of the checkpoint), or a
+            tensor is sparse, complex, quantized, without data or not finite.
     """
-    for candidate in (
-        *(checkpoint.get(key) for key in ("model", "state_dict", "model_state")),
-        checkpoint,
-    ):
-        if (
-            isinstance(candidate, Mapping)
-            and candidate
-            and all(map(_is_named_tensor, candidate.items()))
-        ):
-            if odd := [name for name, weight in candidate.items() if not is_ordinary(weight)]:
-                raise InputError(
-                    f"these weights are no ordinary tensors of numbers: {first_of(odd)}"
-                )
-            floats = (
-                (name, weight) for name, weight in candidate.items() if weight.is_floating_point()
-            )
-            if bad := [name for name, weight in floats if not weight.isfinite().all()]:
-                raise InputError(
-                    f"these weights are not finite, use another checkpoint: {first_of(bad)}"
-                )
+    parts = [checkpoint.get(key) for key in ("model", "state_dict", "model_state")]
+    for candidate in (*parts, checkpoint):
+        if _is_state_dict(candidate):
+            _check_tensors(candidate)
             return _strip_prefixes(dict(candidate))
     raise InputError(
         "no weights in this checkpoint: expected named tensors under model, state_dict or "
@@ -169,15 +150,30 @@ def pick_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     )
 
 
-def _is_named_tensor(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+def _is_state_dict(candidate: Any) -> TypeGuard[Mapping[str, Tensor]]:
+    if not isinstance(candidate, Mapping) or not candidate:
+        return False
+    return all(isinstance(key, str) and isinstance(v, Tensor) for key, v in candidate.items())
+
+
+def _check_tensors(weights: Mapping[str, Tensor]) -> None:
+    if unusual := [name for name, weight in weights.items() if not is_ordinary(weight)]:
+        raise InputError(f"these weights are no ordinary tensors of numbers: {first_of(unusual)}")
+    floats = {name: weight for name, weight in weights.items() if weight.is_floating_point()}
+    if bad := [name for name, weight in floats.items() if not weight.isfinite().all()]:
+        raise InputError(f"these weights are not finite, use another checkpoint: {first_of(bad)}")
 
 
 def _strip_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefixes = ("module.", "_orig_mod.")
-    while prefix := next(
-        (p for p in prefixes if all(name.startswith(p) for name in weights)), None
-    ):
+    """Removes "module." (DDP) and "_orig_mod." (torch.compile), however they are nested."""
+
+    def common_prefix() -> str | None:
+        for prefix in ("module.", "_orig_mod."):
+            if all(name.startswith(prefix) for name in weights):
+                return prefix
+        return None
+
+    while prefix := common_prefix():
         weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
     return weights
 
@@ -190,19 +186,19 @@ def load_strictly(
     tolerate_unexpected: Collection[str] = (),
     source: str,
 ) -> list[str]:
-    """Copies `weights` into `module`; everything is checked before anything is copied.
+    """Copies `weights` into `module`, after all of them have been checked.
 
     Args:
-        tolerate_missing: names that may keep the module's own value because `weights` lacks them.
-        tolerate_unexpected: names in `weights` that may stay unused. A name whose shape differs is
-            both.
-        source: what messages call the weights, such as the path of their file.
+        tolerate_missing: names that may be absent from `weights`; they keep the module's value.
+        tolerate_unexpected: names in `weights` that may stay unused. A name with another shape must
+            be in both.
+        source: the name of the weights in messages, such as the path of their file.
 
-    Returns: one line per tolerated difference, sorted by name.
+    Returns:
+        One line for each tolerated difference, sorted by name.
 
     Raises:
-        InputError: a name is missing or unexpected, or its shape differs, and that is not
-            tolerated.
+        InputError: a name is missing or unexpected or has another shape, and that is not tolerated.
     """
     kept, notes = check_fit(module, weights, tolerate_missing, tolerate_unexpected, source)
     module.load_state_dict(kept, strict=False)
@@ -216,8 +212,11 @@ def check_fit(
     tolerate_unexpected: Collection[str] = (),
     source: str = "",
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights that `load_strictly` would copy, and its notes, without copying: the module may
-    be on `meta`."""
+    """`load_strictly` without the copy, so the module may be on the meta device.
+
+    Returns:
+        The weights that fit, and one line for each tolerated difference.
+    """
     own = module.state_dict()
     refused: list[str] = []
     notes: list[str] = []
@@ -225,23 +224,23 @@ def check_fit(
     for name in sorted(own.keys() | weights.keys()):
         may_miss, may_drop = name in tolerate_missing, name in tolerate_unexpected
         if name not in weights:
-            tolerated, note, result = may_miss, "missing", "keeps the model's own value"
+            tolerated, note, result = may_miss, "missing", "the model's value is kept"
         elif name not in own:
             tolerated, note, result = may_drop, "unknown to the model", "not used"
         elif not is_ordinary(weights[name]):
             tolerated, note, result = False, "no ordinary tensor of numbers", ""
-        elif (here := tuple(own[name].shape)) != (there := tuple(weights[name].shape)):
-            note, result = (
-                f"shape {there} instead of the model's {here}",
-                "keeps the model's own value",
-            )
+        elif own[name].shape != weights[name].shape:
+            found, expected = tuple(weights[name].shape), tuple(own[name].shape)
+            note = f"shape {found} instead of the model's {expected}"
+            result = "the model's value is kept"
             tolerated = may_miss and may_drop
         else:
             kept[name] = weights[name]
             continue
-        (notes if tolerated else refused).append(
-            f"{name}: {note}" + (f", {result}" if tolerated else "")
-        )
+        if tolerated:
+            notes.append(f"{name}: {note}, {result}")
+        else:
+            refused.append(f"{name}: {note}")
     if refused:
         raise InputError(
             f"{source} does not fit the model in {len(refused)} names: {first_of(refused, '; ')}"

@@ -21,7 +21,7 @@ class Box(NamedTuple):
         return (self.bottom - self.top) * (self.right - self.left) / (image_size[0] * image_size[1])
 
 
-def edges_of(boxes: list[Box], device: torch.device) -> Tensor:
+def boxes_to_tensor(boxes: list[Box], device: torch.device) -> Tensor:
     """The boxes as (B, 4) int64 on a device, in the order of `Box`; the host does not wait."""
     return torch.tensor(boxes).to(device, non_blocking=True)
 

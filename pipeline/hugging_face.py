@@ -24,6 +24,9 @@ class HuggingFace:
         return import_hugging_face, ()
 
 
+PACKAGE = "datasets"  # the name of the package, and of a file of this project
+
+
 def import_hugging_face() -> HuggingFace:
     """Binds the module name `datasets` to Hugging Face's package, for the rest of the process.
 
@@ -34,18 +37,18 @@ def import_hugging_face() -> HuggingFace:
         InputError: the package is not installed.
     """
     here = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # the project's folder
-    own_file = os.path.join(here, "datasets.py")
-    bound = sys.modules.get("datasets")
+    own_file = os.path.join(here, f"{PACKAGE}.py")
+    bound = sys.modules.get(PACKAGE)
     if bound is not None and os.path.realpath(bound.__file__ or "") != own_file:
         return HuggingFace()
     path = sys.path[:]
     sys.path[:] = [folder for folder in path if os.path.realpath(folder) != here]
-    sys.modules.pop("datasets", None)
+    sys.modules.pop(PACKAGE, None)
     try:
-        importlib.import_module("datasets")
+        importlib.import_module(PACKAGE)
     except ImportError as error:
         if bound is not None:
-            sys.modules["datasets"] = bound
+            sys.modules[PACKAGE] = bound
         raise InputError(
             f"--data-set timm/hfds/ and timm/hfids/ need: pip install datasets ({error})"
         ) from error

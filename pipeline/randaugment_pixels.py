@@ -45,15 +45,15 @@ def apply(images: Tensor, drawn: Tensor, fill: tuple[int, ...]) -> Tensor:
             if begin == end:
                 continue
             old = images.index_select(0, rows[begin:end]).contiguous()
-            own = numbers[begin:end]
+            parameters = numbers[begin:end]
             if kinds == (Kind.FLIP,):
                 new = old.flip(3)
             elif kinds == TABLES:
-                new = apply_tables(old, own, [counts[kind] for kind in kinds])
+                new = apply_tables(old, parameters, [counts[kind] for kind in kinds])
             elif kinds == BLENDS:
-                new = blend(old, own[:, 0], [counts[kind] for kind in kinds])
+                new = blend(old, parameters[:, 0], [counts[kind] for kind in kinds])
             else:
-                new = warp(old, own, fill, cubic=kinds == (Kind.BICUBIC,))
+                new = warp(old, parameters, fill, cubic=kinds == (Kind.BICUBIC,))
             images.index_copy_(0, rows[begin:end], new)
     return images
 

@@ -169,7 +169,7 @@ class TrainSamples(Dataset[Sample]):
         generator = keyed_generator("substitute", self.seed, *place)
         draws = torch.randint(len(self.images), (SUBSTITUTES,), generator=generator)
         for other in draws.tolist():
-            with suppress(UnreadableSampleError):  # it will be reported when its own turn comes
+            with suppress(UnreadableSampleError):  # it will be reported when its turn comes
                 return *self.images[other], True
         raise SampleError(
             f"{bad.text}; nor can any of {SUBSTITUTES} images drawn in its place"

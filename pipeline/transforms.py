@@ -23,7 +23,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_inter
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from pipeline import randaugment
+from pipeline import erasing, randaugment, randaugment_pixels
 from pipeline.spec import Augment, ImageSpec
 
 Pixels = Image.Image | np.ndarray  # a decoded RGB image: Pillow's, or (H, W, 3) uint8
@@ -204,6 +204,36 @@ def denormalise(images: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
     """
     mean, std = _mean_and_std(spec, images.device)
     return (images.float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class FinishBatch:
+    """The part of the training transform that is done in the batch, on its device.
+
+    Args:
+        spec: how the pixels are normalised.
+        remode: how erased boxes are filled, see `erasing.erase`.
+    """
+
+    spec: ImageSpec
+    remode: str
+
+    def __call__(
+        self, images: torch.Tensor, boxes: torch.Tensor, operations: torch.Tensor
+    ) -> torch.Tensor:
+        """Pixels as the model takes them: RandAugment if it is pending, normalised, erased.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            boxes: (B, M, 4) int64, on the same device.
+            operations: (B, L, 8), on the host; L = 0 for none.
+
+        Returns:
+            (B, 3, H, W) float32.
+        """
+        if operations.shape[1]:
+            images = randaugment_pixels.apply(images, operations, fill_color(self.spec))
+        return erasing.erase(normalise(images, self.spec), boxes, self.remode)
 
 
 def _mean_and_std(spec: ImageSpec, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

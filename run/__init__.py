@@ -1,1 +1,1 @@
-"""A run under way: its loop, its state, its output folder, its log."""
+"""The parts of a run: its loop, its state, its output folder, its log."""

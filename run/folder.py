@@ -128,7 +128,7 @@ class RunFolder:
                     owner = lock.read().strip() or "another process"
                     lock.close()
                     raise InputError(
-                        f"--output-dir {self.path}: {owner} is writing there; stop it, or choose "
+                        f"--output-dir {self.path}: {owner} is writing to it; stop it, or choose "
                         "another folder"
                     ) from error
                 time.sleep(0.2)

@@ -198,12 +198,16 @@ class RunLog:
         except OSError as error:
             raise _file_error("read", path, error) from error
         lines = [(line, _epoch_of(line)) for line in content.splitlines()]
-        kept = b"".join(line + b"\n" for line, own in lines if own is not None and own < epoch)
+        kept = b"".join(
+            line + b"\n"
+            for line, line_epoch in lines
+            if line_epoch is not None and line_epoch < epoch
+        )
         write_atomically(path, lambda stream: stream.write(kept))
         damaged = [
             f"line {number} ({line[:40]!r})"
-            for number, (line, own) in enumerate(lines, start=1)
-            if own is None and line.strip()
+            for number, (line, line_epoch) in enumerate(lines, start=1)
+            if line_epoch is None and line.strip()
         ]
         if damaged:
             rest = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""

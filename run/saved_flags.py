@@ -138,6 +138,7 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 def short(value: Any, limit: int = 80) -> str:
-    """`value` as text, cut to `limit` characters."""
-    text = str(value)
+    """`value` as on a command line, cut to `limit` characters."""
+    several = isinstance(value, (list, tuple))
+    text = " ".join(map(str, value)) if several else str(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from engine import Training
-from models.weights import load_strictly, own_keys, plain_weights
+from models.weights import load_strictly, plain_weights, to_model_keys
 from run.folder import RunFolder, candidates
 from run.saved_flags import accepts, check_settings, same_value, short
 from storage.checkpoints import FORMAT, ReadCheckpoint, load_checkpoint
@@ -128,8 +128,8 @@ def find(
             _check_finite({name: checkpoint.get(name) or {} for name in ("model", "ema")})
             if given and Path(given).resolve() != path.resolve():
                 warnings.append(
-                    f"--auto-resume resumes {path}; --resume {given} is used only if --output-dir "
-                    "has no checkpoint"
+                    f"--auto-resume resumes from {path}; --resume {given} is used only if "
+                    "--output-dir has no checkpoint"
                 )
             return str(path), warnings
         except StopRun as error:
@@ -325,9 +325,9 @@ def load(
     check_settings(checkpoint["args"], to_plain(identity.args), source, accepted)
     # Before the weights are loaded: it takes a step, which changes them.
     load_optimizer(training.optimizer, checkpoint["optimizer"], source)
-    load_strictly(training.module, own_keys(checkpoint["model"]), source=source)
+    load_strictly(training.module, to_model_keys(checkpoint["model"]), source=source)
     if training.ema is not None:
-        average = own_keys(checkpoint["ema"])
+        average = to_model_keys(checkpoint["ema"])
         load_strictly(training.ema.module, average, source=f"{source} (average)")
     try:
         # The scale of another precision is of no use.

@@ -100,7 +100,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if (reason := _system_reason(error, path)) is None:
             raise
         raise InputError(
-            f"cannot write {path}: {reason}; what was there before is unchanged"
+            f"cannot write {path}: {reason}; the previous file is unchanged"
         ) from error
     # Windows cannot open folders, and some network file systems cannot sync them.
     with suppress(OSError):

@@ -362,9 +362,9 @@ def _evaluate(checkpoint: dict[str, Any], words: list[str]) -> None:
 def use_flags(args: argparse.Namespace) -> None:
     """What is made of flags before there are data or a model."""
     settings = MixingSettings.from_flags(vars(args))
-    around = MixerContext(10, (14, 14), lambda pixels: pixels, lambda pixels: pixels)
+    context = MixerContext(10, (14, 14), lambda pixels: pixels, lambda pixels: pixels)
     if args.mixer in METHODS:
-        build_mixer(settings, around)
+        build_mixer(settings, context)
     if not args.eval:
         augment = Augment(
             aa=args.aa,

@@ -4,7 +4,6 @@ constant drop path, weights from other sizes."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -410,7 +409,7 @@ def test_weights_that_fit_are_taken_as_they_are(old_grid: tuple[int, int] | None
     )
 
 
-# --------------------------------------------------------------------- compiled, with checkpointing
+# ------------------------------------------------------------------------------ with checkpointing
 
 
 @pytest.mark.parametrize("need_attention", [None, "image", "class"])
@@ -424,20 +423,3 @@ def test_gradient_checkpointing_changes_nothing(need_attention: AttentionOf | No
         (output.logits.square().sum() + output.region_logits.square().sum()).backward()
     for (name, ours), theirs in zip(saving.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
-
-
-@pytest.mark.slow
-def test_compiled_equals_eager_in_all_calls() -> None:
-    torch.compiler.reset()
-    model = build("one_block")
-    compiled: Callable[..., Any] = torch.compile(model, backend="aot_eager")
-    images, mask = images_for(model), some_mask(model)
-    for given in (
-        {},
-        {"source_mask": mask},
-        {"need_attention": "image"},
-        {"need_attention": "class"},
-    ):
-        torch.testing.assert_close(
-            compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5
-        )

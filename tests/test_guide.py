@@ -24,13 +24,14 @@ from config.checks import check_args
 from config.flags import get_args_parser
 from models.build import build_model, use_float32_attention
 from models.deit import PlainViT
-from models.interface import GuideOutput, ImageModel, resize_score
+from models.interface import GuideOutput, ImageModel, upsample_score
 from models.weights import adapt_weights, load_strictly, plain_weights
 from tests.conftest import randomise
 from tests.image_folders import make_image_folder
 from tests.runs import run_small
 from tests.test_families import (
     CPU,
+    ONE_OF_EACH,
     TINY,
     batch_of,
     check_score,
@@ -225,18 +226,18 @@ def test_a_gate_on_the_attention_is_passed(case: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SHORT)
 def test_a_glance_compiles_whole(case: str) -> None:
-    model, images = make(case), batch_of(1)[0]
+    """Under autocast; that the rest compiles, `test_a_compiled_model_takes_the_same_step` sees."""
+    model, images = make(case, **ONE_OF_EACH.get(CASES[case][0], {})), batch_of(1)[0]
     torch._dynamo.reset()
-    compiled = torch.compile(model.motivating_pass, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model.motivating_pass, backend="eager", fullgraph=True)
     sizes = [None, (32, 48)] if model.accepts_other_sizes else [None]
     for size in sizes:
-        for amp in ("none", "bf16"):
-            with torch.no_grad(), AUTOCASTS[amp]():
-                same(compiled(images, size), model.motivating_pass(images, size))
+        with torch.no_grad(), AUTOCASTS["bf16"]():
+            same(compiled(images, size), model.motivating_pass(images, size))
 
 
 def test_a_model_in_training_mode_is_not_looked_through() -> None:
-    with pytest.raises(AssertionError, match="evaluation mode"):
+    with pytest.raises(AssertionError, match="eval mode"):
         make("VisionTransformer").train().motivating_pass(batch_of(1)[0])
 
 
@@ -299,7 +300,7 @@ def test_a_step_after_the_guide_learns_as_without_it(case: str, amp: str, tmp_pa
 
 def test_a_resized_score_is_the_bilinear_one() -> None:
     score = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
-    ours = resize_score(score, (2, 3), (5, 4)).unflatten(1, (5, 4))
+    ours = upsample_score(score, (2, 3), (5, 4)).unflatten(1, (5, 4))
 
     def between(position: int, length: int, fine: int) -> tuple[int, int, float]:
         place = min(max((position + 0.5) * length / fine - 0.5, 0.0), length - 1.0)
@@ -315,9 +316,9 @@ def test_a_resized_score_is_the_bilinear_one() -> None:
             below = grid[:, bottom, left] * (1 - along) + grid[:, bottom, right] * along
             expected = (above * (1 - down) + below * down) * 6 / 20
             torch.testing.assert_close(ours[:, row, column], expected)
-    uniform = resize_score(torch.full((1, 6), 1 / 6), (2, 3), (4, 6))
+    uniform = upsample_score(torch.full((1, 6), 1 / 6), (2, 3), (4, 6))
     torch.testing.assert_close(uniform, torch.full((1, 24), 1 / 24))
-    assert torch.equal(resize_score(score, (2, 3), (2, 3)), score)
+    assert torch.equal(upsample_score(score, (2, 3), (2, 3)), score)
 
 
 LOOKERS = [
@@ -343,7 +344,7 @@ def test_a_smaller_look_is_that_of_a_model_built_smaller(case: str) -> None:
         )
     check_score(seen.image_attention, model)
     torch.testing.assert_close(seen.logits, expected.logits, atol=1e-5, rtol=1e-5)
-    score = resize_score(expected.image_attention, small.grid_size, model.grid_size)
+    score = upsample_score(expected.image_attention, small.grid_size, model.grid_size)
     torch.testing.assert_close(seen.image_attention, score, atol=1e-6, rtol=0)
     assert not torch.allclose(prediction(model, images, size), prediction(model, images), atol=1e-3)
 
@@ -498,7 +499,7 @@ def test_a_run_takes_both_flags_and_keeps_them(tmp_path: Path) -> None:
         tmp_path / "run",
     )
     assert more.code == 2
-    assert "--guide-size [8] -> None, --guide-amp bf16 -> None" in more.err
+    assert "--guide-size 8 -> None, --guide-amp bf16 -> None" in more.err
     refused = run_small("--guide-size 6 --data-path", photos)
     assert refused.code == 2
     assert (

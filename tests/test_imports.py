@@ -31,7 +31,15 @@ FREE = ("scripts", "tests")  # may import anything; nothing imports them
 # Methods, families and commands do not import each other; these files of their packages are shared.
 SHARED = {
     "mixers": {"interface", "boxes", "masks", "saliency"},
-    "models": {"interface", "blocks", "prefix_tokens", "float32_attention", "build", "weights"},
+    "models": {
+        "interface",
+        "blocks",
+        "prefix_tokens",
+        "float32_attention",
+        "windows",
+        "build",
+        "weights",
+    },
     "tools": set[str](),
 }
 Files = Mapping[str, str]  # path -> source

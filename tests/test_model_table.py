@@ -55,4 +55,4 @@ def test_the_page_is_what_the_code_gives() -> None:
 
 def test_every_family_says_what_its_score_means() -> None:
     assert all(family.score for family in FAMILIES)
-    assert len({family.kind for family in FAMILIES}) == len(FAMILIES)
+    assert len({family.network_class for family in FAMILIES}) == len(FAMILIES)

@@ -441,7 +441,7 @@ def test_swin_v2_takes_official_names() -> None:
     [
         ("eva02", {"patch_drop_rate": 0.2}, "drops patches"),
         ("twins_svt", {"depths": (2, 1)}, "LocallyGroupedAttn"),
-        ("twins_pcpvt", {"sr_ratios": (2, 2)}, "shrunk"),
+        ("twins_pcpvt", {"sr_ratios": (2, 2)}, "reduces its keys"),
         ("maxvit", {"block_type": ("M", "PM")}, "ParallelMaxxVitBlock"),
         ("coatnet", {"block_type": ("C", "C")}, "MbConvBlock"),
     ],

@@ -306,7 +306,7 @@ def test_one_that_cannot_guide_is_refused(tmp_path: Path) -> None:
         str(ours), classes=10
     )
     assert "head.weight" in refusal(f"vit_nano_patch4_32={plain}", classes=10)
-    assert "say whose weights these are: NAME=" in refusal(str(plain))
+    assert "add the name of the model: NAME=" in refusal(str(plain))
     assert "the file holds a vit_nano_patch4_32; give the file alone" in refusal(
         f"vit_mini_patch4_32={ours}"
     )

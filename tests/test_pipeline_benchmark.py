@@ -13,6 +13,8 @@ from torchvision.datasets.folder import pil_loader
 
 from pipeline import images
 from pipeline.samples import Batch
+from pipeline.spec import ImageSpec
+from pipeline.transforms import normalise
 from tests.image_folders import make_image_folder, message_of
 from tools.bench import pipeline, run, stages
 from utils import InputError
@@ -36,7 +38,7 @@ def test_every_case_gives_a_batch_and_all_draw_alike(tmp_path: Path) -> None:
         assert batch.images.dtype == torch.uint8
     assert all(torch.equal(batch.images, exact[0].images) for batch in exact)
     # what DeiT's erases lies in our boxes, and everything else is the same to the bit
-    pixels = pipeline.normalise(exact[0].images, pipeline.ImageSpec((64, 64)))
+    pixels = normalise(exact[0].images, ImageSpec((64, 64)))
     for image, plain, boxes in zip(pixels, floats[0], exact[0].boxes, strict=True):
         outside = torch.ones(64, 64, dtype=torch.bool)
         for top, bottom, left, right in boxes.tolist():

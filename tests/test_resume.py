@@ -150,7 +150,7 @@ def test_a_command_with_a_given_checkpoint_can_be_repeated(
         run_small(*words)
     again = run_small(*words)
     assert again.code == 0, again.err
-    assert f"--resume {finished / 'checkpoint.pth'} is for an empty --output-dir" in again.out
+    assert f"--resume {finished / 'checkpoint.pth'} is used only if" in again.out
     assert "next is epoch 2" in again.out
     assert [line["epoch"] for line in read_log(tmp_path / "run")] == [1, 2]
     (tmp_path / "run/checkpoint.pth").rename(own := tmp_path / "run/kept.pth")

@@ -72,7 +72,7 @@ def test_p14_a_second_run_is_refused_and_the_first_goes_on(
     assert second.code == 2
     owner = f"process {os.getpid()} on {socket.gethostname()}"
     assert (
-        f"--output-dir {folder}: {owner} is writing there; stop it, or choose another folder"
+        f"--output-dir {folder}: {owner} is writing to it; stop it, or choose another folder"
         in second.err
     )
     assert changed(fingerprint(tmp_path / "alone"), fingerprint(folder)) == []
@@ -141,7 +141,7 @@ def test_a_lock_holds_whatever_is_written_in_it(
     first, second = RunFolder(tmp_path), RunFolder(tmp_path)
     first.open()
     (tmp_path / ".lock").write_bytes(b"\xff\x00")
-    with pytest.raises(InputError, match="is writing there"):
+    with pytest.raises(InputError, match="is writing to it"):
         second.open()
     first.close()
     second.open()
@@ -425,7 +425,7 @@ def test_going_back_gives_up_what_came_later(photos: Path, tmp_path: Path) -> No
 
     with observing_steps(stop):
         run = run_small(*words, *back, "--resume", tmp_path / "checkpoints" / "0000000002.pth")
-    assert "a later checkpoint is set aside as" in run.out
+    assert "a later checkpoint was renamed to" in run.out
     assert (read_status(tmp_path)["state"], steps_in(tmp_path)) == ("preempted", [1, 2, 3])
     assert (tmp_path / "checkpoints" / "0000000005.pth.aside").read_bytes() == content
     again = run_small(*words, *back, "--auto-resume")

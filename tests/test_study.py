@@ -17,7 +17,7 @@ from config.flags import get_args_parser
 from config.mixing_flags import PASTING_METHODS
 from losses import SMMixLoss
 from mixers.interface import MixedBatch, StepRandom
-from models.interface import GuideOutput, ModelOutput, resample_score, resize_score
+from models.interface import GuideOutput, ModelOutput, resample_score, upsample_score
 from smmix import Drawn, Scheme, SMMix, mix_logits, mix_probs
 from tests.conftest import FakeGuide
 from tests.mixing import fake_teacher, make_switch
@@ -211,11 +211,11 @@ def test_a_score_of_a_finer_grid_is_shared_by_area(
 
 def test_a_score_of_a_coarser_grid_is_the_bilinear_one() -> None:
     score = torch.rand(2, 6, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(resample_score(score, (2, 3), (5, 4)), resize_score(score, (2, 3), (5, 4)))
+    assert torch.equal(resample_score(score, (2, 3), (5, 4)), upsample_score(score, (2, 3), (5, 4)))
     assert torch.equal(resample_score(score, (2, 3), (2, 3)), score)
     mixed = resample_score(score, (2, 3), (4, 2))  # finer rows, coarser columns
     torch.testing.assert_close(
-        mixed, resample_score(resize_score(score, (2, 3), (4, 3)), (4, 3), (4, 2))
+        mixed, resample_score(upsample_score(score, (2, 3), (4, 3)), (4, 3), (4, 2))
     )
     uniform = resample_score(torch.full((1, 35), 1 / 35), (7, 5), (4, 8))
     torch.testing.assert_close(uniform, torch.full((1, 32), 1 / 32))

@@ -289,7 +289,7 @@ def test_a_slurm_job_saves_and_goes_to_the_queue_again(
     if preempted:
         for task in tasks:
             os.kill(task, signal.SIGTERM)
-        wait_until(lambda: "saved; Slurm has 600 s" in (stubbed / "said0").read_text(), job)
+        wait_until(lambda: "saved; waiting 600 s for Slurm" in (stubbed / "said0").read_text(), job)
         assert not lines(stubbed / "asked")
     for task in tasks[:1] if preempted else tasks:
         os.kill(task, signal.SIGUSR2)

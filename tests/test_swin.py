@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from engine import make_guide
 from models.interface import AttentionOf
-from models.swin import TABLE, Swin, resize_table, window_attention_map, window_of
+from models.swin import TABLE, Swin, resize_table, window_attention_map, window_of_table
 from tests.conftest import randomise
 from training.precision import make_autocast
 
@@ -581,7 +580,7 @@ def test_near_offsets_keep_their_values_in_a_resized_table() -> None:
     ],
 )
 def test_the_window_behind_a_table(entries: int, grid: Any, window: Any) -> None:
-    assert window_of(entries, grid) == window
+    assert window_of_table(entries, grid) == window
 
 
 def test_weights_of_another_architecture_stay_as_they_are() -> None:
@@ -592,7 +591,7 @@ def test_weights_of_another_architecture_stay_as_they_are() -> None:
         new.network.load_state_dict(weights, strict=True)
 
 
-# --------------------------------------------------------------------- compiled, with checkpointing
+# ------------------------------------------------------------------------------ with checkpointing
 
 
 @pytest.mark.parametrize("need_attention", [None, "image", "class"])
@@ -606,20 +605,3 @@ def test_gradient_checkpointing_changes_nothing(need_attention: AttentionOf | No
         (output.logits.square().sum() + output.region_logits.square().sum()).backward()
     for (name, ours), theirs in zip(saving.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
-
-
-@pytest.mark.slow
-def test_compiled_equals_eager_in_all_calls() -> None:
-    torch.compiler.reset()
-    model = build("shifted", depths=(2,), num_heads=(2,), img_size=(12, 18))
-    compiled: Callable[..., Any] = torch.compile(model, backend="aot_eager")
-    images, mask = images_for(model), some_mask(model)
-    for given in (
-        {},
-        {"source_mask": mask},
-        {"need_attention": "image"},
-        {"need_attention": "class"},
-    ):
-        torch.testing.assert_close(
-            compiled(images, **given), model(images, **given), atol=1e-5, rtol=1e-5
-        )

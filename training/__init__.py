@@ -1,1 +1,1 @@
-"""What one training step uses: means, non-finite values, optimizer, precision."""
+"""Parts that one training step uses: means, non-finite values, optimizer, precision."""

@@ -149,14 +149,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], s
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    own = optimizer.state_dict()
+    expected = optimizer.state_dict()
     try:
-        saved_states = saved["state"].items()
-        wrong = [
-            index for index, entries in saved_states if not _fits(entries, own["state"][index])
-        ]
+        saved_states, states = saved["state"].items(), expected["state"]
+        wrong = [index for index, state in saved_states if not _fits(state, states[index])]
         groups = []
-        group_triples = zip(settings, own["param_groups"], saved["param_groups"], strict=True)
+        group_triples = zip(settings, expected["param_groups"], saved["param_groups"], strict=True)
         for before, after, saved_group in group_triples:
             # Some optimizers count their steps in the group: entries that the step has changed.
             changed = [name for name in after if name not in before or before[name] != after[name]]
@@ -173,19 +171,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], s
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
-def _fits(saved: Any, own: Any) -> bool:
+def _fits(saved: Any, expected: Any) -> bool:
     """Whether two parts of optimizer states have the same structure, shapes and kinds of number."""
-    if isinstance(own, Tensor):
-        alike = is_ordinary(saved) and saved.is_floating_point() == own.is_floating_point()
-        return alike and saved.shape == own.shape
-    if isinstance(own, dict):
+    if isinstance(expected, Tensor):
+        alike = is_ordinary(saved) and saved.is_floating_point() == expected.is_floating_point()
+        return alike and saved.shape == expected.shape
+    if isinstance(expected, dict):
         return (
             isinstance(saved, dict)
-            and saved.keys() == own.keys()
-            and all(_fits(saved[key], own[key]) for key in own)
+            and saved.keys() == expected.keys()
+            and all(_fits(saved[key], expected[key]) for key in expected)
         )
-    if isinstance(own, (list, tuple)):
+    if isinstance(expected, (list, tuple)):
         return (
-            isinstance(saved, type(own)) and len(saved) == len(own) and all(map(_fits, saved, own))
+            isinstance(saved, type(expected))
+            and len(saved) == len(expected)
+            and all(map(_fits, saved, expected))
         )
-    return type(saved) is type(own) or {type(saved), type(own)} <= {int, float}
+    return type(saved) is type(expected) or {type(saved), type(expected)} <= {int, float}

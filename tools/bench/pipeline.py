@@ -25,12 +25,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 
 import utils
 from pipeline import images as pipeline_images
-from pipeline import randaugment_pixels
-from pipeline.erasing import Erasing, erase
+from pipeline.erasing import Erasing
 from pipeline.images import Decode, Images, decode_pillow, decode_simplejpeg, read_files
 from pipeline.samples import Batch, TrainSamples
 from pipeline.spec import AUGMENTERS, Augment, ImageSpec
-from pipeline.transforms import build_train_transform, fill_color, guard_posterize, normalise
+from pipeline.transforms import FinishBatch, build_train_transform, guard_posterize
 from samplers import Place
 from tools.bench.image_folder import make_image_folder
 from tools.bench.timing import Case
@@ -135,6 +134,7 @@ def finished(
 ) -> Callable[[], torch.Tensor]:
     """The device's part: copy to the device, apply operations, normalise and erase."""
     device = device or torch.device("cpu")
+    finish_batch = FinishBatch(inputs.spec, inputs.augment.remode)
     assert batch.boxes is not None
     assert batch.operations is not None
     host_images, host_boxes, operations = (
@@ -144,10 +144,7 @@ def finished(
 
     def finish() -> torch.Tensor:
         images, boxes = (part.to(device, non_blocking=True) for part in (host_images, host_boxes))
-        images = images.contiguous()
-        if operations.shape[1]:
-            images = randaugment_pixels.apply(images, operations, fill_color(inputs.spec))
-        return erase(normalise(images, inputs.spec), boxes, inputs.augment.remode)
+        return finish_batch(images.contiguous(), boxes, operations)
 
     return finish
 

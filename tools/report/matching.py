@@ -17,7 +17,7 @@ import torch
 from config.flags import get_args_parser
 from config.mixing_flags import METHODS
 from config.resolve import model_config, resolve
-from models.build import draft_model
+from models.build import build_on_meta
 from run.saved_flags import FREE_ON_RESUME, same_value
 from tools.report.records import Result, Row, Run, SortedRuns, UnmatchedRun
 from utils import InputError, Processes
@@ -286,7 +286,7 @@ def _facts_of(model: str, patch_size: int | None) -> ModelFacts:
     """The values of this model for flags that are left out."""
     args = get_args_parser().parse_args(["--model", model])
     args.patch_size = patch_size
-    built = draft_model(**model_config(args, 10))
+    built = build_on_meta(**model_config(args, 10))
     return ModelFacts(built.input_size, built.score_blocks)
 
 
