@@ -12,7 +12,7 @@ from typing import Any
 import utils
 from config.build_mixer import MixingSettings
 from config.mixing_flags import con_weight_of
-from models.build import build_on_meta
+from models.build import own_input_size
 from training import optim
 from utils import Processes
 
@@ -55,7 +55,10 @@ def resolve(
     elif settings.has_con:
         flags["consistency"] = settings.arithmetic.consistency
     flags["con_weight"] = con_weight_of(args.mixer, args.con_weight)
-    flags["input_size"] = build_on_meta(**model_config(Flags(flags), num_classes=1)).input_size
+    sides = args.input_size
+    flags["input_size"] = (
+        own_input_size(args.model, args.patch_size) if sides is None else utils.as_pair(sides)
+    )
     return Flags(flags)
 
 

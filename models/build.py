@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import timm
@@ -211,6 +212,19 @@ def build_on_meta(**config: Any) -> ImageModel:
     except (NotImplementedError, RuntimeError):
         # Some models of older releases of timm cannot be built without real values.
         return build_model(**config)
+
+
+@cache
+def own_input_size(name: str, patch_size: int | None = None) -> tuple[int, int]:
+    """Height and width in pixels of the images that a model takes if no other size is asked for.
+
+    Args:
+        patch_size: side of a patch in pixels; default: the model's own.
+
+    Raises:
+        InputError: as in `build_model`.
+    """
+    return build_on_meta(name=name, num_classes=1, patch_size=patch_size).input_size
 
 
 def _wrapper_of(network: nn.Module, name: str) -> Callable[..., ImageModel]:

@@ -26,7 +26,10 @@ TEXTS = sorted(
     path
     for pattern in ("*.*", "NOTICE", ".ci/*", "scripts/**/*", "*/*.md", "*/**/*.py")
     for path in ROOT.glob(pattern)
-    if path.is_file() and path.suffix not in (".pth", ".pyc") and ".venv" not in path.parts
+    if path.is_file()
+    and path.name != ".git"
+    and path.suffix not in (".pth", ".pyc")
+    and ".venv" not in path.parts
 )
 FLAGS_PAGE = ROOT / "docs/flags.md"
 OTHER_FLAGS = {

@@ -19,7 +19,7 @@ from config.resolve import Flags, resolve
 from storage import safe_load
 from tests.image_folders import make_image_folder
 from tests.runs import Outcome, run_small, split
-from utils import InputError, Processes
+from utils import Processes
 
 CPU = Processes(0, 1, torch.device("cpu"))
 TINY = "--model vit_nano_patch4_32 --input-size 16"
@@ -66,11 +66,6 @@ def test_resolved_flags_are_not_written() -> None:
     with pytest.raises(AttributeError, match="batch_size"):
         flags.batch_size = 3
     assert not [name for name, value in vars(flags).items() if isinstance(value, list)]
-
-
-def test_an_unknown_model_is_refused_before_data_are_opened() -> None:
-    with pytest.raises(InputError, match="--model deit_tiny_patch16: no such model"):
-        flags_of("--model deit_tiny_patch16 --data-path nosuch")
 
 
 # ------------------------------------------------------------------------------------- one reading
