@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from config.parser import Parser
 from storage.files import write_atomically
+from tools.report import tables
 from tools.report.details import run_page
 from tools.report.folders import find_runs
 from tools.report.html import write_page
@@ -25,7 +26,6 @@ from tools.report.markdown import write_text
 from tools.report.matching import changed_flags, sort_runs
 from tools.report.records import Result, Row, Run, SortedRuns
 from tools.report.results import build_report, progress, recipe_name, table_name
-from tools.report.tables import read_rows
 from utils import InputError, run_command
 
 
@@ -91,7 +91,7 @@ def _write(data: bytes, stream: BinaryIO) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = read_args(argv)
     folder = Path(args.output)
-    html, markdown = make_report(args.root, read_rows())
+    html, markdown = make_report(args.root, tables.read_rows())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

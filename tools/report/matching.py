@@ -298,7 +298,8 @@ def _defaults() -> dict[str, Any]:
 def changed_flags(run: Run) -> list[tuple[str, str, str]]:
     """Flags of the recipe that differ from main.py's defaults: name, value, default."""
     mixer = run.args["mixer"] if run.args["mixer"] in METHODS else "none"
-    arguments = ("--data-set", "DIGITS", "--mixer", mixer)
+    # A size spares building the model, whose own size is not compared here.
+    arguments = ("--data-set", "DIGITS", "--input-size", "1", "--mixer", mixer)
     defaults = {
         **flags_of(arguments, _device_of(run)),
         "input_size": run.args.get("input_size"),
