@@ -21,7 +21,8 @@ from models.float32_attention import InFloat32, attention_in_float32
 from models.interface import AttentionOf, ImageModel, ModelOutput
 from models.weights import plain_weights
 from tests.conftest import randomise
-from tests.runs import read_log, run_small
+from tests.image_folders import make_image_folder
+from tests.runs import read_log, run_small, split
 from tests.test_families import ONE_OF_EACH, TINY, gradient_of, loss_of, make_model, one_pass
 from utils import InputError
 
@@ -263,12 +264,13 @@ def test_a_convolutional_network_is_refused(name: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_trains_and_averages_so_and_its_checkpoint_is_as_ever(tmp_path: Path) -> None:
-    flags = "--amp bf16 --mixup-switch-prob 1 --data-set DIGITS"
-    training = run_small(flags, "--attn-fp32 --output-dir", tmp_path / "a").training
+    photos = make_image_folder(tmp_path / "photos", ("ant", "bee"), per_class=8, size=(20, 20))
+    flags = split("--amp bf16 --mixup-switch-prob 1 --data-path", photos)
+    training = run_small(*flags, "--attn-fp32 --output-dir", tmp_path / "a").training
     assert len(layers_of(training.module)) == len(layers_of(training.ema.module)) == 4
     assert 0 < read_log(tmp_path / "a")[0]["train_loss"] < 10
     evaluated = run_small("--eval --resume", tmp_path / "a/checkpoint.pth")
     assert evaluated.code == 0, evaluated.err
-    refused = run_small(flags, "--attn-fp32 --model test_resnet --input-size 64")
+    refused = run_small(*flags, "--attn-fp32 --model test_resnet --input-size 64")
     assert refused.code == 2
     assert "--attn-fp32: test_resnet has no attention" in refused.err

@@ -4,6 +4,7 @@ no trace."""
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +169,25 @@ def test_two_steps_reach_every_parameter(
     assert all(moved)
 
 
+HAS_COMPILER = any(map(shutil.which, ("cc", "gcc", "clang", "g++", "cl")))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", TINY)
-def test_a_compiled_model_takes_the_same_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced whole by dynamo; the code generator behind it is torch's affair, and runs in
-    `test_a_compiled_run_trains_alike`."""
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        *((family, "eager") for family in TINY),
+        pytest.param(
+            "VisionTransformer",
+            "inductor",
+            marks=pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler"),
+        ),
+    ],
+)
+def test_a_compiled_model_takes_the_same_step(
+    family: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced whole by dynamo; the code generator behind it is torch's affair, and runs once."""
     monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, True))
     losses, gradients = [], []
     for compiled in (False, True):
@@ -183,9 +198,8 @@ def test_a_compiled_model_takes_the_same_step(family: str, monkeypatch: pytest.M
         training.model.train()
         if compiled:
             torch._dynamo.reset()
-            whole: dict[str, Any] = {"backend": "eager", "fullgraph": True}
-            training.model = torch.compile(training.module, **whole)  # type: ignore[assignment]
-            call = torch.compile(training.module.motivating_pass, **whole)
+            training.model = torch.compile(training.module, backend=backend, fullgraph=True)  # type: ignore[assignment]
+            call = torch.compile(training.module.motivating_pass, backend="eager", fullgraph=True)
             training.guide = engine.make_guide(training.module, training.autocast, call)
         seen: list[Tensor] = []
         training.optimizer.register_step_pre_hook(

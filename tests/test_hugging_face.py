@@ -87,9 +87,10 @@ def forked(folder: str, shards: str) -> dict[str, Any]:
 
 
 def spawned(shards: str) -> dict[str, Any]:
-    """Batches of no worker and of one that is spawned: it imports this file, and so our
-    `datasets.py`, first."""
-    multiprocessing.set_start_method("spawn")
+    """Batches of no worker and of one that gets everything pickled, as a spawned one does: it
+    imports this file, and so our `datasets.py`, first."""
+    multiprocessing.set_start_method("forkserver")
+    multiprocessing.set_forkserver_preload(["torch", "timm"])
     cases = {
         "hfds": (f"timm/hfds/{shards}", "", True),
         "hfids": (f"timm/hfids/{shards}", "", False),

@@ -48,9 +48,12 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def spawn() -> Iterator[None]:
-    """Workers start as on Windows and macOS: everything they need is pickled."""
-    before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("spawn", force=True)
+    """Workers start as on Windows and macOS: everything they need is pickled. Where it can, a
+    server has imported torch for them."""
+    before, methods = multiprocessing.get_start_method(), multiprocessing.get_all_start_methods()
+    fast = "forkserver" in methods
+    multiprocessing.set_forkserver_preload(["pipeline.loaders"])
+    multiprocessing.set_start_method("forkserver" if fast else "spawn", force=True)
     yield
     multiprocessing.set_start_method(before, force=True)
 

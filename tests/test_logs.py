@@ -6,6 +6,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
+import os
 import random
 import sys
 from pathlib import Path
@@ -148,9 +149,9 @@ def reduce_on_a_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_reduce_over_two_ranks(tmp_path: Path) -> None:
-    mp.spawn(reduce_on_a_rank, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(reduce_on_a_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
             "loss": 4.0,

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -448,11 +449,8 @@ def test_train_mode_decides_about_drop_path(photos: Path, tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("cc", "gcc", "clang", "g++", "cl"))), reason="no C compiler"
-)
-def test_a_compiled_run_trains_alike(photos: Path) -> None:
+def test_a_compiled_run_trains_alike(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     words = split(
         "--model deit_runs_distilled_patch4_16 --batch-size 12 --drop-path 0 --mixup-switch-prob 1 "
         "--lr 0.01"
