@@ -358,6 +358,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     processes = utils.init_processes(args.device, args.data_timeout)
     with RunLog(args.output_dir or None, processes) as log:
+        if args.config:
+            log.say(f"flags from {', '.join(args.config)}, then the command line")
         (evaluate if args.eval else train)(args, processes, log, read)
 
 

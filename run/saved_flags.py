@@ -13,6 +13,7 @@ from utils import InputError
 # Evaluation may run on another machine, on other images or in another precision. The other flags
 # define the model.
 FREE_IN_EVALUATION = {
+    "config",
     "eval",
     "resume",
     "output_dir",
@@ -30,6 +31,7 @@ FREE_IN_EVALUATION = {
 }
 # Flags that evaluation never takes from the checkpoint.
 NOT_FROM_CHECKPOINT = {
+    "config",
     "eval",
     "resume",
     "output_dir",

@@ -66,6 +66,7 @@ DEIT = {
     "inat_category": "name",
 }
 SMMIX: dict[str, Any] = {
+    "config": [],
     "mixer": "smmix",
     "mix_protocol": "switch",
     "mix_alpha": None,
