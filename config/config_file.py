@@ -80,7 +80,15 @@ class MainParser(Parser):
 
 
 def _check_whole(parser: Parser, parsed: argparse.Namespace, line: Expanded) -> None:
-    """Refuses a record without an output folder, and two sources of the micro-batches."""
+    """Refuses `--accum-steps` beside `--total-batch`, and a record without an output folder."""
+    if parsed.total_batch is not None:
+        in_files = [name for name, one in line.settings.items() if one.words]
+        if "accum_steps" in {*in_files, *explicit_flags(parser, line.typed)}:
+            raise InputError(
+                f"--accum-steps {parsed.accum_steps}: contradicts --total-batch "
+                f"{parsed.total_batch}, which sets the number of micro-batches; leave out one of "
+                "them"
+            )
     if not line.record:
         return
     needs_folder = not (parsed.eval or parsed.list_models)

@@ -53,10 +53,20 @@ def _add_run(parser: Parser) -> None:
         "--start-epoch", default=0, type=int, help="number of the first epoch; --resume sets it"
     )
     group.add_argument(
-        "--batch-size", default=64, type=int, help="images per process and micro-batch"
+        "--batch-size",
+        default=64,
+        type=int,
+        help="images per process and micro-batch; with --total-batch: the most there may be",
     )
     group.add_argument(
         "--accum-steps", default=1, type=int, help="micro-batches per optimizer step"
+    )
+    group.add_argument(
+        "--total-batch",
+        type=int,
+        metavar="N",
+        help="images per optimizer step, over all processes and micro-batches; the micro-batches "
+        "are as few as --batch-size allows; default: batch size x processes x micro-batches",
     )
     group.add_argument(
         "--amp", choices=["fp16", "bf16", "none"], help="default: fp16 on CUDA, none elsewhere"

@@ -234,6 +234,27 @@ def test_a_record_gives_the_same_run_again(words: str, tmp_path: Path) -> None:
     assert (found["output_dir"], found["start_epoch"], found["accept_changes"]) == ("y", 0, None)
 
 
+def test_a_record_keeps_the_total_batch(tmp_path: Path) -> None:
+    file = record(tmp_path, "--batch-size 16 --accum-steps 3")
+    line = split("--output-dir y --config", file)
+    for words, processes, shares in (
+        ("", 1, (16, 3, 48)),
+        ("", 2, (12, 2, 48)),
+        ("--batch-size 8", 1, (8, 6, 48)),
+        ("--total-batch 32", 1, (16, 2, 32)),
+    ):
+        args = get_args_parser().parse_args([*line, *words.split()])
+        flags = resolve(args, Processes(0, processes, torch.device("cpu")))
+        assert (flags.batch_size, flags.accum_steps, flags.total_batch) == shares
+    with pytest.raises(InputError, match="--accum-steps 3: contradicts --total-batch 48"):
+        parsed(*map(str, line), "--accum-steps 3")
+    older = {name: value for name, value in json.loads(file.read_text()).items() if value != 48}
+    args = parsed("--output-dir y --config", written(tmp_path, json.dumps(older), "old.json"))
+    assert (args["batch_size"], args["accum_steps"], args["total_batch"]) == (16, 3, None)
+    args = parsed("--total-batch 32 --output-dir y --config", tmp_path / "old.json")
+    assert args["total_batch"] == 32
+
+
 @pytest.mark.parametrize(
     ("words", "more", "wanted"),
     [
