@@ -204,14 +204,17 @@ def shares_of_resumed(
     if checkpoint is None:
         return {}
     asked = {"batch_size": args.batch_size, "accum_steps": args.accum_steps}
+    if args.total_batch is not None:
+        asked["total_batch"] = args.total_batch
     changes = run_state.keep_total_batch(
         checkpoint, asked, processes.world_size, args.accept_changes or ()
     )
+    size, old_size = processes.world_size, checkpoint.get("world_size")
+    reason = f"{size} processes instead of {old_size}"
+    if size == old_size:  # the run was started with --total-batch, which is left out now
+        reason = "the total batch stays as it was"
     for name, value in changes.items():
-        log.say(
-            f"{processes.world_size} processes instead of {checkpoint['world_size']}: "
-            f"--{name} is now {value}"
-        )
+        log.say(f"{reason}: --{name} is now {value}")
     return changes
 
 
@@ -358,6 +361,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     processes = utils.init_processes(args.device, args.data_timeout)
     with RunLog(args.output_dir or None, processes) as log:
+        if args.config:
+            log.say(f"flags from {', '.join(args.config)}, then the command line")
         (evaluate if args.eval else train)(args, processes, log, read)
 
 

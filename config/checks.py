@@ -13,6 +13,7 @@ POSITIVE = (
     "max_bad_steps",
     "batch_size",
     "accum_steps",
+    "total_batch",
     "epochs",
     "repeats",
     "recount",

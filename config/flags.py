@@ -7,12 +7,13 @@ of range and flags that contradict each other. Flags may be written with hyphens
 from __future__ import annotations
 
 from config import mixing_flags
+from config.config_file import MainParser
 from config.parser import Parser, add_switch
 
 
 def get_args_parser() -> Parser:
     """All flags of `main.py`, in groups."""
-    parser = Parser("SMMix training and evaluation", allow_abbrev=False)
+    parser = MainParser("SMMix training and evaluation", allow_abbrev=False)
     for add_group in (
         _add_run,
         _add_saving,
@@ -30,6 +31,14 @@ def get_args_parser() -> Parser:
 
 def _add_run(parser: Parser) -> None:
     group = parser.add_argument_group("run")
+    group.add_argument(
+        "--config",
+        default=[],
+        action="append",
+        metavar="FILE",
+        help="YAML file with flags as keys, or the args.json of a run; may be given several times: "
+        "later files win, the command line wins over all",
+    )
     group.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     group.add_argument("--seed", default=0, type=int)
     group.add_argument("--epochs", default=300, type=int)
@@ -44,10 +53,20 @@ def _add_run(parser: Parser) -> None:
         "--start-epoch", default=0, type=int, help="number of the first epoch; --resume sets it"
     )
     group.add_argument(
-        "--batch-size", default=64, type=int, help="images per process and micro-batch"
+        "--batch-size",
+        default=64,
+        type=int,
+        help="images per process and micro-batch; with --total-batch: the most there may be",
     )
     group.add_argument(
         "--accum-steps", default=1, type=int, help="micro-batches per optimizer step"
+    )
+    group.add_argument(
+        "--total-batch",
+        type=int,
+        metavar="N",
+        help="images per optimizer step, over all processes and micro-batches; the micro-batches "
+        "are as few as --batch-size allows; default: batch size x processes x micro-batches",
     )
     group.add_argument(
         "--amp", choices=["fp16", "bf16", "none"], help="default: fp16 on CUDA, none elsewhere"

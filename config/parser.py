@@ -106,9 +106,10 @@ def add_switch(group: Any, name: str, default: bool, text: str) -> None:
 
 def explicit_flags(parser: Parser, argv: Sequence[str] | None) -> dict[str, Any]:
     """The flags that a command line names, with their values; defaults are left out."""
-    silent = argparse.Namespace(**{action.dest: _ABSENT for action in parser._actions})
-    parsed = vars(parser.parse_args(argv, silent))
-    return {name: value for name, value in parsed.items() if value is not _ABSENT}
-
-
-_ABSENT = object()
+    # A flag that may be given several times adds to a copy of its list.
+    absent = {
+        action.dest: [] if isinstance(action.default, list) else object()
+        for action in parser._actions
+    }
+    parsed = vars(parser.parse_args(argv, argparse.Namespace(**absent)))
+    return {name: value for name, value in parsed.items() if value is not absent[name]}

@@ -13,8 +13,9 @@ import utils
 from config.build_mixer import MixingSettings
 from config.mixing_flags import con_weight_of
 from models.build import own_input_size
+from samplers import fewest_micro_batches
 from training import optim
-from utils import Processes
+from utils import InputError, Processes
 
 
 class Flags(argparse.Namespace):
@@ -42,9 +43,14 @@ def resolve(
             is resumed with another number of processes.
 
     Raises:
-        InputError: the model is unknown, or cannot be built with these settings.
+        InputError: the model is unknown, or cannot be built with these settings; or the processes
+            cannot share `--total-batch`.
     """
     flags = {**vars(args), **(changes or {})}
+    if args.total_batch is None:
+        flags["total_batch"] = total_batch(Flags(flags), processes)
+    elif not args.eval:  # an evaluation takes no steps
+        flags.update(_share_out(args.total_batch, args.batch_size, processes.world_size))
     flags["data_set"] = args.data_set or ("IMNET" if args.data_path else "DIGITS")
     flags["amp"] = args.amp or ("fp16" if processes.device.type == "cuda" else "none")
     if args.num_workers is None:
@@ -74,6 +80,23 @@ def model_config(flags: argparse.Namespace, num_classes: int) -> dict[str, Any]:
         "drop_path": flags.drop_path,
         "separate_region_head": flags.mixer == "smmix" and has_region_head,
     }
+
+
+def _share_out(total: int, largest: int, world_size: int) -> dict[str, int]:
+    """`batch_size` and `accum_steps` for this total batch, with at most `largest` images at once.
+
+    Raises:
+        InputError: the processes cannot share the total batch.
+    """
+    share, rest = divmod(total, world_size)
+    if rest:
+        near = [n * world_size for n in (share, share + 1) if n > 0]
+        raise InputError(
+            f"--total-batch {total}: {world_size} processes cannot share it evenly; use "
+            f"{' or '.join(map(str, near))}, or a number of processes that divides it"
+        )
+    accum = fewest_micro_batches(share, largest)
+    return {"batch_size": share // accum, "accum_steps": accum}
 
 
 def total_batch(flags: argparse.Namespace, processes: Processes) -> int:

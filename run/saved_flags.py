@@ -13,6 +13,7 @@ from utils import InputError
 # Evaluation may run on another machine, on other images or in another precision. The other flags
 # define the model.
 FREE_IN_EVALUATION = {
+    "config",
     "eval",
     "resume",
     "output_dir",
@@ -22,6 +23,7 @@ FREE_IN_EVALUATION = {
     "num_workers",
     "pin_mem",
     "batch_size",
+    "total_batch",
     "data_set",
     "data_path",
     "inat_category",
@@ -30,6 +32,7 @@ FREE_IN_EVALUATION = {
 }
 # Flags that evaluation never takes from the checkpoint.
 NOT_FROM_CHECKPOINT = {
+    "config",
     "eval",
     "resume",
     "output_dir",
@@ -57,6 +60,7 @@ FREE_ON_RESUME = (NOT_FROM_CHECKPOINT - {"amp"}) | {
     "data_path",
     "batch_size",
     "accum_steps",
+    "total_batch",
     "compile",
     "list_models",
     "attentive_teacher",

@@ -17,6 +17,7 @@ from engine import Training
 from models.weights import load_strictly, plain_weights, to_model_keys
 from run.folder import RunFolder, candidates
 from run.saved_flags import accepts, check_settings, same_value, short
+from samplers import fewest_micro_batches
 from storage.checkpoints import FORMAT, ReadCheckpoint, load_checkpoint
 from storage.files import to_plain
 from training.meters import Meters
@@ -242,13 +243,16 @@ def read(path: str, read_file: ReadCheckpoint = load_checkpoint) -> dict[str, An
 
 
 def keep_total_batch(
-    checkpoint: Mapping[str, Any], flags: dict[str, int], world_size: int, accepted: Collection[str]
+    checkpoint: Mapping[str, Any],
+    flags: Mapping[str, int],
+    world_size: int,
+    accepted: Collection[str],
 ) -> dict[str, int]:
     """The `batch_size` and `accum_steps` that keep the total batch of a resumed run.
 
     Args:
         checkpoint: the checkpoint that is resumed.
-        flags: both values on the command line.
+        flags: both values on the command line, and `total_batch` if it is there.
         world_size: the number of processes now.
         accepted: names of flags that may differ, or `all`.
 
@@ -262,10 +266,9 @@ def keep_total_batch(
     saved, old_size = checkpoint["args"], checkpoint.get("world_size", world_size)
     asked = checkpoint.get("asked") or saved
     total = saved["batch_size"] * saved["accum_steps"] * old_size
-    wanted_total = flags["batch_size"] * flags["accum_steps"] * world_size
-    if wanted_total == total:
-        return {}
-    if accepts(accepted, "batch_size"):
+    given = flags.get("total_batch")
+    wanted_total = given or flags["batch_size"] * flags["accum_steps"] * world_size
+    if wanted_total != total and _accepts_another_total(accepted):
         if (done := checkpoint.get("samples_in_epoch", 0)) % wanted_total:
             raise InputError(
                 f"{done} images of the current epoch are done, which is no whole number of steps "
@@ -273,8 +276,15 @@ def keep_total_batch(
                 "end of the epoch"
             )
         return {}
-    advice = "(or add --accept-changes batch-size, at the end of an epoch)"
-    if any(value != asked[name] for name, value in flags.items()):
+    flag = "batch-size" if given is None else "total-batch"
+    advice = f"(or add --accept-changes {flag}, at the end of an epoch)"
+    if given not in (None, total):
+        raise InputError(
+            f"--total-batch {given}: the run was started with a total batch of {total}; leave the "
+            f"flag as it was {advice}"
+        )
+    shares = ("batch_size", "accum_steps")
+    if wanted_total != total and any(flags[name] != asked[name] for name in shares):
         raise InputError(
             f"the run was started with a total batch of {total}; --batch-size x --accum-steps x "
             f"processes must be equal to it {advice}"
@@ -285,10 +295,14 @@ def keep_total_batch(
             f"the run was started with a total batch of {total}, which {world_size} processes "
             f"cannot share; use a number of processes that divides it {advice}"
         )
-    accum = next(
-        n for n in range(1, share + 1) if share % n == 0 and share // n <= asked["batch_size"]
-    )
+    if wanted_total == total:
+        return {}
+    accum = fewest_micro_batches(share, asked["batch_size"])
     return {"batch_size": share // accum, "accum_steps": accum}
+
+
+def _accepts_another_total(accepted: Collection[str]) -> bool:
+    return accepts(accepted, "batch_size") or accepts(accepted, "total_batch")
 
 
 def load(

@@ -236,6 +236,12 @@ def check_command(command: str) -> list[argparse.Namespace]:
     return []
 
 
+def without_files(words: list[str]) -> list[str]:
+    """Without `--config FILE`: tests/test_config_files.py reads the file that a page shows."""
+    pairs = zip(["", *words], [*words, ""], strict=True)
+    return [word for before, word in pairs if word and "--config" not in (before, word)]
+
+
 def check_python(words: list[str]) -> list[argparse.Namespace]:
     """`main.py ...` or `-m module ...`."""
     if words[0] == "-m":
@@ -248,7 +254,7 @@ def check_python(words: list[str]) -> list[argparse.Namespace]:
         module.read_args(words[2:])
         return []
     assert Path(words[0]).name == "main.py", f"no rule for python {words[0]}"
-    args = get_args_parser().parse_args(words[1:])
+    args = get_args_parser().parse_args(without_files(words[1:]))
     check_args(args)
     return [args]
 

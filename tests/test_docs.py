@@ -249,7 +249,7 @@ def sections(text: str) -> dict[str, list[list[str]]]:
 
 def shown(default: Any) -> str:
     """A default as the page writes it."""
-    if default is None or default == "":
+    if default in (None, "", []):
         return "none"
     if isinstance(default, bool):
         return "on" if default else "off"

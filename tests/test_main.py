@@ -23,7 +23,7 @@ from torch import Tensor
 import engine
 from config.flags import get_args_parser
 from tests.image_folders import make_image_folder
-from tests.launches import torchrun
+from tests.launches import run_ranks, torchrun
 from tests.runs import (
     SMALL,
     differences,
@@ -39,6 +39,8 @@ from tests.runs import (
 )
 from training import optim
 
+# The flags of a run whose steps draw nothing but the order of the images.
+NOT_RANDOM = "--mixer none --drop-path 0 --reprob 0 --opt momentum --lr 1 --epochs 2 --no-model-ema"
 SWITCHES = {
     "smmix": "--mixup-switch-prob 1",
     "mixup": "--mixup-switch-prob 0",
@@ -248,16 +250,34 @@ def test_seeds_and_workers(photos: Path) -> None:
 
 def test_micro_batches_add_up(photos: Path) -> None:
     """2 x 4 images are 1 x 8, where nothing in the step is random."""
-    flags = (
-        "--mixer none --drop-path 0 --reprob 0 --opt momentum --lr 1 --epochs 2 --no-model-ema "
-        "--data-path"
-    )
-    words = split(flags, photos)
+    words = split(NOT_RANDOM, "--data-path", photos)
     joined = run_small(*words, "--batch-size 8").training
     parts = run_small(*words, "--batch-size 4 --accum-steps 2").training
     start = run_small(*words, "--batch-size 8 --lr 1e-30").training
     assert largest_difference(weights_of(joined), weights_of(start)) > 1e-3
     assert largest_difference(weights_of(joined), weights_of(parts)) < 1e-6
+
+
+def test_a_total_batch_gives_the_same_weights_however_it_is_split(
+    photos: Path, tmp_path: Path
+) -> None:
+    """1 x 8, 2 x 4 and 4 x 2 images of one process, and two processes with 1 x 4 and 2 x 2."""
+    words = split(NOT_RANDOM, "--total-batch 8 --data-path", photos, "--output-dir")
+    found = {}
+    for processes, largest in ((1, 9), (1, 4), (1, 2), (2, 4), (2, 3)):
+        folder = tmp_path / f"{processes}_{largest}"
+        run_ranks(processes, tmp_path, *words, folder, f"--batch-size {largest}")
+        log = (folder / "train.log").read_text(encoding="utf-8")
+        factors = re.search(r"(\d+) per process x (\d+) processes x (\d+) accumulated = 8", log)
+        assert factors is not None
+        assert json.loads((folder / "args.json").read_text())["total_batch"] == 8
+        state = torch.load(folder / "checkpoint.pth", weights_only=True)
+        assert state["args"]["total_batch"] == 8
+        found[tuple(map(int, factors.groups()))] = state["model"]
+    assert list(found) == [(8, 1, 1), (4, 1, 2), (2, 1, 4), (4, 2, 1), (2, 2, 2)]
+    whole = found.pop((8, 1, 1))
+    for weights in found.values():
+        torch.testing.assert_close(weights, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_the_average_is_the_one_by_hand(photos: Path) -> None:

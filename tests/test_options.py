@@ -66,6 +66,7 @@ DEIT = {
     "inat_category": "name",
 }
 SMMIX: dict[str, Any] = {
+    "config": [],
     "mixer": "smmix",
     "mix_protocol": "switch",
     "mix_alpha": None,
@@ -83,6 +84,7 @@ SMMIX: dict[str, Any] = {
     "consistency": None,
     "region_size": None,
     "accum_steps": 1,
+    "total_batch": None,
     "compile": False,
     "auto_resume": False,
     "save_steps": 0,

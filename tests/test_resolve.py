@@ -16,6 +16,7 @@ import torch
 
 from config.flags import get_args_parser
 from config.resolve import Flags, resolve
+from run.state import keep_total_batch
 from storage import safe_load
 from tests.image_folders import make_image_folder
 from tests.runs import Outcome, run_small, split
@@ -58,7 +59,89 @@ def test_the_models_own_size_is_taken_where_none_is_given() -> None:
 def test_a_resumed_run_changes_its_shares_and_nothing_else() -> None:
     plain, changed = flags_of("--batch-size 8"), flags_of("--batch-size 8", batch_size=4)
     differing = {name for name in vars(plain) if vars(plain)[name] != vars(changed)[name]}
-    assert differing == {"batch_size"}
+    assert differing == {"batch_size", "total_batch"}
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "shares"),
+    [
+        ("--batch-size 8", 1, (8, 1, 8)),
+        ("--batch-size 8 --accum-steps 3", 2, (8, 3, 48)),
+        ("--total-batch 128 --batch-size 128", 1, (128, 1, 128)),
+        ("--total-batch 128 --batch-size 127", 1, (64, 2, 128)),
+        ("--total-batch 128 --batch-size 32", 2, (32, 2, 128)),
+        ("--total-batch 128 --batch-size 33", 2, (32, 2, 128)),
+        ("--total-batch 96 --batch-size 20", 3, (16, 2, 96)),
+        ("--total-batch 1024", 4, (64, 4, 1024)),
+        ("--total-batch 7 --batch-size 4", 1, (1, 7, 7)),
+        ("--total-batch 3", 3, (1, 1, 3)),
+    ],
+)
+def test_the_total_batch_is_shared_out(
+    words: str, processes: int, shares: tuple[int, int, int]
+) -> None:
+    args = get_args_parser().parse_args(split(TINY, words))
+    flags = resolve(args, Processes(0, processes, torch.device("cpu")))
+    assert (flags.batch_size, flags.accum_steps, flags.total_batch) == shares
+
+
+@pytest.mark.parametrize(
+    ("total", "processes", "advice"), [(100, 8, "use 96 or 104"), (3, 4, "use 4, or a number")]
+)
+def test_a_total_batch_that_cannot_be_shared_is_refused(
+    total: int, processes: int, advice: str
+) -> None:
+    args = get_args_parser().parse_args(split(TINY, f"--total-batch {total}"))
+    with pytest.raises(InputError, match=f"--total-batch {total}: {processes} .*{advice}"):
+        resolve(args, Processes(0, processes, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_accumulation_beside_the_total_batch_is_refused(accum: int) -> None:
+    with pytest.raises(InputError, match=f"--accum-steps {accum}: contradicts --total-batch 8"):
+        flags_of(f"--accum-steps {accum} --total-batch 8")
+
+
+SAVED = {"args": {"batch_size": 4, "accum_steps": 2}, "samples_in_epoch": 16}
+ASKED = {"batch_size": 4, "accum_steps": 1}  # with --total-batch 16, on 2 processes
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "accepted", "wanted"),
+    [
+        ({"total_batch": 16}, 2, (), {}),
+        ({"total_batch": 16}, 1, (), {}),
+        ({"total_batch": 16, "batch_size": 8}, 4, (), {}),
+        ({"total_batch": 16}, 3, (), "which 3 processes cannot share"),
+        ({"total_batch": 32}, 2, (), "--total-batch 32: the run .* of 16; .*-changes total-batch"),
+        ({"total_batch": 8}, 1, ("total-batch",), {}),
+        ({"total_batch": 8}, 1, ("all",), {}),
+        ({"batch_size": 8}, 1, ("total_batch",), {}),
+        ({"total_batch": 32}, 2, ("batch-size",), "16 images of the current epoch are done"),
+        ({}, 2, (), {"batch_size": 4, "accum_steps": 2}),
+        ({}, 1, (), {"batch_size": 4, "accum_steps": 4}),
+        ({"batch_size": 3}, 2, (), "--batch-size x --accum-steps x processes must be equal"),
+    ],
+)
+def test_a_resumed_run_keeps_its_total_batch(
+    flags: dict[str, int], processes: int, accepted: tuple[str, ...], wanted: Any
+) -> None:
+    checkpoint = {**SAVED, "world_size": 2, "asked": ASKED}
+    line = (checkpoint, {**ASKED, **flags}, processes, accepted)
+    if isinstance(wanted, dict):
+        assert keep_total_batch(*line) == wanted
+        return
+    with pytest.raises(InputError, match=wanted):
+        keep_total_batch(*line)
+
+
+def test_a_checkpoint_of_older_code_keeps_its_total_batch_too() -> None:
+    shares = {"batch_size": 4, "accum_steps": 2}
+    assert keep_total_batch(SAVED, shares, 1, ()) == {}
+    assert keep_total_batch({**SAVED, "world_size": 2}, shares, 1, ()) == {
+        "batch_size": 4,
+        "accum_steps": 4,
+    }
 
 
 def test_resolved_flags_are_not_written() -> None:

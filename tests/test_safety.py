@@ -128,6 +128,7 @@ NAMES = {
     "--accept-changes",
 }
 IMAGES = {"--data-path"}  # a folder of images
+FLAGS = {"--config"}  # YAML, of which only the words are used: tests/test_config_files.py
 RUNS = {"root"}  # a folder of runs, of which the report reads text and pictures
 WRITTEN = {"--output", "--output-dir", "--job-dir"}
 SLURM = {
@@ -144,7 +145,7 @@ SLURM = {
 
 def test_every_flag_that_takes_a_file_is_given_malicious_ones() -> None:
     tried = {" ".join(place.split()[:2]) for place in PLACES}
-    harmless = NAMES | IMAGES | RUNS | WRITTEN
+    harmless = NAMES | IMAGES | FLAGS | RUNS | WRITTEN
     found = set()
     for program in programs():
         here = harmless | SLURM if program == "run_with_submitit" else harmless

@@ -154,7 +154,7 @@ def differences(run: Run, row: Row) -> list[Difference]:
     if any(one.name == "score_block" for one in found) and _reads_last_block(run, wanted):
         found = [one for one in found if one.name != "score_block"]
     found += _compare_data(run, CIFAR10 if row.small else IMAGENET, wanted.get("subset"))
-    return [*found, *_compare_total(run, wanted, 1, IN_ROW), *_compare_starts(run)]
+    return [*found, *_compare_total(run, wanted, IN_ROW), *_compare_starts(run)]
 
 
 def differences_from_command(
@@ -172,7 +172,7 @@ def differences_from_command(
     Raises:
         InputError: `main.py` does not accept the arguments.
     """
-    wanted = flags_of(arguments, _device_of(run))
+    wanted = flags_of(arguments, _device_of(run), processes)
     max_steps, steps = wanted["max_steps"], run.status.get("step")
     is_within = isinstance(steps, int) and (max_steps is None or max_steps >= steps)
     found = compare_flags(run.args, wanted, IN_COMMAND)
@@ -183,14 +183,11 @@ def differences_from_command(
         if _weights_file(value) != _weights_file(expected):
             text = f"{written_flag(name, value)} ({IN_COMMAND} {_text_of(expected)})"
             found.append(Difference(name, text))
-    return [*found, *_compare_total(run, wanted, processes, IN_COMMAND)]
+    return [*found, *_compare_total(run, wanted, IN_COMMAND)]
 
 
-def _compare_total(
-    run: Run, wanted: dict[str, Any], processes: int, whose: str
-) -> Iterable[Difference]:
-    expected = wanted["batch_size"] * wanted["accum_steps"] * processes
-    total = total_batch(run)
+def _compare_total(run: Run, wanted: dict[str, Any], whose: str) -> Iterable[Difference]:
+    expected, total = wanted["total_batch"], total_batch(run)
     if total != expected:
         text = f"total batch {total or 'not recorded'} ({whose} {expected})"
         yield Difference("total batch", text)
@@ -265,8 +262,8 @@ def _weights_file(value: Any) -> str:
 
 
 @cache
-def flags_of(arguments: tuple[str, ...], device: str) -> dict[str, Any]:
-    """The flags that a run with these arguments on this device saves.
+def flags_of(arguments: tuple[str, ...], device: str, processes: int = 1) -> dict[str, Any]:
+    """The flags that a run with these arguments saves, on so many processes of this device.
 
     Raises:
         InputError: the parser refuses the arguments.
@@ -278,7 +275,7 @@ def flags_of(arguments: tuple[str, ...], device: str) -> dict[str, Any]:
             "main.py does not accept the arguments of a row of scripts/tables/: "
             + " ".join(arguments)
         ) from error
-    return dict(vars(resolve(args, Processes(0, 1, torch.device(device)))))
+    return dict(vars(resolve(args, Processes(0, processes, torch.device(device)))))
 
 
 @cache
