@@ -20,7 +20,7 @@ from run.state import keep_total_batch
 from storage import safe_load
 from tests.image_folders import make_image_folder
 from tests.runs import Outcome, run_small, split
-from utils import Processes
+from utils import InputError, Processes
 
 CPU = Processes(0, 1, torch.device("cpu"))
 TINY = "--model vit_nano_patch4_32 --input-size 16"
