@@ -16,6 +16,7 @@ def get_args_parser() -> Parser:
     parser = MainParser("SMMix training and evaluation", allow_abbrev=False)
     for add_group in (
         _add_run,
+        _add_step,
         _add_saving,
         _add_data,
         _add_model,
@@ -53,34 +54,6 @@ def _add_run(parser: Parser) -> None:
         "--start-epoch", default=0, type=int, help="number of the first epoch; --resume sets it"
     )
     group.add_argument(
-        "--batch-size",
-        default=64,
-        type=int,
-        help="images per process and micro-batch; with --total-batch: the most there may be",
-    )
-    group.add_argument(
-        "--accum-steps", default=1, type=int, help="micro-batches per optimizer step"
-    )
-    group.add_argument(
-        "--total-batch",
-        type=int,
-        metavar="N",
-        help="images per optimizer step, over all processes and micro-batches; the micro-batches "
-        "are as few as --batch-size allows; default: batch size x processes x micro-batches",
-    )
-    group.add_argument(
-        "--amp", choices=["fp16", "bf16", "none"], help="default: fp16 on CUDA, none elsewhere"
-    )
-    add_switch(
-        group,
-        "attn-fp32",
-        False,
-        "compute attention in float32 under --amp, for models whose attention overflows fp16",
-    )
-    group.add_argument(
-        "--compile", action="store_true", help="torch.compile the step and the motivating pass"
-    )
-    group.add_argument(
         "--max-bad-steps",
         default=20,
         type=int,
@@ -108,6 +81,38 @@ def _add_run(parser: Parser) -> None:
         "train-mode",
         True,
         "train in training mode; off: fine-tune without dropout and drop path",
+    )
+
+
+def _add_step(parser: Parser) -> None:
+    group = parser.add_argument_group("batch and precision")
+    group.add_argument(
+        "--batch-size",
+        default=64,
+        type=int,
+        help="images per process and micro-batch; with --total-batch: the most there may be",
+    )
+    group.add_argument(
+        "--accum-steps", default=1, type=int, help="micro-batches per optimizer step"
+    )
+    group.add_argument(
+        "--total-batch",
+        type=int,
+        metavar="N",
+        help="images per optimizer step, over all processes and micro-batches; the micro-batches "
+        "are as few as --batch-size allows; default: batch size x processes x micro-batches",
+    )
+    group.add_argument(
+        "--amp", choices=["fp16", "bf16", "none"], help="default: fp16 on CUDA, none elsewhere"
+    )
+    add_switch(
+        group,
+        "attn-fp32",
+        False,
+        "compute attention in float32 under --amp, for models whose attention overflows fp16",
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="torch.compile the step and the motivating pass"
     )
 
 
