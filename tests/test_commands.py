@@ -572,9 +572,9 @@ def test_a_scripts_other_arguments_win_over_the_recipe() -> None:
 
 
 def test_the_number_of_processes_defaults_to_the_gpus_here(tmp_path: Path) -> None:
-    python = tmp_path / "python3"
-    python.write_text("#!/bin/sh\necho 2\n")
-    python.chmod(0o755)
+    for name in ("python3", "torchrun"):  # without torchrun a script looks into .venv first
+        (tmp_path / name).write_text("#!/bin/sh\necho 2\n")
+        (tmp_path / name).chmod(0o755)
     args, printed = run_of("deit_tiny", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert (processes_of(printed), args.accum_steps) == (2, 2)
     own = Path(sys.executable).parent
