@@ -159,6 +159,15 @@ def test_p10_the_total_batch_stays(photos: Path, tmp_path: Path) -> None:
     whole = run_small(*words, "--batch-size 8")
     assert whole.code == 0, whole.err
     assert "8 per process x 1 processes x 1 accumulated = 8" in whole.out
+    other = run_small(*words, "--total-batch 16")
+    assert other.code == 2
+    assert "--total-batch 16: the run was started with a total batch of 8" in other.err
+    same = run_small(*words, "--total-batch 8 --batch-size 3")
+    assert same.code == 0, same.err
+    assert "2 per process x 1 processes x 4 accumulated = 8" in same.out
+    more = run_small(*words, "--total-batch 12 --batch-size 6 --accept-changes total-batch")
+    assert more.code == 0, more.err
+    assert "6 per process x 1 processes x 2 accumulated = 12" in more.out
 
 
 # ------------------------------------------------------------------------------ the control for DDP
