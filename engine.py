@@ -337,27 +337,24 @@ def evaluate(
     processes: utils.Processes,
     autocast: Autocast,
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent and cross entropy over the ranks' shares of a validation
-    set.
+    """Top-1 and top-5 accuracy in percent and mean cross entropy over all ranks' images.
 
-    Every image that some rank's loader gives counts once: hits are added, not averages averaged.
-    With fewer than five classes `acc5` asks for one of all of them.
+    Each image counts once: hits are summed over ranks, averages are not averaged. With fewer than
+    five classes `acc5` counts a hit in any of them.
 
     Returns:
-        `acc1`, `acc5`, `loss`, and `images`, how many were counted.
+        `acc1`, `acc5`, `loss`, and `images`, their number.
     """
     device = next(model.parameters()).device  # an average may live in host memory
-    sums = torch.zeros(
-        4, device=device
-    )  # images, top-1 hits, top-5 hits, loss; float32 counts exactly up to 2^24
+    # Images, top-1 hits, top-5 hits, loss; float32 counts exactly up to 2^24.
+    sums = torch.zeros(4, device=device)
     with eval_mode(model), torch.no_grad():
         for batch in loader:
             images, labels = to_device(device, *batch)
             with autocast():
                 logits = model(images).logits.float()  # (B, K)
-            best = (
-                logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
-            )  # (B, 5)
+            indices = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+            best = indices == labels[:, None]  # (B, 5)
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             count = torch.full((), float(len(labels)), device=device)
             sums += torch.stack((count, best[:, 0].sum().float(), best.sum().float(), loss))
