@@ -73,7 +73,7 @@ def memory_format(flags: Flags) -> torch.memory_format:
 
 
 def open_images(flags: Flags, train: bool, read: ReadCheckpoint) -> Any:
-    """The training images (with `--subset` a part of them), or all images for evaluation.
+    """The images for training or for evaluation; `--subset` and `--val-subset` take a part of them.
 
     Raises:
         InputError: the data cannot be opened, or `--motivator` predicts other classes.
@@ -90,7 +90,9 @@ def open_images(flags: Flags, train: bool, read: ReadCheckpoint) -> Any:
     )
     if train and flags.motivator not in ("self", "ema") and uses_predictions(flags):
         check_motivator_classes(flags.motivator, images.class_names, read)
-    return images if flags.subset is None or not train else take_subset(images, flags.subset)
+    count = flags.subset if train else flags.val_subset
+    flag = "--subset" if train else "--val-subset"
+    return images if count is None else take_subset(images, count, flag)
 
 
 def make_eval_loader(flags: Flags, val: Any, spec: ImageSpec, processes: Processes) -> Any:

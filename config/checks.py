@@ -20,6 +20,7 @@ POSITIVE = (
     "log_every",
     "eval_every",
     "subset",
+    "val_subset",
     "max_steps",
     "lr",
     "opt_eps",

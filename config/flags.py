@@ -185,6 +185,12 @@ def _add_data(parser: Parser) -> None:
         "seed; evaluation uses all images",
     )
     group.add_argument(
+        "--val-subset",
+        type=int,
+        metavar="N",
+        help="evaluate on N images, chosen in the same way, for trials; default: all",
+    )
+    group.add_argument(
         "--input-size",
         type=int,
         nargs="+",

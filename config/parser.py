@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
     """Accepts hyphens and underscores alike, refuses abbreviations, and explains removed flags."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        given = [_hyphenated(word) for word in (sys.argv[1:] if args is None else args)]
+        given = [hyphenated(word) for word in (sys.argv[1:] if args is None else args)]
         for word in given:
             if (flag := word.split("=")[0].lower()) in GONE:
                 self.error(f"{flag}: {GONE[flag]}")
@@ -91,7 +91,7 @@ def _is_possible(action: argparse.Action, value: Any) -> bool:
     return is_default or fits(value)
 
 
-def _hyphenated(word: str) -> str:
+def hyphenated(word: str) -> str:
     """`--output_dir=a_b` -> `--output-dir=a_b`; words that are not flags stay as they are."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if word.startswith("--") else word

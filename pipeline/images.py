@@ -184,13 +184,16 @@ class StreamedImages(IterableDataset[tuple[Image.Image, int]]):
             raise SampleError(f"the stream cannot be read any further ({error})") from error
 
 
-def take_subset(images: Images | StreamedImages, count: int) -> Images:
+def take_subset(images: Images | StreamedImages, count: int, flag: str = "--subset") -> Images:
     """A subset of `count` images with equal numbers of all classes.
 
     A class with too few images gives all of them. If the count cannot be divided equally, the first
     classes give one image more. Each class gives its images in the order of a hash of their
     numbers. The subset therefore does not depend on the run's seed, and a larger subset contains
     every smaller one.
+
+    Args:
+        flag: the flag that has the count, for messages.
 
     Raises:
         InputError: `count` is larger than the number of images or smaller than the number of
@@ -199,13 +202,13 @@ def take_subset(images: Images | StreamedImages, count: int) -> Images:
     labels = None if isinstance(images, StreamedImages) else images.labels
     if isinstance(images, StreamedImages) or labels is None:
         raise InputError(
-            f"--subset {count}: the labels of this data set are known only when its images are "
+            f"{flag} {count}: the labels of this data set are known only when its images are "
             "read; use --data-set IMNET, CIFAR, CIFAR10, INAT, INAT19, DIGITS or timm/ (folders)"
         )
     classes = len(images.class_names)
     if not classes <= count <= len(images):
         raise InputError(
-            f"--subset {count}: must lie between the {classes} classes and the {len(images)} images"
+            f"{flag} {count}: must lie between the {classes} classes and the {len(images)} images"
         )
     members: list[list[int]] = [[] for _ in range(classes)]
     for index, label in enumerate(labels):

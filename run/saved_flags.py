@@ -29,6 +29,7 @@ FREE_IN_EVALUATION = {
     "inat_category",
     "nb_classes",
     "eval_crop_ratio",
+    "val_subset",
 }
 # Flags that evaluation never takes from the checkpoint.
 NOT_FROM_CHECKPOINT = {
@@ -41,6 +42,7 @@ NOT_FROM_CHECKPOINT = {
     "num_workers",
     "auto_resume",
     "finetune",
+    "val_subset",
 }
 # Flags that may differ when a run is resumed, because they do not change what it learns.
 # `run.state.keep_total_batch` checks the total batch.

@@ -352,11 +352,13 @@ def load(
         meters = _own_meters(checkpoint.get("meters", []), training.processes)
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{source}: its state does not fit this run's: {error}") from error
+    # An accuracy on other images is no best one.
+    is_comparable = checkpoint["args"].get("val_subset") == identity.args["val_subset"]
     return Progress(
         checkpoint["epoch"] + 1,
         checkpoint["step"],
         checkpoint.get("samples_in_epoch", 0),
-        checkpoint["best_acc1"],
+        checkpoint["best_acc1"] if is_comparable else 0.0,
         checkpoint.get("first_rate"),
         meters,
         list(checkpoint.get("bad_images", [])),

@@ -1,9 +1,12 @@
 # shellcheck shell=bash
-# What the scripts share: messages, DRY_RUN, and the environment beside the project. Sourced, not run directly.
+# What the scripts share: messages, the environment beside the project, the start of a run. Sourced, not run directly.
 # Compatible with bash 3.2 (macOS).
+
+set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
+dry_run=0 # with --dry-run: commands are shown and not run
 
 say() { printf '== %s\n' "$*"; }
 
@@ -12,20 +15,20 @@ die() {
   exit 2
 }
 
-# Prints a command as it can be typed, then runs it; with DRY_RUN=1 only prints it. WORDS_TO names a file for its words.
+# The comment at the head of the script that was started.
+show_header() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
+
+# Prints a command as it can be typed, and runs it.
 run() {
   printf '%q ' "$@"
   printf '\n'
-  [[ -z ${WORDS_TO:-} ]] || printf '%s\0' "$@" >"$WORDS_TO"
-  [[ ${DRY_RUN:-0} == 1 ]] || "$@"
+  ((dry_run)) || "$@"
 }
 
-# For processes that all run on this machine: gloo and NCCL listen on its loopback interface, unless the caller names
-# another one. torchrun's key store cannot be limited: it listens on every interface (pytorch #173909).
-stay_on_loopback() {
-  local interface=lo
-  [[ $(uname) != Darwin ]] || interface=lo0
-  export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+# launch ARGUMENT...: scripts/launch.py in the activated environment, or else in the one of scripts/quickstart.sh.
+launch() {
+  command -v torchrun >/dev/null || PATH=$venv/bin:$PATH
+  exec python3 "$root/scripts/launch.py" "$@"
 }
 
 # Makes sure that .venv exists and holds what the given requirements files name, and puts it first on PATH.
@@ -33,7 +36,7 @@ stay_on_loopback() {
 # in it start as `python -m ...`, because its launchers (torchrun, mypy) break if the project's folder moves.
 use_environment() {
   local file stamp checksum
-  [[ ${DRY_RUN:-0} != 1 ]] || return 0
+  ((!dry_run)) || return 0
   [[ -x $venv/bin/python ]] || make_environment "${PYTHON:-python3}"
   for file in "$@"; do
     stamp=$venv/installed-$file.cksum

@@ -1,42 +1,12 @@
 #!/usr/bin/env bash
-# PVT-T on ImageNet-1k with SMMix, 300 epochs: one row of Table 1 of the paper.
+# PVT-T on ImageNet-1k with SMMix, 300 epochs: its column of Table 1. The recipe is recipes/pvt_tiny.yaml.
 #
-#   bash scripts/pvt_tiny.sh --data-path /imagenet [--nproc N] [--output DIR] [ARGUMENT of main.py ...]
+#   bash scripts/pvt_tiny.sh --data-path /imagenet [--nproc N] [--dry-run] [ARGUMENT of main.py ...]
 #   bash scripts/pvt_tiny.sh --data-path /imagenet --mixer cutmix     the CutMix baseline, same recipe
 #
-# Expected top-1 (the paper's numbers): CutMix 75.1, SMMix 76.4. Not run by us: no figure of our own.
-# PVT's hardware: 8 GPUs on one machine, 8 x 128 images = 1024 per step. With another number of processes the total
-# stays the same: at most 128 images per process and micro-batch, and more micro-batches. A number that does not divide
-# the total is refused. The peak learning rate is --lr x total / 512. Pairs, region sizes and the choice of mixer are
-# drawn per micro-batch.
-#
-# --data-path DIR   folder with train/ and val/, one folder per class in each
-# --nproc N         processes on this machine; default: its GPUs
-# --output DIR      default: output/pvt_tiny_<mixer>; the same command resumes an interrupted run
-# --batch-size N    images per process; if the total cannot stay 1024, the script prints the new one
-# NNODES=2 NODE_RANK=0 MASTER_ADDR=host [MASTER_PORT=29500]   several machines: the same on each, ranks 0, 1, ...
-# DRY_RUN=1         show the command only
-#
-# PVT's own settings: drop path 0.1, no averaged weights.
-# The released SMMix code ran every size with drop path 0.1 and no clipping.
-# Otherwise the recipe is DeiT's, for both columns.
+# Expected top-1 (the paper's figures): CutMix 75.1, SMMix 76.4. Not run by us.
+# PVT's hardware: 8 GPUs, 8 x 128 images per step. Other numbers of processes keep the total of 1024.
+# --help explains --nproc, several machines and the output folder.
 
-set -euo pipefail
-
-# shellcheck source=scripts/_imagenet.sh
-source "$(dirname "${BASH_SOURCE[0]}")/_imagenet.sh"
-
-# shellcheck disable=SC2034  # read by train_on_imagenet
-recipe=(
-  --data-set IMNET --model pvt_tiny --input-size 224 --eval-crop-ratio 0.875
-  --epochs 300 --seed 0 --amp fp16 --auto-resume
-  --opt adamw --opt-eps 1e-8 --weight-decay 0.05
-  --lr 5e-4 --sched cosine --warmup-epochs 5 --warmup-lr 1e-6 --min-lr 1e-5
-  --drop 0 --drop-path 0.1 --no-model-ema
-  --aa rand-m9-mstd0.5-inc1 --train-interpolation bicubic
-  --repeated-aug --repeats 3 --reprob 0.25 --remode pixel --recount 1
-  --smoothing 0.1 --mixup 0.8 --cutmix 1.0 --mixup-prob 1.0 --mixup-switch-prob 0.5 --mixup-mode batch
-  --variant paper --side-ratio 0.25 0.75
-)
-
-train_on_imagenet pvt_tiny 1024 128 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
+launch --recipe pvt_tiny "$@"

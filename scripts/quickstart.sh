@@ -2,12 +2,10 @@
 # From a fresh machine to a trained model: makes .venv, trains a small vision transformer with SMMix on 1,797 scans of
 # handwritten digits (they are inside scikit-learn: nothing is downloaded), evaluates it. Runs on CPUs, in minutes.
 #
-#   bash scripts/quickstart.sh [ARGUMENT of main.py ...]
+#   bash scripts/quickstart.sh [--dry-run] [ARGUMENT of main.py ...]
 #
+# --dry-run    show the commands and end
 # PYTHON=...   the interpreter that makes .venv (Python 3.10 or later)
-# DRY_RUN=1    show the commands only
-
-set -euo pipefail
 
 # shellcheck source=scripts/_common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
@@ -22,13 +20,16 @@ settings=(
   --no-repeated-aug --aa none --reprob 0 --drop-path 0 --model-ema-decay 0.99
 )
 
+given=()
 for word in "$@"; do
   case $word in
     -h | --help)
-      sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+      show_header
       exit 0
       ;;
+    --dry-run) dry_run=1 ;;
     --output?dir*) die "$word: this script writes to $output; call main.py itself for another folder" ;;
+    *) given+=("$word") ;;
   esac
 done
 
@@ -40,23 +41,21 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 say "1 of 3: environment"
 use_environment requirements.txt
 
-say "2 of 3: training on DIGITS with SMMix, 2 processes (torch.distributed.run is torchrun)"
-if (($# > 0)) && [[ ${DRY_RUN:-0} != 1 ]]; then # a mistyped flag must not cost the last run's results
+say "2 of 3: training on DIGITS with SMMix, 2 processes"
+if ((${#given[@]} > 0 && !dry_run)); then # a mistyped flag must not cost the last run's results
   python -c 'import main, utils; raise SystemExit(utils.run_command(lambda: main.read_args(None)))' \
-    "${settings[@]}" "$@"
+    "${settings[@]}" "${given[@]}"
 fi
 if [[ -e $output ]]; then
   say "removing the last run's $output"
-  [[ ${DRY_RUN:-0} == 1 ]] || rm -rf "$output"
+  ((dry_run)) || rm -rf "$output"
 fi
-stay_on_loopback
-run python -m torch.distributed.run --standalone --local_addr=127.0.0.1 --nproc_per_node=2 \
-  main.py "${settings[@]}" --output-dir "$output" "$@"
+run python scripts/launch.py --nproc 2 "${settings[@]}" --output-dir "$output" ${given[@]+"${given[@]}"}
 
 say "3 of 3: evaluating the trained model (and the running average of its weights, \"ema\")"
 run python main.py --eval --resume "$output/checkpoint.pth" --device cpu
 
-[[ ${DRY_RUN:-0} != 1 ]] || exit 0
+((!dry_run)) || exit 0
 say "done; everything is in $root/$output:"
 say "  log.txt          one line of JSON per epoch; train.log is what was printed"
 say "  mixing.png       what SMMix made of four pairs of images"

@@ -3,7 +3,7 @@
     python -m tools.report output
     python -m tools.report output --output somewhere
 
-It reads the run folders at and below the given folder and the rows of scripts/tables/, but no
+It reads the run folders at and below the given folder and the rows of recipes/tables.yaml, but no
 checkpoint, and changes none of them. The same folders give the same bytes. report.html is one file
 with everything in it.
 """
@@ -18,14 +18,14 @@ from typing import BinaryIO
 
 from config.parser import Parser
 from storage.files import write_atomically
-from tools.report import tables
 from tools.report.details import run_page
-from tools.report.folders import find_runs
 from tools.report.html import write_page
 from tools.report.markdown import write_text
-from tools.report.matching import changed_flags, sort_runs
-from tools.report.records import Result, Row, Run, SortedRuns
 from tools.report.results import build_report, progress, recipe_name, table_name
+from tools.runs.folders import find_runs
+from tools.runs.matching import changed_flags, sort_runs
+from tools.runs.records import Result, Row, Run, SortedRuns
+from tools.runs.rows import read_tables
 from utils import InputError, run_command
 
 
@@ -56,7 +56,7 @@ def rows_of_run(run: Run, found: SortedRuns) -> str:
         rows = [result.row for result in results if run in (*result.finished, *result.unfinished)]
         return ", ".join(f"{table_name(row.table)} {recipe_name(row)}" for row in rows)
 
-    kinds = [("", found.full), ("as a rehearsal: ", found.small)]
+    kinds = [("", found.full), ("", found.study), ("as a rehearsal: ", found.small)]
     kinds += [(f"as a rehearsal cut short ({cut}): ", found.cut[cut]) for cut in found.cut]
     parts = [kind + rows for kind, results in kinds if (rows := names(results))]
     if not parts:
@@ -69,7 +69,7 @@ def make_report(root: str, rows: Sequence[Row]) -> tuple[str, str]:
     """HTML and Markdown of the runs at and below `root`.
 
     Args:
-        rows: the rows of the paper's tables, see `tools.report.tables.read_rows`.
+        rows: the rows of the paper's tables, see `tools.runs.rows.read_tables`.
 
     Raises:
         InputError: `root` is not a folder, or it holds no run folder.
@@ -91,7 +91,7 @@ def _write(data: bytes, stream: BinaryIO) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = read_args(argv)
     folder = Path(args.output)
-    html, markdown = make_report(args.root, tables.read_rows())
+    html, markdown = make_report(args.root, read_tables().rows())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,7 +11,7 @@ from html import escape
 from itertools import groupby
 from typing import NamedTuple
 
-from tools.report.records import Chart, Series
+from tools.report.page import Chart, Series
 
 WIDTH, HEIGHT = 420, 250
 # Margins for: the ticks of y, the last tick of x, the ticks and the title of x.

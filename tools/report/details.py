@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from tools.report.records import Chart, Picture, Run, RunPage, Series
+from tools.report.page import Chart, Picture, RunPage, Series
+from tools.runs.records import Run, duration
 
 MAX_PIXELS = 40_000_000
 MAX_PNG_BYTES = 250_000  # larger pictures are encoded as JPEG
@@ -108,14 +109,6 @@ def _setting(run: Run) -> Iterable[tuple[str, str]]:
     yield "commit", run.versions.get("commit", "not recorded")
     others = [f"{name} {version}" for name, version in run.versions.items() if name != "commit"]
     yield "versions", ", ".join(others) or "not recorded"
-
-
-def duration(seconds: float) -> str:
-    """`1 h 02 min`, `3 min 20 s`, `16 s`."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
 def _problems(run: Run) -> Iterable[str]:

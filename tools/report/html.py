@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from html import escape as escape_html
 
 from tools.report import charts
-from tools.report.records import Cell, Report, RunPage, Section, Table
+from tools.report.page import Cell, Report, RunPage, Section, Table
 from tools.report.style import STYLE
 
 POLICY = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from tools.report.records import Cell, Report, RunPage, Section, Table
+from tools.report.page import Cell, Report, RunPage, Section, Table
 
 
 def escape(text: str) -> str:

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from statistics import fmean
 
-from tools.report.records import (
-    Cell,
-    Chart,
-    Report,
-    Result,
-    Row,
-    Run,
-    Section,
-    Series,
-    SkippedFolder,
-    SortedRuns,
-    Spread,
-    Table,
-    UnmatchedRun,
-)
+from tools.report.page import Cell, Chart, Report, Section, Series, Table
+from tools.runs.matching import flags_of
+from tools.runs.records import Result, Row, Run, SkippedFolder, SortedRuns, Spread, UnmatchedRun
 
 ACCURACY = (
     "Top-1 accuracy in percent, on the whole validation set, of the model after its last epoch. "
@@ -113,8 +100,9 @@ def accuracy_or_reason(result: Result) -> str:
 
 
 def table_name(table: str) -> str:
-    """`table7` -> Table 7, `tablea4` -> Table A4."""
-    return f"Table {table.removeprefix('table').upper()}"
+    """`table7` -> Table 7, `tablea4` -> Table A4; names of other tables stay as they are."""
+    number = table.removeprefix("table")
+    return table if number == table else f"Table {number.upper()}"
 
 
 def by_table(results: Iterable[Result]) -> list[list[Result]]:
@@ -131,12 +119,9 @@ def recipe_name(row: Row) -> str:
 
 
 def how_to_run(results: Sequence[Result], small: bool) -> str:
-    scripts = list(dict.fromkeys(result.row.script for result in results))
     flag = " --small" if small else " --row NAME"
-    lines = " or ".join(
-        f"bash scripts/tables/{script}{flag} --data-path FOLDER" for script in scripts
-    )
-    return f"To run its rows: {lines}"
+    table = results[0].row.table
+    return f"To run its rows: python -m tools.tables run {table}{flag} --data-path FOLDER"
 
 
 def repeated_seeds(results: Iterable[Result]) -> Iterable[str]:
@@ -182,10 +167,10 @@ def full_table(results: Sequence[Result], links: RunLinks) -> Table:
         ema = format_spread(result.spread("test_ema_acc1"))
         texts = [row.label, row.model, paper, ours, difference, seeds, ema]
         rows.append([*(Cell(text) for text in texts), links.cell(result), Cell(recipe_name(row))])
-    header, rows = without_empty(header, rows, "EMA")
+    for name in ("EMA", "paper", "difference"):
+        header, rows = without_empty(header, rows, name)
     was_run = any(result.finished or result.unfinished for result in results)
-    title = results[0].row.title.replace(" of the paper", "")
-    title = title if title.startswith("Table") else table_name(results[0].row.table)
+    title = results[0].row.title
     title += "" if was_run else f": none of its {len(rows)} rows was run"
     notes = [how_to_run(results, small=False), *repeated_seeds(results)]
     numeric = tuple(index for index, name in enumerate(header) if name in NUMERIC)
@@ -220,7 +205,7 @@ def small_table(results: Sequence[Result], papers: Sequence[Row], links: RunLink
         texts = [row.label, ours, seeds, ema, paper_figures(found)]
         rows.append([*(Cell(text) for text in texts), links.cell(result), Cell(recipe_name(row))])
     header, rows = without_empty(header, rows, EMA)
-    title = f"{results[0].row.title.replace(' of the paper', '')}: rehearsal on CIFAR-10"
+    title = f"{results[0].row.title}: rehearsal on CIFAR-10"
     notes = [how_to_run(results, small=True), *repeated_seeds(results)]
     numeric = tuple(index for index, name in enumerate(header) if name in NUMERIC)
     return Table(title, header, rows, notes, numeric, curves(results))
@@ -243,13 +228,22 @@ def full_section(found: SortedRuns, links: RunLinks) -> Section:
     return Section("Tables of the paper", "tables", lead, tables)
 
 
+def study_section(found: SortedRuns, links: RunLinks) -> Section | None:
+    """Our study on CIFAR-10; None if none of its rows was run."""
+    if not any(result.finished or result.unfinished for result in found.study):
+        return None
+    tables = [full_table(results, links) for results in by_table(found.study)]
+    lead = ["Our own study on CIFAR-10, not a reproduction. " + ACCURACY, MATCHING]
+    return Section("Our study", "study", lead, tables)
+
+
 def images_and_epochs(rows: Iterable[Row], with_epochs: bool = True) -> str:
     """The number of images of rehearsals, and of epochs if `with_epochs`, as text."""
     settings = []
     for row in rows:
-        given = dict(re.findall(r"--(subset|epochs) (\d+)", " ".join(row.arguments)))
-        images = f"{int(given['subset']):,} images" if "subset" in given else "all images"
-        settings.append(f"{images}, {given.get('epochs', '?')} epochs" if with_epochs else images)
+        flags = flags_of(row.arguments, "cpu")
+        images = f"{flags['subset']:,} images" if flags["subset"] else "all images"
+        settings.append(f"{images}, {flags['epochs']} epochs" if with_epochs else images)
     return " or ".join(dict.fromkeys(settings))
 
 
@@ -317,7 +311,11 @@ def build_report(
     """The report without the pages of the runs, which the command adds."""
     links = RunLinks(runs)
     sections = [full_section(found, links), *small_sections(found, links)]
-    optional = (other_section(found.others, links), skipped_section(skipped))
+    optional = (
+        study_section(found, links),
+        other_section(found.others, links),
+        skipped_section(skipped),
+    )
     sections += [section for section in optional if section]
     finished = sum(run.is_finished for run in runs)
     available = [result for result in found.full if result.row.arguments]

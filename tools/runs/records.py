@@ -1,4 +1,4 @@
-"""The data types of the report: runs, rows of the paper's tables, results, parts of the page."""
+"""The data types of runs, of the rows of tables, and of their results."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+PRETRAINED = "pretrained"  # folder of the frozen networks of rehearsals
 
 # --------------------------------------------------------------------------------------------- runs
 
@@ -125,19 +127,21 @@ class SkippedFolder(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A row of one of the paper's tables for one model, as scripts/tables/ lists it.
+    """A row of a table for one column, as `recipes/tables.yaml` has it.
 
     Args:
         table: the short name of the table, such as `table7`.
         name: the name of the row, as --row takes it.
         label: the label of the row, for readers.
-        model: the model script in scripts/, which is the column of the table.
+        model: the column of the table: the name of a recipe.
         figure: the paper's top-1 accuracy in percent, or None if the paper has none.
-        arguments: the arguments of main.py without data and output folder; empty if the row is not
-            available yet.
+        recipes: the files of --config, in their order.
+        flags: what table and row add to the recipes, as words of a command line; None if the row is
+            not available yet.
+        own_flags: the words that the row itself adds, in full runs or in its rehearsal.
         small: whether the row is a rehearsal.
         title: the title of the table.
-        script: the name of the table's script in scripts/tables/.
+        is_study: whether it is a row of our own study on CIFAR-10.
     """
 
     table: str
@@ -145,10 +149,30 @@ class Row:
     label: str
     model: str
     figure: float | None
-    arguments: tuple[str, ...]
+    recipes: tuple[str, ...]
+    flags: tuple[str, ...] | None
+    own_flags: tuple[str, ...]
     small: bool
     title: str
-    script: str
+    is_study: bool = False
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The arguments of main.py without data and output folder; empty if not available.
+
+        A word @NAME stands for the checkpoint of a frozen network of rehearsals.
+        """
+        if self.flags is None:
+            return ()
+        return (*(f"--config={file}" for file in self.recipes), *self.flags)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The same with the file of a frozen network, relative to the folder of all rehearsals."""
+        return tuple(
+            f"{PRETRAINED}/{word[1:]}/checkpoint.pth" if word.startswith("@") else word
+            for word in self.words
+        )
 
 
 class Spread(NamedTuple):
@@ -199,7 +223,8 @@ class SortedRuns:
     """All runs, sorted by the rows that they belong to.
 
     Attributes:
-        full: results of all rows of the paper.
+        full: results of all rows that are neither rehearsals nor of our study.
+        study: results of the rows of our study.
         small: results of all rehearsals.
         cut: results of rehearsals with fewer epochs or steps than their row, by length; only tables
             with such a run.
@@ -207,90 +232,15 @@ class SortedRuns:
     """
 
     full: list[Result]
+    study: list[Result]
     small: list[Result]
     cut: dict[str, list[Result]]
     others: list[UnmatchedRun]
 
 
-# ----------------------------------------------------------------------------------------- the page
-
-
-class Series(NamedTuple):
-    """A line of a chart: its points (x, y), sorted by x. The line has a gap where y is None."""
-
-    name: str
-    points: list[tuple[float, float | None]]
-
-
-class Chart(NamedTuple):
-    """A chart: lines over epochs."""
-
-    title: str
-    unit: str
-    series: list[Series]
-
-
-class Cell(NamedTuple):
-    """A cell of a table. `runs` are links: the number of a run and the text of its link."""
-
-    text: str
-    runs: tuple[tuple[int, str], ...] = ()
-
-
-class Table(NamedTuple):
-    """A table with a title and notes below it.
-
-    Attributes:
-        numeric: the indices of the columns that hold numbers.
-        folded: whether the page opens the table only on a click.
-    """
-
-    title: str
-    header: list[str]
-    rows: list[list[Cell]]
-    notes: list[str]
-    numeric: tuple[int, ...] = ()
-    charts: tuple[Chart, ...] = ()
-    folded: bool = False
-
-
-class Section(NamedTuple):
-    """A section of the page. `lead` holds the paragraphs before its tables."""
-
-    title: str
-    anchor: str
-    lead: list[str]
-    tables: list[Table]
-
-
-class Picture(NamedTuple):
-    """A picture inside the page: its format (`kind`), its bytes, and its size in pixels."""
-
-    kind: str
-    data: bytes
-    width: int
-    height: int
-
-
-class RunPage(NamedTuple):
-    """The part of the page for one run."""
-
-    number: int
-    name: str
-    state: str
-    is_finished: bool
-    facts: list[tuple[str, str]]  # results, duration and status
-    setting: list[tuple[str, str]]  # data, model, device and versions
-    warnings: list[str]
-    flags: list[tuple[str, str, str]]  # name, value, default
-    charts: list[Chart]
-    picture: Picture | None
-
-
-class Report(NamedTuple):
-    """The whole page."""
-
-    title: str
-    lead: list[str]
-    sections: list[Section]
-    runs: list[RunPage]
+def duration(seconds: float) -> str:
+    """`1 h 02 min`, `3 min 20 s`, `16 s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

@@ -14,27 +14,38 @@ from typing import Any, NamedTuple
 
 import torch
 
+from config.config_file import read_file
 from config.flags import get_args_parser
 from config.mixing_flags import METHODS
-from config.resolve import model_config, resolve
-from models.build import build_on_meta
+from config.parser import Parser
+from config.resolve import resolve
 from run.saved_flags import FREE_ON_RESUME, same_value
-from tools.report.records import Result, Row, Run, SortedRuns, UnmatchedRun
+from tools.runs.records import PRETRAINED, Result, Row, Run, SortedRuns, UnmatchedRun
 from utils import InputError, Processes
 
 # These flags may change when a run is resumed, because they act only at its start or are paths.
 # They are still a part of the row's recipe.
-ROW_FLAGS = {"finetune", "start_epoch", "max_steps", "attentive_teacher", "motivator", "subset"}
+ROW_FLAGS = {
+    "finetune",
+    "start_epoch",
+    "max_steps",
+    "val_subset",
+    "attentive_teacher",
+    "motivator",
+    "subset",
+}
 # The data are compared by their content and not by their name: see `_compare_data`.
 DATA_FLAGS = {"data_set", "inat_category", "nb_classes"}
 IGNORED_FLAGS = (FREE_ON_RESUME | {"seed"} | DATA_FLAGS) - ROW_FLAGS
 NETWORK_FLAGS = {"attentive_teacher", "motivator"}  # their values are NAME, NAME=FILE or a file
 # How a difference introduces the expected value.
 IN_ROW, IN_COMMAND = "the row has", "this command has"
-# Folder of the frozen networks of rehearsals, see scripts/tables/_small.sh.
-PRETRAINED = "pretrained"
 LENGTH_FLAGS = {"epochs", "max_steps"}  # a rehearsal that differs in these is a shorter one
-SHORTER_FLAGS = {*LENGTH_FLAGS, "warmup_epochs"}  # a shorter rehearsal may differ in all of these
+SHORTER_FLAGS = {
+    *LENGTH_FLAGS,
+    "warmup_epochs",
+    "val_subset",
+}  # a shorter rehearsal may differ in all of these
 
 
 class DataSet(NamedTuple):
@@ -70,13 +81,6 @@ class Difference(NamedTuple):
     text: str
 
 
-class ModelFacts(NamedTuple):
-    """Values that a model gives where flags leave them open."""
-
-    input_size: tuple[int, int]  # height and width in pixels
-    score_blocks: int  # number of blocks with a score
-
-
 def sort_runs(runs: Sequence[Run], rows: Sequence[Row]) -> SortedRuns:
     """Assigns every run to the rows whose recipe it has. Several rows may have the same recipe.
 
@@ -107,11 +111,12 @@ def sort_runs(runs: Sequence[Run], rows: Sequence[Row]) -> SortedRuns:
         else:
             found, nearest = min(compared, key=lambda one: len(one[0]), default=([], None))
             others.append(UnmatchedRun(run, nearest, [one.text for one in found]))
-    full = [result for row, result in results.items() if not row.small]
+    full = [result for row, result in results.items() if not (row.small or row.is_study)]
+    study = [result for row, result in results.items() if row.is_study]
     small = [result for row, result in results.items() if row.small]
     lengths = sorted(cut, key=lambda length: [int(digits) for digits in re.findall(r"\d+", length)])
     whole = {length: _whole_tables(cut[length], rows) for length in lengths}
-    return SortedRuns(full, small, whole, others)
+    return SortedRuns(full, study, small, whole, others)
 
 
 def _whole_tables(found: dict[Row, Result], rows: Sequence[Row]) -> list[Result]:
@@ -135,6 +140,8 @@ def _length(run: Run, row: Row) -> str:
         parts.append(f"{run.planned} of {epochs} epochs")
     if max_steps:
         parts.append(f"at most {max_steps} steps")
+    if few := run.args.get("val_subset"):
+        parts.append(f"evaluated on {few} images")
     if warm_up != wanted["warmup_epochs"]:
         parts.append(f"{warm_up} of them to warm up")
     return ", ".join(parts)
@@ -151,9 +158,8 @@ def differences(run: Run, row: Row) -> list[Difference]:
     """The differences between a run and a row; empty if the run belongs to the row."""
     wanted = flags_of(row.arguments, _device_of(run))
     found = compare_flags(run.args, wanted)
-    if any(one.name == "score_block" for one in found) and _reads_last_block(run, wanted):
-        found = [one for one in found if one.name != "score_block"]
-    found += _compare_data(run, CIFAR10 if row.small else IMAGENET, wanted.get("subset"))
+    is_cifar = row.small or row.is_study
+    found += _compare_data(run, CIFAR10 if is_cifar else IMAGENET, wanted.get("subset"))
     return [*found, *_compare_total(run, wanted, IN_ROW), *_compare_starts(run)]
 
 
@@ -191,19 +197,6 @@ def _compare_total(run: Run, wanted: dict[str, Any], whose: str) -> Iterable[Dif
     if total != expected:
         text = f"total batch {total or 'not recorded'} ({whose} {expected})"
         yield Difference("total batch", text)
-
-
-def _reads_last_block(run: Run, wanted: dict[str, Any]) -> bool:
-    """Whether both use the model's score of the last block, one by its number, one by default."""
-    model, patch_size = wanted["model"], wanted["patch_size"]
-    if [run.args["model"], run.args.get("patch_size"), run.args.get("motivator")] != [
-        model,
-        patch_size,
-        "self",
-    ]:
-        return False
-    last = _facts_of(model, patch_size).score_blocks
-    return (run.args.get("score_block"), wanted["score_block"]) in ((None, last), (last, None))
 
 
 def compare_flags(
@@ -266,30 +259,44 @@ def flags_of(arguments: tuple[str, ...], device: str, processes: int = 1) -> dic
     """The flags that a run with these arguments saves, on so many processes of this device.
 
     Raises:
-        InputError: the parser refuses the arguments.
+        InputError: the parser refuses the arguments, or a file of --config is wrong.
     """
+    words = list[str]()
+    for word in arguments:
+        flag, _, file = word.partition("=")
+        words += _words_of_recipe(file) if flag == "--config" else [word]
     try:
-        args = get_args_parser().parse_args(list(arguments))
+        args = _parser().parse_args(words)
     except SystemExit as error:
-        raise InputError(
-            "main.py does not accept the arguments of a row of scripts/tables/: "
-            + " ".join(arguments)
-        ) from error
+        raise InputError(f"main.py does not accept {' '.join(arguments)}") from error
     return dict(vars(resolve(args, Processes(0, processes, torch.device(device)))))
 
 
 @cache
-def _facts_of(model: str, patch_size: int | None) -> ModelFacts:
-    """The values of this model for flags that are left out."""
-    args = get_args_parser().parse_args(["--model", model])
-    args.patch_size = patch_size
-    built = build_on_meta(**model_config(args, 10))
-    return ModelFacts(built.input_size, built.score_blocks)
+def _parser() -> Parser:
+    return get_args_parser()
+
+
+@cache
+def _words_of_recipe(file: str) -> list[str]:
+    """The flags of a recipe as words of a command line. Each file is read once."""
+    return [word for setting in read_file(_parser(), file).values() for word in setting.words]
+
+
+def same_recipes(rows: Iterable[Row]) -> list[list[Row]]:
+    """Groups of rows that are one recipe, so that one run counts in all of them."""
+    groups = dict[tuple[Any, ...], list[Row]]()
+    for row in rows:
+        if row.arguments and not row.small:
+            flags = flags_of(row.arguments, "cpu")
+            recipe = (repr(flags[name]) for name in sorted(flags.keys() - IGNORED_FLAGS))
+            groups.setdefault((row.model, *recipe), []).append(row)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 @cache
 def _defaults() -> dict[str, Any]:
-    return vars(get_args_parser().parse_args([]))
+    return vars(_parser().parse_args([]))
 
 
 def changed_flags(run: Run) -> list[tuple[str, str, str]]:

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tools.report.records import Run, SkippedFolder, Start
+from tools.runs.records import Run, SkippedFolder, Start
 from utils import InputError
 
 MAX_FILE_BYTES = 1 << 28  # larger text files are not read
@@ -98,7 +98,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not (folder / "args.json").is_file():
         raise DamagedError("has log.txt but no args.json: not a run of this project's main.py")
     args = _read_args(folder / "args.json")
-    status, versions = (_read_extra(folder / file) for file in ("status.json", "environment.json"))
+    status, versions = (read_extra(folder / file) for file in ("status.json", "environment.json"))
     starts, warnings = _read_train_log(folder / "train.log")
     if not (folder / "log.txt").is_file():
         state = f"; its status is {status['state']}" if "state" in status else ""
@@ -148,7 +148,7 @@ def _read_args(path: Path) -> dict[str, Any]:
     return args
 
 
-def _read_extra(path: Path) -> dict[str, Any]:
+def read_extra(path: Path) -> dict[str, Any]:
     """An optional JSON object; empty if the file is missing or damaged."""
     try:
         content = _parse(_read_text(path)) if path.is_file() else None

@@ -1,0 +1,1 @@
+"""Lists and runs the rows of `recipes/tables.yaml`."""
