@@ -2,7 +2,7 @@
 it reads.
 
 Commands come from the fenced bash blocks of the documents, from docstrings, from the headers of
-scripts, and from what the scripts print with DRY_RUN=1. What is not understood here fails, so that
+scripts, and from what the scripts print with --dry-run. What is not understood here fails, so that
 nothing is passed over.
 """
 
@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import pytest
 import timm.optim
 import timm.scheduler.scheduler_factory
-import torch
 from torch.distributed.run import parse_args as parse_torchrun
 
 from config.build_mixer import MixingSettings
@@ -35,8 +34,11 @@ from config.checks import check_args
 from config.flags import get_args_parser
 from config.parser import GONE, Parser, explicit_flags
 from run.loop import Rules
+from scripts import launch
 from tools import show_mixing
-from training import optim
+from tools.runs.rows import read_tables
+from tools.tables import __main__ as tables_command
+from tools.tables.plan import Planner
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +61,7 @@ class Row(NamedTuple):
 
 
 CAIT = {"eval_crop_ratio": 1.0}
-PVT = {"model_ema": False, "model_ema_decay": None}
+PVT: dict[str, Any] = {"model_ema": False, "model_ema_decay": None}
 PVT_LARGE = {**PVT, "drop_path": 0.3, "clip_grad": 1.0}
 SWIN = {
     **PVT,
@@ -94,7 +96,7 @@ RECIPE: dict[str, Any] = {
     "input_size": [224],
     "eval_crop_ratio": 0.875,
     "epochs": 300,
-    "seed": 0,
+    "total_batch": 1024,
     "amp": "fp16",
     "opt": "adamw",
     "opt_eps": 1e-8,
@@ -121,9 +123,6 @@ RECIPE: dict[str, Any] = {
     "mixup_prob": 1.0,
     "mixup_switch_prob": 0.5,
     "mixup_mode": "batch",
-    "mixer": "smmix",
-    "variant": "paper",
-    "side_ratio": [0.25, 0.75],
     "auto_resume": True,
 }
 
@@ -185,24 +184,17 @@ def all_commands() -> list[tuple[str, str]]:
 # --------------------------------------------------------------------------------- parsing commands
 
 
-# A bash function instead of a python3 that imports torch to count the GPUs.
-ONE_GPU = {"BASH_FUNC_python3%%": "() { echo 1; }"}
-
-
 def dry_run(words: list[str], **environment: str) -> str:
-    """What a script prints with DRY_RUN=1; its messages of refusal as an AssertionError.
-
-    Without a PATH of the caller's there is one GPU.
-    """
+    """What a script prints with --dry-run; its messages of refusal as an AssertionError."""
     clean = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("NNODES", "NODE_", "MASTER_"))
     }
     done = subprocess.run(
-        ["bash", *words],
+        ["bash", words[0], "--dry-run", *words[1:]],
         cwd=ROOT,
-        env={**clean, **({} if "PATH" in environment else ONE_GPU), **environment, "DRY_RUN": "1"},
+        env={**clean, "PATH": f"{Path(sys.executable).parent}:{clean['PATH']}", **environment},
         capture_output=True,
         text=True,
     )
@@ -225,38 +217,58 @@ def check_command(command: str) -> list[argparse.Namespace]:
         assert (ROOT / rest[0]).is_file(), f"no script {rest[0]}"
         printed = dry_run(rest, **environment).splitlines()
         shown = [line for line in printed if not line.startswith("== ")]
-        assert shown, f"{rest[0]} shows no command with DRY_RUN=1"
+        assert shown, f"{rest[0]} shows no command with --dry-run"
         return [args for line in shown for args in check_command(line)]
     if program == "torchrun":
-        launch = parse_torchrun(rest)
-        return check_python([launch.training_script, *launch.training_script_args])
-    if program in ("python", "python3"):
+        started = parse_torchrun(rest)
+        return check_python([started.training_script, *started.training_script_args])
+    if Path(program).name in ("python", "python3"):
         return check_python(rest)
     assert program in OTHER_PROGRAMS, f"no rule for {program}"
     return []
 
 
 def without_files(words: list[str]) -> list[str]:
-    """Without `--config FILE`: tests/test_config_files.py reads the file that a page shows."""
+    """Without `--config FILE` of files that are not there, such as those that a page shows."""
     pairs = zip(["", *words], [*words, ""], strict=True)
-    return [word for before, word in pairs if word and "--config" not in (before, word)]
+    return [
+        word
+        for before, word in pairs
+        if word
+        and not (before == "--config" and not (ROOT / word).is_file())
+        and not (word == "--config" and not (ROOT / words[words.index(word) + 1]).is_file())
+    ]
 
 
 def check_python(words: list[str]) -> list[argparse.Namespace]:
     """`main.py ...` or `-m module ...`."""
     if words[0] == "-m":
-        if words[1] == "torch.distributed.run":
-            return check_command(shlex.join(["torchrun", *words[2:]]))
         if words[1] in ("venv", "pytest", "ruff", "mypy"):
             return []
+        if words[1] == "tools.tables":
+            return check_table(words[2:])
         name = "tools.report.__main__" if words[1] == "tools.report" else words[1]
         module = importlib.import_module(name)
         module.read_args(words[2:])
         return []
+    if Path(words[0]).name == "launch.py":
+        args, given = launch.get_args_parser().parse_known_args(words[1:])
+        words = ["main.py", *launch.main_arguments(args, given)]
     assert Path(words[0]).name == "main.py", f"no rule for python {words[0]}"
     args = get_args_parser().parse_args(without_files(words[1:]))
     check_args(args)
     return [args]
+
+
+def check_table(words: list[str]) -> list[argparse.Namespace]:
+    """The runs that a command of tools.tables plans."""
+    args, given = tables_command.get_args_parser().parse_known_args(words)
+    tables = read_tables()
+    if args.command == "list":
+        return []
+    args.weights = []  # no such files here
+    runs = Planner(tables, tables.tables[args.table], args, given).runs()
+    return [namespace for run in runs for namespace in check_python(run.command[1:])]
 
 
 @pytest.mark.parametrize(("where", "command"), all_commands())
@@ -441,24 +453,6 @@ def test_deits_own_spelling_of_three_augment_is_known(capsys: pytest.CaptureFixt
 # ------------------------------------------------------------------------------- scripts of Table 1
 
 
-def run_of(size: str, *words: str, **environment: str) -> tuple[argparse.Namespace, str]:
-    """The one call of main.py that a script of Table 1 shows, parsed, and all that it prints."""
-    printed = dry_run([f"scripts/{size}.sh", "--data-path", "/imagenet", *words], **environment)
-    (args,) = [
-        args
-        for line in printed.splitlines()
-        if line.startswith("torchrun")
-        for args in check_command(line)
-    ]
-    return args, printed
-
-
-def processes_of(printed: str) -> int:
-    (line,) = [line for line in printed.splitlines() if line.startswith("torchrun")]
-    launch = parse_torchrun(shlex.split(line)[1:])
-    return int(launch.nproc_per_node) * int(launch.nnodes.split(":")[-1])
-
-
 def refusal(words: list[str], **environment: str) -> str:
     with pytest.raises(AssertionError) as refused:
         dry_run(words, **environment)
@@ -466,120 +460,16 @@ def refusal(words: list[str], **environment: str) -> str:
 
 
 @pytest.mark.parametrize("size", TABLE_1)
-def test_a_script_spells_out_its_recipe(size: str) -> None:
-    args, printed = run_of(size, "--nproc", "4")
-    line = next(line for line in printed.splitlines() if line.startswith("torchrun"))
-    written = explicit_flags(
-        get_args_parser(), parse_torchrun(shlex.split(line)[1:]).training_script_args
-    )
-    wanted = {
-        name: value
-        for name, value in {**RECIPE, **TABLE_1[size].differs}.items()
-        if value is not None
-    }
-    own = {"model", "batch_size", "accum_steps", "data_path", "output_dir"}
-    assert {name: value for name, value in written.items() if name not in own} == wanted
-    assert args.model == TABLE_1[size].model
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4, 8, 16, 64])
-@pytest.mark.parametrize("size", TABLE_1)
-def test_the_total_batch_is_1024_whatever_the_number_of_processes(
-    size: str, processes: int
-) -> None:
-    args, printed = run_of(size, "--nproc", str(processes))
-    total = args.batch_size * processes * args.accum_steps
-    assert total == 1024
-    assert processes_of(printed) == processes
-    assert args.batch_size <= TABLE_1[size].largest
-    assert (
-        args.accum_steps == 1 or args.batch_size == TABLE_1[size].largest
-    )  # accumulates only what has to be
-    assert optim.scale_rate(args.lr, total) == pytest.approx(1e-3)
-    assert (
-        f"{args.batch_size} per process x {processes} processes x {args.accum_steps} accumulated = "
-        "1024" in printed
-    )
-
-
-def test_the_papers_hardware_needs_no_accumulation() -> None:
-    assert vars(run_of("deit_tiny", "--nproc", "4")[0])["batch_size"] == 256
-    args, printed = run_of(
-        "deit_base", "--nproc", "8", NNODES="2", NODE_RANK="1", MASTER_ADDR="node0"
-    )
-    assert (args.batch_size, args.accum_steps, processes_of(printed)) == (64, 1, 16)
-    for word in ("--nnodes=2", "--node_rank=1", "--master_addr=node0", "--master_port=29500"):
-        assert word in printed
-    assert "--standalone" not in printed
-    assert "--standalone" in run_of("deit_base", "--nproc", "8")[1]
-
-
-@pytest.mark.parametrize(
-    ("words", "batch", "accum", "total"),
-    [
-        (["--batch-size", "128"], 128, 2, 1024),  # keeps the total by accumulating
-        (["--batch_size=100"], 100, 1, 400),
-        (["--accum-steps", "2"], 128, 2, 1024),
-        (["--accum_steps=8", "--batch-size", "16"], 16, 8, 512),
-    ],
-)
-def test_ones_own_batch_size_is_taken_and_the_total_said(
-    words: list[str], batch: int, accum: int, total: int
-) -> None:
-    args, printed = run_of("deit_small", "--nproc", "4", *words)
-    assert (args.batch_size, args.accum_steps) == (batch, accum)
-    assert f"= {total}\n" in printed
-    assert ("note: this recipe's total batch is 1024" in printed) == (total != 1024)
-
-
-@pytest.mark.parametrize(
-    ("words", "environment", "message"),
-    [
-        (["--nproc", "3"], {}, "does not divide evenly into 3 processes"),
-        (["--nproc", "4", "--accum-steps", "3"], {}, "x 3 micro-batches"),
-        (["--nproc", "2048"], {}, "does not divide"),
-        (["--nproc", "0"], {}, "--nproc 0: must be a whole number above 0"),
-        (["--nproc", "four"], {}, "--nproc four"),
-        (["--nproc", "4", "--batch-size", "x"], {}, "--batch-size x"),
-        (["--nproc", "4", "--accum-steps", "0"], {}, "--accum-steps 0"),
-        (["--nproc"], {}, "--nproc needs a value"),
-        (["--nproc", "8"], {"NNODES": "2"}, "needs MASTER_ADDR"),
-        (["--nproc", "8"], {"NNODES": "2", "MASTER_ADDR": "node0"}, "NODE_RANK"),
-        (["--nproc", "8"], {"NNODES": "two"}, "NNODES=two"),
-    ],
-)
-def test_a_script_refuses_what_it_cannot_share_out(
-    words: list[str], environment: dict[str, str], message: str
-) -> None:
-    assert message in refusal(
-        ["scripts/deit_base.sh", "--data-path", "/imagenet", *words], **environment
-    )
-
-
-def test_a_script_without_data_says_so() -> None:
-    assert "--data-path DIR is missing" in refusal(["scripts/deit_tiny.sh", "--nproc", "4"])
-
-
-def test_a_scripts_other_arguments_win_over_the_recipe() -> None:
-    args, _ = run_of(
-        "deit_tiny", "--nproc", "4", "--variant", "released", "--no-repeated-aug", "--reprob", "0"
-    )
-    assert (args.variant, args.repeated_aug, args.reprob) == ("released", False, 0.0)
-    args, _ = run_of("deit_tiny", "--nproc", "4", "--mixer", "cutmix")
-    assert args.mixer == "cutmix"
-    assert args.output_dir.endswith("output/deit_tiny_cutmix")  # does not meet SMMix's run
-    assert run_of("deit_tiny", "--nproc", "4", "--output", "my runs/a")[0].output_dir == "my runs/a"
-
-
-def test_the_number_of_processes_defaults_to_the_gpus_here(tmp_path: Path) -> None:
-    for name in ("python3", "torchrun"):  # without torchrun a script looks into .venv first
-        (tmp_path / name).write_text("#!/bin/sh\necho 2\n")
-        (tmp_path / name).chmod(0o755)
-    args, printed = run_of("deit_tiny", PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert (processes_of(printed), args.accum_steps) == (2, 2)
-    own = Path(sys.executable).parent
-    _, printed = run_of("deit_tiny", PATH=f"{own}:{os.environ['PATH']}")
-    assert processes_of(printed) == max(1, torch.cuda.device_count())
+def test_a_recipe_is_that_of_its_family(size: str) -> None:
+    printed = dry_run([f"scripts/{size}.sh", "--data-path", "/imagenet", "--nproc", "4"])
+    words = parse_torchrun(shlex.split(printed)[1:]).training_script_args
+    written = explicit_flags(get_args_parser(), words)
+    row = TABLE_1[size]
+    wanted = {**RECIPE, **row.differs, "model": row.model, "batch_size": row.largest}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    place = {"config", "data_path", "output_dir"}
+    assert {name: value for name, value in written.items() if name not in place} == wanted
+    assert written["output_dir"] == str(ROOT / f"output/{size}_smmix")
 
 
 @pytest.mark.parametrize("size", TABLE_1)
@@ -588,7 +478,7 @@ def test_headers_and_readme_quote_the_papers_table(size: str) -> None:
     header = (ROOT / f"scripts/{size}.sh").read_text()
     assert f"CutMix {row.cutmix}, SMMix {row.smmix}" in header
     assert "Not run by us" in header
-    processes, images = re.findall(r"(\d+) x (\d+) images = 1024", header)[0]
+    processes, images = re.findall(r"(\d+) x (\d+) images per step", header)[0]
     assert (int(processes) * int(images), int(images)) == (1024, row.largest)
     assert f"| {row.name} | {row.cutmix} | {row.smmix} | " in (ROOT / "README.md").read_text()
     assert f"# {row.name} on ImageNet-1k" in header
@@ -599,16 +489,11 @@ def test_scripts_are_bash_without_mistakes_and_explain_themselves(script: Path) 
     for path in (
         script,
         ROOT / "scripts/_common.sh",
-        ROOT / "scripts/_imagenet.sh",
         ROOT / ".ci/run",
     ):
         subprocess.run(["bash", "-n", str(path)], check=True)
         assert ";;&" not in path.read_text()  # bash 3.2 of macOS
-    if script.name != "test.sh":
-        asked = subprocess.run(
-            ["bash", str(script), "--help"], capture_output=True, text=True, check=True
-        )
-        assert f"bash scripts/{script.name}" in asked.stdout
+    assert f"bash scripts/{script.name}" in script.read_text()
 
 
 # --------------------------------------------------------------------- quickstart, test.sh, .ci/run
@@ -617,12 +502,9 @@ def test_scripts_are_bash_without_mistakes_and_explain_themselves(script: Path) 
 def test_quickstart_trains_on_two_processes_and_evaluates_what_it_trained() -> None:
     printed = dry_run(["scripts/quickstart.sh", "--epochs", "1"])
     trained, evaluated = (
-        args for line in printed.splitlines() if " main.py" in line for args in check_command(line)
+        args for line in printed.splitlines() if ".py" in line for args in check_command(line)
     )
-    assert (
-        "torch.distributed.run --standalone --local_addr=127.0.0.1 --nproc_per_node=2 main.py"
-        in printed
-    )
+    assert "scripts/launch.py --nproc 2 " in printed
     assert (trained.data_set, trained.mixer, trained.epochs, trained.device) == (
         "DIGITS",
         "smmix",
@@ -660,10 +542,7 @@ def test_a_mistyped_flag_does_not_cost_the_last_quickstart(bare_project: Path) -
     kept.parent.mkdir(parents=True)
     kept.touch()
     command = ["bash", str(bare_project / "scripts/quickstart.sh"), "--nosuch"]
-    assert (
-        subprocess.run(command, env={**os.environ, "DRY_RUN": "0"}, capture_output=True).returncode
-        != 0
-    )
+    assert subprocess.run(command, env=dict(os.environ), capture_output=True).returncode != 0
     assert kept.exists()
 
 
@@ -674,7 +553,7 @@ def use_environment(
     script = f"set -euo pipefail; {common}; use_environment {' '.join(files)}"
     return subprocess.run(
         ["bash", "-c", script],
-        env={**os.environ, "DRY_RUN": "0", **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )

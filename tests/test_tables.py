@@ -1,151 +1,96 @@
-"""The scripts of the paper's tables: rows and figures as printed in the paper, each row's command,
-what is run again.
-
-Commands are taken from what the scripts print with DRY_RUN=1 and parsed by main.py's own parser.
-"""
+"""The rows of `recipes/tables.yaml`, and `python -m tools.tables`, which lists and runs them."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
-import shlex
+import signal
 import subprocess
 import sys
-from functools import cache
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch.distributed.run import parse_args as parse_torchrun
 
+from config.checks import check_args
 from config.flags import get_args_parser
-from config.mixing_flags import METHOD_FLAGS, METHODS, flags_of_method
-from config.parser import explicit_flags
-from config.resolve import resolve
-from scripts.tables import _finished
-from tests.test_commands import RECIPE, ROOT, TABLE_1, check_command, commands_of_header, run_of
-from training import optim
-from utils import Processes
+from config.mixing_flags import METHOD_FLAGS
+from tests.image_folders import make_image_folder, message_of
+from tests.runs import run_main
+from tools.runs.matching import flags_of
+from tools.runs.rows import FOLDER, read_tables
+from tools.tables import __main__ as command
+from tools.tables import finished
+from tools.tables.jobs import Failed, run_all
+from tools.tables.plan import PlannedRun, Planner
+from utils import InputError
 
-FOLDER = ROOT / "scripts/tables"
-SCRIPTS = sorted(path for path in FOLDER.glob("*.sh") if not path.name.startswith("_"))
-SHARED = sorted(FOLDER.glob("_*.sh"))
-# What is shared code is tested on these: a recipe of its own and two columns, a model's script,
-# rows that are models.
-DIFFERENT = ["table2", "table7", "table1_transmix"]
-PATH = (
-    f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as where the environment is activated
-)
+TABLES = read_tables()
 
-# Rows in the paper's order: label and top-1, one per column.
-PAPER: dict[str, dict[str, tuple[str, ...]]] = {
-    "table2": {
-        "vanilla": ("Vanilla", "75.7", "80.2"),
-        "cutmix": ("CutMix", "79.8", "81.2"),
-        "attentivemix": ("AttentiveMix", "80.3", "81.3"),
-        "saliencymix": ("SaliencyMix", "79.9", "81.4"),
-        "puzzlemix": ("PuzzleMix", "80.5", "81.5"),
-        "fmix": ("F-Mix", "77.4", "79.6"),
-        "resizemix": ("ResizeMix", "78.6", "81.4"),
-        "automix": ("AutoMix", "80.8", "81.8"),
-        "smmix": ("SMMix", "81.1", "81.8"),
-    },
-    "table1_transmix": {
-        "deit_tiny": ("DeiT-T", "72.6"),
-        "deit_small": ("DeiT-S", "80.7"),
-        "deit_base": ("DeiT-B", "82.4"),
-        "cait_xxs36": ("CaiT-XXS-36", "79.8"),
-        "pvt_tiny": ("PVT-T", "75.5"),
-        "pvt_small": ("PVT-S", "80.5"),
-        "pvt_medium": ("PVT-M", "82.1"),
-        "pvt_large": ("PVT-L", "82.4"),
-    },
-    "table6": {
-        "transmix": ("transmix", "81.1"),
-        "tokenmix": ("tokenmix", "81.2"),
-        "smmix": ("smmix", "81.1"),
-    },
+# The paper's top-1 on ImageNet-1k, typed from its tables; one figure per column.
+PAPER: dict[str, dict[str, list[float | None]]] = {
     "table1": {
-        "cutmix": (
-            "CutMix",
-            "72.2",
-            "79.8",
-            "81.8",
-            "77.6",
-            "79.1",
-            "75.1",
-            "79.8",
-            "81.2",
-            "81.7",
-            "81.2",
-        ),
-        "smmix": (
-            "SMMix",
-            "73.6",
-            "81.1",
-            "82.9",
-            "78.9",
-            "80.2",
-            "76.4",
-            "81.0",
-            "82.2",
-            "82.7",
-            "81.8",
-        ),
+        "cutmix": [72.2, 79.8, 81.8, 77.6, 79.1, 75.1, 79.8, 81.2, 81.7, 81.2],
+        "transmix": [72.6, 80.7, 82.4, None, 79.8, 75.5, 80.5, 82.1, 82.4, None],
+        "tokenmix": [73.2, 80.8, 82.9, 78.0, None, 75.6, None, None, None, 81.6],
+        "smmix": [73.6, 81.1, 82.9, 78.9, 80.2, 76.4, 81.0, 82.2, 82.7, 81.8],
     },
+    "table2": {
+        "vanilla": [75.7, 80.2],
+        "cutmix": [79.8, 81.2],
+        "attentivemix": [80.3, 81.3],
+        "saliencymix": [79.9, 81.4],
+        "puzzlemix": [80.5, 81.5],
+        "fmix": [77.4, 79.6],
+        "resizemix": [78.6, 81.4],
+        "automix": [80.8, 81.8],
+        "smmix": [81.1, 81.8],
+    },
+    "table6": {"transmix": [81.1], "tokenmix": [81.2], "smmix": [81.1]},
     "table7": {
-        "none": ("none", "79.8"),
-        "mixing": ("mixing", "80.4"),
-        "consistency": ("consistency", "80.3"),
-        "mixing_fine": ("mixing_fine", "80.9"),
-        "mixing_consistency": ("mixing_consistency", "80.8"),
-        "all": ("all", "81.1"),
+        "none": [79.8],
+        "mixing": [80.4],
+        "consistency": [80.3],
+        "mixing_fine": [80.9],
+        "mixing_consistency": [80.8],
+        "all": [81.1],
     },
-    "table8": {"fixed": ("fixed", "81.0"), "u01": ("u01", "81.0"), "default": ("default", "81.1")},
-    "table9": {
-        "deit_tiny": ("deit_tiny", "73.5"),
-        "deit_small": ("deit_small", "74.1"),
-        "self": ("self", "73.6"),
-        "ema": ("ema", "-"),
-    },
+    "table8": {"fixed": [81.0], "u01": [81.0], "default": [81.1]},
+    "table9": {"deit_tiny": [73.5], "deit_small": [74.1], "self": [73.6], "ema": [None]},
     "tablea4": {
-        "random_corr": ("random_corr", "74.2"),
-        "random_max": ("random_max", "73.8"),
-        "random_min": ("random_min", "74.5"),
-        "max_corr": ("max_corr", "74.4"),
-        "max_max": ("max_max", "74.3"),
-        "max_min": ("max_min", "74.7"),
+        "random_corr": [74.2],
+        "random_max": [73.8],
+        "random_min": [74.5],
+        "max_corr": [74.4],
+        "max_max": [74.3],
+        "max_min": [74.7],
     },
     "tablea5": {
-        "none": ("none", "80.7"),
-        "block3": ("block3", "81.0"),
-        "block6": ("block6", "81.1"),
-        "block9": ("block9", "81.1"),
-        "block12": ("block12", "81.1"),
-        "rollout": ("rollout", "81.1"),
+        "none": [80.7],
+        "block3": [81.0],
+        "block6": [81.1],
+        "block9": [81.1],
+        "block12": [81.1],
+        "rollout": [81.1],
     },
 }
-TO_COME: dict[str, list[str]] = {table: [] for table in PAPER}
-TO_COME.update(table2=["puzzlemix", "automix"], table6=["tokenmix"])
-COLUMNS = {
-    **{table: ["deit_small"] for table in PAPER},
-    "table1": list(TABLE_1),
-    "table1_transmix": [],
-    "table2": ["deit_small", "swin_tiny"],
-    "table9": ["deit_tiny"],
+TO_COME = {
+    ("table1", "tokenmix"),
+    ("table2", "puzzlemix"),
+    ("table2", "automix"),
+    ("table6", "tokenmix"),
 }
 
 # The benchmark's recipe (Open-Mixup's files for DeiT-S and Swin-T) as each row of Table 2 must
 # spell it out.
 TABLE_2_RECIPE: dict[str, Any] = {
     "data_set": "IMNET",
-    "input_size": [224],
+    "input_size": (224, 224),
     "eval_crop_ratio": 0.875,
     "epochs": 300,
-    "seed": 0,
+    "total_batch": 1024,
     "amp": "fp16",
     "auto_resume": True,
     "opt": "adamw",
@@ -170,7 +115,6 @@ TABLE_2_RECIPE: dict[str, Any] = {
     "mixup_prob": 1.0,
     "mixup_switch_prob": 0.5,
     "mixup_mode": "batch",
-    "variant": "paper",
     "side_ratio": [0.25, 0.75],
 }
 TABLE_2_MODELS: dict[str, dict[str, Any]] = {
@@ -199,10 +143,10 @@ TABLE_2_ROWS: dict[str, dict[str, Any]] = {
 # The recipe of TransMix's authors (Beckschen/TransMix, configs/ and the defaults of train.py).
 TRANSMIX_RECIPE: dict[str, Any] = {
     "data_set": "IMNET",
-    "input_size": [224],
+    "input_size": (224, 224),
     "eval_crop_ratio": 0.875,
     "epochs": 300,
-    "seed": 0,
+    "total_batch": 1024,
     "amp": "fp16",
     "auto_resume": True,
     "opt": "adamw",
@@ -273,838 +217,499 @@ STUDY: dict[str, dict[str, dict[str, Any]]] = {
     },
     "tablea5": {
         "none": {"mixer": "smmix", "score": "random"},
-        **{f"block{depth}": {"mixer": "smmix", "score_block": depth} for depth in (3, 6, 9, 12)},
+        **{f"block{depth}": {"mixer": "smmix", "score_block": depth} for depth in (3, 6, 9)},
+        "block12": {"mixer": "smmix"},
         "rollout": {"mixer": "smmix", "score": "rollout"},
     },
 }
-OF_THE_RUN = {"model", "batch_size", "accum_steps", "data_path", "output_dir"}
+TINY = "--batch-size 8 --total-batch 8 --subset 40 --num-workers 0 --device cpu"  # a second's work
 
 
-class Run(NamedTuple):
-    """One training run that a table's script shows."""
-
-    args: argparse.Namespace
-    written: dict[str, Any]  # the flags that stand on the command line
-    processes: int
-
-    @property
-    def folder(self) -> str:
-        return self.args.output_dir
-
-    @property
-    def name(self) -> str:
-        return Path(self.folder).name
+def flags(table: str, name: str, model: str = "deit_small") -> dict[str, Any]:
+    return flags_of(TABLES.tables[table].find(name, model).arguments, "cuda")
 
 
-def start(
-    table: str, *words: str, cwd: Path | str = ROOT, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """The script, as a dry run unless the environment says otherwise."""
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("NNODES", "NODE_", "MASTER_"))
-    }
-    return subprocess.run(
-        ["bash", str(FOLDER / f"{table}.sh"), *words],
-        cwd=cwd,
-        env={**clean, "PATH": PATH, "DRY_RUN": "1", **environment},
-        capture_output=True,
-        text=True,
-    )
+def plan(table: str, *words: str | Path, output: Path | str = "out") -> list[PlannedRun]:
+    given = ["run", table, "--data-path", "data", "--output", output, *words]
+    args, rest = command.get_args_parser().parse_known_args(list(map(str, given)))
+    return Planner(TABLES, TABLES.tables[table], args, rest).runs()
 
 
-def ask(code: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    """The shared part of the scripts by itself: `code`, with the words as its arguments."""
-    command = [
-        "bash",
-        "-c",
-        f'set -euo pipefail; source "{FOLDER}/_table.sh"; {code}',
-        "bash",
-        *map(str, words),
-    ]
-    return subprocess.run(command, capture_output=True, text=True)
+def refusal(table: str, *words: str | Path) -> str:
+    return message_of(InputError, plan, table, *words)
 
 
-def shown(
-    table: str, *words: str, processes: str = "4", cwd: Path | str = ROOT, **environment: str
-) -> str:
-    """What a dry run prints."""
-    done = start(
-        table, "--data-path", "/imagenet", "--nproc", processes, *words, cwd=cwd, **environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    return done.stdout
+def parse(run: PlannedRun) -> Any:
+    args = get_args_parser().parse_args(run.arguments)
+    check_args(args)
+    return args
 
 
-def runs_in(printed: str) -> list[Run]:
-    """The calls of main.py, as its own parser reads them; every other line is a message."""
-    runs = []
-    for line in printed.splitlines():
-        if line.startswith("== "):
-            continue
-        (args,) = check_command(line)
-        launch = parse_torchrun(shlex.split(line)[1:])
-        written = explicit_flags(get_args_parser(), launch.training_script_args)
-        runs.append(Run(args, written, int(launch.nproc_per_node)))
-    return runs
+# --------------------------------------------------------------------- rows and figures
 
 
-@cache
-def whole_table(table: str) -> str:
-    """What a dry run without a choice prints."""
-    return shown(table)
-
-
-@cache
-def all_runs(table: str) -> dict[str, Run]:
-    """Every run of a table by its folder's name."""
-    return {run.name: run for run in runs_in(whole_table(table))}
-
-
-def refusal(table: str, *words: str, **environment: str) -> str:
-    """The message of a script that refuses its arguments: exit code 2, and nothing was run."""
-    refused = start(table, *words, **environment)
-    assert refused.returncode == 2, refused.stdout
-    assert "torchrun" not in refused.stdout
-    return refused.stderr
-
-
-def names(runs: list[Run]) -> list[str]:
-    return [run.name for run in runs]
-
-
-# --------------------------------------------------------------------------------- rows and figures
-
-
-def test_every_table_is_tested() -> None:
-    assert {path.stem for path in SCRIPTS} == set(PAPER)
-
-
-@pytest.mark.parametrize("table", PAPER)
-def test_a_list_numbers_the_rows_and_quotes_the_paper(table: str) -> None:
-    done = start(table, "--list", DRY_RUN="0")
-    assert (done.returncode, done.stderr) == (0, "")
-    rows = re.findall(
-        r"^ *(\d+) +(\w+) +.*?((?: {2,}(?:\d+\.\d|-))+)(   not available yet)?$",
-        done.stdout,
-        flags=re.M,
-    )
-    expected = [
-        (
-            str(number),
-            name,
-            " ".join(figures),
-            "   not available yet" if name in TO_COME[table] else "",
-        )
-        for number, (name, (_, *figures)) in enumerate(PAPER[table].items(), start=1)
-    ]
-    assert [
-        (number, name, " ".join(figures.split()), note) for number, name, figures, note in rows
-    ] == expected
-    assert "not run by us" in done.stdout
-
-
-@pytest.mark.parametrize("table", PAPER)
-def test_a_header_says_what_to_expect_and_that_it_was_not_run(table: str) -> None:
-    header = re.sub(r"\n# *", " ", (FOLDER / f"{table}.sh").read_text().split("\nset -e")[0])
-    for label, *figures in PAPER[table].values():
-        together = (
-            f"{', '.join(figures[:-1])} and {figures[-1]}" if len(figures) > 1 else figures[0]
-        )
-        assert together == "-" or f"{label} {together}" in header
-    assert "Not run by us" in header
-
-
-def test_the_figures_here_agree_with_the_ten_scripts() -> None:
-    for model, column in (("deit_small", 1), ("swin_tiny", 2)):
-        assert float(PAPER["table2"]["cutmix"][column]) == TABLE_1[model].cutmix
-        assert float(PAPER["table2"]["smmix"][column]) == TABLE_1[model].smmix
-    assert float(PAPER["table6"]["smmix"][1]) == TABLE_1["deit_small"].smmix
-    for place, model in enumerate(COLUMNS["table1"], start=1):
-        assert float(PAPER["table1"]["cutmix"][place]) == TABLE_1[model].cutmix
-        assert float(PAPER["table1"]["smmix"][place]) == TABLE_1[model].smmix
-    for table, row, known in (
-        ("table7", "none", "cutmix"),
-        ("table7", "all", "smmix"),
-        ("table8", "default", "smmix"),
-    ):
-        assert float(PAPER[table][row][1]) == getattr(TABLE_1["deit_small"], known)
-    assert float(PAPER["table9"]["self"][1]) == TABLE_1["deit_tiny"].smmix
-    for model, (label, _) in PAPER["table1_transmix"].items():
-        assert label == TABLE_1[model].name
-
-
-# ------------------------------------------------------------------------------------- the commands
-
-
-def recipe_of(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.written.items() if name not in OF_THE_RUN}
+def test_the_figures_are_the_papers() -> None:
+    ours = {"deit3", "study"}
+    assert TABLES.tables.keys() == PAPER.keys() | ours
+    for name, rows in PAPER.items():
+        table = TABLES.tables[name]
+        found = {
+            row: [table.find(row, column).figure for column in table.columns]
+            for row in table.names()
+        }
+        assert found == rows
+        listed = command.list_table(TABLES, table)
+        for row, figures in rows.items():
+            (line,) = [line for line in listed.splitlines() if f"  {row} " in line]
+            assert all(str(figure) in line for figure in figures if figure is not None)
+            assert ("not available yet" in line) == ((name, row) in TO_COME)
+    assert {row.figure for name in ours for row in TABLES.tables[name].rows} == {None}
 
 
 @pytest.mark.parametrize("model", TABLE_2_MODELS)
 @pytest.mark.parametrize("row", TABLE_2_ROWS)
-def test_a_row_of_table_2_spells_out_the_benchmarks_recipe(row: str, model: str) -> None:
-    run = all_runs("table2")[f"{model}_{row}"]
-    assert recipe_of(run) == {**TABLE_2_RECIPE, **TABLE_2_MODELS[model], **TABLE_2_ROWS[row]}
-    assert run.args.model == TABLE_1[model].model
+def test_a_row_of_table_2_has_the_benchmarks_recipe(row: str, model: str) -> None:
+    wanted = {**TABLE_2_RECIPE, **TABLE_2_MODELS[model], **TABLE_2_ROWS[row]}
+    found = flags("table2", row, model)
+    assert {name: as_list(found[name]) for name in wanted} == {
+        name: as_list(value) for name, value in wanted.items()
+    }
+    assert not found["scale_schedule"]
 
 
-@pytest.mark.parametrize("model", PAPER["table1_transmix"])
-def test_a_transmix_row_has_the_authors_recipe_or_its_models_own(model: str) -> None:
-    run = all_runs("table1_transmix")[f"{model}_transmix"]
-    if model in TRANSMIX_MODELS:
-        expected = {**TRANSMIX_RECIPE, **TRANSMIX_MODELS[model]}
-    else:
-        own = {**RECIPE, **TABLE_1[model].differs, "mixer": "transmix"}
-        expected = {name: value for name, value in own.items() if value is not None}
-    assert recipe_of(run) == expected
-    assert run.args.model == TABLE_1[model].model
+@pytest.mark.parametrize("model", TRANSMIX_MODELS)
+def test_a_transmix_row_has_the_authors_recipe(model: str) -> None:
+    wanted = {**TRANSMIX_RECIPE, **TRANSMIX_MODELS[model], "total_batch": 256}
+    found = flags("table1", "transmix", model)
+    assert {name: as_list(found[name]) for name in wanted} == {
+        name: as_list(value) for name, value in wanted.items()
+    }
+    own = flags("table1", "smmix", "pvt_tiny")
+    other = flags("table1", "transmix", "pvt_tiny")
+    different = {name for name in own if own[name] != other[name]} - {"config"}
+    assert different <= {"mixer", "consistency", *METHOD_FLAGS}
 
 
 @pytest.mark.parametrize(
-    ("table", "row"), [(table, row) for table, rows in STUDY.items() for row in rows]
+    ("table", "row"), [(table, row) for table in STUDY for row in STUDY[table]]
 )
-def test_a_row_of_the_study_is_the_recipe_of_its_models_script(table: str, row: str) -> None:
-    for model in COLUMNS[table]:
-        run = all_runs(table)[f"{model}_{row}"]
-        own = {**RECIPE, **TABLE_1[model].differs, **STUDY[table][row]}
-        assert recipe_of(run) == {name: value for name, value in own.items() if value is not None}
-        script, _ = run_of(model, "--nproc", "4")
-        assert (run.args.model, run.args.batch_size) == (script.model, script.batch_size)
+def test_a_row_adds_its_flags_to_the_recipe_of_its_model(table: str, row: str) -> None:
+    model = TABLES.tables[table].columns[0]
+    found, recipe = flags(table, row, model), flags("table1", "smmix", model)
+    added = STUDY[table][row]
+    assert {name: as_list(found[name]) for name in added} == {
+        name: as_list(value) for name, value in added.items()
+    }
+    follows = {
+        "config",
+        "mixer",
+        "con_weight",
+        *(METHOD_FLAGS if added["mixer"] != "smmix" else ()),
+    }
+    assert {name for name in found if found[name] != recipe[name]} <= added.keys() | follows
 
 
-def test_the_study_is_whole() -> None:
-    for table, rows in STUDY.items():
-        assert list(rows) == [row for row in PAPER[table] if row not in TO_COME[table]]
+def as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
-def test_motivators_are_files_where_these_are_given() -> None:
-    words = ("--motivator-tiny", "a b.pth", "--motivator-small=c.pth")
-    tiny, small, *_ = runs_in(shown("table9", *words))
-    assert tiny.args.motivator == "deit_tiny_patch16_224=a b.pth"
-    assert small.args.motivator == "deit_small_patch16_224=c.pth"
-    assert "each row has its own" in refusal(
-        "table9", "--data-path", "/imagenet", "--motivator", "ema"
-    )
+def test_the_recipe_of_2022_is_the_published_one() -> None:
+    found = flags("deit3", "smmix", "deit3_small")
+    published = {
+        "epochs": 800,
+        "total_batch": 2048,
+        "opt": "lamb",
+        "lr": 4e-3,
+        "unscale_lr": True,
+        "weight_decay": 0.05,
+        "warmup_epochs": 5,
+        "drop_path": 0.05,
+        "bce_loss": True,
+        "smoothing": 0.0,
+        "reprob": 0.0,
+        "repeated_aug": True,
+        "aa": "3a",
+        "mixup": 0.8,
+        "cutmix": 1.0,
+    }
+    assert {name: found[name] for name in published} == published
 
 
-@pytest.mark.parametrize("processes", ["1", "2", "8", "16"])
-@pytest.mark.parametrize("table", DIFFERENT)
-def test_the_total_batch_and_the_peak_rate_hold_on_any_number_of_processes(
-    table: str, processes: str
+def test_rows_that_are_one_recipe_are_named() -> None:
+    notes = command.list_notes(TABLES, TABLES.tables["table7"])
+    assert "on deit_small: table1 cutmix, table7 none." in notes
+    same = "table1 smmix, table6 smmix, table7 all, table8 default, tablea5 block12"
+    assert f"on deit_small: {same}." in notes
+    assert "table1 smmix, table9 self" in command.list_notes(TABLES, TABLES.tables["table9"])
+    assert "table2" not in notes
+
+
+# --------------------------------------------------------------------- mistakes in the file
+
+
+def changed(folder: Path, old: str, new: str) -> str:
+    """The message of a tables.yaml with one change."""
+    for recipe in FOLDER.glob("*.yaml"):
+        text = recipe.read_text()
+        if recipe.name == "tables.yaml":
+            assert old in text
+            text = text.replace(old, new, 1)
+        (folder / recipe.name).write_text(text)
+    return message_of(InputError, read_tables, folder / "tables.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "    columns: [deit_tiny]",
+            "    colums: [deit_tiny]",
+            "colums: no such key; did you mean columns?",
+        ),
+        (
+            "columns: [deit_tiny]",
+            "columns: [deit_tyni]",
+            "deit_tyni: no such recipe; did you mean deit_tiny?",
+        ),
+        (
+            "recipe: openmixup",
+            "recipe: openmix",
+            "openmix: no such recipe; did you mean openmixup?",
+        ),
+        ("paper: [75.7, 80.2]", "paper: [75.7]", "row vanilla: has 1 figures for 2 columns"),
+        ("flags: --mixer none", "flags: 3", "row vanilla: 3: flags are text"),
+        (
+            "      vanilla:\n        label: Vanilla\n",
+            "      vanilla:\n",
+            "row vanilla: the key label is missing",
+        ),
+        ("      fixed:\n", "      default:\n", "default: is in the file twice"),
+        ("rows: [cutmix, smmix", "rows: [cutmx, smmix", "queue: cutmx: the table has no such row"),
+        ("tables:\n", "tables: [\n", "is not YAML"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(
+    old: str, new: str, message: str, tmp_path: Path
 ) -> None:
-    for run in runs_in(shown(table, processes=processes)):
-        by_authors = table == "table1_transmix" and run.name.startswith("deit_")
-        total = run.args.batch_size * run.processes * run.args.accum_steps
-        assert (run.processes, total) == (int(processes), 256 if by_authors else 1024)
-        rate = run.args.lr if run.args.unscale_lr else optim.scale_rate(run.args.lr, total)
-        assert rate == pytest.approx(1e-3)
-        (largest,) = (known.largest for known in TABLE_1.values() if known.model == run.args.model)
-        assert run.args.batch_size <= largest
+    said = changed(tmp_path, old, new)
+    assert message in said
+    assert "tables.yaml" in said
+
+
+# --------------------------------------------------------------------- what is chosen
+
+
+def test_every_available_row_is_planned_once_with_its_own_folder() -> None:
+    for name, table in TABLES.tables.items():
+        runs = plan(name)
+        folders = [run.folder for run in runs]
+        assert len(set(folders)) == len(folders)
+        if name == "study":
+            continue
+        available = [row for row in table.names() if (name, row) not in TO_COME]
+        assert [path.name for path in folders] == [
+            f"{model}_{row}" for row in available for model in table.columns
+        ]
+        for run in runs:
+            args = parse(run)
+            assert (args.data_path, args.output_dir) == ("data", str(run.folder))
+
+
+def test_rows_columns_and_seeds_are_chosen() -> None:
+    runs = plan(
+        "table2", "--row", "smmix,1", "--row", "cutmix", "--model", "swin_tiny", "--seed", "0,2"
+    )
+    assert [run.folder.as_posix() for run in runs] == [
+        f"out/table2/swin_tiny_{row}{suffix}"
+        for suffix in ("", "_seed2")
+        for row in ("smmix", "vanilla", "cutmix")
+    ]
+    assert [parse(run).seed for run in runs] == [0, 0, 0, 2, 2, 2]
+    assert plan("table7", "--nproc", "3")[0].command[2:4] == ["--nproc", "3"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--nproc", "3"], "does not divide evenly into 3 processes"),
-        (["--nproc", "0"], "--nproc 0: must be"),
-        (["--nproc", "4", "--batch-size", "x"], "--batch-size x: must be"),
-    ],
-)
-@pytest.mark.parametrize("table", DIFFERENT)
-def test_what_the_model_scripts_refuse_is_refused_here_too(
-    table: str, words: list[str], message: str
-) -> None:
-    assert message in refusal(table, "--data-path", "/imagenet", *words)
-
-
-@pytest.mark.parametrize("table", DIFFERENT)
-def test_several_machines_share_a_row(table: str) -> None:
-    cluster = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
-    printed = shown(table, "--row", "1", processes="8", **cluster)
-    assert (
-        "--nnodes=2 --node_rank=1 --master_addr=node0 --master_port=29500 --nproc_per_node=8"
-        in printed
-    )
-    for run in runs_in(printed):
-        assert run.args.batch_size * 16 * run.args.accum_steps == (
-            256 if table == "table1_transmix" else 1024
-        )
-
-
-def test_ones_own_arguments_come_last_and_win() -> None:
-    words = ("--mix-protocol", "switch", "--seed", "1", "--batch_size=128", "--output", "elsewhere")
-    runs = runs_in(shown("table2", *words))
-    assert len(runs) == 2 * len(TABLE_2_ROWS)
-    assert {(run.args.mix_protocol, run.args.seed, run.args.batch_size) for run in runs} == {
-        ("switch", 1, 128)
-    }
-    words = (
-        "--row",
-        "transmix",
-        "--relabel-ratio",
-        "0",
-        "--weight_decay=0.1",
-        "--output",
-        "elsewhere",
-    )
-    (run,) = runs_in(shown("table6", *words))
-    assert (run.args.relabel_ratio, run.args.weight_decay, run.args.relabel) == (
-        0.0,
-        0.1,
-        "transmix",
-    )
-
-
-def test_what_is_of_the_recipe_and_not_of_the_row_is_open() -> None:
-    assert {run.args.epochs for run in runs_in(shown("tablea4", "--epochs", "7"))} == {7}
-    (run,) = runs_in(
-        shown("table1_transmix", "--row", "deit_base", "--weight-decay", "0.1", "--warmup-epochs=1")
-    )
-    assert (run.args.weight_decay, run.args.warmup_epochs) == (0.1, 1)
-
-
-@pytest.mark.parametrize(
-    ("table", "flag", "words"),
-    [
-        ("table1", "--mixer", ["--mixer", "cutmix"]),
-        ("table1_transmix", "--mixer", ["--mixer=cutmix"]),
-        ("table2", "--fmix-decay", ["--fmix-decay", "2"]),
-        ("table2", "--input-size", ["--small", "--input-size", "64"]),  # of a rehearsal alone
-        ("table6", "--relabel", ["--relabel", "none"]),
-        ("table7", "--con-weight", ["--con-weight", "0.5"]),
-        ("table7", "--fine-weight", ["--lr", "1", "--fine_weight=0", "--output", "elsewhere"]),
-        ("table8", "--side-ratio", ["--side-ratio", "0.1", "0.2"]),
-        ("table9", "--no-model-ema", ["--no-model-ema"]),
-        ("table9", "--model-ema-decay", ["--small", "--model-ema-decay", "0.9"]),
-        ("tablea4", "--target-region", ["--target-region", "max"]),
-        ("tablea5", "--score-block", ["--row", "none", "--score-block", "3"]),
-    ],
-)
-def test_a_row_is_not_made_another_under_its_name(table: str, flag: str, words: list[str]) -> None:
-    wanted = f"{flag}: the rows of {table.split('_')[0]} set it themselves; choose rows with --row"
-    assert wanted in refusal(table, "--data-path", "/imagenet", *words)
-    assert wanted in refusal(table, "--list-tsv", *words)
-
-
-@pytest.mark.parametrize(
-    ("table", "flag"), [("table2", "--mix-alpha"), ("table6", "--relabel-ratio")]
-)
-def test_another_value_of_some_flags_needs_a_folder_of_its_own(table: str, flag: str) -> None:
-    message = refusal(table, "--data-path", "/imagenet", flag, "0.3")
-    assert (
-        f"{flag}: the rows of {table} set it themselves; for another value give another --output "
-        "too" in message
-    )
-
-
-def test_which_mixer_has_a_use_for_a_flag_is_what_main_says() -> None:
-    flags = ["--" + name.replace("_", "-") for name in METHOD_FLAGS]
-    code = """pretraining=0 has_fine=1 has_score=1
-    for mixer in $1; do for has_con in 0 1; do for flag in $2; do
-      ! has_no_use "$flag" || echo "$mixer $has_con $flag"
-    done; done; done"""
-    said = ask(
-        code, " ".join(METHODS), " ".join([*flags, "--side-ratio", "--lr", "--mixup"])
-    ).stdout.splitlines()
-    # main.py refuses these beside --con-weight 0 by a rule of its own
-    expected = ["smmix 0 --con-temperature", "smmix 0 --con-warmup-epochs"]
-    for mixer in METHODS:
-        for has_con in (0, 1):
-            given = {**dict.fromkeys(METHOD_FLAGS, "given"), "con_weight": float(has_con)}
-            kept = flags_of_method(given, mixer)
-            expected += [
-                f"{mixer} {has_con} --{name.replace('_', '-')}"
-                for name in METHOD_FLAGS
-                if kept[name] != given[name]
-            ]
-            expected += [f"{mixer} {has_con} --side-ratio"] if mixer != "smmix" else []
-    assert sorted(said) == sorted(expected)
-
-
-OF_SMMIX = [
-    "--variant",
-    "released",
-    "--region_head=separate",
-    "--side-ratio",
-    "0.3",
-    "0.6",
-    "--fine-temperature",
-    "2",
-]
-CONSISTENCY_FLAGS = [
-    "--consistency",
-    "logits",
-    "--con-temperature",
-    "2",
-    "--guide-size",
-    "112",
-    "112",
-]
-
-
-def test_a_flag_goes_to_the_rows_that_have_a_use_for_it() -> None:
-    printed = shown("table7", *OF_SMMIX, "--lr", "1", *CONSISTENCY_FLAGS)
-    runs = runs_in(printed)
-    assert {run.args.lr for run in runs} == {1.0}
-    kept = {
-        run.name.removeprefix("deit_small_"): (
-            run.args.variant,
-            run.args.region_head,
-            run.args.side_ratio,
-            run.args.fine_temperature,
-            run.args.consistency,
-            run.args.con_temperature,
-            run.args.guide_size,
-        )
-        for run in runs
-    }
-    smmix = ("released", "separate", [0.3, 0.6])
-    assert kept == {
-        "none": ("paper", None, [0.25, 0.75], 1.0, None, 1.0, None),
-        "mixing": (*smmix, 1.0, "logits", 1.0, [112, 112]),
-        "consistency": ("paper", None, [0.25, 0.75], 1.0, "logits", 2.0, [112, 112]),
-        "mixing_fine": (*smmix, 2.0, "logits", 1.0, [112, 112]),
-        "mixing_consistency": (*smmix, 1.0, "logits", 2.0, [112, 112]),
-        "all": (*smmix, 2.0, "logits", 2.0, [112, 112]),
-    }
-    assert (
-        f"== table7, row 3, consistency on deit_small: without {' '.join(OF_SMMIX)}, which it does "
-        "not use" in printed
-    )
-    assert "row 6, all on deit_small: without" not in printed
-
-
-@pytest.mark.parametrize("table", ["table1_transmix", "table2", "tablea4"])
-def test_main_takes_every_row_whatever_is_given_for_some(table: str) -> None:
-    score = ["--score", "random"] if table == "tablea4" else []
-    own = ["--cutmix-minmax", "0.2", "0.8", "--con-weight", "0.5", "--attentive-cells", "6"]
-    runs = runs_in(
-        shown(
-            table,
-            *OF_SMMIX,
-            *CONSISTENCY_FLAGS,
-            *score,
-            *own[: None if table == "table1_transmix" else 5],
-        )
-    )
-    assert len(runs) == len(all_runs(table))
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_the_commands_of_a_header_are_accepted(script: Path) -> None:
-    commands = commands_of_header(script.read_text())
-    assert any(command.endswith("--list") for command in commands)
-    assert len(commands) > 1
-    for command in commands:
-        program, path, *words = shlex.split(command)
-        assert (program, path) == ("bash", f"scripts/tables/{script.name}")
-        if words != ["--list"]:
-            done = start(script.stem, *words, *([] if "--small" in words else ["--nproc", "4"]))
-            assert done.returncode == 0, done.stderr
-            assert "main.py" in done.stdout
-            if "--small" not in words:
-                assert runs_in(done.stdout)
-
-
-# ------------------------------------------------------------------------------ choosing and naming
-
-
-@pytest.mark.parametrize("table", PAPER)
-def test_without_a_choice_every_row_there_is_runs_into_a_folder_of_its_own(table: str) -> None:
-    rows = [row for row in PAPER[table] if row not in TO_COME[table]]
-    expected = [f"{model}_{row}" for row in rows for model in COLUMNS[table]] or [
-        f"{row}_transmix" for row in rows
-    ]
-    printed, runs = whole_table(table), all_runs(table)
-    assert list(runs) == expected
-    folder = ROOT / "output" / table.split("_")[0]
-    assert all(Path(run.folder).parent == folder for run in runs.values())
-    for row in TO_COME[table]:
-        assert re.search(
-            rf"^== {table}, row \d, {row}: not available yet; left out$", printed, flags=re.M
-        )
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--row", "2"], ["cutmix"]),
-        (["--row=smmix"], ["smmix"]),
-        (["--row", "smmix,2"], ["smmix", "cutmix"]),
-        (["--row", "smmix, 2"], ["smmix", "cutmix"]),
-        (["--row", "vanilla", "--row", "7"], ["vanilla", "resizemix"]),
-        (["--row", "2,cutmix", "--row", "2"], ["cutmix"]),
-    ],
-)
-def test_rows_are_chosen_by_number_and_by_name(words: list[str], expected: list[str]) -> None:
-    runs = runs_in(shown("table2", *words))
-    assert names(runs) == [f"{model}_{row}" for row in expected for model in COLUMNS["table2"]]
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--model", "swin_tiny"], ["swin_tiny"]),
-        (["--model=deit_small"], ["deit_small"]),
-        (["--model", "swin_tiny,deit_small", "--model", "swin_tiny"], ["swin_tiny", "deit_small"]),
-    ],
-)
-def test_columns_are_chosen_by_model(words: list[str], expected: list[str]) -> None:
-    assert names(runs_in(shown("table2", "--row", "9", *words))) == [
-        f"{model}_smmix" for model in expected
-    ]
-
-
-@pytest.mark.parametrize("word", ["nosuch", "0", "10", "cut", "*", "2x"])
-def test_an_unknown_row_is_refused_with_the_list_of_rows(word: str) -> None:
-    message = refusal("table2", "--data-path", "/imagenet", "--row", f"cutmix,{word}")
-    assert f"--row {word}: table2 has no such row" in message
-    for number, row in enumerate(PAPER["table2"], start=1):
-        assert f"{number} {row}" in message
-
-
-@pytest.mark.parametrize(
-    ("table", "row"), [(table, row) for table, rows in TO_COME.items() for row in rows]
-)
-def test_a_row_to_come_says_so_and_quotes_the_paper(table: str, row: str) -> None:
-    number = str(list(PAPER[table]).index(row) + 1)
-    for word in (row, number):
-        message = refusal(table, "--data-path", "/imagenet", "--row", word)
-        assert (
-            f"{row} is not available yet; the paper has {' and '.join(PAPER[table][row][1:])}"
-            in message
-        )
-
-
-@pytest.mark.parametrize(
-    ("table", "words", "message"),
-    [
-        ("table2", ["--row", ""], "--row needs numbers or names"),
-        ("table2", ["--row", ", ,"], "--row needs numbers or names"),
-        ("table2", ["--row"], "--row needs a value"),
-        ("table2", ["--model", "deit_tiny"], "its columns: deit_small swin_tiny"),
-        ("table6", ["--model", "swin_tiny"], "its columns: deit_small"),
         (
-            "table1_transmix",
-            ["--model", "deit_tiny"],
-            "the rows of table1 are its models; choose with --row",
+            ["--row", "nosuch"],
+            "--row nosuch: table2 has no such row; its rows: 1 vanilla, 2 cutmix",
         ),
-        ("table2", ["--epochs", "x"], "--epochs x: must be a whole number above 0"),
-        ("table6", ["--epochs=0"], "--epochs 0: must be a whole number above 0"),
+        (["--row", "99"], "--row 99: table2 has no such row"),
+        (["--row", "puzzlemix"], "puzzlemix of table2 is not available yet"),
+        (["--model", "deit_huge"], "its columns: deit_small, swin_tiny"),
+        (["--steps", "2"], "--steps 2: only a rehearsal is cut short; add --small"),
+        (["--small", "--model", "swin_tiny"], "--model: all rehearsals have one model"),
+        (["--mixer", "smmix"], "--mixer: the rows of table2 set it; choose rows with --row"),
+        (["--weights", "x"], "--weights x: must be NAME=FILE"),
+        (["--weights", "x=nosuch.pth"], "nosuch.pth: no such file"),
+        (["--weights", f"x={__file__}"], "the chosen rows name no such network; theirs: resnet50"),
     ],
 )
-def test_a_choice_that_makes_no_sense_is_refused(
-    table: str, words: list[str], message: str
-) -> None:
-    assert message in refusal(table, "--data-path", "/imagenet", "--nproc", "4", *words)
+def test_a_choice_that_makes_no_sense_is_refused(words: list[str], message: str) -> None:
+    assert message in refusal("table2", *words)
 
 
-@pytest.mark.parametrize("table", DIFFERENT)
-def test_a_table_without_data_says_so(table: str) -> None:
-    assert "--data-path DIR is missing" in refusal(table, "--nproc", "4")
-
-
-@pytest.mark.parametrize("table", DIFFERENT)
-def test_every_path_holds_in_another_working_directory(table: str, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "another place"
-    elsewhere.mkdir()
-    assert start(table, "--list", cwd=elsewhere).stdout == start(table, "--list").stdout
-    assert shown(table, cwd=elsewhere) == whole_table(
-        table
-    )  # by default the project's output folder
-    relative = shown(table, "--output", "my runs/", cwd=elsewhere)
-    assert {Path(run.folder).parts[:-1] for run in runs_in(relative)} == {
-        ("my runs", table.split("_")[0])
-    }
-    assert "//" not in relative
-    for line in relative.splitlines():
-        assert line.startswith("== ") or f" {shlex.quote(str(ROOT / 'main.py'))} " in line
-
-
-def test_the_processes_default_to_the_gpus_here_counted_once(tmp_path: Path) -> None:
-    python = tmp_path / "python3"
-    python.write_text(f'#!/bin/sh\necho asked >>"{tmp_path}/calls"\necho 2\n')
-    python.chmod(0o755)
-    done = start("table6", "--data-path", "/imagenet", PATH=f"{tmp_path}:{PATH}")
-    assert {run.processes for run in runs_in(done.stdout)} == {2}
-    assert (tmp_path / "calls").read_text().split() == ["asked"]
-
-
-# ------------------------------------------------------------------------------------ running again
-
-
-def leave(run: Run, folder: Path, *lines: str, **changed: Any) -> None:
-    """What a run leaves behind: the lines of its log, and its recipe but for what is changed."""
-    args = resolve(run.args, Processes(0, 1, torch.device("cpu")))
-    total = args.batch_size * args.accum_steps * run.processes
-    told = {
-        "data": "IMNET somewhere",
-        "total batch": f"all of it = {total}",
-        "device": "cpu, 4 loader processes",
-    }
-    folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps({**vars(args), **changed}))
-    (folder / "train.log").write_text(
-        "".join(f"2026-01-01 10:00:00 {name:<18}  {told[name]}\n" for name in told)
+def test_flags_that_rows_set_need_another_output_or_are_refused() -> None:
+    words = ["run", "table2", "--data-path", "data", "--mix-protocol", "switch"]
+    args, rest = command.get_args_parser().parse_known_args(words)
+    assert "give another --output too" in message_of(
+        InputError, Planner, TABLES, TABLES.tables["table2"], args, rest
     )
-    (folder / "log.txt").write_text("".join(f"{line}\n" for line in lines))
+    runs = plan("table2", "--mix-protocol", "switch")
+    assert {parse(run).mix_protocol for run in runs} == {"switch"}
+    for table, flag in (
+        ("table7", "--con-weight 0.5"),
+        ("table8", "--side-ratio 0 1"),
+        ("tablea5", "--score-block 2"),
+        ("table9", "--model-ema-decay 0.9"),
+    ):
+        assert f"the rows of {table} set it" in refusal(table, *flag.split())
 
 
-def fake_python(folder: Path, notes: Path) -> Path:
-    """The folder, with a python3 in it that finds nothing wrong and notes its words, a zero byte
-    behind each."""
-    folder.mkdir(exist_ok=True)
-    (folder / "python3").write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >>"{notes}"\n')
-    (folder / "python3").chmod(0o755)
-    return folder
-
-
-def test_a_finished_row_is_left_out_and_one_that_is_not_goes_on(tmp_path: Path) -> None:
-    words = ["--output", str(tmp_path / "my runs"), "--epochs", "10"]
-    first, second, *_ = runs_in(shown("table7", *words))
-    leave(
-        first,
-        Path(first.folder),
-        '{"epoch": 8, "test_acc1": 80.0}',
-        '{"epoch": 9, "test_acc1": 80.5}',
-    )
-    leave(second, Path(second.folder), '{"epoch": 8, "test_acc1": 80.0}')
-    path = f"{fake_python(tmp_path / 'bin', tmp_path / 'compared')}:{PATH}"
-    printed = shown("table7", *words, PATH=path)
-    runs = runs_in(printed)
-    assert first.name not in names(runs)
-    assert names(runs)[0] == second.name
-    assert runs[0].args.auto_resume
-    assert f"finished, epoch 9 is in {first.folder}/log.txt; skipped" in printed
-    assert f"resuming in {second.folder}" in printed
-
-
-def test_a_finished_row_of_another_recipe_stops_the_table_before_it_begins(tmp_path: Path) -> None:
-    words = ["--output", str(tmp_path)]
-    *_, last = runs_in(shown("table7", *words))
-    leave(last, Path(last.folder), '{"epoch": 299, "test_acc1": 80.5}')
-    message = refusal(
-        "table7",
-        "--data-path",
-        "/imagenet",
-        "--nproc",
-        "8",
-        *words,
+def test_own_flags_win_over_the_recipe_and_reach_only_rows_that_use_them() -> None:
+    words = [
         "--lr",
-        "9",
-        "--accum-steps",
+        "1e-3",
+        "--variant",
+        "released",
+        "--con-temperature",
         "2",
+        "--score",
+        "rollout",
+        "--epochs",
+        "3",
+    ]
+    runs = {run.folder.name.removeprefix("deit_small_"): run for run in plan("table7", *words)}
+    for name, run in runs.items():
+        args = parse(run)
+        is_smmix = name not in ("none", "consistency")
+        has_con = name in ("consistency", "mixing_consistency", "all")
+        assert (args.lr, args.epochs) == (1e-3, 3)
+        assert (args.variant == "released") == (args.score == "rollout") == is_smmix
+        assert (args.con_temperature == 2) == has_con
+    assert runs["none"].left_out == tuple(words[2:8])
+    assert runs["consistency"].left_out == (*words[2:4], *words[6:8])
+    (run,) = plan(
+        "table1",
+        "--row",
+        "cutmix",
+        "--model",
+        "pvt_tiny",
+        "--con-temperature",
+        "2",
+        "--con-weight",
+        "1",
     )
-    differs = "--lr 0.0005 (this command has 9.0)"
-    where = (
-        f"table7, row 6, all on deit_small: {last.folder} holds a finished run with another recipe"
+    assert (parse(run).con_temperature, run.left_out) == (2, ())
+    (run,) = plan("tablea4", "--row", "random_corr", "--score", "rollout")
+    assert run.left_out == ("--score", "rollout")
+
+
+def test_weights_replace_the_download(tmp_path: Path) -> None:
+    file = tmp_path / "deit_small.pth"
+    file.touch()
+    runs = plan("table9", "--row", "1,2", "--weights", f"deit_small_patch16_224={file}")
+    assert [parse(run).motivator for run in runs] == [
+        "deit_tiny_patch16_224.fb_in1k",
+        f"deit_small_patch16_224={file}",
+    ]
+
+
+def test_a_rehearsal_trains_the_networks_that_its_rows_need_first() -> None:
+    runs = plan("table9", "--small", "--steps", "3", "--variant", "released", "--seed", "1")
+    folders = [run.folder.relative_to("out/small").as_posix() for run in runs]
+    assert folders == [
+        "pretrained/cutmix_vit_mini",
+        "pretrained/cutmix_deit_tiny",
+        *(f"table9/{row}_seed1" for row in PAPER["table9"]),
+    ]
+    args = [parse(run) for run in runs]
+    assert [one.motivator for one in args[2:4]] == [
+        f"out/small/{folder}/checkpoint.pth" for folder in folders[:2]
+    ]
+    assert {(one.max_steps, one.val_subset) for one in args} == {(3, 100)}
+    assert [one.variant for one in args] == ["paper", "paper", *["released"] * 4]
+    assert [one.seed for one in args] == [0, 0, 1, 1, 1, 1]
+
+
+def test_the_queue_of_the_study_begins_with_its_pilots() -> None:
+    names = [run.folder.as_posix().removeprefix("out/study/") for run in plan("study")]
+    assert names[:2] == ["cutmix", "smmix"]
+    assert [run.folder.name for run in plan("study", "--row", "smmix", "--seed", "4")] == [
+        "smmix_seed4"
+    ]
+    assert "study is small already" in refusal("study", "--small")
+
+
+# --------------------------------------------------------------------- what is finished
+
+
+def leave(run: PlannedRun, epochs: int, status: dict[str, Any], **different: Any) -> None:
+    """A folder as main.py leaves it after so many epochs."""
+    run.folder.mkdir(parents=True)
+    values = {**flags_of(run.arguments, "cpu"), **different}
+    (run.folder / "args.json").write_text(json.dumps(values))
+    lines = [json.dumps({"epoch": epoch, "test_acc1": 9.0}) for epoch in range(epochs)]
+    (run.folder / "log.txt").write_text("\n".join(lines))
+    (run.folder / "status.json").write_text(json.dumps(status))
+    (run.folder / "train.log").write_text(
+        f"2026-01-01 10:00:00 data  x\n2026-01-01 10:00:00 total batch  = {values['total_batch']}\n"
     )
-    assert message == f"error: {where}: {differs}; choose another --output\n"
 
 
 @pytest.mark.parametrize(
-    ("changed", "processes", "expected"),
+    ("made", "done", "now", "expected"),
     [
-        (
-            {
-                "num_workers": 31,
-                "data_path": "x",
-                "output_dir": "x",
-                "device": "cpu",
-                "seed": 3,
-                "compile": True,
-            },
-            4,
-            "",
-        ),
-        ({"batch_size": 128, "accum_steps": 2}, 4, ""),
-        ({}, 2, "total batch 1024 (this command has 512)"),
-        ({"epochs": 301}, 4, "--epochs 301 (this command has 300)"),
-        ({"variant": "released"}, 4, "--variant released (this command has paper)"),
-        ({"max_steps": 5}, 4, "--max-steps 5 (this command has none)"),
-        (
-            {"cool": 1, "mixup": 0.1},
-            4,
-            "--cool 1 (this command has no such flag), --mixup 0.1 (this command has 0.8)",
-        ),
+        ("", (2, 40), "", True),
+        ("", (1, 20), "", False),
+        ("", (2, 40), "--num-workers 3 --device cpu --log-every 3", True),
+        ("", (2, 40), "--lr 9", "--lr 0.001 (this command has 9.0)"),
+        ("--variant released", (2, 40), "", "--variant released (this command has paper)"),
+        ("", (2, 40), "--total-batch 50", "total batch 100 (this command has 50)"),
+        ("--steps 3", (0, 3), "--steps 2", "--max-steps 3 (this command has 2)"),
+        ("--steps 2", (0, 2), "--steps 2", True),
+        ("--steps 2", (0, 2), "--steps 3", False),
+        ("--steps 2", (0, 2), "", False),
     ],
 )
-def test_what_differs_from_now_is_named(
-    changed: dict[str, Any], processes: int, expected: str, tmp_path: Path
+def test_a_run_is_finished_only_if_this_command_would_make_it(
+    made: str, done: tuple[int, int], now: str, expected: bool | str, tmp_path: Path
 ) -> None:
-    run = all_runs("table7")["deit_small_all"]
-    leave(run, tmp_path / "run", '{"epoch": 299, "test_acc1": 80.0}', **changed)
-    launch = ["torchrun", f"--nproc_per_node={processes}", "a place/main.py"]
-    (line,) = (line for line in whole_table("table7").splitlines() if "/deit_small_all " in line)
-    words = shlex.split(line)
-    command = [*launch, *words[words.index(str(ROOT / "main.py")) + 1 :]]
-    (found,) = _finished.read_words(["row", str(tmp_path / "run"), str(len(command)), *command])
-    assert _finished.what_differs(found) == expected
-
-
-def test_other_weights_are_another_recipe(tmp_path: Path) -> None:
-    own, other = (
-        runs_in(shown("table9", "--row", "1", "--motivator-tiny", f"{name}.pth"))[0]
-        for name in "ab"
+    (old,) = plan(
+        "table7", "--small", "--row", "all", "--epochs", "2", *made.split(), output=tmp_path
     )
-    leave(own, tmp_path / "run", '{"epoch": 299}')
-    words = ["--motivator", other.args.motivator]
-    (line,) = (
-        line for line in whole_table("table9").splitlines() if "/deit_tiny_deit_tiny " in line
+    (new,) = plan(
+        "table7", "--small", "--row", "all", "--epochs", "2", *now.split(), output=tmp_path
     )
-    command = [*shlex.split(line), *words]
-    told = _finished.what_differs(_finished.Finished("row", tmp_path / "run", command))
-    weights = "deit_tiny_patch16_224"
-    assert told == f"--motivator {weights}=a.pth (this command has {weights}=b.pth)"
-    command[-1] = f"{weights}=elsewhere/a.pth"
-    assert _finished.what_differs(_finished.Finished("row", tmp_path / "run", command)) == ""
+    epochs, step = done
+    state = {"state": "done" if epochs != 1 else "running", "epoch": epochs, "step": step}
+    leave(old, max(epochs, 1), state)
+    steps = parse(new).max_steps
+    if isinstance(expected, str):
+        assert expected in message_of(InputError, finished.is_finished, new, steps)
+    else:
+        assert finished.is_finished(new, steps) == expected
 
 
-def test_a_finished_folder_that_tells_no_recipe_is_not_skipped(tmp_path: Path) -> None:
-    found = _finished.Finished("row", tmp_path, ["main.py"])
-    (tmp_path / "log.txt").write_text('{"epoch": 9}')
-    assert _finished.what_differs(found).startswith(
-        "its recipe cannot be read: has log.txt but no args.json"
+def test_all_wrong_recipes_are_named_before_anything_runs(tmp_path: Path) -> None:
+    runs = plan("table8", "--epochs", "1", output=tmp_path)
+    for run in runs[:2]:
+        leave(run, 1, {"state": "done", "epoch": 1, "step": 10}, lr=9.0)
+    said = message_of(InputError, finished.split, runs, None)
+    assert said.count("--lr 9.0 (this command has 0.0005)") == 2
+    (runs[0].folder / "args.json").write_text("{}")
+    assert "cannot be read" in message_of(InputError, finished.split, runs, None)
+
+
+# --------------------------------------------------------------------- running
+
+
+def script(folder: Path, name: str, body: str) -> PlannedRun:
+    """A run whose command is a Python script."""
+    file = folder / f"{name}.py"
+    file.write_text(f"import json, pathlib, signal, sys, time\n{body}\n")
+
+    class Fake(PlannedRun):
+        @property
+        def command(self) -> list[str]:
+            return [sys.executable, str(file)]
+
+    return Fake(name, folder / name, ())
+
+
+@pytest.mark.parametrize("jobs", [None, 2])
+def test_runs_end_in_order_and_a_failure_stops_the_rest(
+    jobs: int | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        script(tmp_path, "first", ""),
+        script(tmp_path, "second", "time.sleep(0.5); print('the reason'); sys.exit(7)"),
+        script(tmp_path, "third", "time.sleep(30)"),
+        script(tmp_path, "fourth", "pathlib.Path(__file__).with_suffix('.ran').touch()"),
+    ]
+    ended: list[str] = []
+    with pytest.raises(Failed, match="second: stopped with exit code 7, see above") as failed:
+        run_all(runs, jobs, lambda run, seconds: ended.append(run.what))
+    assert (failed.value.exit_code, ended) == (7, ["first"])
+    assert "the reason" in "".join(capfd.readouterr())
+    assert not (tmp_path / "fourth.ran").exists()
+
+
+def test_a_run_that_a_signal_stopped_stops_the_table(tmp_path: Path) -> None:
+    run = script(tmp_path, "run", "")
+    run.folder.mkdir()
+    (run.folder / "status.json").write_text(json.dumps({"state": "preempted"}))
+    with pytest.raises(Failed, match="stopped by a signal before its end"):
+        run_all([run], None, lambda run, seconds: None)
+
+
+def test_a_signal_reaches_the_runs_and_waits_for_them(tmp_path: Path) -> None:
+    body = (
+        "def stop(*_):\n    pathlib.Path(__file__).with_suffix('.saved').touch()\n    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "pathlib.Path(__file__).with_suffix('.begun').touch()\ntime.sleep(60)"
     )
+    runs = [script(tmp_path, name, body) for name in ("one", "two")]
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            run_all(runs, 2, lambda run, seconds: None)
+        except Failed as failed:
+            code = failed.exit_code
+        finally:
+            os._exit(code)
+    while len(list(tmp_path.glob("*.begun"))) < 2:
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGTERM)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+    assert len(list(tmp_path.glob("*.saved"))) == 2
 
 
-@pytest.mark.parametrize(
-    ("lines", "finished"),
-    [
-        ([], False),
-        (['{"epoch": 9}'], True),
-        (['{"epoch":9,"test_acc1":80.0}'], True),
-        (['{"train_loss": 1.0, "epoch": 9}'], True),
-        (['{"epoch": 9, "test_acc1": 80.0}', '{"epoch": 10}'], True),
-        (['{"epoch": 9, "test_acc1": 80.'], False),  # cut short by a kill
-        (['{"epoch": 8}'], False),
-        (['{"epoch": 90}', '{"epoch": 19}'], False),
-        (['{"epoch": 3, "best_epoch": 9}'], False),
-        (['{"epoch": 299}'], False),
-    ],
-)
-def test_a_run_has_its_last_epoch_or_not(lines: list[str], finished: bool, tmp_path: Path) -> None:
-    assert ask('is_finished "$1" 10', tmp_path).returncode == 1
-    (tmp_path / "log.txt").write_text("".join(f"{line}\n" for line in lines))
-    assert ask('is_finished "$1" 10', tmp_path).returncode == (0 if finished else 1)
-    for done in (9, 10):  # an epoch cut short has a line, too
-        (tmp_path / "status.json").write_text(
-            json.dumps({"state": "done", "epoch": done, "step": 40})
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten classes, as CIFAR-10 has."""
+    classes = [f"class{number}" for number in range(10)]
+    root = tmp_path_factory.mktemp("rehearsal")
+    return make_image_folder(root, classes, per_class=10, size=(32, 32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", [name for name in TABLES.tables if name != "study"])
+def test_every_row_takes_two_steps(
+    table: str, photos: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As the command would run them, but in this process, which saves each run its start."""
+    torch.manual_seed(0)
+    output = tmp_path_factory.getbasetemp() / "rows"
+    words = ["--small", "--steps", "2", "--data-path", str(photos), *TINY.split()]
+    for run in plan(table, *words, output=output):
+        if run.folder.exists():  # a frozen network of an earlier table
+            continue
+        done = run_main(*map(Path, run.arguments))  # paths are kept whole
+        assert done.code == 0, f"{run.what}: {done.err}"
+        (line,) = (run.folder / "log.txt").read_text().splitlines()
+        assert json.loads(line)["train_loss"] > 0
+        assert json.loads((run.folder / "status.json").read_text())["step"] == 2
+
+
+@pytest.mark.slow
+def test_the_command_runs_resumes_and_skips(photos: Path, tmp_path: Path) -> None:
+    """`run` as a user types it: two steps, skipped, then resumed to its end."""
+    begin = [sys.executable, "-m", "tools.tables", "run", "table8", "--row", "default", "--small"]
+    rest = ["--data-path", photos, "--output", tmp_path / "my runs", *TINY.split(), "--epochs", "1"]
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [*begin, *words, *map(str, rest)], cwd=FOLDER.parent, capture_output=True, text=True
         )
-        assert ask('is_finished "$1" 10', tmp_path).returncode == (
-            0 if finished and done == 10 else 1
-        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
-
-@pytest.mark.parametrize(
-    "words",
-    [["--epochs", "10"], ["--epochs=10"], ["--epochs", "300", "--x", "a b", "--epochs", "10"]],
-)
-def test_the_last_epoch_follows_the_commands_epochs(words: list[str]) -> None:
-    assert ask('read_epochs "$@"; echo "$epochs"', "main.py", *words, "--lr", "1").stdout == "10\n"
-
-
-def fake_torchrun(folder: Path, body: str) -> dict[str, str]:
-    """An environment whose torchrun notes its last run's folder in `out` and then does what `body`
-    says."""
-    program = folder / "bin/torchrun"
-    program.parent.mkdir(exist_ok=True)
-    program.write_text(
-        '#!/usr/bin/env bash\nfor word in "$@"; do\n  [[ ${before-} != --output-dir ]] || '
-        "out=$word\n"
-        f'  before=$word\ndone\necho "${{out##*/}}" >>"{folder}/calls"\n{body}\n'
-    )
-    program.chmod(0o755)
-    return {"PATH": f"{program.parent}:{PATH}", "DRY_RUN": "0"}
-
-
-@pytest.mark.parametrize("table", DIFFERENT)
-def test_rows_run_one_after_the_other_and_once(table: str, tmp_path: Path) -> None:
-    for name, run in all_runs(table).items():
-        leave(run, tmp_path / "made" / name, f'{{"epoch": {run.args.epochs - 1}}}')
-    environment = fake_torchrun(
-        tmp_path, f'mkdir -p "$out"\ncp "{tmp_path}/made/${{out##*/}}"/* "$out"'
-    )
-    fake_python(tmp_path / "bin", tmp_path / "compared")
-    words = ["--data-path", "/image net", "--nproc", "4", "--output", str(tmp_path / "my runs")]
-    assert start(table, *words, **environment).returncode == 0
-    assert (tmp_path / "calls").read_text().split() == list(all_runs(table))
-    assert not (tmp_path / "compared").exists()
-    again = start(table, *words, **environment)
-    assert again.returncode == 0
-    assert again.stdout.count("; skipped") == len(all_runs(table))
-    assert (tmp_path / "calls").read_text().split() == list(all_runs(table))
-    script, *told = (tmp_path / "compared").read_text().split("\0")[:-1]
-    compared = list(_finished.read_words(told))  # all of them by one start
-    assert script == str(FOLDER / "_finished.py")
-    assert [run.folder.name for run in compared] == list(all_runs(table))
-    assert {_finished.what_differs(run) for run in compared} == {""}
-
-
-@pytest.mark.parametrize("table", DIFFERENT)
-def test_a_run_that_fails_stops_the_table_with_its_exit_code(table: str, tmp_path: Path) -> None:
-    environment = fake_torchrun(tmp_path, "exit 3")
-    done = start(
-        table,
-        "--data-path",
-        "/imagenet",
-        "--nproc",
-        "4",
-        "--output",
-        str(tmp_path / "runs"),
-        **environment,
-    )
-    assert done.returncode == 3
-    assert (tmp_path / "calls").read_text().split() == list(all_runs(table))[:1]
-    assert "stopped with exit code 3, see above; the same command resumes from here" in done.stderr
-
-
-def test_a_run_that_is_stopped_politely_stops_the_table_too(tmp_path: Path) -> None:
-    environment = fake_torchrun(
-        tmp_path, 'mkdir -p "$out"\necho \'{"state": "preempted"}\' >"$out/status.json"'
-    )
-    done = start(
-        "table7",
-        "--data-path",
-        "/imagenet",
-        "--nproc",
-        "4",
-        "--output",
-        str(tmp_path / "runs"),
-        **environment,
-    )
-    assert done.returncode == 1
-    assert (tmp_path / "calls").read_text().split() == list(all_runs("table7"))[:1]
-    assert "stopped by a signal before its end; the same command resumes from here" in done.stderr
-    assert names(runs_in(shown("table7", "--output", str(tmp_path / "runs")))) == list(
-        all_runs("table7")
-    )
-
-
-# ---------------------------------------------------------------------------------------- the files
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, *SHARED], ids=lambda path: path.stem)
-def test_scripts_are_bash_without_mistakes_and_explain_themselves(script: Path) -> None:
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    text = script.read_text()
-    for new in (
-        ";;&",
-        "declare -A",
-        "local -A",
-        "mapfile",
-        "readarray",
-        ",,}",
-        "^^}",
-    ):  # bash 3.2 of macOS
-        assert new not in text
-    assert max(map(len, text.splitlines())) <= 120
-    assert len(text.splitlines()) <= 350
-    if script in SCRIPTS:
-        asked = start(script.stem, "--help", DRY_RUN="0")
-        assert asked.returncode == 0
-        assert f"bash scripts/tables/{script.name} --list" in asked.stdout
-        assert "set -euo" not in asked.stdout
+    run("--steps", "2")
+    assert "finished in" in run("--steps", "2")
+    assert "small, table8, row 3, default: top-1" in run("--jobs", "1")
+    status = json.loads((tmp_path / "my runs/small/table8/default/status.json").read_text())
+    assert (status["state"], status["step"]) == ("done", 5)
