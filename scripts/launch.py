@@ -80,9 +80,9 @@ def main_arguments(args: argparse.Namespace, words: Sequence[str]) -> list[str]:
     output = args.output
     if args.recipe is not None:
         path = ROOT / "recipes" / f"{args.recipe}.yaml"
-        if not path.is_file():
-            names = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-            stop(f"--recipe {args.recipe}: no such recipe; recipes: {names}")
+        known = sorted({file.stem for file in path.parent.glob("*.yaml")} - {"tables"})
+        if args.recipe not in known:
+            stop(f"--recipe {args.recipe}: no such recipe; recipes: {', '.join(known)}")
         recipe = ["--config", str(path)]
         output = output or str(ROOT / "output" / f"{args.recipe}_{last_mixer(words)}")
     return [*recipe, *words, *(["--output-dir", output] if output else [])]
@@ -152,6 +152,7 @@ def run_several(words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun chooses the same, with a warning
     try:
         run(parse_args(words))
     except ChildFailedError as failed:

@@ -271,7 +271,7 @@ def _check_keys(
 
 
 def _check_recipes(where: str, recipes: Iterable[Any], folder: Path) -> None:
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    known = sorted({path.stem for path in folder.glob("*.yaml")} - {"tables"})
     for recipe in recipes:
         if recipe not in known:
             near = difflib.get_close_matches(str(recipe), known, 1)

@@ -97,7 +97,10 @@ def _split(text: str) -> list[str]:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    return tuple(int(seed) for seed in _split(text))
+    seeds = _split(text)
+    if not all(seed.isascii() and seed.isdigit() for seed in seeds):
+        raise argparse.ArgumentTypeError(f"{text}: needs whole numbers, with commas between them")
+    return tuple(map(int, seeds))
 
 
 # -------------------------------------------------------------------------------------------- list
@@ -123,7 +126,8 @@ def list_table(tables: Tables, table: Table) -> str:
         note = "" if table.is_available(name) else "  not available yet"
         note += "  ours" if name in table.ours else ""
         lines.append(f"{number:2}  {name:<{width}}  {labels[name]:<{label_width}}  {cells}{note}")
-    lines += ["", "The figures are the paper's top-1 in %. We have run none of these rows."]
+    if any(row.figure is not None for row in table.rows):
+        lines += ["", "The figures are the paper's top-1 in %. We have run none of these rows."]
     return "\n".join(lines)
 
 

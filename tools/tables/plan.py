@@ -75,7 +75,7 @@ class Planner:
             raise InputError(f"--small: {table.name} is small already; leave it out")
         if args.small and args.model:
             raise InputError("--model: all rehearsals have one model; leave it out")
-        if args.steps is not None and not args.small:
+        if args.steps is not None and not (args.small or table.is_study):
             raise InputError(f"--steps {args.steps}: only a rehearsal is cut short; add --small")
         self.parser = get_main_parser()
         given = explicit_flags(self.parser, self.words)
