@@ -109,6 +109,7 @@ class Training:
         memory_format: of the images; the model's.
         finish: (images (B, C, H, W) uint8 and boxes (B, M, 4) on the device, operations (B, L, 8)
             on the host) -> images as the model takes them: augmented, normalised, erased.
+        before_step: called with the step number before its first micro-batch, as a criterion wants.
         after_update: called with the step number after every update, such as a schedule's.
     """
 
@@ -127,6 +128,7 @@ class Training:
     seed: int = 0
     train_mode: bool = True
     fixed_scale: bool = True
+    before_step: Callable[[int], None] | None = None
     after_update: Callable[[int], None] | None = None
     memory_format: torch.memory_format = torch.contiguous_format
     finish: Callable[..., Tensor] | None = None
@@ -160,6 +162,8 @@ def train_step(training: Training, batches: Sequence[Batch], step: int, meters: 
         step: its number since the beginning of the run; with the rank it keys all randomness.
         meters: receives the loss terms as device tensors.
     """
+    if training.before_step is not None:
+        training.before_step(step)
     for micro, batch in enumerate(batches):
         meters.update(**forward_backward(training, batch, step, micro))
     meters.update(grad_norm=update_weights(training))

@@ -93,6 +93,7 @@ class SMMixLoss:
         fine_weight, con_weight: weights of L_fine and L_con in the total; the paper's are 1.
         fine_temperature: T of the predictions in L_fine, softmax(logits / T).
         con_temperature: T of both sides of L_con; see `consistency`.
+        con_warmup: the weight of L_con rises from 0 over this number of steps; see `set_step`.
     """
 
     def __init__(
@@ -103,10 +104,24 @@ class SMMixLoss:
         *,
         fine_temperature: float = 1.0,
         con_temperature: float = 1.0,
+        con_warmup: int = 0,
     ) -> None:
         self.weights = {"fine": fine_weight, "con": con_weight}
+        self.con_weight, self.con_warmup = con_weight, con_warmup
         self.fine_temperature, self.con_temperature = fine_temperature, con_temperature
         self.cross_entropy = binary_cross_entropy if bce else soft_cross_entropy
+        self.set_step(0)
+
+    def set_step(self, step: int) -> None:
+        """Sets the weight of L_con for a step: con_weight * min(1, step / con_warmup).
+
+        The warm-up is an addition of ours; the paper's weight is constant.
+
+        Args:
+            step: its number since the beginning of the run, from 0.
+        """
+        if self.con_warmup > 0:
+            self.weights["con"] = self.con_weight * min(1.0, step / self.con_warmup)
 
     def __call__(self, output: ModelOutput, batch: MixedBatch) -> Terms:
         terms = {"cls": self.cross_entropy(output.logits, batch.labels)}

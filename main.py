@@ -135,7 +135,7 @@ def make_run(
     if flags.skip_corrupt:
         bad_images = BadImages(train_images.num_images, train_images.name_of)
         data = data._replace(bad_images=bad_images)
-    training = build.make_training(flags, model, spec, processes, read)
+    training = build.make_training(flags, model, spec, processes, data.steps, read)
 
     # The settings of the run, and how far it has come.
     identity = make_identity(args, flags, train_images, spec, processes)

@@ -145,22 +145,32 @@ def make_train_loader(flags: Flags, train: Any, spec: ImageSpec, processes: Proc
     )
 
 
+def make_loss(flags: Flags, steps: int) -> SMMixLoss:
+    """The loss of Eq. 15.
+
+    Args:
+        steps: steps per epoch.
+    """
+    return SMMixLoss(
+        flags.bce_loss,
+        flags.fine_weight,
+        flags.con_weight,
+        fine_temperature=flags.fine_temperature,
+        con_temperature=flags.con_temperature,
+        con_warmup=flags.con_warmup_epochs * steps,
+    )
+
+
 def make_criterion(
     flags: Flags,
+    base: SMMixLoss,
     model: ImageModel,
     autocast: precision.Autocast,
     device: torch.device,
     spec: ImageSpec,
     read: ReadCheckpoint,
 ) -> Criterion:
-    """The loss of Eq. 15, and DeiT's distillation around it with `--distillation-type`."""
-    base = SMMixLoss(
-        flags.bce_loss,
-        flags.fine_weight,
-        flags.con_weight,
-        fine_temperature=flags.fine_temperature,
-        con_temperature=flags.con_temperature,
-    )
+    """The loss, and DeiT's distillation around it with `--distillation-type`."""
     if flags.distillation_type == "none":
         return base
     teacher = build_teacher(
@@ -227,9 +237,14 @@ def make_training(
     model: ImageModel,
     spec: ImageSpec,
     processes: Processes,
+    steps: int,
     read: ReadCheckpoint,
 ) -> engine.Training:
-    """Everything that the step needs, checked by one warm-up (`engine.py:warm_up`)."""
+    """Everything that the step needs, checked by one warm-up (`engine.py:warm_up`).
+
+    Args:
+        steps: steps per epoch.
+    """
     device, autocast = processes.device, precision.make_autocast(processes.device, flags.amp)
     average = None
     if flags.model_ema:
@@ -243,10 +258,11 @@ def make_training(
         wrapped = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None
         )
+    loss = make_loss(flags, steps)
     training = engine.Training(
         module=model,
         model=cast(torch.nn.Module, torch.compile(wrapped)) if flags.compile else wrapped,
-        criterion=make_criterion(flags, model, autocast, device, spec, read),
+        criterion=make_criterion(flags, loss, model, autocast, device, spec, read),
         mixer=make_mixer(flags, model, spec, processes, read),
         guide=make_guide(flags, model, device, average, spec, read),
         optimizer=optim.make_optimizer(
@@ -260,6 +276,7 @@ def make_training(
         accum_steps=flags.accum_steps,
         seed=flags.seed,
         train_mode=flags.train_mode,
+        before_step=loss.set_step,
         nonfinite=NonFiniteGuard(processes, flags.max_bad_steps),
         fixed_scale=flags.amp != "fp16",
         memory_format=memory_format(flags),

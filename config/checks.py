@@ -119,6 +119,10 @@ def _check_conflicts(args: argparse.Namespace) -> None:
             f"--start-epoch {args.start_epoch}: must be below --epochs {args.epochs}",
         ),
         (
+            args.con_warmup_epochs > args.epochs and not args.eval,
+            f"--con-warmup-epochs {args.con_warmup_epochs}: must be at most --epochs {args.epochs}",
+        ),
+        (
             args.nb_classes is not None and not is_timm_set,
             "--nb-classes is for timm/<name> data sets only: the others know their classes",
         ),

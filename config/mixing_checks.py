@@ -18,7 +18,15 @@ from config.mixing_flags import (
 from config.value_checks import as_written, check_values, option
 
 POSITIVE = ("attentive_cells", "fine_temperature", "con_temperature")
-NOT_NEGATIVE = ("mixup", "cutmix", "fmix_decay", "mix_off_epoch", "fine_weight", "con_weight")
+NOT_NEGATIVE = (
+    "mixup",
+    "cutmix",
+    "fmix_decay",
+    "mix_off_epoch",
+    "fine_weight",
+    "con_weight",
+    "con_warmup_epochs",
+)
 SHARES = ("mixup_prob", "mixup_switch_prob", "smoothing", "relabel_ratio")
 RANGES = ("side_ratio", "cutmix_minmax", "resize_scope")
 
@@ -101,12 +109,12 @@ def _rules_of_terms(args: argparse.Namespace) -> list[Rule]:
     """The rules between flags of L_fine and L_con."""
     con_weight = con_weight_of(args.mixer, _value_of(args, "con_weight"))
     fine_temperature = _value_of(args, "fine_temperature")
-    con_temperature = _value_of(args, "con_temperature")
+    of_con = [name for name in ("con_temperature", "con_warmup_epochs") if _is_set(args, name)]
+    written = ", ".join(as_written(name, getattr(args, name)) for name in of_con)
     return [
         (
-            args.mixer == "smmix" and con_weight == 0 and con_temperature != 1,
-            f"--con-temperature {con_temperature} is for L_con, which --con-weight 0 removes: "
-            "leave out one of them",
+            args.mixer == "smmix" and con_weight == 0 and bool(of_con),
+            f"{written} is for L_con, which --con-weight 0 removes: leave out one of them",
         ),
         (
             fine_temperature != 1 and _value_of(args, "fine_weight") == 0,

@@ -57,11 +57,12 @@ METHOD_FLAGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "fine_temperature": (1.0, ("smmix",)),
     "con_weight": (None, PASTING_METHODS),
     "con_temperature": (1.0, PASTING_METHODS),
+    "con_warmup_epochs": (0, PASTING_METHODS),
 }
 # How the guide is made.
 GUIDE_FLAGS = ("guide_size", "guide_amp", "motivator")
 # Methods other than smmix use these with L_con only.
-CONSISTENCY_FLAGS = (*GUIDE_FLAGS, "consistency", "con_temperature")
+CONSISTENCY_FLAGS = (*GUIDE_FLAGS, "consistency", "con_temperature", "con_warmup_epochs")
 
 
 # --------------------------------------------------------------------------------------- the flags
@@ -307,6 +308,14 @@ def _add_loss_flags(group: Any) -> None:
         type=float,
         metavar="T",
         help="temperature of both sides of L_con, which becomes T^2 times the divergence",
+    )
+    _add_with_default(
+        group,
+        "con-warmup-epochs",
+        type=int,
+        metavar="N",
+        help="the weight of L_con rises linearly from 0 over the first N epochs, step by step; an "
+        "addition to the paper",
     )
     group.add_argument(
         "--bce-loss", action="store_true", help="binary cross entropy for L_cls and L_fine"

@@ -90,6 +90,7 @@ def _describe_changes(flags: dict[str, Any]) -> str:
         "block {0}": ("score_block",),
         "L_fine x {0:g}": ("fine_weight",),
         "L_con x {0:g}": ("con_weight",),
+        "L_con rising over {0} epochs": ("con_warmup_epochs",),
         "guided by {0}": ("motivator",),
     }
     usual = {
@@ -99,6 +100,7 @@ def _describe_changes(flags: dict[str, Any]) -> str:
         "score_block": None,
         "fine_weight": 1.0,
         "con_weight": con_weight,
+        "con_warmup_epochs": 0,
         "motivator": "self",
     }
     changes = [

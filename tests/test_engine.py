@@ -357,6 +357,19 @@ def test_the_log_has_each_term_over_the_steps_that_had_it(monkeypatch: pytest.Mo
     assert 0 <= figures["clean_acc1"] <= 100
 
 
+def test_the_criterion_hears_of_each_step_before_its_micro_batches() -> None:
+    training, loss = make_training(accum_steps=2), SMMixLoss(con_warmup=4)
+    heard: list[float] = []
+
+    def watch(output: Any, batch: Any) -> Any:
+        heard.append(loss.weights["con"])
+        return loss(output, batch)
+
+    training.criterion, training.before_step = watch, loss.set_step
+    epoch_of(training, 6, first_step=2)  # three steps, as of a run that is resumed
+    assert heard == [0.5, 0.5, 0.75, 0.75, 1.0, 1.0]
+
+
 def test_every_step_has_draws_of_its_own_and_repeats_them() -> None:
     training = make_training()
     draws = [

@@ -212,6 +212,28 @@ def test_the_total_is_the_sum_of_what_there_is(bce: bool, with_fine: bool, with_
     assert {name: float(term) for name, term in terms.items()} == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_weight_of_consistency_rises_over_the_warm_up() -> None:
+    """Only the total changes, with distillation around it too; without warm-up nothing does."""
+    given, batch = output(distillation_logits=rows()), mixed_batch()
+    usual, ramped = SMMixLoss(con_weight=0.7), SMMixLoss(con_weight=0.7, con_warmup=6)
+    distilled = DistillationLoss(ramped, lambda _: rows(), "soft", 0.5)
+    constant = usual(given, batch)
+    for step in (0, 1, 5, 6, 7, 40, 3):  # in any order: nothing is carried along
+        usual.set_step(step)
+        ramped.set_step(step)
+        terms, share = ramped(given, batch), step / 6 if step < 6 else 1.0
+        total = float(terms["cls"] + terms["fine"]) + 0.7 * share * float(terms["con"])
+        assert float(terms["total"]) == pytest.approx(total, rel=1e-6)
+        around = distilled(given, batch)
+        assert float(around["total"]) == pytest.approx(
+            0.5 * total + 0.5 * float(around["distill"]), rel=1e-6
+        )
+        for name in constant:
+            assert torch.equal(usual(given, batch)[name], constant[name])
+            same = name != "total" or step >= 6
+            assert torch.equal(terms[name], constant[name]) == same
+
+
 @pytest.mark.parametrize("culprit", ["cls", "fine", "con"])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_number_that_is_not_finite_shows_in_its_term_and_the_total(

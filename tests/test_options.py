@@ -102,6 +102,7 @@ SMMIX: dict[str, Any] = {
     "con_weight": None,
     "fine_temperature": 1.0,
     "con_temperature": 1.0,
+    "con_warmup_epochs": 0,
     "score": "attention",
     "source_region": "max",
     "target_region": "min",

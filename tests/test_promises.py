@@ -186,7 +186,7 @@ RECIPES = {
     "fp16": "--amp fp16 --opt momentum --clip-grad 1",
     "by epoch, with noise": "--no-sched-on-updates --lr-noise 0.1 0.9",
     "released": "--variant released",
-    "batches shared with Mixup": "--mix-protocol split",
+    "batches shared with Mixup": "--mix-protocol split --con-warmup-epochs 2",
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import engine
 import utils
 from run import state as run_state
 from storage import checkpoints
@@ -18,6 +19,7 @@ from tests.runs import (
     Killed,
     differences,
     killed_after,
+    observing_steps,
     read_log,
     run_main,
     run_small,
@@ -78,6 +80,28 @@ def test_resumed_is_uninterrupted(photos: Path, tmp_path: Path) -> None:
             )
             == []
         )
+
+
+def test_the_warm_up_of_consistency_is_resumed(photos: Path, tmp_path: Path) -> None:
+    """Three steps per epoch. That the resumed run has the same bits is in `test_promises.py`."""
+    words = split("--epochs 3 --con-weight 0.5 --con-warmup-epochs 2 --save-steps 1 --data-path")
+    words += [str(photos), "--output-dir", str(tmp_path), "--auto-resume"]
+    weights: list[tuple[int, float]] = []
+
+    def note(training: engine.Training, step: int) -> None:
+        weights.append((step, training.criterion.weights["con"]))  # type: ignore[attr-defined]
+        if weights[-1][0] == 4 and len(weights) == 5:
+            raise Killed
+
+    with observing_steps(note):
+        with pytest.raises(Killed):
+            run_small(*words)
+        run = run_small(*words)
+        assert "L_con rising over 2 epochs" in run.out
+    assert weights == [(s, 0.5 * min(1, s / 6)) for s in [*range(5), *range(4, 9)]]
+    refused = run_small(*words, "--con-warmup-epochs 1")
+    assert refused.code == 2
+    assert "--accept-changes con-warmup-epochs" in refused.err
 
 
 def test_a_kill_between_epochs_loses_nothing(photos: Path, tmp_path: Path) -> None:

@@ -417,6 +417,19 @@ def test_a_temperature_of_one_changes_no_bit() -> None:
             "--con-temperature 2.0 is for L_con, which --con-weight 0 removes",
         ),
         (
+            "--con-warmup-epochs 2 --con-weight 0",
+            "--con-warmup-epochs 2 is for L_con, which --con-weight 0 removes",
+        ),
+        (
+            "--mixer fmix --con-warmup-epochs 2",
+            r"--con-warmup-epochs 2 \(for smmix, or with --con-weight above 0\)",
+        ),
+        ("--con-warmup-epochs -1", "--con-warmup-epochs -1: must not be negative"),
+        (
+            "--con-warmup-epochs 3 --epochs 2",
+            "--con-warmup-epochs 3: must be at most --epochs 2",
+        ),
+        (
             "--fine-temperature 2 --fine-weight 0",
             "--fine-temperature 2.0 is for L_fine, which --fine-weight 0",
         ),
@@ -453,7 +466,8 @@ def test_what_is_no_choice_is_refused(words: str) -> None:
         "--mixer cutmix --con-weight 0",
         "--mixer cutmix --con-weight 1 --motivator ema --guide-amp bf16 --consistency logits "
         "--con-temperature 2",
-        "--mixer transmix --con-weight 1",
+        "--mixer transmix --con-weight 1 --con-warmup-epochs 2",
+        "--con-warmup-epochs 1 --epochs 1",
         "--source-region random --target-region corr --con-weight 0",
         "--source-region random --target-region min --score rollout",
         "--score random --con-weight 1 --motivator ema",

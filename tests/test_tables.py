@@ -609,9 +609,8 @@ def test_which_mixer_has_a_use_for_a_flag_is_what_main_says() -> None:
     said = ask(
         code, " ".join(METHODS), " ".join([*flags, "--side-ratio", "--lr", "--mixup"])
     ).stdout.splitlines()
-    expected = [
-        "smmix 0 --con-temperature"
-    ]  # main.py refuses it beside --con-weight 0 by a rule of its own
+    # main.py refuses these beside --con-weight 0 by a rule of its own
+    expected = ["smmix 0 --con-temperature", "smmix 0 --con-warmup-epochs"]
     for mixer in METHODS:
         for has_con in (0, 1):
             given = {**dict.fromkeys(METHOD_FLAGS, "given"), "con_weight": float(has_con)}

@@ -83,7 +83,7 @@ has_no_use() {
       ;;
     --score | --score-block) ((!has_score)) || users=smmix ;;
     --fine-temperature) ((!has_fine)) || users=smmix ;;
-    --con-temperature) ((!has_con)) || users=$pasting ;;
+    --con-temperature | --con-warmup-epochs) ((!has_con)) || users=$pasting ;;
     --consistency | --guide-size | --guide-amp | --motivator)
       users=smmix
       ((!has_con)) || users=$pasting
