@@ -264,6 +264,13 @@ def _add_optimizer(parser: Parser) -> None:
         "--lr", default=5e-4, type=float, help="peak learning rate for a total batch of 512"
     )
     group.add_argument(
+        "--layer-decay",
+        type=float,
+        metavar="F",
+        help="layer-wise learning rate decay: each layer has F times the rate of the next one, the "
+        "head has the whole rate; default: all layers have the same rate",
+    )
+    group.add_argument(
         "--unscale-lr", action="store_true", help="do not scale --lr with the total batch"
     )
 
