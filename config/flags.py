@@ -327,6 +327,13 @@ def _add_augmentation(parser: Parser) -> None:
     )
     add_switch(
         group,
+        "src",
+        False,
+        "DeiT III's simple random crop instead of the random resized crop: resize the smaller side "
+        "to the input size, pad by 4 pixels with the reflection, crop at random",
+    )
+    add_switch(
+        group,
         "repeated-aug",
         True,
         "put each image into the batch several times, each time with another augmentation",

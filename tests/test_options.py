@@ -104,6 +104,7 @@ SMMIX: dict[str, Any] = {
     "con_temperature": 1.0,
     "con_warmup_epochs": 0,
     "layer_decay": None,
+    "src": False,
     "score": "attention",
     "source_region": "max",
     "target_region": "min",
