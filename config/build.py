@@ -123,6 +123,7 @@ def make_train_loader(flags: Flags, train: Any, spec: ImageSpec, processes: Proc
         interpolation=flags.train_interpolation,
         resize=flags.resize,
         randaugment=flags.randaugment,
+        src=flags.src,
     )
     if augment.randaugment == "device" and processes.device.type == "mps":
         raise utils.InputError(

@@ -54,6 +54,7 @@ SHARES = (
     "model_ema_decay",
     "distillation_alpha",
     "eval_crop_ratio",
+    "layer_decay",
 )
 
 
@@ -64,7 +65,8 @@ def check_args(args: argparse.Namespace) -> None:
         InputError: names the flag and the fix.
     """
     check_values(vars(args), POSITIVE, NOT_NEGATIVE, SHARES, mixing_checks.RANGES)
-    require(args.eval_crop_ratio != 0, "eval_crop_ratio", args.eval_crop_ratio, "must be above 0")
+    for name in ("eval_crop_ratio", "layer_decay"):
+        require(getattr(args, name) != 0, name, getattr(args, name), "must be above 0")
     keep, clip, betas = args.keep_checkpoints, args.clip_grad, args.opt_betas
     rule = "must be at least 2, so that another one remains if the newest is damaged"
     require(keep >= 2, "keep_checkpoints", keep, rule)

@@ -270,6 +270,13 @@ def _add_optimizer(parser: Parser) -> None:
         "--lr", default=5e-4, type=float, help="peak learning rate for a total batch of 512"
     )
     group.add_argument(
+        "--layer-decay",
+        type=float,
+        metavar="F",
+        help="layer-wise learning rate decay: each layer has F times the rate of the next one, the "
+        "head has the whole rate; default: all layers have the same rate",
+    )
+    group.add_argument(
         "--unscale-lr", action="store_true", help="do not scale --lr with the total batch"
     )
 
@@ -323,6 +330,13 @@ def _add_augmentation(parser: Parser) -> None:
         choices=["cpu", "device"],
         help="where flip and --aa rand-... are applied: per image in the loader (cpu), or to the "
         "batch on the device; the pixels are the same",
+    )
+    add_switch(
+        group,
+        "src",
+        False,
+        "DeiT III's simple random crop instead of the random resized crop: resize the smaller side "
+        "to the input size, pad by 4 pixels with the reflection, crop at random",
     )
     add_switch(
         group,

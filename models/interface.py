@@ -10,10 +10,11 @@ K classes, H heads, T all tokens (class, distillation and register tokens, then 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -290,6 +291,17 @@ class ImageModel(nn.Module, ABC):
         """Names of the parameters, in this module, that the network exempts from weight decay."""
         names: set[str] = getattr(self.network, "no_weight_decay", set)()
         return {f"network.{name}" for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Gives the layer of each parameter in this module, for timm's layer-wise rate decay.
+
+        The layers are those of the network's own `group_matcher`; `coarse` is passed to it. A
+        second region head belongs to the last layer, which has the classifier.
+        """
+        matcher = cast(Any, self.network).group_matcher(coarse=coarse)
+        layers = group_parameters(self.network, matcher, reverse=True)
+        last = max(layers.values())
+        return lambda name: layers.get(name.removeprefix("network."), last)
 
     # The two passes of a training step.
 

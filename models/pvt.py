@@ -227,6 +227,22 @@ class PyramidVisionTransformer(nn.Module):
         """Only the class token: PVT applies weight decay to its position embeddings."""
         return {"cls_token"}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The layers of the parameters, as timm's `group_parameters` reads them.
+
+        Each block is a layer; `coarse` changes nothing, as in timm's ViT. Patch and position
+        embeddings belong to the first block of their stage; those of stage 1 are the first layer.
+        """
+        return {
+            "stem": r"(?:patch_embed|pos_embed)1",
+            "blocks": [
+                (r"block(\d+)\.(\d+)", None),
+                (r"(?:patch_embed|pos_embed)(\d+)", (0,)),
+                (r"cls_token", (4, 0)),
+                (r"norm", (99999,)),  # with the last block
+            ],
+        }
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keeps only the inputs of the blocks and computes the rest again in the backward pass."""
         self.grad_checkpointing = enable

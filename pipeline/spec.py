@@ -100,6 +100,7 @@ class Augment:
         resize: the library that resizes the random crop, one of `RESIZERS`.
         randaugment: where flip and `aa` are applied: `cpu`, per image in the worker, or `device`,
             in the batch (RandAugment only).
+        src: DeiT III's simple random crop instead of a random resized crop.
 
     Raises:
         InputError: a value is unknown or out of its range, or cannot be combined with another.
@@ -114,6 +115,7 @@ class Augment:
     hflip: float = 0.5
     resize: str = "pillow"
     randaugment: str = "cpu"
+    src: bool = False
 
     def __post_init__(self) -> None:
         if self.auto and not re.fullmatch(_AUGMENT_NAMES, self.auto):

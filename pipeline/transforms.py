@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,14 +41,35 @@ def as_tensor(pixels: Pixels) -> torch.Tensor:
     return torch.from_numpy(rows).permute(2, 0, 1)
 
 
+def resize(pixels: Pixels, size: tuple[int, int], mode: Any, resizer: str) -> Pixels:
+    """The image resized to (H, W), as the resizer returns it: Pillow's, or an array from torch.
+
+    Args:
+        mode: torchvision's `InterpolationMode`, or several of which one is drawn.
+        resizer: `pillow` gives torchvision's result bit for bit. `torch` takes a third of the time;
+            its antialiased resize of 8-bit pixels differs by one level in some pixels.
+    """
+    if isinstance(mode, tuple):
+        mode = random.choice(mode)
+    if resizer == "pillow":
+        return functional.resize(as_image(pixels), list(size), mode)
+    rows = pixels if isinstance(pixels, np.ndarray) else np.array(pixels)
+    # The batch dimension is added before the permutation: torch then recognises channels last and
+    # keeps them. Otherwise the conversion to a Pillow image would have to copy the channels of each
+    # pixel together, which takes as long as the resize.
+    batch = torch.from_numpy(rows)[None].permute(0, 3, 1, 2)  # (1, 3, height, width), a view
+    interpolate = torch.nn.functional.interpolate
+    (resized,) = interpolate(batch, size, mode=mode.value, antialias=True)
+    return resized.permute(1, 2, 0).numpy()  # (H, W, 3)
+
+
 class CropAndResize(RandomResizedCropAndInterpolation):
     """timm's random resized crop, with timm's draws, for both kinds of decoded image.
 
     The result is a Pillow image.
 
     Args:
-        resizer: `pillow` gives timm's result bit for bit. `torch` takes a third of the time; its
-            antialiased resize of 8-bit pixels differs by one level in some pixels.
+        resizer: see `resize`.
         settings: those of timm's class.
     """
 
@@ -62,24 +84,12 @@ class CropAndResize(RandomResizedCropAndInterpolation):
         """The resized crop as the resizer returns it: Pillow's image, or an array from torch."""
         view = pixels if isinstance(pixels, Image.Image) else as_tensor(pixels)
         top, left, height, width = self.get_params(view, self.scale, self.ratio)
-        mode = self.interpolation
-        if isinstance(mode, tuple):
-            mode = random.choice(mode)
         crop: Pixels
         if isinstance(pixels, Image.Image):
             crop = pixels.crop((left, top, left + width, top + height))
         else:
             crop = pixels[top : top + height, left : left + width]
-        if self.resizer == "pillow":
-            return functional.resize(as_image(crop), list(self.size), mode)
-        crop = crop if isinstance(crop, np.ndarray) else np.array(crop)
-        # The batch dimension is added before the permutation: torch then recognises channels last
-        # and keeps them. Otherwise the conversion to a Pillow image would have to copy the channels
-        # of each pixel together, which takes as long as the resize.
-        batch = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # (1, 3, height, width), a view
-        resize = torch.nn.functional.interpolate
-        (resized,) = resize(batch, self.size, mode=mode.value, antialias=True)
-        return resized.permute(1, 2, 0).numpy()  # (H, W, 3)
+        return resize(crop, self.size, self.interpolation, self.resizer)
 
 
 class PendingAugment(NamedTuple):
@@ -111,6 +121,33 @@ class ResizeTo:
 
 
 @dataclass(frozen=True)
+class ResizeToCover:
+    """Resizes with the aspect ratio, so that the image just covers (H, W).
+
+    For squares the smaller side becomes their side, as in torchvision's `Resize`.
+
+    Args:
+        mode, resizer: see `resize`.
+    """
+
+    size: tuple[int, int]
+    mode: Any
+    resizer: str
+
+    def __call__(self, pixels: Pixels) -> Image.Image:
+        if isinstance(pixels, Image.Image):
+            width, height = pixels.size
+        else:
+            height, width, _ = pixels.shape
+        rows, columns = self.size
+        if height * columns <= width * rows:
+            size = rows, int(rows * width / height)
+        else:
+            size = int(columns * height / width), columns
+        return as_image(resize(pixels, size, self.mode, self.resizer))
+
+
+@dataclass(frozen=True)
 class DeferAugment:
     """The last step of a transform: returns the image and the operations drawn for it."""
 
@@ -129,10 +166,13 @@ def build_train_transform(spec: ImageSpec, augment: Augment) -> transforms.Compo
     """DeiT's training transform up to pixels: a decoded image -> (3, H, W) uint8, channels last.
 
     Large inputs get a random resized crop. Small inputs are resized only if their size differs,
-    padded by an eighth of their side (4 pixels at 32) and randomly cropped. Then follow the flip,
-    and `aa` or colour jitter. With `augment.randaugment` on the device the result is a
-    `PendingAugment`, and `pipeline.randaugment_pixels.apply` applies flip and `aa` in the batch.
-    `normalise` and `pipeline.erasing.erase` come last, in the batch.
+    padded by an eighth of their side (4 pixels at 32) and randomly cropped. With `augment.src` both
+    get DeiT III's simple random crop (arXiv 2204.07118): resized to cover the input size, padded
+    with the image's reflection by 4 pixels, or an eighth of a small side, and randomly cropped.
+
+    Then follow the flip, and `aa` or colour jitter. With `augment.randaugment` on the device the
+    result is a `PendingAugment`, and `pipeline.randaugment_pixels.apply` applies flip and `aa` in
+    the batch. `normalise` and `pipeline.erasing.erase` come last, in the batch.
 
     It draws from Python's, NumPy's and torch's global generators.
     """
@@ -154,15 +194,21 @@ def build_train_transform(spec: ImageSpec, augment: Augment) -> transforms.Compo
         "interpolation": augment.interpolation,
     }
     fast_crop = CropAndResize(augment.resize, **settings)
-    padding = max(1, round(min(spec.input_size) / 8))
-    padded_crop = transforms.RandomCrop(spec.input_size, padding=padding)
-    small = [ResizeTo(spec.input_size, augment.interpolation), padded_crop]
-    if augment.randaugment == "device":
+    padding = min(4, max(1, round(min(spec.input_size) / 8)))
+    padded_crop = partial(transforms.RandomCrop, spec.input_size, padding=padding)
+    on_device = augment.randaugment == "device"
+    first: list[Any] = [fast_crop.resized if on_device else fast_crop]
+    if augment.src:
+        cover = ResizeToCover(spec.input_size, fast_crop.interpolation, augment.resize)
+        first = [cover, padded_crop(padding_mode="reflect")]
+    elif spec.is_small:
+        first = [ResizeTo(spec.input_size, augment.interpolation), padded_crop()]
+    if on_device:
         defer = DeferAugment(randaugment.DrawOnly(after_crop, spec.input_size))
-        return transforms.Compose([*(small if spec.is_small else [fast_crop.resized]), defer])
+        return transforms.Compose([*first, defer])
     for step in after_crop:
         guard_posterize(step)
-    return transforms.Compose([*(small if spec.is_small else [fast_crop]), *after_crop, as_tensor])
+    return transforms.Compose([*first, *after_crop, as_tensor])
 
 
 def build_eval_transform(spec: ImageSpec) -> transforms.Compose:

@@ -154,9 +154,9 @@ class Run:
         Raises:
             Stopped: all ranks have agreed to stop, and no checkpoint is saved yet.
         """
-        progress, groups = self.progress, self.training.optimizer.param_groups
+        progress = self.progress
         if progress.samples == 0 or progress.first_rate is None:
-            progress.first_rate = groups[0]["lr"]
+            progress.first_rate = optim.largest_rate(self.training.optimizer)
         self.training.mixer.set_epoch(progress.epoch)
         loaders.set_epoch(self.data.train_loader, progress.epoch, progress.samples)
         done, began, count = progress.step, time.perf_counter(), len(self.data.train_loader)
@@ -229,7 +229,7 @@ class Run:
             self.output.log.say(f"warning: {warning}")
         if means:
             wait = self.timed.recent() * self.training.accum_steps
-            rate = self.training.optimizer.param_groups[0]["lr"]
+            rate = optim.largest_rate(self.training.optimizer)
             values = {**means, "data_wait": wait, "lr": rate}
             self.output.log.note(values)
             self.output.log.scalars(step, values)

@@ -109,7 +109,8 @@ def check_settings(
         accepted: names of flags that may differ, or `all`.
 
     Raises:
-        InputError: a setting differs that must not, or another optimizer is chosen.
+        InputError: a setting differs that must not, another optimizer is chosen, or `--layer-decay`
+            is switched on or off.
     """
     changed = {
         name: f"--{name.replace('_', '-')} {short(saved[name])} -> {short(value)}"
@@ -119,6 +120,12 @@ def check_settings(
     if "opt" in changed:
         raise InputError(
             f"{source}: {changed['opt']}: an optimizer cannot use the state of another one"
+        )
+    before, after = saved.get("layer_decay"), wanted.get("layer_decay")
+    if (before is None) != (after is None):
+        raise InputError(
+            f"{source}: --layer-decay {before} -> {after}: the state of the optimizer is sorted by "
+            "layer with this flag only, so it cannot be switched on or off"
         )
     if refused := [name for name in changed if not accepts(accepted, name)]:
         flags = " ".join(name.replace("_", "-") for name in refused)

@@ -11,6 +11,7 @@ from typing import Any
 from engine import Training
 from mixers.switch import Switch
 from run.state import Identity, Progress
+from training import optim
 
 
 def describe_run(
@@ -31,7 +32,7 @@ def describe_run(
         f"{training.accum_steps} accumulated"
     )
     parameters = sum(p.numel() for p in model.network.parameters())
-    peak = max(group["lr"] for group in training.optimizer.param_groups)
+    peak = optim.largest_rate(training.optimizer)
     scaling = "" if flags["unscale_lr"] else f" = {flags['lr']:g} x {total} / 512"
     amp = flags["amp"]
     return [

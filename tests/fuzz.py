@@ -373,6 +373,7 @@ def use_flags(args: argparse.Namespace) -> None:
             remode=args.remode,
             recount=args.recount,
             interpolation=args.train_interpolation,
+            src=args.src,
         )
         build_train_transform(ImageSpec((16, 16)), augment)
 

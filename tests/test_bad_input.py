@@ -371,6 +371,8 @@ WRONG_FLAGS = {
     "--clip-grad nan": ["--clip-grad nan"],
     "--eval-crop-ratio 2": ["--eval-crop-ratio 2.0", "between 0 and 1"],
     "--eval-crop-ratio 0": ["--eval-crop-ratio 0.0"],
+    "--layer-decay 0": ["--layer-decay 0.0", "above 0"],
+    "--layer-decay 1.5": ["--layer-decay 1.5", "between 0 and 1"],
     "--input-size 16 16 16": ["--input-size", "height and width"],
     "--input-size 0": ["--input-size", "pixels"],
     "--input-size -16": ["--input-size", "pixels"],

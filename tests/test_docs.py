@@ -48,7 +48,7 @@ OTHER_FLAGS = {
     "--logdir",
     "--help",
 }
-NOT_OFFERED = {"--src", "--cosub", "--attn-only", "--multi-reso", "--wandb-project", "--wandb-name"}
+NOT_OFFERED = {"--cosub", "--attn-only", "--multi-reso", "--wandb-project", "--wandb-name"}
 
 
 def name_of(path: Path) -> str:

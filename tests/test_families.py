@@ -250,6 +250,64 @@ def test_weights_move_to_other_classes_and_the_heads_are_said(family: str) -> No
     assert {note.split()[0] for note in notes} == changed
 
 
+# ---------------------------------------------------------------------------------- layer decay
+
+
+def decayed_groups(model: ImageModel, factor: float | None = 0.5) -> dict[str, tuple[float, bool]]:
+    """Name of each parameter -> scale of its rate, and whether its weight decays."""
+    settings = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "layer_decay": factor}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = optim.make_optimizer(model, settings).param_groups
+    found = [
+        (names[parameter], (group.get("lr_scale", 1.0), group["weight_decay"] > 0))
+        for group in groups
+        for parameter in group["params"]
+    ]
+    assert sorted(name for name, _ in found) == sorted(names.values()), "each exactly once"
+    return dict(found)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_layer_decay_takes_each_parameter_once_and_decays_the_same_weights(family: str) -> None:
+    model = make_model(family, separate=True)
+    groups, plain = decayed_groups(model), decayed_groups(model, None)
+    assert {name: decays for name, (_, decays) in groups.items()} == {
+        name: decays for name, (_, decays) in plain.items()
+    }
+    scales = {name: scale for name, (scale, _) in groups.items()}
+    assert min(scales.values()) > 0
+    assert max(scales.values()) == 1
+    heads = {"token_head.weight", "token_head.bias", *(n for n in scales if ".head" in n)}
+    heads |= {name for name in scales if name.startswith("network.fc.")}
+    assert {scales[name] for name in heads if "norm" not in name} == {1.0}
+    first = next(iter(scales)) if family == "ResNet" else None
+    stem = [n for n in scales if "patch_embed" in n or "stem" in n or n == first]
+    assert {scales[stem[0]]} == {min(scales.values())}
+    assert len(set(scales.values())) >= 4
+
+
+@pytest.mark.parametrize("family", ["VisionTransformer", "PyramidVisionTransformer"])
+def test_layer_decay_is_a_power_for_each_layer(family: str) -> None:
+    model = make_model(family, separate=True)
+    blocks = [f"blocks.{i}." for i in range(2)]  # of the ViT
+    if family == "PyramidVisionTransformer":
+        blocks = [f"block{stage}.0." for stage in range(1, 5)]
+    last = len(blocks) + 1
+    for name, (scale, _) in decayed_groups(model, 0.3).items():
+        plain = name.removeprefix("network.")
+        layer = next((i + 1 for i, block in enumerate(blocks) if plain.startswith(block)), 0)
+        if plain.startswith("norm"):
+            layer = len(blocks)
+        elif "head" in plain:
+            layer = last
+        elif family == "PyramidVisionTransformer" and "_embed" in plain:
+            stage = int(plain.split("_embed")[1][0])
+            layer = stage if stage > 1 else 0
+        elif family == "PyramidVisionTransformer" and plain == "cls_token":
+            layer = 4
+        assert scale == pytest.approx(0.3 ** (last - layer)), name
+
+
 def test_a_family_without_checkpointing_says_so() -> None:
     with pytest.raises(utils.InputError, match=r"--grad-checkpointing: Twins does not support it"):
         use_grad_checkpointing(make_training("Twins", "paper").module, "Twins")

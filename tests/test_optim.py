@@ -82,6 +82,26 @@ def test_swins_tables_and_one_dimensional_parameters_are_not_decayed() -> None:
     assert [tuple(p.shape) for p in decayed] == [(4, 4)]
 
 
+@pytest.mark.parametrize("opt", ["momentum", "adamw", "lion"])  # fused, fused, not fused
+def test_each_layer_has_its_share_of_every_update(opt: str) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2, bias=False) for _ in range(3)))
+    model.group_matcher = lambda coarse: lambda name: int(name[0])  # type: ignore[assignment]
+    line = f"{BY_UPDATE} --opt {opt} --layer-decay 0.5 --weight-decay 0"
+    args = get_args_parser().parse_args(line.split())
+    optimizer = optim.make_optimizer(model, optimizer_kwargs(args))
+    schedule = optim.Schedule(optimizer, scheduler_kwargs(args), STEPS)
+    for step, rate in enumerate(rates(BY_UPDATE)[:12]):  # of the warm-up and after it
+        assert optim.largest_rate(optimizer) == rate
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        schedule.after_update(step)
+        changes = [float(parameter.detach().mean()) for parameter in model.parameters()]
+        assert changes[2] < 0
+        assert changes == pytest.approx([changes[2] / 4, changes[2] / 2, changes[2]], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["momentum", "sgd", "adamw"])
 def test_the_very_first_update_may_be_left_out(name: str) -> None:
     """As fp16's first ones are: torch's fused SGD then goes on with momentum that nobody has

@@ -103,6 +103,8 @@ SMMIX: dict[str, Any] = {
     "fine_temperature": 1.0,
     "con_temperature": 1.0,
     "con_warmup_epochs": 0,
+    "layer_decay": None,
+    "src": False,
     "score": "attention",
     "source_region": "max",
     "target_region": "min",

@@ -183,7 +183,7 @@ RECIPES = {
     **{name: f"--mixer {name} --epochs 1" for name in METHODS},
     "no average, other workers": "--no-model-ema",
     "accumulation": "--batch-size 2 --accum-steps 2",
-    "fp16": "--amp fp16 --opt momentum --clip-grad 1",
+    "fp16": "--amp fp16 --opt momentum --clip-grad 1 --layer-decay 0.5",
     "by epoch, with noise": "--no-sched-on-updates --lr-noise 0.1 0.9",
     "released": "--variant released",
     "batches shared with Mixup": "--mix-protocol split --con-warmup-epochs 2",
@@ -336,7 +336,12 @@ def test_p5_nothing_but_damage_is_said_and_left(
 
 
 @pytest.mark.parametrize(
-    "schedule", ["--sched-on-updates", "--no-sched-on-updates", "--sched tanh --lr-noise 0.1 0.9"]
+    "schedule",
+    [
+        "--sched-on-updates",
+        "--no-sched-on-updates",
+        "--sched tanh --lr-noise 0.1 0.9 --layer-decay 0.5",
+    ],
 )
 def test_p7_the_rate_of_every_update_is_the_same(
     schedule: str, photos: Path, tmp_path: Path

@@ -412,6 +412,7 @@ def test_no_value_is_asked_of_the_device() -> None:
         (224, {"resize": "torch"}, 20),
         (64, {}, 200),
         (32, {}, 200),  # padded and cropped
+        (40, {"src": True}, 60),
         (48, {"interpolation": "random", "aa": "rand-m9-n3-p0.9-mstd1", "resize": "torch"}, 120),
         (
             40,

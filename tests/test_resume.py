@@ -271,6 +271,22 @@ def test_a_changed_setting_is_taken_or_refused(
     assert run.training.optimizer.param_groups[-1][field] == pytest.approx(0.25)
 
 
+def test_layer_decay_is_logged_by_its_largest_rate_and_never_switched(
+    photos: Path, finished: Path, tmp_path: Path
+) -> None:
+    words = split("--data-path", photos, "--auto-resume --accept-changes all --output-dir")
+    assert run_small(*words, tmp_path / "decayed", "--layer-decay 0.5").code == 0
+    assert read_log(tmp_path / "decayed")[0]["lr"] == read_log(finished)[0]["lr"]
+    plain = Path(shutil.copytree(finished, tmp_path / "plain"))
+    for folder, flag, change in (
+        ("decayed", "", "--layer-decay 0.5 -> None"),
+        (plain, "--layer-decay 0.5", "--layer-decay None -> 0.5"),
+    ):
+        refused = run_small(*words, tmp_path / folder, "--epochs 2", flag)
+        assert refused.code == 2
+        assert f"{change}: the state of the optimizer is sorted by layer" in refused.err
+
+
 @pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), ("none", "fp16")])
 def test_another_precision_has_its_own_loss_scale(
     photos: Path, tmp_path: Path, before: str, after: str

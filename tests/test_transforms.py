@@ -131,6 +131,57 @@ def test_small_images_are_padded_and_cropped_not_zoomed(side: int, padding: int)
     assert len(seen) > 4
 
 
+SIZES = ((90, 60), (60, 90), (70, 70), (5, 3), (400, 30))  # width, height
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("side", [28, 32, 64, 224])
+def test_the_simple_crop_is_torchvisions_draw_by_draw(side: int, interpolation: str) -> None:
+    """DeiT III's, from either kind of decoded image."""
+    plain = replace(PLAIN, interpolation=interpolation, src=True, hflip=0.5)
+    ours = build_train_transform(ImageSpec((side, side)), plain)
+    published = tv.Compose(
+        [
+            tv.Resize(side, tv.InterpolationMode(interpolation)),
+            tv.RandomCrop(side, padding=4, padding_mode="reflect"),
+            tv.RandomHorizontalFlip(0.5),
+            tv.PILToTensor(),
+        ]
+    )
+    for number, size in enumerate(SIZES):
+        image = picture(number, size)
+        results = []
+        for transform, pixels in ((published, image), (ours, image), (ours, np.array(image))):
+            with keyed_globals("test", side, number):
+                results.append(transform(pixels))
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("size", "padding"), [((48, 96), 4), ((96, 48), 4), ((33, 200), 4), ((8, 8), 1), ((1, 2), 1)]
+)
+def test_the_simple_crop_covers_any_input_size(size: tuple[int, int], padding: int) -> None:
+    """Compared with every window of the padded image; torch's resize is nearly Pillow's."""
+    spec, augment = ImageSpec(size), replace(PLAIN, src=True)
+    transform = build_train_transform(spec, augment)
+    by_torch = build_train_transform(spec, replace(augment, resize="torch"))
+    for number, (width, height) in enumerate(SIZES):
+        image = picture(number, (width, height))
+        scale = max(size[0] / height, size[1] / width)
+        resized = int(width * scale + 1e-6), int(height * scale + 1e-6)
+        assert resized[0] == size[1] or resized[1] == size[0]
+        pixels = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
+        whole = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)), mode="reflect")
+        windows = np.lib.stride_tricks.sliding_window_view(whole, (*size, 3))[:, :, 0]
+        with keyed_globals("test", number):
+            made = transform(image)
+        with keyed_globals("test", number):
+            difference = (by_torch(image).float() - made.float()).abs().mean()
+        assert (windows == made.permute(1, 2, 0).numpy()).all(axis=(2, 3, 4)).any()
+        assert difference < 0.2
+
+
 def test_small_images_of_another_size_are_resized_first() -> None:
     spec = ImageSpec((32, 32))
     with keyed_globals("test"):

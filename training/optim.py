@@ -23,7 +23,8 @@ def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Op
     """timm's optimizer, in its fused form if it has one (AdamW has, for CPU and CUDA).
 
     One-dimensional parameters, biases and the parameters in the model's `no_weight_decay` get no
-    weight decay.
+    weight decay. With `layer_decay` the layers are those of the model's `group_matcher`, and each
+    group has an `lr_scale`, which timm's schedules apply.
 
     Args:
         settings: keywords of timm's `create_optimizer_v2` (`opt`, `lr`, `weight_decay`, ...).
@@ -51,6 +52,11 @@ def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         for parameter in group["params"] if group["momentum"] else []:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def largest_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the last layer and the head; of all parameters without layer decay."""
+    return max(group["lr"] for group in optimizer.param_groups)
 
 
 @torch.no_grad()
