@@ -26,6 +26,7 @@ from config.checks import check_args
 from config.flags import get_args_parser
 from config.parser import explicit_flags
 from config.resolve import Flags, model_config, resolve, total_batch
+from errors import StopRun, is_lost_peer, run_command
 from mixers.interface import NoMixing, StepRandom
 from models.build import build_model, list_models, use_float32_attention
 from models.weights import load_foreign, restore_model
@@ -99,7 +100,7 @@ def train(
                 run.write_status(run.train())
         except BaseException as error:
             # Recording may fail, for example on a full disk. The first error must be reported.
-            with suppress(utils.StopRun):
+            with suppress(StopRun):
                 record_failure(args.output_dir, folder, processes.rank, error, run is not None)
             if isinstance(error, NonFiniteLoss):
                 save_bad_batch(args.output_dir, processes.rank, error)
@@ -296,14 +297,14 @@ def record_failure(
     Raises:
         InputError: the file cannot be written.
     """
-    text = error.text if isinstance(error, utils.StopRun) else str(error)
+    text = error.text if isinstance(error, StopRun) else str(error)
     cause = {
-        "exit_code": error.exit_code if isinstance(error, utils.StopRun) else 1,
+        "exit_code": error.exit_code if isinstance(error, StopRun) else 1,
         "error": (text or type(error).__name__).splitlines()[0],
     }
     if folder is not None:
-        folder.fail(cause, has_begun, utils.is_lost_peer(error))
-    elif output_dir and not utils.is_lost_peer(error):
+        folder.fail(cause, has_begun, is_lost_peer(error))
+    elif output_dir and not is_lost_peer(error):
         write_failure(Path(output_dir), rank, cause)
 
 
@@ -352,7 +353,7 @@ def evaluate(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command line in this process. `utils.run_command` turns errors into messages."""
+    """Runs one command line in this process. `errors.run_command` turns errors into messages."""
     read = CheckpointReader()
     args = read_args(argv, read)
     if args.list_models:
@@ -367,4 +368,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(utils.run_command(main))
+    raise SystemExit(run_command(main))

@@ -19,6 +19,7 @@ from config.build_guide import make_guide, uses_predictions
 from config.build_mixer import MixerContext, MixingSettings, build_mixer
 from config.resolve import Flags, model_config, peak_rate, total_batch
 from config.second_networks import build_feature_map, build_teacher, check_motivator_classes
+from errors import InputError
 from losses import Criterion, DistillationLoss, SMMixLoss
 from mixers.switch import Switch
 from models.build import (
@@ -123,7 +124,7 @@ def make_train_loader(flags: Flags, train: Any, spec: ImageSpec, processes: Proc
         randaugment=flags.randaugment,
     )
     if augment.randaugment == "device" and processes.device.type == "mps":
-        raise utils.InputError(
+        raise InputError(
             "--randaugment device: needs float64, but mps has no float64; use --randaugment cpu"
         )
     transform = transforms.build_train_transform(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from config.mixing_flags import con_weight_of
+from errors import InputError
 from mixers.attentivemix import AttentiveMix
 from mixers.consistent import Consistent
 from mixers.cutmix import CutMix
@@ -22,7 +23,6 @@ from mixers.split import Split
 from mixers.switch import Switch
 from mixers.transmix import TransMix
 from smmix import VARIANTS, Scheme, SMMix, Variant, mix_predictions
-from utils import InputError
 
 
 @dataclass(frozen=True)

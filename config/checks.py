@@ -6,7 +6,7 @@ import argparse
 
 from config import mixing_checks
 from config.value_checks import check_values, require
-from utils import InputError
+from errors import InputError
 
 POSITIVE = (
     *mixing_checks.POSITIVE,

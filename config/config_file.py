@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from config.mixing_flags import METHOD_FLAGS, con_weight_of, is_used
 from config.parser import GONE, Parser, explicit_flags
 from config.value_checks import option
-from utils import InputError
+from errors import InputError
 
 # Flags that belong to one call. They are not taken from the record of a run.
 OF_ONE_CALL = (

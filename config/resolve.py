@@ -9,13 +9,13 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-import utils
 from config.build_mixer import MixingSettings
 from config.mixing_flags import con_weight_of
+from errors import InputError, as_pair, cores_per_process
 from models.build import own_input_size
 from samplers import fewest_micro_batches
 from training import optim
-from utils import InputError, Processes
+from utils import Processes
 
 
 class Flags(argparse.Namespace):
@@ -54,7 +54,7 @@ def resolve(
     flags["data_set"] = args.data_set or ("IMNET" if args.data_path else "DIGITS")
     flags["amp"] = args.amp or ("fp16" if processes.device.type == "cuda" else "none")
     if args.num_workers is None:
-        flags["num_workers"] = min(10, utils.cores_per_process())
+        flags["num_workers"] = min(10, cores_per_process())
     settings = MixingSettings.from_flags(vars(args))
     if args.mixer == "smmix":
         flags.update(vars(settings.arithmetic))
@@ -63,7 +63,7 @@ def resolve(
     flags["con_weight"] = con_weight_of(args.mixer, args.con_weight)
     sides = args.input_size
     flags["input_size"] = (
-        own_input_size(args.model, args.patch_size) if sides is None else utils.as_pair(sides)
+        own_input_size(args.model, args.patch_size) if sides is None else as_pair(sides)
     )
     return Flags(flags)
 
@@ -74,7 +74,7 @@ def model_config(flags: argparse.Namespace, num_classes: int) -> dict[str, Any]:
     return {
         "name": flags.model,
         "num_classes": num_classes,
-        "input_size": None if flags.input_size is None else utils.as_pair(flags.input_size),
+        "input_size": None if flags.input_size is None else as_pair(flags.input_size),
         "patch_size": flags.patch_size,
         "drop": flags.drop,
         "drop_path": flags.drop_path,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils import InputError
+from errors import InputError
 
 
 def check_values(

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from errors import InputError
 from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
 from mixers.masks import paste, to_pixels, top_mask
-from utils import InputError
 
 
 class AttentiveMix(Mixer[list[float]]):

@@ -47,6 +47,7 @@ from config import second_networks
 from config.build_mixer import MixerContext, MixingSettings, build_mixer
 from config.checks import check_args
 from config.mixing_flags import METHODS
+from errors import StopRun
 from models.build import build_model
 from models.weights import load_foreign, pick_weights, restore_model
 from pipeline import images as pipeline_images
@@ -63,7 +64,7 @@ from tests.runs import run_small
 from tools import check_data, export, show_mixing
 from tools.report import __main__ as report_py
 from tools.report import tables
-from utils import Processes, StopRun
+from utils import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = {

@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from errors import as_pair
 from tools.report.matching import flags_of
 from tools.report.records import Row
 from tools.report.tables import parse_rows
-from utils import as_pair
 
 FULL = (
     "--model deit_tiny_patch16_224 --input-size 224 --epochs 4 --amp fp16 --batch-size 256 "

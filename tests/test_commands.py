@@ -34,10 +34,10 @@ from config.build_mixer import MixingSettings
 from config.checks import check_args
 from config.flags import get_args_parser
 from config.parser import GONE, Parser, explicit_flags
+from errors import InputError
 from run.loop import Rules
 from tools import show_mixing
 from training import optim
-from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

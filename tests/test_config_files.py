@@ -17,9 +17,10 @@ from config.config_file import OF_ONE_CALL
 from config.flags import get_args_parser
 from config.parser import GONE, explicit_flags
 from config.resolve import resolve
+from errors import InputError
 from tests.image_folders import make_image_folder
 from tests.runs import ROOT, run_main, run_small, split
-from utils import InputError, Processes
+from utils import Processes
 
 CPU = Processes(0, 1, torch.device("cpu"))
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import engine
 import utils
+from errors import InputError
 from losses import SMMixLoss
 from mixers.switch import Choice, Switch
 from models.build import FAMILIES, build_model, use_grad_checkpointing
@@ -251,7 +252,7 @@ def test_weights_move_to_other_classes_and_the_heads_are_said(family: str) -> No
 
 
 def test_a_family_without_checkpointing_says_so() -> None:
-    with pytest.raises(utils.InputError, match=r"--grad-checkpointing: Twins does not support it"):
+    with pytest.raises(InputError, match=r"--grad-checkpointing: Twins does not support it"):
         use_grad_checkpointing(make_training("Twins", "paper").module, "Twins")
 
 
@@ -475,14 +476,10 @@ def test_the_class_score_passes_through_ddp(family: str, tmp_path: Path) -> None
 
 
 def test_attention_across_channels_gives_no_score() -> None:
-    with pytest.raises(
-        utils.InputError, match=r"--model xcit_nano_12_p16_224: Xcit .*across channels"
-    ):
+    with pytest.raises(InputError, match=r"--model xcit_nano_12_p16_224: Xcit .*across channels"):
         build_model("xcit_nano_12_p16_224", CLASSES, input_size=(SIDE, SIDE))
 
 
 def test_a_convolutional_network_has_no_patches_to_choose() -> None:
-    with pytest.raises(
-        utils.InputError, match=r"--patch-size 4: the patch size of resnet50 is fixed"
-    ):
+    with pytest.raises(InputError, match=r"--patch-size 4: the patch size of resnet50 is fixed"):
         build_model("resnet50", CLASSES, input_size=(SIDE, SIDE), patch_size=4)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import engine
 import utils
+from errors import InputError
 from losses import SMMixLoss, Terms
 from mixers.cutmix import CutMix
 from mixers.interface import Guide, MixedBatch, Mixer, soft_labels
@@ -25,7 +26,6 @@ from models.interface import ModelOutput
 from pipeline.samples import Batch
 from training import optim, precision
 from training.meters import Meters
-from utils import InputError
 
 CPU = utils.Processes(0, 1, torch.device("cpu"))
 K = 5

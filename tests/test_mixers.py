@@ -21,6 +21,7 @@ from torch import Tensor
 
 from config.build_mixer import MIXERS
 from config.mixing_flags import METHODS
+from errors import InputError
 from losses import SMMixLoss
 from mixers.attentivemix import AttentiveMix
 from mixers.boxes import draw_box, draw_box_between, sides_of
@@ -46,7 +47,7 @@ from pipeline.boxes import Box
 from smmix import VARIANTS, Scheme, SMMix, mix_predictions
 from tests.conftest import FakeGuide
 from tests.mixing import fake_teacher, make_switch, to_bytes
-from utils import InputError, keyed_generator
+from utils import keyed_generator
 
 K, GRID, SIZE = 5, (4, 6), (8, 18)  # classes, tokens, pixels: patches of 2 x 3
 

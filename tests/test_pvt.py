@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, layer_norm, linear
 
 from engine import make_guide
+from errors import InputError
 from losses import SMMixLoss, soft_cross_entropy
 from mixers.interface import MixedBatch
 from models import pvt
@@ -29,7 +30,6 @@ from smmix import VARIANTS, Drawn, SMMix
 from storage.checkpoints import load_checkpoint
 from tests.conftest import randomise
 from training.precision import make_autocast
-from utils import InputError
 
 DATA = Path(__file__).parent / "data"
 NO_AMP = make_autocast(torch.device("cpu"), "none")

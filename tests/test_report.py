@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from errors import InputError, run_command
 from tests.recorded_runs import (
     CIFAR10,
     FULL,
@@ -34,7 +35,6 @@ from tools.report import __main__ as report_command
 from tools.report import charts, details, folders, matching, tables
 from tools.report.records import Chart, Row, Run, Series, SortedRuns, spread_of
 from tools.report.results import format_difference, format_spread
-from utils import InputError, run_command
 
 
 class Reader(HTMLParser):

@@ -16,11 +16,12 @@ import torch
 
 from config.flags import get_args_parser
 from config.resolve import Flags, resolve
+from errors import InputError
 from run.state import keep_total_batch
 from storage import safe_load
 from tests.image_folders import make_image_folder
 from tests.runs import Outcome, run_small, split
-from utils import InputError, Processes
+from utils import Processes
 
 CPU = Processes(0, 1, torch.device("cpu"))
 TINY = "--model vit_nano_patch4_32 --input-size 16"

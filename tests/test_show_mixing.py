@@ -12,6 +12,7 @@ from PIL import Image
 
 import datasets
 from config.build_mixer import MixingSettings
+from errors import run_command
 from models.build import build_model
 from models.weights import plain_weights
 from pipeline import transforms
@@ -20,7 +21,6 @@ from smmix import VARIANTS
 from storage.checkpoints import save_checkpoint
 from tests.image_folders import make_image_folder
 from tools import show_mixing
-from utils import run_command
 
 NANO = ["--model", "vit_nano_patch4_32", "--device", "cpu"]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import main
 from config.build_mixer import MIXERS
+from errors import InputError
 from losses import SMMixLoss
 from mixers.interface import MixedBatch, StepRandom
 from mixers.mixup import Mixup
@@ -20,7 +21,7 @@ from smmix import SMMix
 from tests.conftest import FakeGuide
 from tests.mixing import make_switch
 from tests.test_mixers import GRID, SIZE, K, batch_of, no_guide
-from utils import InputError, keyed_generator
+from utils import keyed_generator
 
 N = GRID[0] * GRID[1]
 

@@ -15,6 +15,7 @@ from config.build_mixer import MIXERS
 from config.checks import check_args
 from config.flags import get_args_parser
 from config.mixing_flags import PASTING_METHODS
+from errors import InputError
 from losses import SMMixLoss
 from mixers.interface import MixedBatch, StepRandom
 from models.interface import GuideOutput, ModelOutput, resample_score, upsample_score
@@ -24,7 +25,7 @@ from tests.mixing import fake_teacher, make_switch
 from tests.test_guide import CASES, make, prediction
 from tests.test_mixers import GRID, SIZE, K, assert_equal, batch_of, no_guide
 from tests.test_smmix import slow_corner, slow_paste, slow_scores
-from utils import InputError, keyed_generator
+from utils import keyed_generator
 
 SCHEMES = [(source, target) for source in ("random", "max") for target in ("corr", "max", "min")]
 schemes = pytest.mark.parametrize(("source", "target"), SCHEMES)

@@ -27,6 +27,7 @@ from config.build_mixer import MixerContext, MixingSettings, build_mixer
 from config.mixing_checks import check_mixing_values, mixing_conflicts
 from config.parser import Parser
 from config.second_networks import build_feature_map
+from errors import InputError, as_pair, run_command
 from mixers.interface import MixedBatch, Mixer, StepRandom
 from models.build import build_model
 from models.interface import ImageModel
@@ -44,7 +45,6 @@ from run.pictures import (
 )
 from storage.checkpoints import load_checkpoint
 from training import precision
-from utils import InputError, run_command
 
 METHODS = tuple(name for name in mixing_flags.METHODS if name != "none")
 # Values of the flags that this command does not have: every image is mixed, by the method alone.
@@ -155,7 +155,7 @@ def restore(path: str, ema: bool) -> tuple[ImageModel, ImageSpec]:
 
 def build(args: argparse.Namespace, num_classes: int) -> tuple[ImageModel, ImageSpec]:
     """The model that the flags name, and its size, crop and normalisation of images."""
-    input_size = utils.as_pair(args.input_size) if args.input_size else None
+    input_size = as_pair(args.input_size) if args.input_size else None
     utils.seed_globals("init", args.seed)
     model = build_model(args.model, num_classes, input_size=input_size, patch_size=args.patch_size)
     if args.weights:

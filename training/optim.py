@@ -11,7 +11,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from utils import InputError, first_of, is_ordinary
+from errors import InputError, first_of
+from utils import is_ordinary
 
 
 def scale_rate(rate: float, total_batch: int) -> float:

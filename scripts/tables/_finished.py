@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from errors import InputError, run_command
 from tools.report.folders import DamagedError, read_run
 from tools.report.matching import differences_from_command
-from utils import InputError, run_command
 
 
 class Finished(NamedTuple):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from config.parser import Parser
+from errors import InputError, run_command
 from storage.files import write_atomically
 from tools.report import tables
 from tools.report.details import run_page
@@ -26,7 +27,6 @@ from tools.report.markdown import write_text
 from tools.report.matching import changed_flags, sort_runs
 from tools.report.records import Result, Row, Run, SortedRuns
 from tools.report.results import build_report, progress, recipe_name, table_name
-from utils import InputError, run_command
 
 
 def get_args_parser() -> Parser:

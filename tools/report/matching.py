@@ -17,10 +17,11 @@ import torch
 from config.flags import get_args_parser
 from config.mixing_flags import METHODS
 from config.resolve import model_config, resolve
+from errors import InputError
 from models.build import build_on_meta
 from run.saved_flags import FREE_ON_RESUME, same_value
 from tools.report.records import Result, Row, Run, SortedRuns, UnmatchedRun
-from utils import InputError, Processes
+from utils import Processes
 
 # These flags may change when a run is resumed, because they act only at its start or are paths.
 # They are still a part of the row's recipe.

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from errors import InputError
 from tools.report.records import Row
-from utils import InputError
 
 # Variables for runs on several machines; the list of rows is for one machine.
 LAUNCH_VARIABLES = ("NNODES", "NODE_RANK", "MASTER_")
