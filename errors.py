@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's variable: where a rank describes its error
 
@@ -109,7 +110,18 @@ def close_processes() -> None:
         dist.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------- values and cores
+# --------------------------------------------------------------------------- text, values and cores
+
+
+def flag_name(name: str) -> str:
+    """`batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def as_written(name: str, value: Any) -> str:
+    """A flag and its value as on a command line."""
+    words = value if isinstance(value, (list, tuple)) else [value]
+    return " ".join(map(str, (flag_name(name), *words)))
 
 
 def as_pair(value: int | Sequence[int]) -> tuple[int, int]:

@@ -7,11 +7,11 @@ from typing import Any, cast
 import torch
 
 import engine
-from config.mixing_flags import con_weight_of
 from config.resolve import Flags
 from config.second_networks import MotivatingPass, build_motivator
 from errors import InputError, as_pair
 from mixers.interface import Guide
+from mixers.registry import con_weight_of
 from models.build import use_float32_attention
 from models.interface import ImageModel, ScoreBlock
 from pipeline.spec import ImageSpec

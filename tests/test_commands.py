@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,14 +29,13 @@ import timm.scheduler.scheduler_factory
 import torch
 from torch.distributed.run import parse_args as parse_torchrun
 
-from config.build_mixer import MixingSettings
 from config.checks import check_args
 from config.flags import get_args_parser
 from config.parser import GONE, Parser, explicit_flags
 from errors import InputError
 from run.loop import Rules
 from tools import show_mixing
-from training import optim
+from training.total_batch import scale_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -345,11 +343,24 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     return {action.dest for action in parser._actions} - {"help"}
 
 
+def read_by_methods() -> set[str]:
+    """The flags that the mixers take from their options, and that the options read themselves."""
+    files = [ROOT / "smmix.py", ROOT / "config/build_mixer.py", *(ROOT / "mixers").glob("*.py")]
+    return {
+        name
+        for file in files
+        for variable in ("options", "self")
+        if variable == "options" or file.name.endswith("options.py")
+        for name in names_read(file.read_text(), variable)
+    }
+
+
 def unread(parser: argparse.ArgumentParser) -> set[str]:
     """Flags of main.py that nothing reads: neither the files that see them, nor what these call."""
-    files = ["main.py", *(f"config/{name}.py" for name in ("resolve", "build", "build_guide"))]
+    names = ("resolve", "build", "build_guide", "build_mixer")
+    files = ["main.py", *(f"config/{name}.py" for name in names)]
     texts = [(ROOT / file).read_text() for file in files]
-    read = {field.name for field in fields(MixingSettings)} | {*Rules._fields}
+    read = read_by_methods() | {*Rules._fields}
     for text, variable in itertools.product(texts, ("args", "flags")):
         read |= names_read(text, variable)
     helpers = {
@@ -365,7 +376,7 @@ def unread(parser: argparse.ArgumentParser) -> set[str]:
 def test_every_flag_is_read() -> None:
     assert not unread(get_args_parser())
     module = Path(inspect.getfile(show_mixing)).read_text()
-    read = names_read(module, "args") | {field.name for field in fields(MixingSettings)}
+    read = names_read(module, "args") | read_by_methods()
     assert flags_of(show_mixing.get_args_parser()) <= read
 
 
@@ -495,7 +506,7 @@ def test_the_total_batch_is_1024_whatever_the_number_of_processes(
     assert (
         args.accum_steps == 1 or args.batch_size == TABLE_1[size].largest
     )  # accumulates only what has to be
-    assert optim.scale_rate(args.lr, total) == pytest.approx(1e-3)
+    assert scale_rate(args.lr, total) == pytest.approx(1e-3)
     assert (
         f"{args.batch_size} per process x {processes} processes x {args.accum_steps} accumulated = "
         "1024" in printed

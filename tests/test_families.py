@@ -19,13 +19,13 @@ import engine
 import utils
 from errors import InputError
 from losses import SMMixLoss
+from mixers.smmix_options import VARIANTS
 from mixers.switch import Choice, Switch
 from models.build import FAMILIES, build_model, use_grad_checkpointing
 from models.interface import AttentionOf, ImageModel, ModelOutput
 from models.pvt import PVT
 from models.weights import adapt_weights, load_strictly, plain_weights
 from pipeline.samples import Batch
-from smmix import VARIANTS
 from tests.conftest import randomise
 from tests.mixing import make_switch
 from training import optim, precision

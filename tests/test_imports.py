@@ -32,7 +32,7 @@ FREE = ("scripts", "tests")  # may import anything; nothing imports them
 
 # Methods, families and commands do not import each other; these files of their packages are shared.
 SHARED = {
-    "mixers": {"interface", "boxes", "masks", "saliency"},
+    "mixers": {"interface", "options", "boxes", "masks", "saliency"},
     "models": {
         "interface",
         "blocks",
@@ -137,8 +137,8 @@ def circles(files: Files) -> Iterator[str]:
 
 def siblings(files: Files) -> Iterator[str]:
     def unit(path: str) -> str:
-        """A file, or the sub-package of a command."""
-        return path.split("/")[1].removesuffix(".py")
+        """A file, a method with the file of its options, or the sub-package of a command."""
+        return path.split("/")[1].removesuffix(".py").removesuffix("_options")
 
     for path in files:
         package = path.split("/")[0]
@@ -150,6 +150,7 @@ def siblings(files: Files) -> Iterator[str]:
             "split",
             "consistent",
             "transmix",
+            "registry",
         }:
             continue
         for line, other in sorted(imported_files(files, path)):
@@ -228,6 +229,11 @@ PLANTED = {
         siblings,
         "mixers/planted.py",
         DOC + "from mixers.cutmix import CutMix\n",
+    ),
+    "a method with another's flags": (
+        siblings,
+        "mixers/planted_options.py",
+        DOC + "from mixers.fmix_options import FMixOptions\n",
     ),
     "a family that imports another": (
         siblings,

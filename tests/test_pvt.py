@@ -21,12 +21,13 @@ from engine import make_guide
 from errors import InputError
 from losses import SMMixLoss, soft_cross_entropy
 from mixers.interface import MixedBatch
+from mixers.smmix_options import VARIANTS
 from models import pvt
 from models.build import build_model
 from models.interface import ModelOutput
 from models.pvt import PVT, PyramidVisionTransformer
 from models.weights import adapt_weights, load_strictly, pick_weights, plain_weights
-from smmix import VARIANTS, Drawn, SMMix
+from smmix import Drawn, SMMix
 from storage.checkpoints import load_checkpoint
 from tests.conftest import randomise
 from training.precision import make_autocast

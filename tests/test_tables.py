@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from torch.distributed.run import parse_args as parse_torchrun
 
 from config.flags import get_args_parser
-from config.mixing_flags import METHOD_FLAGS, METHODS, flags_of_method
 from config.parser import explicit_flags
 from config.resolve import resolve
+from mixers.registry import METHODS, all_flags, flags_of_method
 from scripts.tables import _finished
 from tests.test_commands import RECIPE, ROOT, TABLE_1, check_command, commands_of_header, run_of
-from training import optim
-from utils import Processes
+from training.total_batch import scale_rate
 
 FOLDER = ROOT / "scripts/tables"
 SCRIPTS = sorted(path for path in FOLDER.glob("*.sh") if not path.name.startswith("_"))
@@ -499,7 +497,7 @@ def test_the_total_batch_and_the_peak_rate_hold_on_any_number_of_processes(
         by_authors = table == "table1_transmix" and run.name.startswith("deit_")
         total = run.args.batch_size * run.processes * run.args.accum_steps
         assert (run.processes, total) == (int(processes), 256 if by_authors else 1024)
-        rate = run.args.lr if run.args.unscale_lr else optim.scale_rate(run.args.lr, total)
+        rate = run.args.lr if run.args.unscale_lr else scale_rate(run.args.lr, total)
         assert rate == pytest.approx(1e-3)
         (largest,) = (known.largest for known in TABLE_1.values() if known.model == run.args.model)
         assert run.args.batch_size <= largest
@@ -601,7 +599,8 @@ def test_another_value_of_some_flags_needs_a_folder_of_its_own(table: str, flag:
 
 
 def test_which_mixer_has_a_use_for_a_flag_is_what_main_says() -> None:
-    flags = ["--" + name.replace("_", "-") for name in METHOD_FLAGS]
+    refused = [name for name, flag in all_flags().items() if not flag.ignorable]
+    flags = ["--" + name.replace("_", "-") for name in refused]
     code = """pretraining=0 has_fine=1 has_score=1
     for mixer in $1; do for has_con in 0 1; do for flag in $2; do
       ! has_no_use "$flag" || echo "$mixer $has_con $flag"
@@ -614,11 +613,11 @@ def test_which_mixer_has_a_use_for_a_flag_is_what_main_says() -> None:
     ]  # main.py refuses it beside --con-weight 0 by a rule of its own
     for mixer in METHODS:
         for has_con in (0, 1):
-            given = {**dict.fromkeys(METHOD_FLAGS, "given"), "con_weight": float(has_con)}
+            given = {**dict.fromkeys(refused, "given"), "con_weight": float(has_con)}
             kept = flags_of_method(given, mixer)
             expected += [
                 f"{mixer} {has_con} --{name.replace('_', '-')}"
-                for name in METHOD_FLAGS
+                for name in refused
                 if kept[name] != given[name]
             ]
             expected += [f"{mixer} {has_con} --side-ratio"] if mixer != "smmix" else []
@@ -839,7 +838,7 @@ def test_the_processes_default_to_the_gpus_here_counted_once(tmp_path: Path) -> 
 
 def leave(run: Run, folder: Path, *lines: str, **changed: Any) -> None:
     """What a run leaves behind: the lines of its log, and its recipe but for what is changed."""
-    args = resolve(run.args, Processes(0, 1, torch.device("cpu")))
+    args = resolve(run.args, 1, "cpu")
     total = args.batch_size * args.accum_steps * run.processes
     told = {
         "data": "IMNET somewhere",

@@ -15,11 +15,6 @@ from errors import InputError, first_of
 from utils import is_ordinary
 
 
-def scale_rate(rate: float, total_batch: int) -> float:
-    """The learning rate by DeiT's linear rule; `rate` is that for a total batch of 512 images."""
-    return rate * total_batch / 512
-
-
 def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
     """timm's optimizer, in its fused form if it has one (AdamW has, for CPU and CUDA).
 

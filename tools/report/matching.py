@@ -12,16 +12,12 @@ from functools import cache
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-import torch
-
 from config.flags import get_args_parser
-from config.mixing_flags import METHODS
 from config.resolve import model_config, resolve
 from errors import InputError
-from models.build import build_on_meta
+from mixers.registry import METHODS
 from run.saved_flags import FREE_ON_RESUME, same_value
 from tools.report.records import Result, Row, Run, SortedRuns, UnmatchedRun
-from utils import Processes
 
 # These flags may change when a run is resumed, because they act only at its start or are paths.
 # They are still a part of the row's recipe.
@@ -276,12 +272,14 @@ def flags_of(arguments: tuple[str, ...], device: str, processes: int = 1) -> dic
             "main.py does not accept the arguments of a row of scripts/tables/: "
             + " ".join(arguments)
         ) from error
-    return dict(vars(resolve(args, Processes(0, processes, torch.device(device)))))
+    return dict(vars(resolve(args, processes, device)))
 
 
 @cache
 def _facts_of(model: str, patch_size: int | None) -> ModelFacts:
     """The values of this model for flags that are left out."""
+    from models.build import build_on_meta  # imports torch, and few comparisons need it
+
     args = get_args_parser().parse_args(["--model", model])
     args.patch_size = patch_size
     built = build_on_meta(**model_config(args, 10))
