@@ -56,7 +56,7 @@ def _rule_of_unused_flags(args: argparse.Namespace) -> Rule:
 
 def _users(name: str) -> str:
     """The methods that use a flag, for a message."""
-    if name in PastingOptions.WITH_CON:
+    if all_flags()[name].with_con:
         own = [mixer for mixer, method in METHODS.items() if method.options.has_own_con]
         return f"{' or '.join(own)}, or with --con-weight above 0"
     return " or ".join(users(name))

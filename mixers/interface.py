@@ -11,7 +11,7 @@ How to add a method:
     (everything else).
 2.  If it pastes by a mask, `apply` ends with
     `return self.label(*paste(images, sources, mask), labels, mask)`.
-3.  If it has flags, write its options in `mixers/<method>_options.py` (see `mixers/options.py`), and
+3.  If it has flags, write its options in `mixers/<method>_options.py` (see `mixers/options.py`) and
     `from_options` in the class. Add its line to `METHODS` in `mixers/registry.py`.
 4.  Add a row to `MAKERS` in `tests/test_mixers.py`: the tests of all mixers then run on it. Compare
     it with a slow loop that follows its formula.

@@ -28,6 +28,7 @@ class Flag:
         ignorable: a method that does not use the flag ignores it. Else such a method refuses every
             value but the default.
         of_training: it belongs to the guide or to the loss, not to the mixed images.
+        with_con: methods without `Options.has_own_con` use it with L_con only.
         keywords: further arguments of `add_argument`: `type`, `nargs`, `choices`, `metavar`.
     """
 
@@ -36,6 +37,7 @@ class Flag:
     limit: Limit | None
     ignorable: bool
     of_training: bool
+    with_con: bool
     keywords: Mapping[str, Any]
 
 
@@ -46,10 +48,11 @@ def option(
     *,
     ignorable: bool = False,
     of_training: bool = False,
+    with_con: bool = False,
     **keywords: Any,
 ) -> Any:
     """A field of the options; see `Flag` for the arguments."""
-    flag = Flag(default, help, limit, ignorable, of_training, keywords)
+    flag = Flag(default, help, limit, ignorable, of_training, with_con, keywords)
     return field(default=default, metadata={"flag": flag})
 
 
@@ -86,7 +89,7 @@ class Options:
         """Whether the method uses this flag."""
         return name in self.flags()
 
-    def are_set(self, *names: str) -> list[str]:
+    def changed(self, *names: str) -> list[str]:
         """Those of these flags whose values are not the defaults."""
         return [name for name in names if getattr(self, name) != self.flags()[name].default]
 
@@ -107,9 +110,6 @@ class Options:
 class PastingOptions(Options):
     """The flags of every method that pastes a part of the source."""
 
-    # A method without `has_own_con` uses these with L_con only.
-    WITH_CON: ClassVar = ("guide_size", "guide_amp", "motivator", "consistency", "con_temperature")
-
     relabel: Literal["none", "transmix"] = option(
         "none",
         "transmix: labels follow the attention of the forward pass on the mixed images",
@@ -127,6 +127,7 @@ class PastingOptions(Options):
         None,
         "reference of L_con: mixed probabilities, or the softmax of mixed logits; overrides "
         "--variant",
+        with_con=True,
         choices=["probs", "logits"],
     )
     motivator: str = option(
@@ -135,6 +136,7 @@ class PastingOptions(Options):
         "or a frozen network: a timm name (timm downloads its weights), a name with a file of "
         "weights, or a checkpoint of main.py",
         of_training=True,
+        with_con=True,
         metavar="self|ema|NAME|NAME=CHECKPOINT|CHECKPOINT",
     )
     guide_size: tuple[int, ...] | None = option(
@@ -142,6 +144,7 @@ class PastingOptions(Options):
         "size to which images are resized for the motivating pass: one side, or height and "
         "width, in pixels; default: not resized",
         of_training=True,
+        with_con=True,
         type=int,
         nargs="+",
         metavar="SIDE",
@@ -150,6 +153,7 @@ class PastingOptions(Options):
         None,
         "precision of the motivating pass; default: --amp",
         of_training=True,
+        with_con=True,
         choices=["fp16", "bf16", "none"],
     )
     con_weight: float | None = option(
@@ -165,6 +169,7 @@ class PastingOptions(Options):
         "temperature of both sides of L_con, which becomes T^2 times the divergence",
         "positive",
         of_training=True,
+        with_con=True,
         type=float,
         metavar="T",
     )
@@ -185,9 +190,8 @@ class PastingOptions(Options):
         return self.consistency or "probs"
 
     def uses(self, name: str) -> bool:
-        return super().uses(name) and (
-            self.has_own_con or self.has_con or name not in self.WITH_CON
-        )
+        has_guide = self.has_own_con or self.has_con
+        return super().uses(name) and (has_guide or not self.flags()[name].with_con)
 
     def filled(self) -> dict[str, Any]:
         return {"consistency": self.con_rule} if self.has_con else {}

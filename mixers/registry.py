@@ -48,9 +48,7 @@ def all_flags() -> dict[str, Flag]:
     for method in METHODS.values():
         for name, flag in method.options.flags().items():
             if found.setdefault(name, flag) is not flag:
-                raise ValueError(
-                    f"{name}: two methods define it; let both inherit it from one class"
-                )
+                raise ValueError(f"{name}: two methods define it; both must inherit it")
     return found
 
 

@@ -166,8 +166,8 @@ class SMMixOptions(PastingOptions):
 
     def _rules_of_guide(self) -> Iterator[Rule]:
         """The rules between flags of the score and of the motivating pass."""
-        of_score = self.are_set("score", "score_block")
-        of_guide = self.are_set("guide_size", "guide_amp", "motivator", "score_block")
+        of_score = self.changed("score", "score_block")
+        of_guide = self.changed("guide_size", "guide_amp", "motivator", "score_block")
         written = ", ".join(as_written(name, getattr(self, name)) for name in of_guide)
         yield (
             len(of_score) > 1,

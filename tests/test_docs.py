@@ -305,7 +305,7 @@ def flags_by_mixer() -> list[list[str]]:
     rows = []
     for name, flag in all_flags().items():
         whose = "all that paste" if users(name) == pasting else ", ".join(users(name))
-        if name in PastingOptions.WITH_CON:
+        if flag.with_con:
             whose = "smmix; with `--con-weight` above 0 all that paste"
         if users(name) != list(METHODS):
             rows.append([f"`{flag_name(name)}`", RANGES[flag.limit], whose])
