@@ -1,6 +1,7 @@
-"""Errors, the frame of every command, and small helpers. Nothing here imports torch at its start.
+"""Errors, how a command reports them, and small helpers.
 
-So files that import only this one start at once: the parser, the checks and lists of commands.
+Importing this file does not import torch, so that the parser, the checks and the lists of commands
+start at once.
 """
 
 from __future__ import annotations

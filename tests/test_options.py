@@ -213,16 +213,20 @@ import sys
 from config.checks import check_args
 from config.flags import get_args_parser
 from config.resolve import resolve
+from errors import run_command
 import tools.report.matching
 
-args = get_args_parser().parse_args(["--config", sys.argv[1], "--input-size", "224"])
-check_args(args)
-resolve(args, 8, "cuda")
+def main():
+    args = get_args_parser().parse_args(["--config", sys.argv[1], "--input-size", "224"])
+    check_args(args)
+    resolve(args, 8, "cuda")
+
+assert run_command(main) == 0
 print(*sorted({"torch", "timm", "numpy"} & set(sys.modules)))
 """
 
 
-def test_flags_are_parsed_checked_and_resolved_without_torch(tmp_path: Path) -> None:
+def test_a_command_parses_checks_and_resolves_flags_without_torch(tmp_path: Path) -> None:
     (file := tmp_path / "flags.yaml").write_text("mixer: fmix\ntotal-batch: 1024\n")
     command = [sys.executable, "-c", WITHOUT_TORCH, str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
