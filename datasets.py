@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset
 from torchvision import datasets as torchvision_datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from errors import InputError, as_pair
 from pipeline.hugging_face import import_hugging_face
 from pipeline.images import (
     Decode,
@@ -32,7 +33,6 @@ from pipeline.images import (
     read_timm,
 )
 from pipeline.spec import Augment, ImageSpec
-from utils import InputError, as_pair
 
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
 INAT_CATEGORIES = (

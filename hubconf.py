@@ -83,11 +83,11 @@ def _project_modules() -> _Iterator[None]:
 
 
 with _project_modules():
+    from errors import InputError as _InputError
     from models.build import ALIASES as _ALIASES
     from models.build import build_model as _build_model
     from models.weights import restore_model as _restore_model
     from storage.checkpoints import load_checkpoint as _load_checkpoint
-    from utils import InputError as _InputError
 
 
 def _entry(

@@ -25,7 +25,8 @@ from config import build
 from config.checks import check_args
 from config.flags import get_args_parser
 from config.parser import explicit_flags
-from config.resolve import Flags, model_config, resolve, total_batch
+from config.resolve import Flags, model_config, resolve
+from errors import StopRun, is_lost_peer, run_command
 from mixers.interface import NoMixing, StepRandom
 from models.build import build_model, list_models, use_float32_attention
 from models.weights import load_foreign, restore_model
@@ -99,7 +100,7 @@ def train(
                 run.write_status(run.train())
         except BaseException as error:
             # Recording may fail, for example on a full disk. The first error must be reported.
-            with suppress(utils.StopRun):
+            with suppress(StopRun):
                 record_failure(args.output_dir, folder, processes.rank, error, run is not None)
             if isinstance(error, NonFiniteLoss):
                 save_bad_batch(args.output_dir, processes.rank, error)
@@ -117,7 +118,8 @@ def make_run(
     """Makes everything that a run needs, and loads the checkpoint `resume_from` if it is not ""."""
     run_state.check_visible_to_all(resume_from, processes)
     checkpoint = run_state.read(resume_from, read) if resume_from else None
-    flags = resolve(args, processes, shares_of_resumed(args, checkpoint, processes, log))
+    changes = shares_of_resumed(args, checkpoint, processes, log)
+    flags = resolve(args, processes.world_size, processes.device.type, changes)
 
     # Data, model and training.
     train_images = build.open_images(flags, True, read)
@@ -130,7 +132,7 @@ def make_run(
     data = Data(
         train_loader=build.make_train_loader(flags, train_images, spec, processes),
         val_loader=build.make_eval_loader(flags, val_images, spec, processes),
-        total_batch=total_batch(flags, processes),
+        total_batch=flags.total_batch,
     )
     if flags.skip_corrupt:
         bad_images = BadImages(train_images.num_images, train_images.name_of)
@@ -153,7 +155,7 @@ def make_run(
         data.bad_images.load(progress.bad_images)
     end = end_of(flags, progress)
     prepare_output(log, folder, resume_from, checkpoint, progress, identity, end)
-    schedule = build.make_schedule(flags, training, processes, data.steps, progress)
+    schedule = build.make_schedule(flags, training, data.steps, progress)
 
     samples = data.val_loader.dataset if folder else None  # without a folder no picture is saved
     draw_picture = make_picture_drawer(training, samples, spec, train_images.class_names)
@@ -296,14 +298,14 @@ def record_failure(
     Raises:
         InputError: the file cannot be written.
     """
-    text = error.text if isinstance(error, utils.StopRun) else str(error)
+    text = error.text if isinstance(error, StopRun) else str(error)
     cause = {
-        "exit_code": error.exit_code if isinstance(error, utils.StopRun) else 1,
+        "exit_code": error.exit_code if isinstance(error, StopRun) else 1,
         "error": (text or type(error).__name__).splitlines()[0],
     }
     if folder is not None:
-        folder.fail(cause, has_begun, utils.is_lost_peer(error))
-    elif output_dir and not utils.is_lost_peer(error):
+        folder.fail(cause, has_begun, is_lost_peer(error))
+    elif output_dir and not is_lost_peer(error):
         write_failure(Path(output_dir), rank, cause)
 
 
@@ -324,7 +326,8 @@ def evaluate(
     The model and its input are those of the checkpoint. Weights of other projects (DeiT, timm) do
     not describe them; then the flags do.
     """
-    flags, checkpoint = resolve(args, processes), read(args.resume)
+    flags = resolve(args, processes.world_size, processes.device.type)
+    checkpoint = read(args.resume)
     images = build.open_images(flags, False, read)
     if run_state.is_own_checkpoint(checkpoint):
         spec = ImageSpec.from_plain(checkpoint["data"]["image_spec"])
@@ -352,7 +355,7 @@ def evaluate(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command line in this process. `utils.run_command` turns errors into messages."""
+    """Runs one command line in this process. `errors.run_command` turns errors into messages."""
     read = CheckpointReader()
     args = read_args(argv, read)
     if args.list_models:
@@ -367,4 +370,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(utils.run_command(main))
+    raise SystemExit(run_command(main))

@@ -27,11 +27,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import utils
 from config import flags
 from config.checks import check_args
 from config.parser import Parser, explicit_flags
 from config.value_checks import check_values
+from errors import InputError, StopRun, run_command
 
 FIRST_PORT, PORTS = 15000, 10000  # below the ports that Linux assigns by itself
 SECONDS_TO_END = 600.0  # time for Slurm to end or requeue a job that has saved
@@ -124,8 +124,8 @@ class Trainer:
         os.environ.update(task_environment(job))
         sys.path.insert(0, self.code)
         # Imported after the environment is set: torch reads OMP_NUM_THREADS on import.
+        from errors import run_command
         from main import main as train
-        from utils import run_command
 
         folder = self.job_dir.replace("%j", job.job_id)
         before = _status(folder)
@@ -212,23 +212,19 @@ def read_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]
     parser = flags.get_args_parser()
     given = explicit_flags(parser, arguments)
     if "output_dir" in given:
-        raise utils.InputError(
-            "--output-dir: the job's folder is the output folder; use --job-dir only"
-        )
+        raise InputError("--output-dir: the job's folder is the output folder; use --job-dir only")
     check_args(parser.parse_args([*arguments, "--output-dir", launch.job_dir]))
     counts = ("nodes", "ngpus", "timeout", "cpus_per_task", "mem_gb", "signal_delay")
     check_values(vars(launch), positive=counts)
     for pair in launch.sbatch:
         if not re.fullmatch(r"[\w-]+=.+", pair):
-            raise utils.InputError(f"--sbatch {pair}: must be NAME=VALUE, such as account=vision")
+            raise InputError(f"--sbatch {pair}: must be NAME=VALUE, such as account=vision")
     if launch.local and launch.nodes > 1:
-        raise utils.InputError(
+        raise InputError(
             f"--nodes {launch.nodes}: --local runs on this machine only; use --nodes 1"
         )
     if (name := os.environ.get(SIGNAL_VARIABLE, "USR2")) in MAIN_SIGNALS:
-        raise utils.InputError(
-            f"{SIGNAL_VARIABLE}={name}: main.py handles this signal itself; use USR2"
-        )
+        raise InputError(f"{SIGNAL_VARIABLE}={name}: main.py handles this signal itself; use USR2")
     launch.gpus = given.get("device") != "cpu"
     # On Slurm a task has the cores of --cpus-per-task for itself.
     if "num_workers" not in given and not launch.local:
@@ -262,7 +258,7 @@ def make_executor(cluster: str, logs: Path, parameters: dict[str, Any]) -> Any:
     try:
         import submitit
     except ImportError as error:
-        raise utils.InputError(
+        raise InputError(
             "submitit is not installed: pip install -r requirements-slurm.txt"
         ) from error
     try:
@@ -270,7 +266,7 @@ def make_executor(cluster: str, logs: Path, parameters: dict[str, Any]) -> Any:
             logs, cluster, slurm_max_num_timeout=MAX_REQUEUES, local_max_num_timeout=MAX_REQUEUES
         )
     except RuntimeError as error:
-        raise utils.InputError(
+        raise InputError(
             f"{error} Run this command on a machine of the cluster, or add --local"
         ) from error
     executor.update_parameters(**parameters)
@@ -312,10 +308,10 @@ def wait_for(job: Any) -> None:
     try:
         state = job.results()[0]
     except UncompletedJobError as error:
-        raise utils.StopRun(f"the job failed: {error}") from error
+        raise StopRun(f"the job failed: {error}") from error
     if state != "done":
-        raise utils.StopRun("the job saved and stopped on a signal; the same command resumes it")
+        raise StopRun("the job saved and stopped on a signal; the same command resumes it")
 
 
 if __name__ == "__main__":
-    raise SystemExit(utils.run_command(main))
+    raise SystemExit(run_command(main))

@@ -129,14 +129,3 @@ class EvalShard(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
-
-
-def fewest_micro_batches(share: int, largest: int) -> int:
-    """The smallest number of micro-batches of equal size for the images of one process and step.
-
-    Args:
-        share: images of one step of one process.
-        largest: the largest size of a micro-batch.
-    """
-    counts = (n for n in range(1, share + 1) if share % n == 0 and share // n <= largest)
-    return next(counts)

@@ -11,60 +11,25 @@ i of a batch is the target, image B - 1 - i its source, so `.flip(0)` gives the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from mixers.interface import Guide, MixedBatch, Mixer, Regions, mix_labels, send, soft_labels
+from errors import InputError
+from mixers.interface import (
+    Guide,
+    MixedBatch,
+    Mixer,
+    MixerContext,
+    Regions,
+    mix_labels,
+    send,
+    soft_labels,
+)
 from mixers.masks import first_argmax
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The three places where the arithmetic of the released code differs from the paper's.
-
-    Args:
-        region_head: classifier of the regions: the model's own F (Eq. 12), or a second one.
-        consistency: reference of L_con: mixed probabilities (Eq. 14), or the softmax of mixed
-            logits.
-        region_size: side of the region: floor(delta * side), or uniform over whole numbers.
-    """
-
-    region_head: Literal["shared", "separate"] = "shared"
-    consistency: Literal["probs", "logits"] = "probs"
-    region_size: Literal["floor", "integer"] = "floor"
-
-
-VARIANTS = {"paper": Variant(), "released": Variant("separate", "logits", "integer")}
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How both regions are chosen (Table A4), and by which score (Table A5). SMMix: the defaults.
-
-    Args:
-        source: the most attended window of the source, or a random one for each image.
-        target: the least or the most attended window of the target, or (corr) the place of the
-            source region.
-        score: the score of the motivating pass (Eq. 6), or a random number for each token.
-    """
-
-    source: Literal["max", "random"] = "max"
-    target: Literal["min", "max", "corr"] = "min"
-    score: Literal["guide", "random"] = "guide"
-
-    @property
-    def needs_score(self) -> bool:
-        return self.source == "max" or self.target != "corr"
-
-    @property
-    def needs_guide(self) -> bool:
-        """Whether the score comes from the motivating pass. L_con may need that pass too."""
-        return self.needs_score and self.score == "guide"
-
+from mixers.smmix_options import VARIANTS, Scheme, SMMixOptions, Variant
 
 MAX_TO_MIN = Scheme()
 
@@ -275,6 +240,30 @@ class SMMix(Mixer[Drawn]):
             )
         self.grid_size, self.side_ratio, self.variant = grid_size, side_ratio, variant
         self.fine, self.con, self.scheme, self.temperature = fine, con, scheme, temperature
+
+    @classmethod
+    def from_options(cls, options: SMMixOptions, context: MixerContext) -> Self:
+        """As for every method.
+
+        Raises:
+            InputError: the model's token grid is too small for regions.
+        """
+        try:
+            return cls(
+                context.num_classes,
+                context.grid_size,
+                options.smoothing,
+                options.side_ratio,
+                options.arithmetic,
+                fine=options.fine_weight > 0,
+                con=options.has_con,
+                scheme=options.scheme,
+                temperature=options.con_temperature,
+            )
+        except ValueError as error:
+            raise InputError(
+                f"--mixer smmix: {error}; use a larger --input-size or a smaller --patch-size"
+            ) from error
 
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator

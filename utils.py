@@ -1,4 +1,4 @@
-"""Shared helpers: errors, process group, devices, keyed randomness, versions and memory.
+"""Shared helpers: process group, devices, keyed randomness, versions and memory.
 
 Nothing here knows images, models, mixers or losses.
 """
@@ -6,16 +6,13 @@ Nothing here knows images, models, mixers or losses.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import random
-import re
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,8 +24,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import get_worker_info
+
+from errors import InputError, StopRun
 
 Made = TypeVar("Made")
 PEER_TIMEOUT = timedelta(minutes=10)  # the shortest time that a rank waits for another rank
@@ -46,69 +44,6 @@ NUMBERS = {
     torch.uint8,
     torch.bool,
 }
-
-
-# ------------------------------------------------------------------------------------------- errors
-
-
-class StopRun(Exception):
-    """Ends a run with a message instead of a traceback, and with `exit_code`."""
-
-    exit_code = 1
-
-    @property
-    def text(self) -> str:
-        """The message alone, also after a loader worker has wrapped it in its own traceback."""
-        return re.split(r"(?:InputError|SampleError): ", str(self))[-1].strip()
-
-
-class InputError(StopRun):
-    """The user's input is wrong. The message names the flag, file or value, and the fix."""
-
-    exit_code = 2
-
-
-class SampleError(InputError):
-    """One image cannot be used. Only the rank that reads this image raises the error."""
-
-
-def run_command(command: Callable[[], None]) -> int:
-    """Runs the body of a command and prints the message of a `StopRun`. Returns the exit code.
-
-    All ranks raise a `StopRun` alike, and rank 0 prints it; a `SampleError` is printed by the rank
-    that raises it. Under torchrun the message is also in the launcher's closing summary.
-    """
-
-    @record  # so that torchrun prints the traceback of an unexpected error
-    def guarded() -> int:
-        try:
-            command()
-            return 0
-        except StopRun as error:
-            _report(error)
-            return error.exit_code
-        except RuntimeError as error:
-            if is_lost_peer(error):
-                # Another rank failed first; wait so that its error is the one torchrun reports.
-                time.sleep(5)
-            raise
-
-    try:
-        return guarded() or 0
-    finally:
-        close_processes()
-
-
-def _report(error: StopRun) -> None:
-    """Writes the message for torchrun, and prints it on the rank that is responsible for it."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        entry = {"message": f"error: {error.text}", "timestamp": int(time.time())}
-        Path(path).write_text(json.dumps(entry))
-    if os.environ.get("RANK", "0") == "0" or isinstance(error, SampleError):
-        print(f"error: {error.text}", file=sys.stderr, flush=True)
-    else:
-        # The launcher ends all ranks when the first one exits. Wait until rank 0 has printed.
-        time.sleep(2)
 
 
 # --------------------------------------------------------------------------- devices and processes
@@ -192,15 +127,6 @@ def pick_device(name: str) -> str:
     return name
 
 
-def cores_per_process() -> int:
-    """The CPU cores of this machine divided by the number of its processes, at least 1."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def peer_timeout(data_timeout: float) -> timedelta:
     """How long a rank waits for another rank.
 
@@ -247,22 +173,6 @@ def init_processes(device_name: str, data_timeout: float = 600) -> Processes:
             **_store_of_this_attempt(rank, world_size),
         )
     return Processes(rank, world_size, device, peer_timeout(data_timeout))
-
-
-def close_processes() -> None:
-    """Leaves the process group, if this process is in one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether this error is the result of another rank that ended or does not answer.
-
-    Gloo raises a RuntimeError ("connection closed") then, and NCCL a DistBackendError.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not isinstance(error, RuntimeError):
-        return False
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _store_of_this_attempt(rank: int, world_size: int) -> dict[str, Any]:
@@ -362,21 +272,7 @@ def keyed_globals(*key: int | str) -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
-# ------------------------------------------------------------------------- values, versions, memory
-
-
-def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) from one side of a square, or from a sequence of one or two sides."""
-    if isinstance(value, int):
-        return value, value
-    height, width = value if len(value) == 2 else (value[0], value[0])
-    return int(height), int(width)
-
-
-def first_of(texts: list[str], separator: str = ", ", limit: int = 8) -> str:
-    """The first `limit` texts, joined, and the number of the others."""
-    rest = len(texts) - limit
-    return separator.join(texts[:limit]) + (f"{separator}and {rest} more" if rest > 0 else "")
+# ------------------------------------------------------------------------------ versions and memory
 
 
 def is_ordinary(value: Any) -> bool:

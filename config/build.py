@@ -16,10 +16,12 @@ import datasets
 import engine
 import utils
 from config.build_guide import make_guide, uses_predictions
-from config.build_mixer import MixerContext, MixingSettings, build_mixer
-from config.resolve import Flags, model_config, peak_rate, total_batch
+from config.build_mixer import build_mixer
+from config.resolve import Flags, model_config, peak_rate
 from config.second_networks import build_feature_map, build_teacher, check_motivator_classes
+from errors import InputError
 from losses import Criterion, DistillationLoss, SMMixLoss
+from mixers.interface import MixerContext
 from mixers.switch import Switch
 from models.build import (
     build_model,
@@ -35,6 +37,7 @@ from pipeline.spec import Augment, ImageSpec
 from storage.checkpoints import ReadCheckpoint
 from training import optim, precision
 from training.nonfinite import NonFiniteGuard
+from training.total_batch import scale_rate
 from utils import Processes
 
 
@@ -126,7 +129,7 @@ def make_train_loader(flags: Flags, train: Any, spec: ImageSpec, processes: Proc
         src=flags.src,
     )
     if augment.randaugment == "device" and processes.device.type == "mps":
-        raise utils.InputError(
+        raise InputError(
             "--randaugment device: needs float64, but mps has no float64; use --randaugment cpu"
         )
     transform = transforms.build_train_transform(
@@ -199,10 +202,10 @@ def make_mixer(
         teacher = engine.make_teacher(network.to(processes.device), autocast)
     to_pixels = partial(transforms.denormalise, spec=spec)
     context = MixerContext(model.num_classes, model.grid_size, to_pixels, teacher)
-    return build_mixer(MixingSettings.from_flags(vars(flags)), context)
+    return build_mixer(flags, context)
 
 
-def schedule_settings(flags: Flags, processes: Processes) -> dict[str, Any]:
+def schedule_settings(flags: Flags) -> dict[str, Any]:
     """The arguments of timm's schedule.
 
     With `--scale-schedule` its first and its last learning rate are scaled with the total batch, as
@@ -211,12 +214,12 @@ def schedule_settings(flags: Flags, processes: Processes) -> dict[str, Any]:
     settings = scheduler_kwargs(flags)
     if flags.scale_schedule:
         for name in ("warmup_lr", "min_lr"):
-            settings[name] = optim.scale_rate(settings[name], total_batch(flags, processes))
+            settings[name] = scale_rate(settings[name], flags.total_batch)
     return settings
 
 
 def make_schedule(
-    flags: Flags, training: engine.Training, processes: Processes, steps: int, progress: Any
+    flags: Flags, training: engine.Training, steps: int, progress: Any
 ) -> optim.Schedule:
     """The learning rate schedule; `training` calls it after every update from now on.
 
@@ -226,7 +229,7 @@ def make_schedule(
     """
     schedule = optim.Schedule(
         training.optimizer,
-        schedule_settings(flags, processes),
+        schedule_settings(flags),
         steps,
         progress.epoch,
         progress.step,
@@ -268,9 +271,7 @@ def make_training(
         criterion=make_criterion(flags, loss, model, autocast, device, spec, read),
         mixer=make_mixer(flags, model, spec, processes, read),
         guide=make_guide(flags, model, device, average, spec, read),
-        optimizer=optim.make_optimizer(
-            model, {**optimizer_kwargs(flags), "lr": peak_rate(flags, processes)}
-        ),
+        optimizer=optim.make_optimizer(model, {**optimizer_kwargs(flags), "lr": peak_rate(flags)}),
         scaler=precision.make_scaler(device, flags.amp),
         autocast=autocast,
         processes=processes,

@@ -7,17 +7,16 @@ from typing import Any, cast
 import torch
 
 import engine
-import utils
-from config.mixing_flags import con_weight_of
 from config.resolve import Flags
 from config.second_networks import MotivatingPass, build_motivator
+from errors import InputError, as_pair
 from mixers.interface import Guide
+from mixers.registry import con_weight_of
 from models.build import use_float32_attention
 from models.interface import ImageModel, ScoreBlock
 from pipeline.spec import ImageSpec
 from storage.checkpoints import ReadCheckpoint, load_checkpoint
 from training import precision
-from utils import InputError
 
 
 def check_guide_size(model: ImageModel, name: str, size: tuple[int, int]) -> None:
@@ -119,7 +118,7 @@ def make_guide(
     spec = spec or ImageSpec(model.input_size)
     motivator, motivating_pass = make_motivator(flags, model, average, device, spec, read)
     name = flags.model if flags.motivator in ("self", "ema") else flags.motivator
-    size = None if flags.guide_size is None else utils.as_pair(flags.guide_size)
+    size = None if flags.guide_size is None else as_pair(flags.guide_size)
     if size is not None:
         check_guide_size(motivator, name, size)
     block: ScoreBlock = "rollout" if flags.score == "rollout" else flags.score_block

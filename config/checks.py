@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from config import mixing_checks
+from config.mixing_checks import check_mixing_values, mixing_conflicts
 from config.value_checks import check_values, require
-from utils import InputError
+from errors import InputError
+from mixers.options import Rule
 
 POSITIVE = (
-    *mixing_checks.POSITIVE,
     "max_bad_steps",
     "batch_size",
     "accum_steps",
@@ -31,7 +31,6 @@ POSITIVE = (
     "decay_rate",
 )
 NOT_NEGATIVE = (
-    *mixing_checks.NOT_NEGATIVE,
     "save_steps",
     "save_minutes",
     "weight_decay",
@@ -47,7 +46,6 @@ NOT_NEGATIVE = (
     "lr_noise_std",
 )
 SHARES = (
-    *mixing_checks.SHARES,
     "reprob",
     "drop",
     "drop_path",
@@ -64,7 +62,8 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         InputError: names the flag and the fix.
     """
-    check_values(vars(args), POSITIVE, NOT_NEGATIVE, SHARES, mixing_checks.RANGES)
+    check_values(vars(args), POSITIVE, NOT_NEGATIVE, SHARES)
+    check_mixing_values(vars(args))
     for name in ("eval_crop_ratio", "layer_decay"):
         require(getattr(args, name) != 0, name, getattr(args, name), "must be above 0")
     keep, clip, betas = args.keep_checkpoints, args.clip_grad, args.opt_betas
@@ -83,9 +82,9 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def _check_conflicts(args: argparse.Namespace) -> None:
-    rules: list[mixing_checks.Rule] = []
+    rules: list[Rule] = []
     if not args.eval:  # an evaluation mixes nothing
-        rules += mixing_checks.mixing_conflicts(args)
+        rules += mixing_conflicts(args)
     averages_on_device = args.model_ema and not args.model_ema_force_cpu
     saves = args.save_steps > 0 or args.save_minutes > 0
     is_timm_set = (args.data_set or "").startswith("timm/")

@@ -17,10 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config.mixing_flags import METHOD_FLAGS, con_weight_of, is_used
 from config.parser import GONE, Parser, explicit_flags
-from config.value_checks import option
-from utils import InputError
+from errors import InputError, flag_name
+from mixers.registry import all_flags, con_weight_of, is_used
 
 # Flags that belong to one call. They are not taken from the record of a run.
 OF_ONE_CALL = (
@@ -317,7 +316,7 @@ def _left_out(
         names.add("con_weight")
         final["con_weight"] = others.get("con_weight")
     if "mixer" in final:
-        names.update(name for name in METHOD_FLAGS if not is_used(name, final))
+        names.update(name for name in all_flags() if not is_used(name, final))
     return names
 
 
@@ -326,11 +325,11 @@ def _note(record: str, recorded: Mapping[str, Setting], left_out: set[str]) -> s
 
     Flags that only repeat what other flags decide are not mentioned.
     """
-    mentioned = set(OF_ONE_CALL)
+    mentioned, flags = set(OF_ONE_CALL), all_flags()
     for name in left_out - mentioned - {"accum_steps", "con_weight"}:
-        usual = METHOD_FLAGS.get(name, ("", ()))[0]
+        usual = flags[name].default if name in flags else ""
         value = recorded[name].value if name in recorded else usual
         has_value = (tuple(value) if isinstance(value, list) else value) not in (usual, None)
         mentioned |= {name} if has_value else set()
-    flags = ", ".join(map(option, sorted(mentioned & recorded.keys())))
-    return f"--config {record}: the record of a run; not taken from it: {flags}"
+    names = ", ".join(map(flag_name, sorted(mentioned & recorded.keys())))
+    return f"--config {record}: the record of a run; not taken from it: {names}"

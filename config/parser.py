@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from utils import InputError
+from errors import InputError
 
 _RANKS_FROM_ENVIRONMENT = (
     "rank and world size come from the environment: torchrun --nproc_per_node=N main.py ..."

@@ -9,13 +9,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-import utils
-from config.build_mixer import MixingSettings
-from config.mixing_flags import con_weight_of
-from models.build import own_input_size
-from samplers import fewest_micro_batches
-from training import optim
-from utils import InputError, Processes
+from errors import InputError, as_pair, cores_per_process
+from mixers.registry import con_weight_of, options_of
+from training.total_batch import fewest_micro_batches, scale_rate
 
 
 class Flags(argparse.Namespace):
@@ -33,12 +29,19 @@ def _frozen(value: Any) -> Any:
 
 
 def resolve(
-    args: argparse.Namespace, processes: Processes, changes: Mapping[str, Any] | None = None
+    args: argparse.Namespace,
+    world_size: int,
+    device_type: str,
+    changes: Mapping[str, Any] | None = None,
 ) -> Flags:
     """The flags of a run, with every default filled in.
 
+    It imports torch, and builds the model without weights, only if `--input-size` is left out.
+
     Args:
         args: the parsed command line.
+        world_size: number of processes.
+        device_type: cuda, mps or cpu.
         changes: values that replace those of `args`: `batch_size` and `accum_steps` of a run that
             is resumed with another number of processes.
 
@@ -48,23 +51,21 @@ def resolve(
     """
     flags = {**vars(args), **(changes or {})}
     if args.total_batch is None:
-        flags["total_batch"] = total_batch(Flags(flags), processes)
+        flags["total_batch"] = flags["batch_size"] * world_size * flags["accum_steps"]
     elif not args.eval:  # an evaluation takes no steps
-        flags.update(_share_out(args.total_batch, args.batch_size, processes.world_size))
+        flags.update(_share_out(args.total_batch, args.batch_size, world_size))
     flags["data_set"] = args.data_set or ("IMNET" if args.data_path else "DIGITS")
-    flags["amp"] = args.amp or ("fp16" if processes.device.type == "cuda" else "none")
+    flags["amp"] = args.amp or ("fp16" if device_type == "cuda" else "none")
     if args.num_workers is None:
-        flags["num_workers"] = min(10, utils.cores_per_process())
-    settings = MixingSettings.from_flags(vars(args))
-    if args.mixer == "smmix":
-        flags.update(vars(settings.arithmetic))
-    elif settings.has_con:
-        flags["consistency"] = settings.arithmetic.consistency
+        flags["num_workers"] = min(10, cores_per_process())
+    flags.update(options_of(vars(args)).filled())
     flags["con_weight"] = con_weight_of(args.mixer, args.con_weight)
-    sides = args.input_size
-    flags["input_size"] = (
-        own_input_size(args.model, args.patch_size) if sides is None else utils.as_pair(sides)
-    )
+    if args.input_size is None:
+        from models.build import own_input_size
+
+        flags["input_size"] = own_input_size(args.model, args.patch_size)
+    else:
+        flags["input_size"] = as_pair(args.input_size)
     return Flags(flags)
 
 
@@ -74,7 +75,7 @@ def model_config(flags: argparse.Namespace, num_classes: int) -> dict[str, Any]:
     return {
         "name": flags.model,
         "num_classes": num_classes,
-        "input_size": None if flags.input_size is None else utils.as_pair(flags.input_size),
+        "input_size": None if flags.input_size is None else as_pair(flags.input_size),
         "patch_size": flags.patch_size,
         "drop": flags.drop,
         "drop_path": flags.drop_path,
@@ -99,13 +100,6 @@ def _share_out(total: int, largest: int, world_size: int) -> dict[str, int]:
     return {"batch_size": share // accum, "accum_steps": accum}
 
 
-def total_batch(flags: argparse.Namespace, processes: Processes) -> int:
-    """The images of one step, over all processes and micro-batches."""
-    return flags.batch_size * processes.world_size * flags.accum_steps
-
-
-def peak_rate(flags: argparse.Namespace, processes: Processes) -> float:
+def peak_rate(flags: Flags) -> float:
     """The largest learning rate of the schedule."""
-    if flags.unscale_lr:
-        return flags.lr
-    return optim.scale_rate(flags.lr, total_batch(flags, processes))
+    return flags.lr if flags.unscale_lr else scale_rate(flags.lr, flags.total_batch)

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from errors import InputError
 from models.build import build_model, near_misses
 from models.interface import GuideOutput, ImageModel
 from models.weights import adapt_weights, load_foreign, load_strictly, pick_weights, restore_model
 from pipeline.spec import ImageSpec
 from storage import downloads
 from storage.checkpoints import FORMAT, ReadCheckpoint, load_checkpoint
-from utils import InputError
 
 MotivatingPass = Callable[..., GuideOutput]  # called as `ImageModel.motivating_pass`
 # How to mend a motivator with other classes.

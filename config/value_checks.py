@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils import InputError
+from errors import InputError, as_written
 
 
 def check_values(
@@ -54,14 +54,3 @@ def require(holds: bool, name: str, value: Any, rule: str) -> None:
     """
     if not holds:
         raise InputError(f"{as_written(name, value)}: {rule}")
-
-
-def as_written(name: str, value: Any) -> str:
-    """A flag and its value as on a command line."""
-    words = value if isinstance(value, (list, tuple)) else [value]
-    return " ".join(map(str, (option(name), *words)))
-
-
-def option(name: str) -> str:
-    """`batch_size` -> `--batch-size`."""
-    return "--" + name.replace("_", "-")

@@ -9,13 +9,15 @@ number from a Beta distribution: Beta(2, 8) in its documentation, Beta(2, 2) in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
+from errors import InputError
+from mixers.attentivemix_options import AttentiveMixOptions
+from mixers.interface import Guide, MixedBatch, Mixer, MixerContext, draw_beta, pair_up
 from mixers.masks import paste, to_pixels, top_mask
-from utils import InputError
 
 
 class AttentiveMix(Mixer[list[float]]):
@@ -42,6 +44,20 @@ class AttentiveMix(Mixer[list[float]]):
         super().__init__(num_classes, smoothing)
         self.teacher, self.alpha, self.beta = teacher, alpha, beta
         self.cells, self.mode = cells, mode
+
+    @classmethod
+    def from_options(cls, options: AttentiveMixOptions, context: MixerContext) -> Self:
+        assert context.teacher is not None
+        alphas = options.mix_alpha or (2.0, 8.0)
+        return cls(
+            context.num_classes,
+            context.teacher,
+            options.smoothing,
+            alphas[0],
+            alphas[-1],
+            options.attentive_cells,
+            options.mixup_mode,
+        )
 
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator

@@ -5,11 +5,14 @@ A random box of the source is pasted at the same place of the target (Eq. 1 of S
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
 from mixers.boxes import draw_box, draw_box_between, sides_of
-from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
+from mixers.cutmix_options import CutMixOptions
+from mixers.interface import Guide, MixedBatch, Mixer, MixerContext, draw_beta, pair_up
 from mixers.masks import paste
 from pipeline.boxes import Box, box_mask, boxes_to_tensor
 
@@ -35,6 +38,16 @@ class CutMix(Mixer[list[Box]]):
     ) -> None:
         super().__init__(num_classes, smoothing)
         self.alpha, self.minmax, self.mode = alpha, minmax, mode
+
+    @classmethod
+    def from_options(cls, options: CutMixOptions, context: MixerContext) -> Self:
+        return cls(
+            context.num_classes,
+            options.smoothing,
+            options.cutmix,
+            options.cutmix_minmax,
+            options.mixup_mode,
+        )
 
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up, send
+from mixers.fmix_options import FMixOptions
+from mixers.interface import Guide, MixedBatch, Mixer, MixerContext, draw_beta, pair_up, send
 from mixers.masks import paste, top_mask
 
 
@@ -40,6 +41,13 @@ class FMix(Mixer[Blobs]):
     ) -> None:
         super().__init__(num_classes, smoothing)
         self.alpha, self.decay, self.mode = alpha, decay, mode
+
+    @classmethod
+    def from_options(cls, options: FMixOptions, context: MixerContext) -> Self:
+        (alpha,) = options.mix_alpha or (1.0,)
+        return cls(
+            context.num_classes, options.smoothing, alpha, options.fmix_decay, options.mixup_mode
+        )
 
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator

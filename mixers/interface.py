@@ -11,11 +11,11 @@ How to add a method:
     (everything else).
 2.  If it pastes by a mask, `apply` ends with
     `return self.label(*paste(images, sources, mask), labels, mask)`.
-3.  Add its flags to `config/mixing_flags.py`. In `config/build_mixer.py` add them to
-    `MixingSettings`, and add its name and its maker to `MIXERS`.
+3.  If it has flags, write its options in `mixers/<method>_options.py` (see `mixers/options.py`) and
+    `from_options` in the class. Add its line to `METHODS` in `mixers/registry.py`.
 4.  Add a row to `MAKERS` in `tests/test_mixers.py`: the tests of all mixers then run on it. Compare
     it with a slow loop that follows its formula.
-5.  If it needs a second, frozen network or the gradient at the pixels, its maker gives it a
+5.  If it needs a second, frozen network or the gradient at the pixels, `MixerContext` gives it a
     function of images.
 6.  If it needs a second network that learns, put the loss of that network into `MixedBatch.terms`
     and its parameters into the groups of the optimizer; the step does the rest.
@@ -36,7 +36,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -156,6 +156,24 @@ def send(drawn: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
+@dataclass(frozen=True)
+class MixerContext:
+    """What mixers need from the model and the data.
+
+    Args:
+        num_classes: number of classes.
+        grid_size: rows and columns of the model's token grid.
+        to_bytes: normalised images -> their pixels before normalisation, uint8.
+        teacher: clean images -> features (B, D, rows, columns) of a frozen classifier, for
+            AttentiveMix.
+    """
+
+    num_classes: int
+    grid_size: tuple[int, int]
+    to_bytes: Callable[[Tensor], Tensor]
+    teacher: Callable[[Tensor], Tensor] | None = None
+
+
 Draw = TypeVar("Draw")
 Value = TypeVar("Value")
 
@@ -171,6 +189,16 @@ class Mixer(ABC, Generic[Draw]):
     def __init__(self, num_classes: int, smoothing: float = 0.1) -> None:
         self.num_classes = num_classes
         self.smoothing = smoothing
+
+    @classmethod
+    def from_options(cls, options: Any, context: MixerContext) -> Self:
+        """The mixer that the flags describe.
+
+        Args:
+            options: of the class in `mixers/registry.py`. A method with flags of its own overrides
+                this method, which reads only the smoothing.
+        """
+        return cls(context.num_classes, options.smoothing)
 
     @abstractmethod
     def draw(

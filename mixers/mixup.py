@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
-from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
+from mixers.interface import Guide, MixedBatch, Mixer, MixerContext, draw_beta, pair_up
+from mixers.mixup_options import MixupOptions
 
 
 class Mixup(Mixer[list[float]]):
@@ -20,6 +23,10 @@ class Mixup(Mixer[list[float]]):
     ) -> None:
         super().__init__(num_classes, smoothing)
         self.alpha, self.mode = alpha, mode
+
+    @classmethod
+    def from_options(cls, options: MixupOptions, context: MixerContext) -> Self:
+        return cls(context.num_classes, options.smoothing, options.mixup, options.mixup_mode)
 
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator

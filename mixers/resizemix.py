@@ -8,14 +8,15 @@ image's border, and the source is resized to what remains.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from mixers.boxes import draw_box, draw_box_inside
-from mixers.interface import Guide, MixedBatch, Mixer, pair_up
+from mixers.interface import Guide, MixedBatch, Mixer, MixerContext, pair_up
 from mixers.masks import paste
+from mixers.resizemix_options import ResizeMixOptions
 from pipeline.boxes import Box, box_mask, boxes_to_tensor
 
 
@@ -39,6 +40,16 @@ class ResizeMix(Mixer[list[Box]]):
     ) -> None:
         super().__init__(num_classes, smoothing)
         self.scope, self.placement, self.mode = scope, placement, mode
+
+    @classmethod
+    def from_options(cls, options: ResizeMixOptions, context: MixerContext) -> Self:
+        return cls(
+            context.num_classes,
+            options.smoothing,
+            options.resize_scope,
+            options.resize_placement,
+            options.mixup_mode,
+        )
 
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator

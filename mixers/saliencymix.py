@@ -9,13 +9,15 @@ of each batch only: in effect it pastes a CutMix box at a random place.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from mixers.boxes import boxes_around, sides_of
-from mixers.interface import Guide, MixedBatch, Mixer, draw_beta, pair_up
+from mixers.interface import Guide, MixedBatch, Mixer, MixerContext, draw_beta, pair_up
 from mixers.masks import first_argmax, paste
+from mixers.options import BetaOptions
 from mixers.saliency import fine_grained_saliency
 from pipeline.boxes import box_mask
 
@@ -41,6 +43,13 @@ class SaliencyMix(Mixer[list[tuple[int, int]]]):
     ) -> None:
         super().__init__(num_classes, smoothing)
         self.to_bytes, self.alpha, self.mode = to_bytes, alpha, mode
+
+    @classmethod
+    def from_options(cls, options: BetaOptions, context: MixerContext) -> Self:
+        (alpha,) = options.mix_alpha or (1.0,)
+        return cls(
+            context.num_classes, context.to_bytes, options.smoothing, alpha, options.mixup_mode
+        )
 
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator

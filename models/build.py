@@ -23,6 +23,7 @@ from timm.models.twins import Twins
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from errors import InputError
 from models.beit import BEiT
 from models.cait import CaiT
 from models.convnet import ConvNet
@@ -36,7 +37,6 @@ from models.pvt_v2 import PVTv2
 from models.swin import Swin
 from models.swin_v2 import SwinV2
 from models.twins import TwinsModel
-from utils import InputError
 
 # The names of the same networks in the authors' released code.
 ALIASES = {

@@ -10,9 +10,10 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from errors import InputError, as_pair, first_of
 from models.build import build_model, build_on_meta
 from models.interface import ImageModel
-from utils import InputError, as_pair, first_of, is_ordinary
+from utils import is_ordinary
 
 # The names of classifiers in the families, and of the second region head.
 HEADS = ("head", "head.fc", "fc", "head_dist", "token_head")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from utils import InputError
+from errors import InputError
 
 
 def max_bad_images(num_images: int) -> int:

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from utils import InputError
+from errors import InputError
 
 
 class HuggingFace:

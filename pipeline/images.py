@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
+from errors import InputError, SampleError
 from pipeline.hugging_face import HuggingFace
-from utils import InputError, SampleError, key_seed
+from utils import key_seed
 
 try:
     import simplejpeg

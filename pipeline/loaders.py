@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from errors import InputError
 from pipeline.samples import (
     EvalSamples,
     StreamedEvalSamples,
@@ -23,7 +24,7 @@ from pipeline.samples import (
 )
 from pipeline.workers import Loader, explain_errors
 from samplers import EpochBatches, EvalShard
-from utils import InputError, key_seed, keyed_generator
+from utils import key_seed, keyed_generator
 
 
 def build_train_loader(

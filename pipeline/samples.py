@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from errors import InputError, SampleError
 from pipeline import erasing, randaugment
 from pipeline.erasing import Erasing
 from pipeline.images import Images, StreamedImages, UnreadableSampleError
 from pipeline.transforms import PendingAugment, Pixels, Transform
 from samplers import Place
-from utils import InputError, SampleError, keyed_generator, keyed_globals
+from utils import keyed_generator, keyed_globals
 
 SUBSTITUTES = 20  # how many other images are tried in place of an unreadable one
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from errors import InputError
 from pipeline import randaugment as rand
-from utils import InputError
 
 RESIZERS = ("pillow", "torch")
 TORCH_INTERPOLATIONS = ("random", "bilinear", "bicubic")  # those that torch can antialias

@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from errors import InputError
 from storage.checkpoints import save_checkpoint
 from storage.files import TEMPORARY_SUFFIX, remove_stale, write_json
-from utils import InputError
 
 try:
     import fcntl

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from errors import InputError, StopRun
 from storage.files import to_json, to_plain, write_atomically
-from utils import InputError, Processes, StopRun
+from utils import Processes
 
 Item = TypeVar("Item")
 
@@ -270,7 +271,7 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # `utils.run_command` prints the message. A run that is refused before it has printed
+        # `errors.run_command` prints the message. A run that is refused before it has printed
         # anything writes nothing.
         if isinstance(error, StopRun) and self._has_printed:
             self._append_with_time(f"error: {error.text}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from utils import InputError
+from errors import InputError
 
 # Evaluation may run on another machine, on other images or in another precision. The other flags
 # define the model.

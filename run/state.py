@@ -14,16 +14,17 @@ from typing import Any
 import torch
 
 from engine import Training
+from errors import InputError, StopRun
 from models.weights import load_strictly, plain_weights, to_model_keys
 from run.folder import RunFolder, candidates
 from run.saved_flags import accepts, check_settings, same_value, short
-from samplers import fewest_micro_batches
 from storage.checkpoints import FORMAT, ReadCheckpoint, load_checkpoint
 from storage.files import to_plain
 from training.meters import Meters
 from training.nonfinite import NonFiniteLoss
 from training.optim import load_optimizer
-from utils import InputError, Processes, StopRun
+from training.total_batch import fewest_micro_batches
+from utils import Processes
 
 # The parts without which a run cannot be resumed. Besides these it needs `ema`, which may be None.
 NEEDED = (

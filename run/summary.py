@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from engine import Training
+from mixers.registry import all_flags, con_weight_of
 from mixers.switch import Switch
 from run.state import Identity, Progress
 from training import optim
@@ -26,7 +27,7 @@ def describe_run(
         num_images: number of training images and of validation images.
     """
     flags, processes, model = identity.args, training.processes, training.module
-    total = flags["batch_size"] * processes.world_size * training.accum_steps
+    total = flags["total_batch"]
     batch = (
         f"{flags['batch_size']} per process x {processes.world_size} processes x "
         f"{training.accum_steps} accumulated"
@@ -84,7 +85,6 @@ def _describe_mixing(flags: dict[str, Any], mixer: Any) -> str:
 
 def _describe_changes(flags: dict[str, Any]) -> str:
     """The flags of the method that differ from their usual values (those of an ablation)."""
-    con_weight = float(flags["mixer"] == "smmix")
     parts = {
         "regions {0} -> {1}": ("source_region", "target_region"),
         "score {0}": ("score",),
@@ -94,16 +94,8 @@ def _describe_changes(flags: dict[str, Any]) -> str:
         "L_con rising over {0} epochs": ("con_warmup_epochs",),
         "guided by {0}": ("motivator",),
     }
-    usual = {
-        "source_region": "max",
-        "target_region": "min",
-        "score": "attention",
-        "score_block": None,
-        "fine_weight": 1.0,
-        "con_weight": con_weight,
-        "con_warmup_epochs": 0,
-        "motivator": "self",
-    }
+    usual = {name: flag.default for name, flag in all_flags().items()}
+    usual["con_weight"] = con_weight_of(flags["mixer"], None)
     changes = [
         text.format(*(flags[name] for name in names))
         for text, names in parts.items()

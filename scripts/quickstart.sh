@@ -43,7 +43,7 @@ use_environment requirements.txt
 
 say "2 of 3: training on DIGITS with SMMix, 2 processes"
 if ((${#given[@]} > 0 && !dry_run)); then # a mistyped flag must not cost the last run's results
-  python -c 'import main, utils; raise SystemExit(utils.run_command(lambda: main.read_args(None)))' \
+  python -c 'import errors, main; raise SystemExit(errors.run_command(lambda: main.read_args(None)))' \
     "${settings[@]}" "${given[@]}"
 fi
 if [[ -e $output ]]; then

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from errors import InputError
 from storage import checkpoint_schema, downloads, safe_load
 from storage.files import to_plain, write_atomically
-from utils import InputError
 
 FORMAT = 1  # version of this project's checkpoints; raise it when a key changes its meaning
 

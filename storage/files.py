@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import InputError
+from errors import InputError
 
 TEMPORARY_SUFFIX = ".unfinished.tmp"
 

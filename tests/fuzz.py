@@ -44,9 +44,11 @@ import main as main_py
 import run_with_submitit
 from config import flags as config_flags
 from config import second_networks
-from config.build_mixer import MixerContext, MixingSettings, build_mixer
+from config.build_mixer import build_mixer
 from config.checks import check_args
-from config.mixing_flags import METHODS
+from errors import StopRun
+from mixers.interface import MixerContext
+from mixers.registry import METHODS
 from models.build import build_model
 from models.weights import load_foreign, pick_weights, restore_model
 from pipeline import images as pipeline_images
@@ -63,7 +65,7 @@ from tests.runs import run_small
 from tools import check_data, export, show_mixing
 from tools.report import __main__ as report_py
 from tools.report import tables
-from utils import Processes, StopRun
+from utils import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = {
@@ -361,10 +363,9 @@ def _evaluate(checkpoint: dict[str, Any], words: list[str]) -> None:
 
 def use_flags(args: argparse.Namespace) -> None:
     """What is made of flags before there are data or a model."""
-    settings = MixingSettings.from_flags(vars(args))
     context = MixerContext(10, (14, 14), lambda pixels: pixels, lambda pixels: pixels)
     if args.mixer in METHODS:
-        build_mixer(settings, context)
+        build_mixer(args, context)
     if not args.eval:
         augment = Augment(
             aa=args.aa,

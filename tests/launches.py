@@ -34,7 +34,7 @@ import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 import main
-import utils
+from errors import run_command
 from run import agreement
 from tests.runs import ROOT, SMALL, split
 
@@ -268,7 +268,7 @@ def _be_rank_of_torchrun(words: list[str], env: dict[str, str], launcher: int) -
 def _run(command: Command, words: list[str]) -> None:
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # loader workers, as where no test is
-    sys.exit(utils.run_command(lambda: command(words)))
+    sys.exit(run_command(lambda: command(words)))
 
 
 def torchrun(

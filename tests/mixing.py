@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config.build_mixer import MixerContext, MixingSettings, build_mixer
+from config.build_mixer import build_mixer
 from config.flags import get_args_parser
+from mixers.interface import MixerContext
 from mixers.switch import Switch
 from pipeline.spec import ImageSpec
 from pipeline.transforms import denormalise
@@ -37,6 +38,7 @@ def make_switch(
     **flags: Any,
 ) -> Switch:
     """The switch that `main.py` would build with these flags, everything else at its default."""
-    settings = MixingSettings.from_flags({**vars(get_args_parser().parse_args([])), **flags})
+    args = get_args_parser().parse_args([])
+    vars(args).update(flags)
     pixels = partial(denormalise, spec=ImageSpec((1, 1)))
-    return build_mixer(settings, MixerContext(num_classes, grid_size, pixels, teacher))
+    return build_mixer(args, MixerContext(num_classes, grid_size, pixels, teacher))

@@ -11,9 +11,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from errors import as_pair
 from tools.runs.matching import flags_of
 from tools.runs.records import Row
-from utils import as_pair
 
 FULL = (
     "--model deit_tiny_patch16_224 --input-size 224 --epochs 4 --amp fp16 --batch-size 256 "

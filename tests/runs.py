@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 import engine
 import main
-import utils
+from errors import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,12 +77,9 @@ def run_main(*words: str | Path) -> Outcome:
 
     argv, out, err = split(*words), io.StringIO(), io.StringIO()
     keep = patch.object(engine.Training, "__post_init__", remember)
-    with keep, redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Unable to enable fault handler"
-        )  # it wants a file, not a text
+    with keep, redirect_stdout(out), redirect_stderr(err):
         try:
-            code = utils.run_command(lambda: main.main(argv))
+            code = run_command(lambda: main.main(argv))
         except SystemExit as leaving:  # the parser's way out
             code = int(leaving.code or 0)
     return Outcome(code, out.getvalue(), err.getvalue(), trainings)

@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from errors import InputError
 from models.build import FAMILIES, build_model, use_float32_attention, use_grad_checkpointing
 from models.float32_attention import InFloat32, attention_in_float32
 from models.interface import AttentionOf, ImageModel, ModelOutput
@@ -24,7 +25,6 @@ from tests.conftest import randomise
 from tests.image_folders import make_image_folder
 from tests.runs import read_log, run_small, split
 from tests.test_families import ONE_OF_EACH, TINY, gradient_of, loss_of, make_model, one_pass
-from utils import InputError
 
 CONVOLUTIONAL = ("ConvNeXt", "ResNet")
 FP16, BF16 = torch.float16, torch.bfloat16

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from datasets import open_images
+from errors import InputError, SampleError
 from pipeline import loaders
 from pipeline.bad_images import BadImages, max_bad_images
 from pipeline.images import Images, UnreadableSampleError, read_files
@@ -33,7 +34,6 @@ from tests.image_folders import (
     picture,
 )
 from tests.runs import differences, run_small, weights_of
-from utils import InputError, SampleError
 
 SPEC = ImageSpec((32, 32))
 EVAL = build_eval_transform(SPEC)

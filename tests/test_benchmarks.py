@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from errors import run_command
 from mixers.interface import Regions
 from smmix import paste_regions
 from tools.bench import profile_step, run, steps
 from tools.bench.recorders import ByMarks
 from tools.bench.timing import Case, Timing, measure, to_markdown
-from utils import run_command
 
 CPU = torch.device("cpu")
 TINY = ["--model", "vit_nano_patch4_32", "--batch-size", "4", "--device", "cpu"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from errors import InputError, run_command
 from tests.image_folders import (
     DAMAGE,
     damage,
@@ -20,7 +21,6 @@ from tests.image_folders import (
 from tests.runs import split
 from tests.test_commands import flags_of, names_read
 from tools import check_data
-from utils import InputError, run_command
 
 
 def check(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:

@@ -32,6 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from errors import InputError
 from models.weights import load_strictly, pick_weights
 from storage import checkpoints, files
 from storage.checkpoints import load_checkpoint, save_checkpoint
@@ -39,7 +40,6 @@ from storage.files import remove_stale, to_plain
 from tests.malicious import Malicious
 from training import optim
 from training.optim import load_optimizer
-from utils import InputError
 
 
 class Color(Enum):

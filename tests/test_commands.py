@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,17 +28,16 @@ import timm.optim
 import timm.scheduler.scheduler_factory
 from torch.distributed.run import parse_args as parse_torchrun
 
-from config.build_mixer import MixingSettings
 from config.checks import check_args
 from config.flags import get_args_parser
 from config.parser import GONE, Parser, explicit_flags
+from errors import InputError
 from run.loop import Rules
 from scripts import launch
 from tools import show_mixing
 from tools.runs.rows import read_tables
 from tools.tables import __main__ as tables_command
 from tools.tables.plan import Planner
-from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -357,11 +355,24 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     return {action.dest for action in parser._actions} - {"help"}
 
 
+def read_by_methods() -> set[str]:
+    """The flags that the mixers take from their options, and that the options read themselves."""
+    files = [ROOT / "smmix.py", ROOT / "config/build_mixer.py", *(ROOT / "mixers").glob("*.py")]
+    return {
+        name
+        for file in files
+        for variable in ("options", "self")
+        if variable == "options" or file.name.endswith("options.py")
+        for name in names_read(file.read_text(), variable)
+    }
+
+
 def unread(parser: argparse.ArgumentParser) -> set[str]:
     """Flags of main.py that nothing reads: neither the files that see them, nor what these call."""
-    files = ["main.py", *(f"config/{name}.py" for name in ("resolve", "build", "build_guide"))]
+    names = ("resolve", "build", "build_guide", "build_mixer")
+    files = ["main.py", *(f"config/{name}.py" for name in names)]
     texts = [(ROOT / file).read_text() for file in files]
-    read = {field.name for field in fields(MixingSettings)} | {*Rules._fields}
+    read = read_by_methods() | {*Rules._fields}
     for text, variable in itertools.product(texts, ("args", "flags")):
         read |= names_read(text, variable)
     helpers = {
@@ -377,7 +388,7 @@ def unread(parser: argparse.ArgumentParser) -> set[str]:
 def test_every_flag_is_read() -> None:
     assert not unread(get_args_parser())
     module = Path(inspect.getfile(show_mixing)).read_text()
-    read = names_read(module, "args") | {field.name for field in fields(MixingSettings)}
+    read = names_read(module, "args") | read_by_methods()
     assert flags_of(show_mixing.get_args_parser()) <= read
 
 

@@ -17,9 +17,10 @@ from config.config_file import OF_ONE_CALL
 from config.flags import get_args_parser
 from config.parser import GONE, explicit_flags
 from config.resolve import resolve
+from errors import InputError
 from tests.image_folders import make_image_folder
 from tests.runs import ROOT, run_main, run_small, split
-from utils import InputError, Processes
+from utils import Processes
 
 CPU = Processes(0, 1, torch.device("cpu"))
 
@@ -202,7 +203,7 @@ TINY = "--model vit_nano_patch4_32 --input-size 16 --output-dir x"
 
 def record(folder: Path, words: str, **changes: Any) -> Path:
     """The args.json of a run with these words."""
-    flags = resolve(get_args_parser().parse_args(split(TINY, words)), CPU)
+    flags = resolve(get_args_parser().parse_args(split(TINY, words)), 1, "cpu")
     return written(folder, json.dumps({**vars(flags), **changes}, indent=2), "args.json")
 
 
@@ -228,7 +229,10 @@ def test_a_record_gives_the_same_run_again(words: str, tmp_path: Path) -> None:
     file = record(tmp_path, words, config=["old.yaml"], accept_changes=["lr"])
     args = get_args_parser().parse_args(split("--config", file, "--output-dir y --num-workers 1"))
     check_args(args)
-    wanted, found = json.loads(file.read_text()), json.loads(json.dumps(vars(resolve(args, CPU))))
+    wanted, found = (
+        json.loads(file.read_text()),
+        json.loads(json.dumps(vars(resolve(args, 1, "cpu")))),
+    )
     differing = {name for name in wanted if wanted[name] != found[name]}
     assert differing <= set(OF_ONE_CALL)
     assert (found["output_dir"], found["start_epoch"], found["accept_changes"]) == ("y", 0, None)
@@ -244,7 +248,7 @@ def test_a_record_keeps_the_total_batch(tmp_path: Path) -> None:
         ("--total-batch 32", 1, (16, 2, 32)),
     ):
         args = get_args_parser().parse_args([*line, *words.split()])
-        flags = resolve(args, Processes(0, processes, torch.device("cpu")))
+        flags = resolve(args, processes, "cpu")
         assert (flags.batch_size, flags.accum_steps, flags.total_batch) == shares
     with pytest.raises(InputError, match="--accum-steps 3: contradicts --total-batch 48"):
         parsed(*map(str, line), "--accum-steps 3")
@@ -273,7 +277,7 @@ def test_flags_that_follow_from_others_follow_them_again(
     line = split("--config", record(tmp_path, words), more, "--output-dir y")
     args = get_args_parser().parse_args(line)
     check_args(args)
-    flags = vars(resolve(args, CPU))
+    flags = vars(resolve(args, 1, "cpu"))
     assert {name: flags[name] for name in wanted} == wanted
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import datasets
 from datasets import augment_for, check_same_classes, image_spec_for, open_images
+from errors import InputError, SampleError
 from pipeline.images import Images
 from pipeline.spec import Augment, ImageSpec
 from tests.image_folders import (
@@ -27,7 +28,6 @@ from tests.image_folders import (
     message_of,
     picture,
 )
-from utils import InputError, SampleError
 
 
 def opened(name: str, path: Path | str = "", train: bool = True, **more) -> Images:

@@ -17,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 import engine
 import utils
 from losses import SMMixLoss
+from mixers.smmix_options import VARIANTS
 from models.build import build_model
 from models.interface import ImageModel
 from pipeline.samples import Batch
-from smmix import VARIANTS, Drawn
+from smmix import Drawn
 from tests.launches import start
 from tests.mixing import make_switch
 from training import optim, precision

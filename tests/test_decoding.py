@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from datasets import open_images
+from errors import InputError
 from pipeline import images as pipeline_images
 from pipeline.images import (
     Images,
@@ -33,7 +34,6 @@ from tests.image_folders import (
     message_of,
     picture,
 )
-from utils import InputError
 
 needs_it = pytest.mark.skipif(
     pipeline_images.simplejpeg is None, reason="simplejpeg is not installed"

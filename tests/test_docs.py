@@ -14,6 +14,9 @@ from torch.distributed.run import get_args_parser as get_torchrun_parser
 
 from config.flags import get_args_parser
 from config.parser import GONE
+from errors import flag_name
+from mixers.options import PastingOptions
+from mixers.registry import METHODS, all_flags, users
 from models.interface import ImageModel
 from tests import chaos, fuzz
 from tools import check_data, export, show_mixing
@@ -285,6 +288,34 @@ def test_the_page_of_flags_has_every_flag_once_with_its_default() -> None:
         row[:2] for row in rows if not same_default(row[1], actions[row[0].strip("`")].default)
     ]
     assert not wrong
+
+
+RANGES = {
+    None: "",
+    "positive": "above 0",
+    "not_negative": "0 or more",
+    "shares": "0 to 1",
+    "ranges": "two shares, the lower first",
+}
+
+
+def flags_by_mixer() -> list[list[str]]:
+    """The rows of the flags that not every method has."""
+    pasting = [name for name, one in METHODS.items() if issubclass(one.options, PastingOptions)]
+    rows = []
+    for name, flag in all_flags().items():
+        whose = "all that paste" if users(name) == pasting else ", ".join(users(name))
+        if flag.with_con:
+            whose = "smmix; with `--con-weight` above 0 all that paste"
+        if users(name) != list(METHODS):
+            rows.append([f"`{flag_name(name)}`", RANGES[flag.limit], whose])
+    return rows
+
+
+def test_the_page_of_flags_says_which_mixer_has_which() -> None:
+    rows = flags_by_mixer()
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows).replace("|  |", "| |")
+    assert sections(FLAGS_PAGE.read_text())["Flags of single mixers"] == rows, table
 
 
 def test_the_page_of_flags_has_every_gone_flag() -> None:

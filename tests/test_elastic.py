@@ -21,6 +21,7 @@ from torch import Tensor
 
 import engine
 import utils
+from errors import InputError
 from run import log
 from run import state as run_state
 from run.folder import candidates
@@ -38,7 +39,6 @@ from tests.runs import (
     spoil_loss,
     state_of,
 )
-from utils import InputError
 
 # seconds until a rank whose peer is gone has ended; on one machine its connection tells it at once
 ENDS_WITHIN = 30.0

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import utils
-from config.mixing_flags import METHODS
 from losses import SMMixLoss
+from mixers.registry import METHODS
 from mixers.switch import Choice, Switch
 from models.build import build_model
 from models.interface import ImageModel

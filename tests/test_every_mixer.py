@@ -9,7 +9,7 @@ import timm
 import torch
 
 import main
-from config.mixing_flags import METHODS
+from mixers.registry import METHODS
 from tests.image_folders import make_image_folder
 from tests.launches import run_ranks
 from tests.runs import observing_steps, read_log, run_small, split

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 import hubconf
+from errors import run_command
 from models.build import build_model
 from models.weights import plain_weights, restore_model
 from pipeline.spec import ImageSpec
 from storage.checkpoints import load_checkpoint, save_checkpoint
 from tests.conftest import randomise
 from tools import export
-from utils import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = (24, 40)

@@ -17,14 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import engine
 import utils
+from errors import InputError
 from losses import SMMixLoss
+from mixers.smmix_options import VARIANTS
 from mixers.switch import Choice, Switch
 from models.build import FAMILIES, build_model, use_grad_checkpointing
 from models.interface import AttentionOf, ImageModel, ModelOutput
 from models.pvt import PVT
 from models.weights import adapt_weights, load_strictly, plain_weights
 from pipeline.samples import Batch
-from smmix import VARIANTS
 from tests.conftest import randomise
 from tests.mixing import make_switch
 from training import optim, precision
@@ -309,7 +310,7 @@ def test_layer_decay_is_a_power_for_each_layer(family: str) -> None:
 
 
 def test_a_family_without_checkpointing_says_so() -> None:
-    with pytest.raises(utils.InputError, match=r"--grad-checkpointing: Twins does not support it"):
+    with pytest.raises(InputError, match=r"--grad-checkpointing: Twins does not support it"):
         use_grad_checkpointing(make_training("Twins", "paper").module, "Twins")
 
 
@@ -533,14 +534,10 @@ def test_the_class_score_passes_through_ddp(family: str, tmp_path: Path) -> None
 
 
 def test_attention_across_channels_gives_no_score() -> None:
-    with pytest.raises(
-        utils.InputError, match=r"--model xcit_nano_12_p16_224: Xcit .*across channels"
-    ):
+    with pytest.raises(InputError, match=r"--model xcit_nano_12_p16_224: Xcit .*across channels"):
         build_model("xcit_nano_12_p16_224", CLASSES, input_size=(SIDE, SIDE))
 
 
 def test_a_convolutional_network_has_no_patches_to_choose() -> None:
-    with pytest.raises(
-        utils.InputError, match=r"--patch-size 4: the patch size of resnet50 is fixed"
-    ):
+    with pytest.raises(InputError, match=r"--patch-size 4: the patch size of resnet50 is fixed"):
         build_model("resnet50", CLASSES, input_size=(SIDE, SIDE), patch_size=4)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import datasets
 from config import second_networks
+from errors import InputError, as_pair
 from models.build import build_model
 from models.weights import plain_weights
 from pipeline.spec import ImageSpec
 from storage.checkpoints import save_checkpoint
 from tests.image_folders import make_image_folder
 from tests.runs import run_small
-from utils import InputError, as_pair
 
 SIZE = (64, 96)
 OF_STUDENT = ImageSpec(SIZE)

@@ -20,10 +20,10 @@ import main
 from config.checks import check_args
 from config.flags import get_args_parser
 from config.parser import Parser
+from errors import InputError
 from run import log, state
 from storage.checkpoints import load_checkpoint
 from tests import fuzz, junk
-from utils import InputError
 
 COUNTS = {
     "checkpoint": 25,

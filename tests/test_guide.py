@@ -22,6 +22,7 @@ from config import build_guide
 from config.build_guide import check_guide_size
 from config.checks import check_args
 from config.flags import get_args_parser
+from errors import InputError
 from models.build import build_model, use_float32_attention
 from models.deit import PlainViT
 from models.interface import GuideOutput, ImageModel, upsample_score
@@ -41,7 +42,6 @@ from tests.test_families import (
     one_pass,
 )
 from training import precision
-from utils import InputError
 
 SMALL_VIT = {"embed_dim": 24, "depth": 2, "num_heads": 3}
 # Every family, and the blocks and attention layers that differ within one: family (or timm's name)

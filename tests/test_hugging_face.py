@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import datasets
-import utils
+from errors import InputError
 from pipeline import images, loaders
 from pipeline.samples import eval_samples, train_samples
 from pipeline.spec import Augment, ImageSpec
@@ -53,7 +53,7 @@ def batches(name: str, path: str = "", train: bool = True, workers: int = 0) -> 
 def message(name: str, workers: int = 0) -> str:
     try:
         batches(name, workers=workers)
-    except utils.InputError as error:
+    except InputError as error:
         return error.text
     return ""
 

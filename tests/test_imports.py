@@ -19,6 +19,7 @@ ROOT_FILES = {
     "losses.py",
     "datasets.py",
     "samplers.py",
+    "errors.py",
     "utils.py",
     "hubconf.py",
     "run_with_submitit.py",
@@ -26,11 +27,12 @@ ROOT_FILES = {
 MOST_PLACES, MOST_LEVELS = 21, 8
 FILE_LINES, FUNCTION_LINES = 450, 70
 GROUND = ("pipeline", "storage", "training", "models")
+BASE = ("errors.py", "utils.py", "samplers.py")  # what they may import
 FREE = ("scripts", "tests")  # may import anything; nothing imports them
 
 # Methods, families and commands do not import each other; these files of their packages are shared.
 SHARED = {
-    "mixers": {"interface", "boxes", "masks", "saliency"},
+    "mixers": {"interface", "options", "boxes", "masks", "saliency"},
     "models": {
         "interface",
         "blocks",
@@ -113,8 +115,8 @@ def wrong_way(files: Files) -> Iterator[str]:
             if PLACES[theirs] >= PLACES[own]:
                 levels = f"level {PLACES[own]} imports level {PLACES[theirs]}"
                 yield f"{path}:{line} imports {other}: {levels}"
-            elif own.rstrip("/") in GROUND and theirs not in ("utils.py", "samplers.py"):
-                yield f"{path}:{line} imports {other}: {own} stands on utils and samplers alone"
+            elif own.rstrip("/") in GROUND and theirs not in BASE:
+                yield f"{path}:{line} imports {other}: {own} may import only {BASE}"
 
 
 def circles(files: Files) -> Iterator[str]:
@@ -135,8 +137,8 @@ def circles(files: Files) -> Iterator[str]:
 
 def siblings(files: Files) -> Iterator[str]:
     def unit(path: str) -> str:
-        """A file, or the sub-package of a command."""
-        return path.split("/")[1].removesuffix(".py")
+        """A file, a method with the file of its options, or the sub-package of a command."""
+        return path.split("/")[1].removesuffix(".py").removesuffix("_options")
 
     for path in files:
         package = path.split("/")[0]
@@ -148,6 +150,7 @@ def siblings(files: Files) -> Iterator[str]:
             "split",
             "consistent",
             "transmix",
+            "registry",
         }:
             continue
         for line, other in sorted(imported_files(files, path)):
@@ -226,6 +229,11 @@ PLANTED = {
         siblings,
         "mixers/planted.py",
         DOC + "from mixers.cutmix import CutMix\n",
+    ),
+    "a method with another's flags": (
+        siblings,
+        "mixers/planted_options.py",
+        DOC + "from mixers.fmix_options import FMixOptions\n",
     ),
     "a family that imports another": (
         siblings,

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from datasets import open_images
+from errors import InputError
 from pipeline.erasing import Box, Erasing
 from pipeline.images import Images, StreamedImages
 from pipeline.loaders import (
@@ -34,7 +35,6 @@ from tests.image_folders import (
     make_webdataset,
     message_of,
 )
-from utils import InputError
 
 SPEC = ImageSpec((32, 32))
 

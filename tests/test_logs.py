@@ -18,11 +18,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from errors import InputError
 from run.log import RunLog
 from storage.files import to_json, write_json
 from training import meters as meters_module
 from training.meters import Meters
-from utils import InputError, Processes
+from utils import Processes
 
 CPU = torch.device("cpu")
 MAIN = Processes(rank=0, world_size=1, device=CPU)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 import engine
+from errors import InputError
 from losses import SMMixLoss
 from mixers.attentivemix import AttentiveMix
 from mixers.cutmix import CutMix
@@ -28,7 +29,7 @@ from smmix import SMMix
 from tests.conftest import FakeGuide
 from tests.mixing import fake_teacher, to_bytes
 from training import precision
-from utils import InputError, keyed_generator
+from utils import keyed_generator
 
 K, SIZE = 5, (12, 20)
 

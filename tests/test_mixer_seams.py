@@ -7,8 +7,8 @@ these needs and nothing else.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import pytest
 import torch
@@ -16,16 +16,23 @@ from torch import Tensor, nn
 
 import engine
 import utils
+from config.checks import check_args
+from config.flags import get_args_parser
+from errors import InputError
 from losses import SMMixLoss, Terms
+from mixers.consistent import Consistent
 from mixers.cutmix import CutMix
-from mixers.interface import Guide, MixedBatch, Mixer, soft_labels
+from mixers.interface import Guide, MixedBatch, Mixer, MixerContext, soft_labels
 from mixers.masks import paste
+from mixers.options import PastingOptions, option
+from mixers.registry import METHODS, Method, all_flags, is_used
+from mixers.transmix import TransMix
 from models.build import build_model
 from models.interface import ModelOutput
 from pipeline.samples import Batch
+from tests.mixing import make_switch
 from training import optim, precision
 from training.meters import Meters
-from utils import InputError
 
 CPU = utils.Processes(0, 1, torch.device("cpu"))
 K = 5
@@ -211,6 +218,87 @@ def test_something_new_may_be_asked_of_the_forward_pass() -> None:
 
     step(make_training(Mix(), criterion=criterion))
     assert seen[0] is not None
+
+
+# ----------------------------------------------------------- a new method, from its flag to its mix
+
+
+@dataclass(frozen=True)
+class StripesOptions(PastingOptions):
+    """The file of the flags."""
+
+    stripe_width: int = option(4, "width of a stripe in pixels", "positive", type=int)
+
+
+class Stripes(Plain):
+    """The file of the method: pastes every second stripe of the source."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    @classmethod
+    def from_options(cls, options: StripesOptions, context: MixerContext) -> Self:
+        return cls(options.stripe_width)
+
+    def apply(self, images: Tensor, labels: Tensor, drawn: None, guide: Guide) -> MixedBatch:
+        stripes = torch.arange(images.shape[3]) // self.width % 2 == 1
+        mask = stripes.expand(len(images), 1, *images.shape[2:])
+        return self.label(*paste(images, images.flip(0), mask), labels, mask)
+
+
+@pytest.fixture
+def stripes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line in the registry."""
+    monkeypatch.setitem(METHODS, "stripes", Method(StripesOptions, f"{__name__}:Stripes"))
+
+
+def message_of_checks(*words: str) -> str:
+    with pytest.raises(InputError) as stop:
+        check_args(get_args_parser().parse_args(words))
+    return stop.value.text
+
+
+@pytest.mark.usefixtures("stripes")
+def test_a_flag_comes_with_its_method() -> None:
+    parser = get_args_parser()
+    assert "--stripe-width STRIPE_WIDTH width of a stripe in pixels" in " ".join(
+        parser.format_help().split()
+    )
+    assert parser.parse_args(["--mixer", "stripes"]).stripe_width == 4
+    check_args(parser.parse_args(["--mixer", "stripes", "--stripe-width", "3"]))
+    assert message_of_checks("--mixer", "stripes", "--stripe-width", "0") == (
+        "--stripe-width 0: must be above 0"
+    )
+    assert message_of_checks("--mixer", "cutmix", "--stripe-width", "3") == (
+        "--stripe-width 3 (for stripes): --mixer cutmix has no use for it, leave it out"
+    )
+    assert is_used("stripe_width", {"mixer": "stripes"})
+    assert not is_used("stripe_width", {"mixer": "cutmix"})
+
+
+@pytest.mark.usefixtures("stripes")
+def test_a_new_method_is_built_with_its_flag_and_what_every_method_can_have() -> None:
+    plain: Any = make_switch(K, (4, 4), mixer="stripes", stripe_width=3).first
+    assert (type(plain), plain.width) == (Stripes, 3)
+    both: Any = make_switch(
+        K, (4, 4), mixer="stripes", stripe_width=2, relabel="transmix", con_weight=1.0
+    ).first
+    assert [type(both), type(both.mixer), both.mixer.mixer.width] == [Consistent, TransMix, 2]
+    assert step(make_training(both))["loss_con"] > 0
+
+
+def test_two_methods_cannot_define_one_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Other(PastingOptions):
+        fmix_decay: float = option(2.0, "another one", type=float)
+
+    monkeypatch.setitem(METHODS, "other", Method(Other, f"{__name__}:Stripes"))
+    with pytest.raises(ValueError, match="fmix_decay: two methods define it"):
+        all_flags()
+
+
+# ------------------------------------------------------------------------------------------- errors
 
 
 def test_what_a_mixer_refuses_reaches_the_user() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from engine import make_guide, make_teacher
+from errors import InputError
 from losses import soft_cross_entropy
 from models.blocks import attention_map
 from models.build import ALIASES, build_model, use_distillation
@@ -28,7 +29,6 @@ from models.interface import (
 from models.weights import adapt_weights, load_strictly, plain_weights, restore_model, to_model_keys
 from tests.conftest import TINY, MakeModel
 from training.precision import eval_mode, make_autocast
-from utils import InputError
 
 BF16 = make_autocast(torch.device("cpu"), "bf16")
 NO_AMP = make_autocast(torch.device("cpu"), "none")

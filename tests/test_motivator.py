@@ -17,6 +17,7 @@ from config import build_guide, second_networks
 from config.checks import check_args
 from config.flags import get_args_parser
 from config.second_networks import build_motivator, check_motivator_classes
+from errors import InputError
 from models.build import build_model
 from models.interface import ImageModel, resample_score
 from models.weights import plain_weights
@@ -26,7 +27,6 @@ from tests.conftest import randomise
 from tests.image_folders import make_image_folder
 from tests.runs import observing_steps, run_small, weights_of
 from tests.test_families import CPU
-from utils import InputError
 
 NANO = {"name": "vit_nano_patch4_32", "num_classes": 3, "input_size": (32, 32)}
 PLAIN = "--amp none --device cpu --model vit_nano_patch4_32"

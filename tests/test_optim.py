@@ -10,9 +10,9 @@ import torch
 from timm.optim import optimizer_kwargs
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
-import utils
 from config import build
 from config.flags import get_args_parser
+from config.resolve import peak_rate, resolve
 from training import optim
 
 EPOCHS, STEPS, WARMUP = 6, 4, 2
@@ -55,14 +55,13 @@ def test_going_on_continues_the_sequence(line: str, done: int) -> None:
 
 
 def test_the_whole_schedule_scales_when_asked() -> None:
-    processes = utils.Processes(0, 8, torch.device("cpu"))
     line = "--batch-size 128 --warmup-lr 5e-7 --min-lr 5e-6 --scale-schedule"
-    args = get_args_parser().parse_args(line.split())
-    settings = build.schedule_settings(args, processes)
+    args = get_args_parser().parse_args([*line.split(), "--input-size", "224"])
+    settings = build.schedule_settings(resolve(args, 8, "cpu"))
     assert (settings["warmup_lr"], settings["min_lr"]) == pytest.approx((1e-6, 1e-5))
-    assert build.peak_rate(args, processes) == pytest.approx(1e-3)
+    assert peak_rate(resolve(args, 8, "cpu")) == pytest.approx(1e-3)
     args.scale_schedule = False
-    assert build.schedule_settings(args, processes)["min_lr"] == pytest.approx(5e-6)
+    assert build.schedule_settings(resolve(args, 8, "cpu"))["min_lr"] == pytest.approx(5e-6)
 
 
 def test_swins_tables_and_one_dimensional_parameters_are_not_decayed() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from config.checks import check_args
 from config.flags import get_args_parser
 from config.parser import GONE, explicit_flags
 
+ROOT = Path(__file__).resolve().parent.parent
 # Touvron et al., arXiv 2012.12877, Table 9, and the defaults of the code published with it.
 DEIT = {
     "batch_size": 64,
@@ -205,6 +209,31 @@ def test_a_wrong_flag_is_said_by_one_rank(
 )
 def test_explicit_flags_are_those_that_were_written(line: str, written: dict[str, Any]) -> None:
     assert explicit_flags(get_args_parser(), line.split()) == written
+
+
+WITHOUT_TORCH = """
+import sys
+from config.checks import check_args
+from config.flags import get_args_parser
+from config.resolve import resolve
+from errors import run_command
+import tools.report.matching
+
+def main():
+    args = get_args_parser().parse_args(["--config", sys.argv[1], "--input-size", "224"])
+    check_args(args)
+    resolve(args, 8, "cuda")
+
+assert run_command(main) == 0
+print(*sorted({"torch", "timm", "numpy"} & set(sys.modules)))
+"""
+
+
+def test_a_command_parses_checks_and_resolves_flags_without_torch(tmp_path: Path) -> None:
+    (file := tmp_path / "flags.yaml").write_text("mixer: fmix\ntotal-batch: 1024\n")
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, [""]), done.stderr
 
 
 def test_every_flag_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from PIL import Image, ImageFont
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from errors import InputError
 from mixers.cutmix import CutMix
 from mixers.interface import Guide, MixedBatch, NoMixing, Regions, StepRandom
 from mixers.mixup import Mixup
@@ -20,7 +21,7 @@ from pipeline.spec import ImageSpec
 from run import pictures
 from run.pictures import OUTLINE_EDGE, SOURCE_COLOR, TARGET_COLOR, Layout, Page, Pair
 from smmix import Drawn, SMMix
-from utils import InputError, keyed_generator
+from utils import keyed_generator
 
 NAMES = ["ant", "bee", "cat", "dog"]
 

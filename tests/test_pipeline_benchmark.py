@@ -11,13 +11,13 @@ import pytest
 import torch
 from torchvision.datasets.folder import pil_loader
 
+from errors import InputError
 from pipeline import images
 from pipeline.samples import Batch
 from pipeline.spec import ImageSpec
 from pipeline.transforms import normalise
 from tests.image_folders import make_image_folder, message_of
 from tools.bench import pipeline, run, stages
-from utils import InputError
 
 
 @pytest.fixture(autouse=True)

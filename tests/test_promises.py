@@ -22,7 +22,7 @@ import timm
 import torch
 
 import engine
-from config.mixing_flags import METHODS
+from mixers.registry import METHODS
 from run import folder as run_folder
 from run import state as run_state
 from run.log import RunLog

@@ -18,18 +18,19 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, interpolate, layer_norm, linear
 
 from engine import make_guide
+from errors import InputError
 from losses import SMMixLoss, soft_cross_entropy
 from mixers.interface import MixedBatch
+from mixers.smmix_options import VARIANTS
 from models import pvt
 from models.build import build_model
 from models.interface import ModelOutput
 from models.pvt import PVT, PyramidVisionTransformer
 from models.weights import adapt_weights, load_strictly, pick_weights, plain_weights
-from smmix import VARIANTS, Drawn, SMMix
+from smmix import Drawn, SMMix
 from storage.checkpoints import load_checkpoint
 from tests.conftest import randomise
 from training.precision import make_autocast
-from utils import InputError
 
 DATA = Path(__file__).parent / "data"
 NO_AMP = make_autocast(torch.device("cpu"), "none")

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config import build
 from config.flags import get_args_parser
 from datasets import open_images
+from errors import InputError
 from pipeline import randaugment, randaugment_pixels
 from pipeline.erasing import Erasing
 from pipeline.images import StreamedImages
@@ -43,7 +44,7 @@ from pipeline.spec import Augment, ImageSpec
 from pipeline.transforms import PendingAugment, build_train_transform, fill_color, posterize
 from tests.image_folders import make_image_folder, make_webdataset, message_of, picture
 from tests.runs import Killed, differences, killed_after, run_small, split, state_of
-from utils import InputError, Processes, keyed_globals
+from utils import Processes, keyed_globals
 
 FILL = (124, 116, 104)
 NAMES = sorted(

@@ -15,10 +15,10 @@ import engine
 import utils
 from losses import SMMixLoss
 from mixers.interface import StepRandom, draw_beta
+from mixers.smmix_options import VARIANTS
 from models.build import build_model
 from models.interface import ImageModel
 from pipeline.samples import Batch
-from smmix import VARIANTS
 from tests.mixing import make_switch
 from training import optim, precision
 from training.meters import Meters

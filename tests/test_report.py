@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tools.report.records import Chart, Row, Run, Series, SortedRuns, spread_of
 
+from errors import InputError, run_command
 from tests.recorded_runs import (
     CIFAR10,
     FULL,
@@ -32,9 +34,7 @@ from tests.recorded_runs import (
 from tests.runs import ROOT, run_small
 from tools.report import __main__ as report_command
 from tools.report import charts, details, folders, matching, tables
-from tools.report.records import Chart, Row, Run, Series, SortedRuns, spread_of
 from tools.report.results import format_difference, format_spread
-from utils import InputError, run_command
 
 
 class Reader(HTMLParser):

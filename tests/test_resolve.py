@@ -16,18 +16,19 @@ import torch
 
 from config.flags import get_args_parser
 from config.resolve import Flags, resolve
+from errors import InputError
 from run.state import keep_total_batch
 from storage import safe_load
 from tests.image_folders import make_image_folder
 from tests.runs import Outcome, run_small, split
-from utils import InputError, Processes
+from utils import Processes
 
 CPU = Processes(0, 1, torch.device("cpu"))
 TINY = "--model vit_nano_patch4_32 --input-size 16"
 
 
 def flags_of(words: str, **changes: int) -> Flags:
-    return resolve(get_args_parser().parse_args(split(TINY, words)), CPU, changes)
+    return resolve(get_args_parser().parse_args(split(TINY, words)), 1, "cpu", changes)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_what_is_left_open_is_filled_in(words: str, name: str, value: Any) -> No
 
 def test_the_models_own_size_is_taken_where_none_is_given() -> None:
     args = get_args_parser().parse_args(["--model", "pvt_tiny"])
-    assert resolve(args, CPU).input_size == (224, 224)
+    assert resolve(args, 1, "cpu").input_size == (224, 224)
     assert args.input_size is None  # the command line stays as it was
 
 
@@ -81,7 +82,7 @@ def test_the_total_batch_is_shared_out(
     words: str, processes: int, shares: tuple[int, int, int]
 ) -> None:
     args = get_args_parser().parse_args(split(TINY, words))
-    flags = resolve(args, Processes(0, processes, torch.device("cpu")))
+    flags = resolve(args, processes, "cpu")
     assert (flags.batch_size, flags.accum_steps, flags.total_batch) == shares
 
 
@@ -93,7 +94,7 @@ def test_a_total_batch_that_cannot_be_shared_is_refused(
 ) -> None:
     args = get_args_parser().parse_args(split(TINY, f"--total-batch {total}"))
     with pytest.raises(InputError, match=f"--total-batch {total}: {processes} .*{advice}"):
-        resolve(args, Processes(0, processes, torch.device("cpu")))
+        resolve(args, processes, "cpu")
 
 
 @pytest.mark.parametrize("accum", [1, 2])

@@ -12,6 +12,7 @@ import torch
 
 import engine
 import utils
+from errors import InputError
 from run import state as run_state
 from storage import checkpoints
 from tests.image_folders import make_image_folder
@@ -28,7 +29,6 @@ from tests.runs import (
     tensors_in,
     without_clocks,
 )
-from utils import InputError
 
 # Everything that draws: augmentation, repeats, drop path, both mixers. An epoch has three steps.
 WORDS = (

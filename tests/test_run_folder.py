@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import engine
+from errors import InputError
 from pipeline.samples import Batch
 from run import folder as run_folder
 from run.folder import RunFolder
@@ -32,7 +33,6 @@ from tests.runs import (
     split,
     spoil_loss,
 )
-from utils import InputError
 
 linux = pytest.mark.skipif(run_folder.fcntl is None, reason="locks are of Unix")
 

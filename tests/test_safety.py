@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hubconf
-import utils
 from config import second_networks
+from errors import InputError, run_command
 from models.build import build_model
 from models.weights import load_strictly, pick_weights, plain_weights, restore_model
 from storage import checkpoint_schema, downloads
@@ -39,7 +39,6 @@ from storage.checkpoints import load_checkpoint, save_checkpoint
 from tests import malicious
 from tests.image_folders import make_image_folder
 from tests.runs import SMALL, run_small, split
-from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -174,7 +173,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outcome(program: str, words: list[str]) -> int:
     try:
-        return utils.run_command(lambda: importlib.import_module(program).main(words))
+        return run_command(lambda: importlib.import_module(program).main(words))
     except SystemExit as leaving:  # the parser's way out
         return int(leaving.code or 0)
 

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 
 import datasets
-from config.build_mixer import MixingSettings
+from errors import run_command
+from mixers.registry import options_of
+from mixers.smmix_options import VARIANTS
 from models.build import build_model
 from models.weights import plain_weights
 from pipeline import transforms
 from pipeline.spec import ImageSpec
-from smmix import VARIANTS
 from storage.checkpoints import save_checkpoint
 from tests.image_folders import make_image_folder
 from tools import show_mixing
-from utils import run_command
 
 NANO = ["--model", "vit_nano_patch4_32", "--device", "cpu"]
 
@@ -130,13 +130,10 @@ def test_flags_of_mixing_are_those_of_training() -> None:
         ["--variant", "released", "--mixup-mode", "elem", "--relabel", "transmix"]
     )
     (flags,) = show_mixing.flags_by_method(args).values()
-    settings = MixingSettings.from_flags(flags)
-    assert settings.arithmetic == VARIANTS["released"]
-    assert (settings.mixup_mode, settings.relabel, settings.mix_protocol) == (
-        "elem",
-        "transmix",
-        "single",
-    )
+    options: Any = options_of(flags)
+    assert options.arithmetic == VARIANTS["released"]
+    assert (options.mixup_mode, options.relabel) == ("elem", "transmix")
+    assert flags["mix_protocol"] == "single"
 
 
 def test_all_methods_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,13 +178,10 @@ def test_flags_of_one_method_reach_it_alone_among_all() -> None:
     args = show_mixing.read_args(
         ["--mixer", "all", "--resize-placement", "clipped", "--mix-alpha", "0.2"]
     )
-    settings = {
-        name: MixingSettings.from_flags(flags)
-        for name, flags in show_mixing.flags_by_method(args).items()
-    }
-    assert settings["resizemix"].resize_placement == "clipped"
-    assert settings["cutmix"].resize_placement == "inside"
-    assert (settings["fmix"].mix_alpha, settings["smmix"].mix_alpha) == ((0.2,), None)
+    flags = show_mixing.flags_by_method(args)
+    assert flags["resizemix"]["resize_placement"] == "clipped"
+    assert flags["cutmix"]["resize_placement"] == "inside"
+    assert (flags["fmix"]["mix_alpha"], flags["smmix"]["mix_alpha"]) == ([0.2], None)
 
 
 def test_patch_size_sets_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixers.interface import MixedBatch, Regions, StepRandom
+from mixers.smmix_options import VARIANTS, Variant
 from models.interface import ModelOutput
 from smmix import (
-    VARIANTS,
     Drawn,
     SMMix,
-    Variant,
     draw_region_size,
     mix_logits,
     mix_probs,

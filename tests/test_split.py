@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 import main
-from config.build_mixer import MIXERS
+from errors import InputError
 from losses import SMMixLoss
 from mixers.interface import MixedBatch, StepRandom
 from mixers.mixup import Mixup
+from mixers.registry import METHODS
 from mixers.split import Split
 from models.interface import GuideOutput, ModelOutput
 from smmix import SMMix
 from tests.conftest import FakeGuide
 from tests.mixing import make_switch
 from tests.test_mixers import GRID, SIZE, K, batch_of, no_guide
-from utils import InputError, keyed_generator
+from utils import keyed_generator
 
 N = GRID[0] * GRID[1]
 
@@ -119,7 +120,7 @@ def test_an_odd_batch_keeps_its_pairs() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in MIXERS if name not in ("mixup", "none", "transmix", "attentivemix")]
+    "name", [name for name in METHODS if name not in ("mixup", "none", "transmix", "attentivemix")]
 )
 def test_every_method_shares_a_batch(name: str) -> None:
     images, labels = batch_of(8)

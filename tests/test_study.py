@@ -11,22 +11,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from config.build_mixer import MIXERS
 from config.checks import check_args
 from config.flags import get_args_parser
-from config.mixing_flags import PASTING_METHODS
+from errors import InputError
 from losses import SMMixLoss
 from mixers.interface import MixedBatch, StepRandom
+from mixers.options import PastingOptions
+from mixers.registry import METHODS
+from mixers.smmix_options import Scheme
 from models.interface import GuideOutput, ModelOutput, resample_score, upsample_score
-from smmix import Drawn, Scheme, SMMix, mix_logits, mix_probs
+from smmix import Drawn, SMMix, mix_logits, mix_probs
 from tests.conftest import FakeGuide
 from tests.mixing import fake_teacher, make_switch
 from tests.test_guide import CASES, make, prediction
 from tests.test_mixers import GRID, SIZE, K, assert_equal, batch_of, no_guide
 from tests.test_smmix import slow_corner, slow_paste, slow_scores
-from utils import InputError, keyed_generator
+from utils import keyed_generator
 
 SCHEMES = [(source, target) for source in ("random", "max") for target in ("corr", "max", "min")]
+PASTING = [
+    name
+    for name, method in METHODS.items()
+    if issubclass(method.options, PastingOptions) and name != "smmix"
+]
 schemes = pytest.mark.parametrize(("source", "target"), SCHEMES)
 
 
@@ -225,7 +232,7 @@ def test_a_score_of_a_coarser_grid_is_the_bilinear_one() -> None:
 
 
 @pytest.mark.parametrize("rule", ["probs", "logits"])
-@pytest.mark.parametrize("method", [name for name in PASTING_METHODS if name != "smmix"])
+@pytest.mark.parametrize("method", PASTING)
 def test_consistency_alone_adds_a_reference_and_nothing_else(method: str, rule: str) -> None:
     images, labels = batch_of(5)
     plain = make_switch(K, GRID, fake_teacher, mixer=method).first
@@ -254,7 +261,7 @@ def test_consistency_alone_adds_a_reference_and_nothing_else(method: str, rule: 
 
 def test_without_a_weight_only_smmix_has_the_term() -> None:
     images, labels = batch_of(4)
-    for method in MIXERS:
+    for method in METHODS:
         mixer = make_switch(K, GRID, fake_teacher, mixer=method).first
         guide = FakeGuide(GRID, K) if method == "smmix" else no_guide
         assert (mixer(images, labels, guide, random_of(0)).reference_probs is not None) == (

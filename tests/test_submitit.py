@@ -16,8 +16,8 @@ import pytest
 
 import run_with_submitit
 from config import flags
+from errors import InputError, run_command
 from run_with_submitit import SignalRelay, Trainer, get_args_parser, read_args
-from utils import InputError, run_command
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="this system has no SIGUSR2")
 

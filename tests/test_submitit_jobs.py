@@ -58,7 +58,7 @@ NAMES = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 NAMES += ["OMP_NUM_THREADS"]
 """
 # Instead of the project's, which imports torch.
-STUB_UTILS = """
+STUB_ERRORS = """
 def run_command(command):
     command()
     return 0
@@ -92,7 +92,7 @@ def stubbed(tmp_path: Path) -> Path:
     """A folder with our file and a main.py that only waits for signals."""
     shutil.copy(ROOT / "run_with_submitit.py", tmp_path)
     (tmp_path / "main.py").write_text(STUB)
-    (tmp_path / "utils.py").write_text(STUB_UTILS)
+    (tmp_path / "errors.py").write_text(STUB_ERRORS)
     return tmp_path
 
 

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import datasets
+from errors import InputError
 from pipeline.images import Images, even_shares, read_files, read_pixels, take_subset
 from tests.image_folders import make_image_folder, message_of
 from tests.runs import changed, fingerprint, read_log, run_small
-from utils import InputError
 
 
 def made_of(counts: list[int]) -> Images:

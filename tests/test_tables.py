@@ -16,7 +16,8 @@ import torch
 
 from config.checks import check_args
 from config.flags import get_args_parser
-from config.mixing_flags import METHOD_FLAGS
+from errors import InputError
+from mixers.registry import all_flags
 from tests.image_folders import make_image_folder, message_of
 from tests.runs import run_main
 from tools.runs.matching import flags_of
@@ -25,7 +26,6 @@ from tools.tables import __main__ as command
 from tools.tables import finished
 from tools.tables.jobs import Failed, run_all
 from tools.tables.plan import PlannedRun, Planner
-from utils import InputError
 
 TABLES = read_tables()
 
@@ -287,7 +287,7 @@ def test_a_transmix_row_has_the_authors_recipe(model: str) -> None:
     own = flags("table1", "smmix", "pvt_tiny")
     other = flags("table1", "transmix", "pvt_tiny")
     different = {name for name in own if own[name] != other[name]} - {"config"}
-    assert different <= {"mixer", "consistency", *METHOD_FLAGS}
+    assert different <= {"mixer", "consistency", *all_flags()}
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_row_adds_its_flags_to_the_recipe_of_its_model(table: str, row: str) -
         "config",
         "mixer",
         "con_weight",
-        *(METHOD_FLAGS if added["mixer"] != "smmix" else ()),
+        *(all_flags() if added["mixer"] != "smmix" else ()),
     }
     assert {name for name in found if found[name] != recipe[name]} <= added.keys() | follows
 

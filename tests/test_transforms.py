@@ -17,6 +17,7 @@ from timm.data.auto_augment import AugmentOp, rand_augment_transform
 from timm.data.auto_augment import posterize as timm_posterize
 from torchvision import transforms as tv
 
+from errors import InputError
 from pipeline import transforms
 from pipeline.spec import RESIZERS, Augment, ImageSpec
 from pipeline.transforms import (
@@ -27,7 +28,7 @@ from pipeline.transforms import (
     normalise,
 )
 from tests.image_folders import picture
-from utils import InputError, keyed_globals
+from utils import keyed_globals
 
 DEIT = "rand-m9-mstd0.5-inc1"
 PLAIN = Augment(aa=None, color_jitter=0.0, reprob=0.0, hflip=0.0)

@@ -19,6 +19,7 @@ import torch
 
 import engine
 import utils
+from errors import StopRun
 from run import agreement
 from run.agreement import Agreed, RankAgreement, StoppableLoader, Stopped
 from run.state import candidates
@@ -84,7 +85,7 @@ def test_ranks_whose_launcher_was_killed_before_they_met_leave_at_once(
     torchruns = {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for name, value in {**address, **ranks, **torchruns}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(utils.StopRun, match="the launcher is gone: its store"):
+    with pytest.raises(StopRun, match="the launcher is gone: its store"):
         utils.init_processes("cpu")
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from errors import run_command
 from pipeline.loaders import closing
 from pipeline.workers import SIGNALS, Loader, StuckLoader, _block_signals
 from tests import loader_process
@@ -25,7 +26,6 @@ from tests.image_folders import message_of
 from tests.launches import Forked, say_into, start, wait_until
 from tests.loader_process import NAMES
 from tests.runs import ROOT
-from utils import run_command
 
 linux = pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc"

@@ -22,12 +22,12 @@ from torch.utils.data import Dataset
 import datasets
 from config.parser import Parser
 from config.value_checks import check_values
+from errors import InputError, StopRun, cores_per_process, run_command
 from pipeline import loaders
 from pipeline.bad_images import max_bad_images
 from pipeline.images import Images, StreamedImages, UnreadableSampleError
 from pipeline.workers import Loader
 from storage.files import write_atomically
-from utils import InputError, StopRun, cores_per_process, run_command
 
 BATCH_SIZE = 32
 SECONDS_BETWEEN_LINES = 10.0  # of progress

@@ -28,12 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from config.parser import Parser
+from errors import InputError, run_command
 from models.build import ALIASES
 from models.weights import plain_weights, restore_model
 from pipeline.spec import ImageSpec
 from storage.checkpoints import load_checkpoint
 from storage.files import write_atomically
-from utils import InputError, keyed_generator, run_command
+from utils import keyed_generator
 
 PACKAGES = {".safetensors": ("safetensors",), ".onnx": ("onnx", "onnxscript")}
 TOLERANCE = 1e-3  # largest difference by rounding, as a share of the largest logit

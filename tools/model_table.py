@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from config.parser import Parser
+from errors import run_command
 from models.build import build_model, describe_families
 from storage.files import write_atomically
-from utils import run_command
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 

@@ -22,12 +22,14 @@ import torch
 import datasets
 import engine
 import utils
-from config import mixing_flags
-from config.build_mixer import MixerContext, MixingSettings, build_mixer
+from config.build_mixer import build_mixer
 from config.mixing_checks import check_mixing_values, mixing_conflicts
+from config.mixing_flags import add_method_flags
 from config.parser import Parser
 from config.second_networks import build_feature_map
-from mixers.interface import MixedBatch, Mixer, StepRandom
+from errors import InputError, as_pair, run_command
+from mixers import registry
+from mixers.interface import MixedBatch, Mixer, MixerContext, StepRandom
 from models.build import build_model
 from models.interface import ImageModel
 from models.weights import load_foreign, restore_model
@@ -44,9 +46,8 @@ from run.pictures import (
 )
 from storage.checkpoints import load_checkpoint
 from training import precision
-from utils import InputError, run_command
 
-METHODS = tuple(name for name in mixing_flags.METHODS if name != "none")
+METHODS = tuple(name for name in registry.METHODS if name != "none")
 # Values of the flags that this command does not have: every image is mixed, by the method alone.
 FIXED_FLAGS = {
     "mix_protocol": "single",
@@ -54,10 +55,6 @@ FIXED_FLAGS = {
     "mixup_switch_prob": 1.0,
     "mix_off_epoch": None,
     "bce_loss": False,
-    "fine_weight": 1.0,
-    "con_weight": None,
-    "con_temperature": 1.0,
-    "score": "attention",
 }
 
 
@@ -83,9 +80,7 @@ def get_args_parser() -> Parser:
     parser.add_argument(
         "--patch-size", type=int, help="side of a patch in pixels; default: the model's own"
     )
-    mixing_flags.add_method_flags(
-        parser.add_argument_group("mixing, as in main.py"), methods=(*METHODS, "all")
-    )
+    add_method_flags(parser.add_argument_group("mixing, as in main.py"), methods=(*METHODS, "all"))
     parser.add_argument(
         "--count", default=4, type=int, help="rows of the picture, one pair of images each"
     )
@@ -155,7 +150,7 @@ def restore(path: str, ema: bool) -> tuple[ImageModel, ImageSpec]:
 
 def build(args: argparse.Namespace, num_classes: int) -> tuple[ImageModel, ImageSpec]:
     """The model that the flags name, and its size, crop and normalisation of images."""
-    input_size = utils.as_pair(args.input_size) if args.input_size else None
+    input_size = as_pair(args.input_size) if args.input_size else None
     utils.seed_globals("init", args.seed)
     model = build_model(args.model, num_classes, input_size=input_size, patch_size=args.patch_size)
     if args.weights:
@@ -176,7 +171,7 @@ def flags_by_method(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if args.mixer != "all":
         return {args.mixer: flags}
     names = [name for name in METHODS if name != "attentivemix" or args.attentive_teacher]
-    return {name: mixing_flags.flags_of_method(flags, name) for name in names}
+    return {name: registry.flags_of_method(flags, name) for name in names}
 
 
 def make_mixers(
@@ -193,7 +188,7 @@ def make_mixers(
         teacher = engine.make_teacher(network, precision.make_autocast(device, "none"))
     context = MixerContext(num_classes, model.grid_size, partial(denormalise, spec=spec), teacher)
     return {
-        name: build_mixer(MixingSettings.from_flags(flags), context).first
+        name: build_mixer(argparse.Namespace(**flags), context).first
         for name, flags in flags_by_method(args).items()
     }
 

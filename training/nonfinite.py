@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from utils import Processes, StopRun
+from errors import StopRun
+from utils import Processes
 
 REMEDIES = "Try, in this order: --amp bf16, --clip-grad 1.0, --attn-fp32, a lower --lr."
 

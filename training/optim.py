@@ -11,12 +11,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from utils import InputError, first_of, is_ordinary
-
-
-def scale_rate(rate: float, total_batch: int) -> float:
-    """The learning rate by DeiT's linear rule; `rate` is that for a total batch of 512 images."""
-    return rate * total_batch / 512
+from errors import InputError, first_of
+from utils import is_ordinary
 
 
 def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:

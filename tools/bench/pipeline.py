@@ -24,6 +24,7 @@ from timm.data import create_transform
 from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 
 import utils
+from errors import InputError
 from pipeline import images as pipeline_images
 from pipeline.erasing import Erasing
 from pipeline.images import Decode, Images, decode_pillow, decode_simplejpeg, read_files
@@ -33,7 +34,7 @@ from pipeline.transforms import FinishBatch, build_train_transform, guard_poster
 from samplers import Place
 from tools.bench.image_folder import make_image_folder
 from tools.bench.timing import Case
-from utils import InputError, keyed_globals
+from utils import keyed_globals
 
 MAX_FILES = 150  # images used from a folder
 GENERATED_SIZE = (500, 375)  # width and height of generated pictures

@@ -19,10 +19,10 @@ import torch
 
 import utils
 from config.parser import Parser
+from errors import run_command
 from tools.bench.recorders import ByProfiler, Recorder, by_cuda_events
 from tools.bench.steps import Bench
 from tools.bench.timing import describe_machine
-from utils import run_command
 
 PARTS = ("motivating pass", "mixing without the pass", "forward", "losses", "backward", "update")
 

@@ -21,10 +21,10 @@ import torch
 
 import utils
 from config.parser import Parser
+from errors import InputError, run_command
 from tools.bench import pipeline, stages, steps
 from tools.bench.results import Found, Results
 from tools.bench.timing import Case, describe_machine, measure
-from utils import InputError, run_command
 
 MODEL_PARTS: dict[str, Callable[[steps.Bench], list[Case]]] = {
     "step": steps.step_cases,

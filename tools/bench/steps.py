@@ -13,11 +13,11 @@ from torch.nn.functional import fold, unfold
 
 import engine
 import utils
-from config.build_mixer import MixerContext, MixingSettings, build_mixer
+from config.build_mixer import build_mixer
 from config.flags import get_args_parser
-from config.mixing_flags import METHODS
 from losses import SMMixLoss
-from mixers.interface import Guide, Regions, StepRandom
+from mixers.interface import Guide, MixerContext, Regions, StepRandom
+from mixers.registry import METHODS
 from mixers.switch import Switch
 from models.build import build_model
 from models.interface import ImageModel
@@ -81,19 +81,15 @@ class Bench:
 
         AttentiveMix gets a stand-in for its classifier, so its cost is not counted.
         """
-        flags = {
-            **vars(get_args_parser().parse_args([])),
-            "mixer": name,
-            "mix_protocol": "single",
-            **more,
-        }
+        flags = get_args_parser().parse_args(["--mixer", name, "--mix-protocol", "single"])
+        vars(flags).update(more)
 
         def teacher(images: Tensor) -> Tensor:
             return torch.nn.functional.adaptive_avg_pool2d(images, 7)
 
         to_bytes = partial(denormalise, spec=ImageSpec((1, 1)))
         context = MixerContext(CLASSES, self.model.grid_size, to_bytes, teacher)
-        return build_mixer(MixingSettings.from_flags(flags), context)
+        return build_mixer(flags, context)
 
     def cheaper_guides(self) -> dict[str, Guide]:
         """A guide for each flag that makes the pass cheaper and that this model supports."""

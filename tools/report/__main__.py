@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from config.parser import Parser
+from errors import InputError, run_command
 from storage.files import write_atomically
 from tools.report.details import run_page
 from tools.report.html import write_page
@@ -26,7 +27,6 @@ from tools.runs.folders import find_runs
 from tools.runs.matching import changed_flags, sort_runs
 from tools.runs.records import Result, Row, Run, SortedRuns
 from tools.runs.rows import read_tables
-from utils import InputError, run_command
 
 
 def get_args_parser() -> Parser:

@@ -14,8 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from errors import InputError
 from tools.runs.records import Run, SkippedFolder, Start
-from utils import InputError
 
 MAX_FILE_BYTES = 1 << 28  # larger text files are not read
 # A larger epoch number is damage: the list of missing epochs before it would be endless.

@@ -12,16 +12,14 @@ from functools import cache
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-import torch
-
 from config.config_file import read_file
 from config.flags import get_args_parser
-from config.mixing_flags import METHODS
 from config.parser import Parser
 from config.resolve import resolve
+from errors import InputError
+from mixers.registry import METHODS
 from run.saved_flags import FREE_ON_RESUME, same_value
 from tools.runs.records import PRETRAINED, Result, Row, Run, SortedRuns, UnmatchedRun
-from utils import InputError, Processes
 
 # These flags may change when a run is resumed, because they act only at its start or are paths.
 # They are still a part of the row's recipe.
@@ -269,7 +267,7 @@ def flags_of(arguments: tuple[str, ...], device: str, processes: int = 1) -> dic
         args = _parser().parse_args(words)
     except SystemExit as error:
         raise InputError(f"main.py does not accept {' '.join(arguments)}") from error
-    return dict(vars(resolve(args, Processes(0, processes, torch.device(device)))))
+    return dict(vars(resolve(args, processes, device)))
 
 
 @cache

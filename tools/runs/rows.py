@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from errors import InputError
 from tools.runs.records import Row
-from utils import InputError
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "recipes"
 

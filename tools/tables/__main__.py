@@ -16,13 +16,13 @@ import sys
 from collections.abc import Sequence
 
 from config.parser import Parser, hyphenated
+from errors import InputError, run_command
 from tools.runs.matching import same_recipes
 from tools.runs.records import duration
 from tools.runs.rows import Table, Tables, read_tables
 from tools.tables import finished
 from tools.tables.jobs import run_all
 from tools.tables.plan import PlannedRun, Planner, shown
-from utils import InputError, run_command
 
 
 def get_args_parser() -> Parser:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from errors import InputError
 from tools.runs.folders import DamagedError, read_run
 from tools.runs.matching import differences_from_command
 from tools.runs.records import Run
 from tools.tables.plan import PlannedRun
-from utils import InputError
 
 
 def is_finished(planned: PlannedRun, steps: int | None) -> bool:

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from errors import StopRun
 from tools.runs.folders import read_extra
 from tools.tables.plan import PlannedRun
-from utils import StopRun
 
 LAST_LINES = 20  # of the output of a failed job
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from config.flags import get_args_parser as get_main_parser
 from config.mixing_checks import mixing_conflicts
-from config.mixing_flags import METHOD_FLAGS
 from config.parser import explicit_flags
+from errors import InputError
+from mixers.registry import METHODS, all_flags, users
 from tools.runs.records import PRETRAINED, Row
 from tools.runs.rows import Planned, Table, Tables
-from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCH = ROOT / "scripts" / "launch.py"
@@ -178,9 +178,9 @@ class Planner:
         """A frozen network of rehearsals: seed 0, and no flag that only methods use."""
         recipe = next(row for row in self.table.rows if row.small).recipes
         own = (*(f"--config={file}" for file in recipe), *self.tables.pretrained[name])
-        words = tuple(
-            w for flag, chunk in self._chunks() if flag not in METHOD_FLAGS for w in chunk
-        )
+        of_some = {flag for flag in all_flags() if len(users(flag)) < len(METHODS)}
+        others = (chunk for flag, chunk in self._chunks() if flag not in of_some)
+        words = tuple(word for chunk in others for word in chunk)
         folder = self.output / "small" / PRETRAINED / name
         return self._planned(f"small, frozen network {name}", folder, own, (), words, ())
 
@@ -229,8 +229,8 @@ class Planner:
         A flag of a method is not used if main.py refuses it beside the flags of the row. Another
         flag of the user may make it useful: --con-weight does so for --con-temperature.
         """
-        used = [(flag, chunk) for flag, chunk in self._chunks() if flag not in METHOD_FLAGS]
-        rest = [(flag, chunk) for flag, chunk in self._chunks() if flag in METHOD_FLAGS]
+        used = [(flag, chunk) for flag, chunk in self._chunks() if flag not in all_flags()]
+        rest = [(flag, chunk) for flag, chunk in self._chunks() if flag in all_flags()]
         while True:
             base = [*own, *(word for _, chunk in used for word in chunk)]
             accepted = [one for one in rest if not self._is_refused([*base, *one[1]])]

@@ -1,0 +1,148 @@
+"""Errors, how a command reports them, and small helpers.
+
+Importing this file does not import torch, so that the parser, the checks and the lists of commands
+start at once.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's variable: where a rank describes its error
+
+
+class StopRun(Exception):
+    """Ends a run with a message instead of a traceback, and with `exit_code`."""
+
+    exit_code = 1
+
+    @property
+    def text(self) -> str:
+        """The message alone, also after a loader worker has wrapped it in its own traceback."""
+        return re.split(r"(?:InputError|SampleError): ", str(self))[-1].strip()
+
+
+class InputError(StopRun):
+    """The user's input is wrong. The message names the flag, file or value, and the fix."""
+
+    exit_code = 2
+
+
+class SampleError(InputError):
+    """One image cannot be used. Only the rank that reads this image raises the error."""
+
+
+# ---------------------------------------------------------------------------------------- a command
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Runs the body of a command and prints the message of a `StopRun`. Returns the exit code.
+
+    All ranks raise a `StopRun` alike, and rank 0 prints it; a `SampleError` is printed by the rank
+    that raises it. Under torchrun the message is also in the launcher's closing summary.
+    """
+
+    def guarded() -> int:
+        try:
+            command()
+            return 0
+        except StopRun as error:
+            _report(error)
+            return error.exit_code
+        except RuntimeError as error:
+            if is_lost_peer(error):
+                # Another rank failed first; wait so that its error is the one torchrun reports.
+                time.sleep(5)
+            raise
+
+    with suppress(OSError, RuntimeError):  # stderr may be no file
+        faulthandler.enable()  # so that a crash in a library prints a traceback
+    run: Callable[[], int | None] = guarded
+    if ERROR_FILE in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        run = record(guarded)  # so that torchrun prints the traceback of an unexpected error
+    try:
+        return run() or 0
+    finally:
+        close_processes()
+
+
+def _report(error: StopRun) -> None:
+    """Writes the message for torchrun, and prints it on the rank that is responsible for it."""
+    if path := os.environ.get(ERROR_FILE):
+        entry = {"message": f"error: {error.text}", "timestamp": int(time.time())}
+        Path(path).write_text(json.dumps(entry))
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, SampleError):
+        print(f"error: {error.text}", file=sys.stderr, flush=True)
+    else:
+        # The launcher ends all ranks when the first one exits. Wait until rank 0 has printed.
+        time.sleep(2)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether this error is the result of another rank that ended or does not answer.
+
+    Gloo raises a RuntimeError ("connection closed") then, and NCCL a DistBackendError.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not isinstance(error, RuntimeError):
+        return False
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def close_processes() -> None:
+    """Leaves the process group, if this process is in one."""
+    if "torch.distributed" not in sys.modules:  # so it is in none
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------- text, values and cores
+
+
+def flag_name(name: str) -> str:
+    """`batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def as_written(name: str, value: Any) -> str:
+    """A flag and its value as on a command line."""
+    words = value if isinstance(value, (list, tuple)) else [value]
+    return " ".join(map(str, (flag_name(name), *words)))
+
+
+def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) from one side of a square, or from a sequence of one or two sides."""
+    if isinstance(value, int):
+        return value, value
+    height, width = value if len(value) == 2 else (value[0], value[0])
+    return int(height), int(width)
+
+
+def first_of(texts: list[str], separator: str = ", ", limit: int = 8) -> str:
+    """The first `limit` texts, joined, and the number of the others."""
+    rest = len(texts) - limit
+    return separator.join(texts[:limit]) + (f"{separator}and {rest} more" if rest > 0 else "")
+
+
+def cores_per_process() -> int:
+    """The CPU cores of this machine divided by the number of its processes, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
