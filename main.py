@@ -46,7 +46,7 @@ from storage.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from storage.files import write_json
+from storage.plain_data import write_json
 from training import precision
 from training.nonfinite import NonFiniteLoss
 from utils import Processes

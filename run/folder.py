@@ -19,7 +19,8 @@ from typing import Any
 
 from errors import InputError
 from storage.checkpoints import save_checkpoint
-from storage.files import TEMPORARY_SUFFIX, remove_stale, write_json
+from storage.files import TEMPORARY_SUFFIX, remove_stale
+from storage.plain_data import write_json
 
 try:
     import fcntl

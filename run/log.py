@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from errors import InputError, StopRun
-from storage.files import to_json, to_plain, write_atomically
+from storage.files import write_atomically
+from storage.plain_data import to_json, to_plain
 from utils import Processes
 
 Item = TypeVar("Item")

@@ -19,7 +19,7 @@ from models.weights import load_strictly, plain_weights, to_model_keys
 from run.folder import RunFolder, candidates
 from run.saved_flags import accepts, check_settings, same_value, short
 from storage.checkpoints import FORMAT, ReadCheckpoint, load_checkpoint
-from storage.files import to_plain
+from storage.plain_data import to_plain
 from training.meters import Meters
 from training.nonfinite import NonFiniteLoss
 from training.optim import load_optimizer

@@ -15,7 +15,8 @@ import torch
 
 from errors import InputError
 from storage import checkpoint_schema, downloads, safe_load
-from storage.files import to_plain, write_atomically
+from storage.files import write_atomically
+from storage.plain_data import to_plain
 
 FORMAT = 1  # version of this project's checkpoints; raise it when a key changes its meaning
 

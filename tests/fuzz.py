@@ -58,7 +58,7 @@ from run import state as run_state
 from run.folder import RunFolder, step_file
 from run.log import RunLog
 from storage.checkpoints import load_checkpoint
-from storage.files import write_json
+from storage.plain_data import write_json
 from tests import junk, recorded_runs
 from tests.image_folders import make_image_folder
 from tests.runs import run_small

@@ -36,7 +36,8 @@ from errors import InputError
 from models.weights import load_strictly, pick_weights
 from storage import checkpoints, files
 from storage.checkpoints import load_checkpoint, save_checkpoint
-from storage.files import remove_stale, to_plain
+from storage.files import remove_stale
+from storage.plain_data import to_plain
 from tests.malicious import Malicious
 from training import optim
 from training.optim import load_optimizer

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from errors import InputError
 from run.log import RunLog
-from storage.files import to_json, write_json
+from storage.plain_data import to_json, write_json
 from training import meters as meters_module
 from training.meters import Meters
 from utils import Processes

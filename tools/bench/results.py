@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from storage.files import write_atomically, write_json
+from storage.files import write_atomically
+from storage.plain_data import write_json
 from tools.bench import stages, steps
 from tools.bench.stages import Stages
 from tools.bench.timing import Timing, to_markdown
