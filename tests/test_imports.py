@@ -40,7 +40,7 @@ SHARED = {
         "build",
         "weights",
     },
-    "tools": set[str](),
+    "tools": {"runs"},
 }
 Files = Mapping[str, str]  # path -> source
 
