@@ -137,11 +137,14 @@ def torchrun_words(count: int, nodes: int) -> list[str]:
             f"NNODES={nodes} needs MASTER_ADDR (the address of the first machine) and NODE_RANK "
             "(0 there, then 1, 2, ...)"
         )
+    if rank not in map(str, range(nodes)):
+        stop(f"NODE_RANK {rank}: must be one of 0 to {nodes - 1}, because NNODES is {nodes}")
+    port = positive("MASTER_PORT", os.environ.get("MASTER_PORT", "29500"))
     return [
         f"--nnodes={nodes}",
         f"--node_rank={rank}",
         f"--master_addr={address}",
-        f"--master_port={os.environ.get('MASTER_PORT', '29500')}",
+        f"--master_port={port}",
         f"--nproc_per_node={count}",
     ]
 
@@ -167,11 +170,14 @@ def run_several(words: list[str]) -> int:
 
 def first_cause(rank: int, failure: Any) -> str:
     """One line about the process that failed first."""
-    text = str(failure.message)
-    if text.startswith("error: "):  # written by the run itself, for the user
-        return text
-    lines = [line for line in text.splitlines() if line.strip()] or ["no message"]
-    return f"error: process {rank}: {lines[0] if failure.exitcode < 0 else lines[-1]}"
+    message = failure.message
+    if isinstance(message, dict):  # of an unexpected exception, whose traceback is on the screen
+        message = str(message.get("message", "")).partition("\n")[0]
+    elif message.startswith("error: "):  # written by the run itself, for the user
+        return message
+    elif failure.exitcode > 0:  # torchrun's own words say how to get a traceback
+        message = f"ended with exit code {failure.exitcode}"
+    return f"error: process {rank}: {message}"
 
 
 if __name__ == "__main__":

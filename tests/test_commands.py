@@ -144,12 +144,12 @@ def commands_of_document(text: str) -> list[str]:
 
 
 def commands_of_docstring(text: str) -> list[str]:
-    """Indented lines that start like a command."""
+    """Indented lines that start like a command; a usage line with [] is none."""
     starts = ("python ", "torchrun ", "bash ")
     return [
         line
         for line in joined(text.splitlines())
-        if f"    {line.split('  ')[0]}" in text and line.startswith(starts)
+        if f"    {line.split('  ')[0]}" in text and line.startswith(starts) and "[" not in line
     ]
 
 

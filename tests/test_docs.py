@@ -3,6 +3,7 @@ the README."""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 from pathlib import Path
@@ -18,9 +19,11 @@ from errors import flag_name
 from mixers.options import PastingOptions
 from mixers.registry import METHODS, all_flags, users
 from models.interface import ImageModel
+from scripts import launch
 from tests import chaos, fuzz
 from tools import check_data, export, show_mixing
 from tools.bench import profile_step, run
+from tools.tables import __main__ as tables
 from utils import keyed_generator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,15 +39,6 @@ TEXTS = sorted(
 )
 FLAGS_PAGE = ROOT / "docs/flags.md"
 OTHER_FLAGS = {
-    "--nproc",
-    "--output",
-    "--list",
-    "--row",
-    "--small",
-    "--steps",
-    "--list-tsv",
-    "--motivator-tiny",
-    "--motivator-small",
     "--force-exclude",
     "--hook-type",
     "--check",
@@ -200,12 +194,15 @@ def test_a_function_that_names_its_equation_agrees_with_the_page() -> None:
 
 
 def known_flags() -> set[str]:
-    tools = (show_mixing, check_data, export, run, profile_step, chaos, fuzz)
+    tools = (show_mixing, check_data, export, run, profile_step, chaos, fuzz, launch, tables)
     parsers = [
         get_args_parser(),
         get_torchrun_parser(),
         *(tool.get_args_parser() for tool in tools),
     ]
+    for action in tables.get_args_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            parsers += action.choices.values()
     return {
         option
         for parser in parsers

@@ -42,7 +42,7 @@ SHARED = {
         "build",
         "weights",
     },
-    "tools": set[str](),
+    "tools": {"runs"},
 }
 Files = Mapping[str, str]  # path -> source
 

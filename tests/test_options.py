@@ -114,6 +114,7 @@ SMMIX: dict[str, Any] = {
     "target_region": "min",
     "motivator": "self",
     "subset": None,
+    "val_subset": None,
     "max_steps": None,
     "resize": "pillow",
     "randaugment": "cpu",

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -15,15 +16,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tools.report.records import Chart, Row, Run, Series, SortedRuns, spread_of
 
 from errors import InputError, run_command
+from tests import recorded_runs
 from tests.recorded_runs import (
     CIFAR10,
-    FULL,
     IMAGENET,
-    SMALL,
-    SMALL_LINES,
     curve,
     example,
     log_line,
@@ -33,8 +31,11 @@ from tests.recorded_runs import (
 )
 from tests.runs import ROOT, run_small
 from tools.report import __main__ as report_command
-from tools.report import charts, details, folders, matching, tables
+from tools.report import charts, details
+from tools.report.page import Chart, Series
 from tools.report.results import format_difference, format_spread
+from tools.runs import folders, matching
+from tools.runs.records import Row, Run, SortedRuns, spread_of
 
 
 class Reader(HTMLParser):
@@ -396,29 +397,20 @@ def test_a_network_that_rows_look_through_is_no_run_of_a_row(tmp_path: Path) -> 
     )
 
 
-def test_the_last_block_is_the_same_whether_it_is_said_or_not(tmp_path: Path) -> None:
-    (last, third) = tables.parse_rows(
-        [
-            f"tablea5\tblock{n}\td\tvit_mini_patch4_32\t\t{SMALL} --mixer smmix --score-block {n}"
-            for n in (6, 3)
-        ],
-        True,
-        "Table A5",
-        "tablea5.sh",
+def test_our_study_has_a_section_of_its_own_if_it_was_run(tmp_path: Path) -> None:
+    ours = replace(
+        row("all", small=True), table="study", small=False, is_study=True, title="Our rows"
     )
-    plain = one_run(tmp_path / "plain", row("all", small=True))
-    said = one_run(tmp_path / "said", last)
-    assert [what_differs(plain, last), what_differs(said, row("all", small=True))] == [[], []]
-    assert [what_differs(plain, third), what_differs(said, third)] == [
-        ["score_block"],
-        ["score_block"],
-    ]
-    another = one_run(
-        tmp_path / "another", last, motivator="deit_tiny_patch16_224"
-    )  # its blocks are others
-    assert what_differs(another, row("all", small=True)) == ["motivator", "score_block"]
-    odd = one_run(tmp_path / "odd", last, score_block=[6])
-    assert what_differs(odd, row("all", small=True)) == ["score_block"]
+    write_run(tmp_path / "one", row("all"), curve(81, 4))
+    without = report_command.make_report(str(tmp_path), [*rows(), ours])[0]
+    assert "Our study" not in without
+    write_run(tmp_path / "two", ours, curve(52, 6), data=CIFAR10)
+    html = report_command.make_report(str(tmp_path), [row("all"), ours])[0]
+    assert '<h2 id="study-h">Our study</h2>' in html
+    found = Reader(html).rows("Our rows")["all (SMMix)"]
+    assert found["ours"] == "52.00"
+    assert "paper" not in found
+    assert Reader(html).rows(FULL_TABLE)["all (SMMix)"]["seeds"] == "1"
 
 
 @pytest.mark.parametrize("data", [("IMNET", *CIFAR10[1:]), CIFAR10])
@@ -440,14 +432,9 @@ def test_a_rehearsal_on_other_data_is_none(data: tuple[str, int, int, int], tmp_
 
 
 def test_one_recipe_may_be_that_of_several_rows(tmp_path: Path) -> None:
-    same = tables.parse_rows(
-        [f"table8\tdefault\tU\tdeit_tiny\t81.1\t{FULL} --mixer smmix"],
-        False,
-        "Table 8",
-        "table8.sh",
-    )
+    same = replace(row("all"), table="table8", name="default", label="U", title="Table 8")
     write_run(tmp_path / "run", row("all"), curve(80, 4))
-    page = report_command.make_report(str(tmp_path), [*rows(), *same])[0]
+    page = report_command.make_report(str(tmp_path), [*rows(), same])[0]
     assert "Table 7 deit_tiny_all, Table 8 deit_tiny_default" in page
     assert (
         Reader(page).rows("Table 8")["U"]["ours"]
@@ -553,7 +540,7 @@ def test_whatever_folders_say_is_shown_and_not_obeyed(tmp_path: Path) -> None:
     )
     (tmp_path / "<table>").mkdir()
     (tmp_path / "<table>/log.txt").touch()
-    nasty = Row(NASTY, NASTY, NASTY, NASTY, 1.0, (), False, NASTY, NASTY)
+    nasty = Row(NASTY, NASTY, NASTY, NASTY, 1.0, (), (), (), False, NASTY)
     html, markdown = report_command.make_report(str(tmp_path), [*rows(), nasty])
     page = Reader(html)
     assert page.tags <= TAGS
@@ -753,7 +740,7 @@ def test_the_same_runs_give_the_same_bytes(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In another place, at another time, found in another order."""
-    monkeypatch.setattr(tables, "read_rows", rows)
+    monkeypatch.setattr(report_command, "read_tables", lambda: recorded_runs)  # for its `rows`
     shutil.copytree(root, tmp_path / "one/runs")
     written = []
     for folder, copy in (("one", False), ("two", True)):
@@ -776,83 +763,10 @@ def test_the_same_runs_give_the_same_bytes(
     assert (tmp_path / "two/somewhere/new/report.html").read_bytes() == written[0][0]
 
 
-@pytest.fixture(scope="module")
-def all_rows() -> list[Row]:
-    """Those of the scripts, asked where several machines share a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("NNODES", "2"), ("NODE_RANK", "x"), ("MASTER_PORT", "x")):
-            patch.setenv(name, value)
-        return tables.read_rows()
-
-
-def test_the_rows_are_those_of_the_scripts(all_rows: list[Row]) -> None:
-    found = all_rows
-    scripts = {path.name for path in (ROOT / "scripts/tables").glob("table*.sh")}
-    assert (
-        {one.script for one in found if not one.small}
-        == {one.script for one in found if one.small}
-        == scripts
-    )
-    assert all(one.title.startswith("Table ") for one in found)
-    for one in found:
-        if one.arguments:
-            flags = matching.flags_of(one.arguments, "cpu")
-            assert flags["epochs"] >= 100
-            assert (flags["model"].startswith("vit_mini") and flags["subset"] == 2000) == one.small
-            total = flags["batch_size"] * flags["accum_steps"]
-            assert total in ((128,) if one.small else (256, 1024))
-    figures = {(one.table, one.name, one.model): one.figure for one in found if not one.small}
-    assert figures["table7", "all", "deit_small"] == 81.1
-    assert figures["table1", "transmix", "deit_tiny"] == 72.6
-
-
-def test_the_page_of_tables_has_the_rows_that_are_one_recipe(all_rows: list[Row]) -> None:
-    there = [one for one in all_rows if one.arguments]
-    made = {
-        one: Run(one.name, dict(matching.flags_of(one.arguments, "cpu")), [], {}, {}, [], [], None)
-        for one in there
-    }
-    groups = set()
-    for own, run in made.items():
-        alike = [one for one in there if (one.small, one.model) == (own.small, own.model)]
-        free = {"data", "total batch"}  # which only the log tells
-        same = [
-            one
-            for one in alike
-            if set(what_differs(run, one)) <= free and total_of(one) == total_of(own)
-        ]
-        if len(same) > 1:
-            kind = (
-                "rehearsals"
-                if own.small
-                else {"deit_small": "DeiT-S", "deit_tiny": "DeiT-T"}[own.model]
-            )
-            groups.add((kind, *(f"{one.table} {one.name}" for one in same)))
-    lines = [line.split("|") for line in (ROOT / "docs/tables.md").read_text().splitlines()]
-    told = [
-        (kind.strip(), *re.findall(r"`(table\w+ \w+)`", names))
-        for _, kind, names, _ in (line for line in lines if len(line) == 4)
-    ]
-    assert sorted(one for one in told if len(one) > 1) == sorted(groups)
-
-
-def total_of(one: Row) -> int:
-    flags = matching.flags_of(one.arguments, "cpu")
-    return int(flags["batch_size"] * flags["accum_steps"])
-
-
-@pytest.mark.parametrize("line", ["table7\tall", SMALL_LINES[0].replace("\t\t", "\tmuch\t"), ""])
-def test_a_list_that_is_not_understood_is_refused(line: str) -> None:
-    with pytest.raises(InputError, match="cannot be parsed"):
-        tables.parse_rows([line], False, "Table 7", "table7.sh")
-
-
 def test_a_row_that_is_not_for_this_main_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "run", row("all"), curve(80, 4))
-    (wrong,) = tables.parse_rows(
-        ["table7\tx\tx\tdeit_tiny\t80.0\t--nosuch 3"], False, "Table 7", "table7.sh"
-    )
-    with pytest.raises(InputError, match=r"main\.py does not accept .*: --nosuch 3"):
+    wrong = replace(row("all"), flags=("--nosuch", "3"))
+    with pytest.raises(InputError, match=r"main\.py does not accept --nosuch 3"):
         report_command.make_report(str(tmp_path), [wrong])
 
 
@@ -867,7 +781,7 @@ def test_a_real_run_is_read_as_it_was(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     (run,), skipped = folders.find_runs(tmp_path)
     assert not skipped
-    (same,) = tables.parse_rows([f"table7\tx\tx\tm\t90.0\t{recipe}"], False, "Table 7", "table7.sh")
+    same = replace(row("all"), flags=tuple(recipe.split()))
     assert what_differs(run, same) == ["data"]
     assert (run.is_finished, matching.total_batch(run), len(run.starts)) == (True, 240, 1)
     assert set(run.start.head) == set(

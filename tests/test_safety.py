@@ -766,47 +766,6 @@ def test_weights_that_have_a_url_alone_need_its_hash(
 
 # -------------------------------------------------------------------------- one machine's processes
 
-INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
-ASK = 'echo "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME $*" >>"{told}"\n'
-
-
-def launch(script: str, tmp_path: Path, *words: str, **environment: str) -> str:
-    """The interfaces and the words with which a script starts its launcher."""
-    told = tmp_path / "told"
-    for name in ("torchrun", "python"):
-        (tmp_path / name).write_text("#!/bin/sh\n" + ASK.format(told=told))
-        (tmp_path / name).chmod(0o755)
-    unset = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NNODES", "NODE_RANK", "MASTER_ADDR")
-    clean = {name: value for name, value in os.environ.items() if name not in unset}
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    subprocess.run(
-        ["bash", f"scripts/{script}", *words],
-        cwd=ROOT,
-        env={**clean, "PATH": path, "DRY_RUN": "0", **environment},
-        check=True,
-        capture_output=True,
-    )
-    return told.read_text(encoding="utf-8").splitlines()[0]
-
-
-def test_a_script_keeps_one_machines_processes_on_the_loopback_interface(tmp_path: Path) -> None:
-    words = ("--data-path", "/imagenet", "--nproc", "4")
-    told = launch("deit_tiny.sh", tmp_path, *words)
-    assert told.startswith(
-        f"{INTERFACE} {INTERFACE} --standalone --local_addr=127.0.0.1 --nproc_per_node=4 "
-    )
-    (tmp_path / "told").unlink()
-    assert launch("deit_tiny.sh", tmp_path, *words, GLOO_SOCKET_IFNAME="eth7").startswith(
-        f"eth7 {INTERFACE} "
-    )
-
-
-def test_a_script_leaves_several_machines_alone(tmp_path: Path) -> None:
-    words = ("--data-path", "/imagenet", "--nproc", "4")
-    told = launch("deit_tiny.sh", tmp_path, *words, NNODES="2", NODE_RANK="0", MASTER_ADDR="node0")
-    assert told.startswith("  --nnodes=2 --node_rank=0 --master_addr=node0")
-
-
 PROBE = """
 import os
 import torch, torch.distributed as dist
@@ -832,17 +791,18 @@ dist.barrier()
     not os.path.exists("/proc/self/net/tcp"), reason="needs Linux's table of sockets"
 )
 def test_the_ranks_of_one_machine_listen_on_the_loopback_interface_alone(tmp_path: Path) -> None:
-    """The launcher's own key store does listen on every interface: torch binds it so, see
-    `stay_on_loopback`."""
+    """The launcher's own key store does listen on every interface, see `torchrun_words`."""
     (tmp_path / "probe.py").write_text(PROBE)
-    script = 'set -eu; source scripts/_imagenet.sh; read_launch 2; "${launch[@]}" "$1"'
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    code = (
+        "import sys; from scripts.launch import run_several, torchrun_words; "
+        "raise SystemExit(run_several([*torchrun_words(2, 1), sys.argv[1]]))"
+    )
     done = subprocess.run(
-        ["bash", "-c", script, "bash", str(tmp_path / "probe.py")],
+        [sys.executable, "-c", code, str(tmp_path / "probe.py")],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=150,
     )
     assert done.returncode == 0, done.stderr

@@ -251,7 +251,7 @@ def small_sections(found: SortedRuns, links: RunLinks) -> Iterable[Section]:
     """A section of whole rehearsals, and one for each length of shorter ones."""
     papers = [result.row for result in found.full]
     rows = [result.row for result in found.small if result.row.arguments]
-    models = " and ".join(dict.fromkeys(row.model for row in rows))
+    models = " and ".join(dict.fromkeys(flags_of(row.arguments, "cpu")["model"] for row in rows))
     setting = images_and_epochs(rows)
     lead = [REHEARSAL.format(models=models, setting=setting, why=WHY_FEW_IMAGES)]
     tables, not_run = [], []
