@@ -218,7 +218,7 @@ from config.checks import check_args
 from config.flags import get_args_parser
 from config.resolve import resolve
 from errors import run_command
-import tools.report.matching
+import tools.report.__main__, tools.tables.__main__
 
 def main():
     args = get_args_parser().parse_args(["--config", sys.argv[1], "--input-size", "224"])

@@ -1,9 +1,10 @@
-"""`--subset`: which images are trained on. `--max-steps`: where a run ends, and that a longer one
-goes on exactly."""
+"""`--subset` and `--val-subset`: which images are trained and evaluated on. `--max-steps`: where a
+run ends, and that a longer one goes on exactly."""
 
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections import Counter
 from functools import partial
 from itertools import pairwise
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +20,7 @@ import datasets
 from errors import InputError
 from pipeline.images import Images, even_shares, read_files, read_pixels, take_subset
 from tests.image_folders import make_image_folder, message_of
-from tests.runs import changed, fingerprint, read_log, run_small
+from tests.runs import changed, fingerprint, read_log, run_main, run_small, split
 
 
 def made_of(counts: list[int]) -> Images:
@@ -130,6 +132,37 @@ def test_a_run_trains_on_the_part_and_evaluates_on_all(photos: Path, tmp_path: P
     refused = run_small("--subset 49 --data-path", photos)
     assert refused.code == 2
     assert "--subset 49: must lie between the 3 classes and the 48 images" in refused.err
+    refused = run_small("--val-subset 2 --data-path", photos)
+    assert refused.code == 2
+    assert "--val-subset 2: must lie between the 3 classes and the 48 images" in refused.err
+
+
+@pytest.mark.slow
+def test_a_run_evaluates_on_a_part_and_a_resumed_one_may_take_another(
+    photos: Path, tmp_path: Path
+) -> None:
+    words = split("--auto-resume --data-path", photos, "--output-dir", tmp_path)
+    few = run_small(*words, "--val-subset 6")
+    assert few.code == 0, few.err
+    assert "48 to train on, 6 to evaluate on" in few.out
+    path = tmp_path / "checkpoint.pth"
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "best_acc1": 100.0}, path)  # no accuracy of another run is better
+    shutil.rmtree(tmp_path / "checkpoints")
+
+    def best(more: str) -> float:
+        words = split("--epochs 2 --accept-changes epochs --data-path", photos)
+        done = run_small(*words, "--resume", path, more, "--output-dir", tmp_path / more[-1:])
+        assert done.code == 0, done.err
+        found = torch.load(tmp_path / more[-1:] / "checkpoint.pth", weights_only=True)
+        return float(found["best_acc1"])
+
+    assert best("--val-subset 6") == 100
+    assert best("--val-subset 9") == read_log(tmp_path / "9")[-1]["test_acc1"]
+    for more, images in (("", 48), ("--val-subset 9", 9)):  # the checkpoint's part is not taken
+        whole = run_main("--eval --device cpu --data-path", photos, "--resume", path, more)
+        assert whole.code == 0, whole.err
+        assert f"{images} images" in whole.out
 
 
 @pytest.mark.slow

@@ -230,28 +230,29 @@ class _Reader:
 # ------------------------------------------------------------------------------------- the contents
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping; YAML would take the last one."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = list[str]()
-        for key, _ in node.value:
-            if key.value in keys:
-                line = key.start_mark.line + 1
-                raise InputError(f"{self.name}, line {line}: {key.value}: is in the file twice")
-            keys.append(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _read(file: Path) -> dict[str, Any]:
     try:
-        with file.open(encoding="utf-8") as stream:
-            content = yaml.load(stream, Loader=_Loader)  # a SafeLoader
+        text = file.read_text(encoding="utf-8")
+        _refuse_twice(file, yaml.compose(text, Loader=yaml.SafeLoader))
+        content = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeError) as error:
         raise InputError(f"{file}: is not YAML: {' '.join(str(error).split())}") from error
     return dict(content) if isinstance(content, dict) else {}
+
+
+def _refuse_twice(file: Path, node: Any) -> None:
+    """Refuses a key that stands twice in a mapping; YAML would take the last one."""
+    keys = list[str]()
+    for entry in node.value if isinstance(node, yaml.CollectionNode) else ():
+        key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
+        if key is not None:
+            if key.value in keys:
+                line = key.start_mark.line + 1
+                raise InputError(f"{file}, line {line}: {key.value}: is in the file twice")
+            keys.append(key.value)
+        _refuse_twice(file, value)
 
 
 def _check_keys(
