@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,10 +22,7 @@ MODELS = sorted(path.stem for path in ROOT.glob("scripts/*_*.sh") if path.stem[0
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 MACHINES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-TINY = (
-    "--data-set DIGITS --model vit_nano_patch4_32 --input-size 24 --device cpu --num-workers 0 "
-    "--no-repeated-aug"
-)
+TINY = "--data-set DIGITS --model vit_nano_patch4_32 --input-size 24 --device cpu --num-workers 0"
 
 
 @pytest.fixture(autouse=True)
@@ -37,25 +35,13 @@ def _environment() -> Iterator[None]:
 
 def started(*words: str, **environment: str) -> list[str]:
     """The command that is run: plain python, or torchrun's arguments behind its name."""
-    commands = list[list[str]]()
-
-    def several(arguments: list[str]) -> int:
-        commands.append(["torchrun", *arguments])
-        return 7
-
-    def one(program: str, command: list[str]) -> None:
-        commands.append(command)
-        raise SystemExit(7)  # it does not return
-
     os.environ.update(environment)
-    with patch.object(launch, "run_several", several), patch.object(os, "execv", one):
-        try:
-            code = launch.main(words)
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-    assert code == 7
-    (command,) = commands
-    return command
+    several = patch.object(launch, "run_several")
+    with several as torchrun, patch.object(os, "execv", side_effect=SystemExit) as python:
+        with suppress(SystemExit):
+            launch.main(words)
+        (call,) = [*torchrun.mock_calls, *python.mock_calls]
+    return ["torchrun", *call.args[0]] if torchrun.called else list(call.args[1])
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str, **environment: str) -> str:
@@ -176,26 +162,21 @@ def test_an_unknown_recipe_is_named_with_the_known_ones(
 # --------------------------------------------------------------------------- one and more machines
 
 
-def test_one_machines_processes_keep_to_the_loopback_interface() -> None:
+@pytest.mark.parametrize("given", [LOOPBACK, "eth7"])
+def test_one_machines_processes_keep_to_the_loopback_or_a_named_interface(given: str) -> None:
+    if given != LOOPBACK:
+        os.environ["GLOO_SOCKET_IFNAME"] = given
     launch.torchrun_words(2, 1)
-    assert [os.environ[name] for name in INTERFACES] == [LOOPBACK] * 2
+    assert [os.environ[name] for name in INTERFACES] == [given, LOOPBACK]
 
 
-def test_the_caller_may_name_another_interface() -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "eth7"
-    launch.torchrun_words(2, 1)
-    assert [os.environ[name] for name in INTERFACES] == ["eth7", LOOPBACK]
-
-
-@pytest.mark.parametrize("port", ["29500", "1234"])
-def test_several_machines_are_named_and_choose_their_interface(port: str) -> None:
-    environment = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
-    more = {} if port == "29500" else {"MASTER_PORT": port}
-    command = started("--nproc", "1", **environment, **more)
-    assert command == [
-        *("torchrun", "--nnodes=2", "--node_rank=1", "--master_addr=node0"),
-        *(f"--master_port={port}", "--nproc_per_node=1", str(ROOT / "main.py")),
-    ]
+def test_several_machines_are_named_and_choose_their_interface() -> None:
+    machines = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
+    for more, port in (({}, 29500), ({"MASTER_PORT": "1234"}, 1234)):
+        assert started("--nproc", "1", **machines, **more) == [
+            *("torchrun", "--nnodes=2", "--node_rank=1", "--master_addr=node0"),
+            *(f"--master_port={port}", "--nproc_per_node=1", str(ROOT / "main.py")),
+        ]
     assert not set(INTERFACES) & os.environ.keys()
 
 
