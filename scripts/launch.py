@@ -114,7 +114,10 @@ def count_gpus(words: Sequence[str]) -> int:
     """One process per GPU, and at least one."""
     if "--device=cpu" in words or "--device cpu" in " ".join(words):
         return 1
-    import torch
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows under Linux
+    if sys.platform == "linux" and not any(map(os.path.exists, drivers)):
+        return 1
+    import torch  # seconds
 
     return max(1, torch.cuda.device_count())
 

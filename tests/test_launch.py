@@ -108,6 +108,7 @@ def test_each_gpu_gets_a_process(
     gpus: int, words: str, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(os.path, "exists", lambda path: True)  # the driver of a GPU
     command = started(*words.split())
     assert (command[0] == sys.executable) == (processes == 1)
     assert processes == 1 or f"--nproc_per_node={processes}" in command
