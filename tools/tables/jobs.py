@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -133,6 +133,10 @@ def _stopping(active: list[Job]) -> Any:
 
 def _lowest_priority() -> None:
     os.nice(19)
+    # Linux shares the cores among sessions first. Without this, the priority would count only
+    # inside the job's own session.
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text("19")
 
 
 def state_of(folder: Path) -> str:
