@@ -199,8 +199,11 @@ def forward_backward(training: Training, batch: Batch, step: int, micro: int) ->
         # A loss that is NaN or inf makes all gradients of this step NaN, and the step is skipped.
         loss = training.nonfinite.guard(terms, step, batch, mixed)
 
-        # Backward. Micro-batches add up to the mean gradient of the step.
+        # Backward. Micro-batches add up to the mean gradient of the step. Activations that are
+        # computed again here must not update batch norm a second time.
+        buffers = training.buffers.read()
         training.scaler.scale(loss / training.accum_steps).backward()
+        training.buffers.write(buffers)
     return loss_terms(terms, mixed, labels)
 
 

@@ -73,6 +73,19 @@ def test_a_model_without_buffers_costs_nothing() -> None:
     assert buffers.read() == []
 
 
+@pytest.mark.parametrize("accum", [1, 2])
+def test_a_pass_counts_once_if_activations_are_computed_again(accum: int, photos: Path) -> None:
+    words = split(f"--max-steps 2 --accum-steps {accum}", RESNET, photos)
+    plain = run_small(*words).training
+    saving = run_small(*words, "--grad-checkpointing").training
+    counts = {int(value) for name, value in saving.module.named_buffers() if "num_batches" in name}
+    assert counts == {2 * accum}
+    assert differences(state_of(plain), state_of(saving)) == []
+    with patch.object(Buffers, "write"):  # the control: the backward pass leaves its traces
+        traced = run_small(*words, "--grad-checkpointing").training
+    assert any("num_batches" in name for name in differences(state_of(plain), state_of(traced)))
+
+
 def test_a_skipped_step_changes_no_running_statistics(photos: Path) -> None:
     noted: list[dict[str, Tensor]] = []
 
