@@ -229,11 +229,16 @@ def update_weights(training: Training) -> Tensor:
     The norm stays on the device. Where it is not finite nothing changes: no weight, no buffer, no
     average, no state of the optimizer.
     """
-    training.scaler.unscale_(training.optimizer)
     groups = training.optimizer.param_groups
     held = (parameter for group in groups for parameter in group["params"])
     parameters = [parameter for parameter in held if parameter.grad is not None]
-    norm = get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+    gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+    norm = get_total_norm(gradients)
+    # The scaler skips a step by the values of the gradient. If only their norm overflows, it must
+    # see NaN, or it would make a step that counts as skipped.
+    gradients[0].add_(0.0 * norm)
+    training.scaler.unscale_(training.optimizer)
+    norm = norm / training.scaler.scale(torch.ones_like(norm))
     if training.clip_grad is not None:
         clip_grads_with_norm_(parameters, training.clip_grad, norm)
     if training.scaler.is_enabled() or bool(norm.isfinite()):
