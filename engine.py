@@ -27,6 +27,7 @@ from mixers.switch import Switch
 from models.interface import GuideOutput, ImageModel, ScoreBlock, resample_score
 from pipeline.samples import Batch
 from training import optim
+from training.buffers import Buffers
 from training.meters import Meters
 from training.nonfinite import NonFiniteGuard
 from training.precision import Autocast, eval_mode
@@ -136,6 +137,7 @@ class Training:
 
     def __post_init__(self) -> None:
         self.nonfinite = self.nonfinite or NonFiniteGuard(self.processes)
+        self.buffers = Buffers(self.module, self.processes)
 
     def random(self, step: int, micro: int) -> StepRandom:
         """The generators of one micro-batch, keyed by its place alone."""
@@ -164,6 +166,7 @@ def train_step(training: Training, batches: Sequence[Batch], step: int, meters: 
     """
     if training.before_step is not None:
         training.before_step(step)
+    training.buffers.begin_step()
     for micro, batch in enumerate(batches):
         meters.update(**forward_backward(training, batch, step, micro))
     meters.update(grad_norm=update_weights(training))
@@ -196,8 +199,11 @@ def forward_backward(training: Training, batch: Batch, step: int, micro: int) ->
         # A loss that is NaN or inf makes all gradients of this step NaN, and the step is skipped.
         loss = training.nonfinite.guard(terms, step, batch, mixed)
 
-        # Backward. Micro-batches add up to the mean gradient of the step.
+        # Backward. Micro-batches add up to the mean gradient of the step. Activations that are
+        # computed again here must not update batch norm a second time.
+        buffers = training.buffers.read()
         training.scaler.scale(loss / training.accum_steps).backward()
+        training.buffers.write(buffers)
     return loss_terms(terms, mixed, labels)
 
 
@@ -220,14 +226,19 @@ def receive(training: Training, batch: Batch, step: int, micro: int) -> tuple[Te
 def update_weights(training: Training) -> Tensor:
     """Unscale, clip, step, clear, average. Returns the gradient's norm before clipping.
 
-    The norm stays on the device. Where it is not finite nothing changes: no weight, no average, no
-    state of the optimizer.
+    The norm stays on the device. Where it is not finite nothing changes: no weight, no buffer, no
+    average, no state of the optimizer.
     """
-    training.scaler.unscale_(training.optimizer)
     groups = training.optimizer.param_groups
     held = (parameter for group in groups for parameter in group["params"])
     parameters = [parameter for parameter in held if parameter.grad is not None]
-    norm = get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+    gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+    norm = get_total_norm(gradients)
+    # The scaler skips a step by the values of the gradient. If only their norm overflows, it must
+    # see NaN, or it would make a step that counts as skipped.
+    gradients[0].add_(0.0 * norm)
+    training.scaler.unscale_(training.optimizer)
+    norm = norm / training.scaler.scale(torch.ones_like(norm))
     if training.clip_grad is not None:
         clip_grads_with_norm_(parameters, training.clip_grad, norm)
     if training.scaler.is_enabled() or bool(norm.isfinite()):
@@ -236,6 +247,7 @@ def update_weights(training: Training) -> Tensor:
         training.scaler.update(1.0 if keep_scale else None)
     training.optimizer.zero_grad(set_to_none=True)
     was_updated = training.nonfinite.count(norm)
+    training.buffers.end_step(was_updated)
     if training.ema is not None:
         optim.update_average(training.ema, training.module, was_updated)
     return norm
@@ -309,7 +321,7 @@ def warm_up(training: Training, image_size: tuple[int, int]) -> None:
     if training.processes.world_size == 1:
         return
     wrapped = getattr(training.model, "_orig_mod", training.model)  # not its compiled form
-    buffers = {name: value.clone() for name, value in training.module.named_buffers()}
+    buffers = training.buffers.read()
     wrapped.train(training.train_mode)
     with training.autocast():
         images = torch.zeros(2, 3, *image_size, device=training.processes.device)
@@ -317,9 +329,7 @@ def warm_up(training: Training, image_size: tuple[int, int]) -> None:
     given = [part for part in (output.logits, output.distillation_logits) if part is not None]
     (0.0 * torch.stack([logits.float().sum() for logits in given]).sum()).backward()
     training.optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for name, value in training.module.named_buffers():
-            value.copy_(buffers[name])
+    training.buffers.write(buffers)
 
 
 def evaluate_all(training: Training, loader: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:

@@ -276,7 +276,9 @@ def make_picture_drawer(
 
     def draw(epoch: int) -> torch.Tensor:
         random = utils.keyed_generator("picture", training.seed, epoch)
-        batch = mixer(images, labels, training.guide, StepRandom(random, random))
+        # Not by the compiled guide: these 8 images would make rank 0 compile it once more.
+        with torch.compiler.set_stance("force_eager"):
+            batch = mixer(images, labels, training.guide, StepRandom(random, random))
         batch = engine.settle_labels(training.module, batch, training.autocast)
         return pictures.mixing_picture(
             images,

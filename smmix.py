@@ -28,7 +28,7 @@ from mixers.interface import (
     send,
     soft_labels,
 )
-from mixers.masks import first_argmax
+from mixers.masks import first_argmax, region_mask
 from mixers.smmix_options import VARIANTS, Scheme, SMMixOptions, Variant
 
 MAX_TO_MIN = Scheme()
@@ -105,20 +105,6 @@ def pick_regions(scores: Tensor, largest: bool) -> Tensor:
         (B, 2) int64: row and column of the window's top left token.
     """
     return first_argmax(scores if largest else -scores)
-
-
-def region_mask(corners: Tensor, size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
-    """The tokens inside each image's region (the index set of Eq. 10), (B, N) bool.
-
-    Args:
-        corners: (B, 2) int64, row and column of the region's top left token.
-        size: h, w.
-    """
-    rows, columns = (torch.arange(length, device=corners.device) for length in grid_size)
-    top, left = corners[:, :1], corners[:, 1:]  # (B, 1)
-    inside_rows = (rows >= top) & (rows < top + size[0])  # (B, rows)
-    inside_columns = (columns >= left) & (columns < left + size[1])
-    return (inside_rows[:, :, None] & inside_columns[:, None, :]).flatten(1)
 
 
 def paste_regions(images: Tensor, regions: Regions, patch_size: tuple[int, int]) -> Tensor:

@@ -81,6 +81,12 @@ class Processes:
         dist.all_reduce(total)
         return total
 
+    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
+        """The `values` of rank 0, written into those of this rank."""
+        if self.world_size > 1:
+            dist.broadcast(values, 0)
+        return values
+
     def from_main(self, make: Callable[[], Made]) -> Made:
         """Calls `make` on rank 0 and returns its result (anything picklable) on all ranks.
 

@@ -1,6 +1,7 @@
-"""Pasting by a mask, masks of the largest scores, and conversion between tokens and pixels.
+"""Pasting by a mask, masks of regions and of the largest scores, and conversion between tokens and
+pixels.
 
-Letters: B batch, C channels, M entries of a score.
+Letters: B batch, C channels, M entries of a score, N tokens.
 """
 
 from __future__ import annotations
@@ -47,6 +48,20 @@ def first_argmax(scores: Tensor) -> Tensor:
     best = flat == flat.amax(dim=1, keepdim=True)
     first = torch.where(best, places, flat.shape[1] - 1).amin(dim=1)  # (B,)
     return torch.stack((first // columns, first % columns), dim=1)
+
+
+def region_mask(corners: Tensor, size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
+    """The tokens inside each image's region (the index set of Eq. 10), (B, N) bool.
+
+    Args:
+        corners: (B, 2) int64, row and column of the region's top left token.
+        size: h, w.
+    """
+    rows, columns = (torch.arange(length, device=corners.device) for length in grid_size)
+    top, left = corners[:, :1], corners[:, 1:]  # (B, 1)
+    inside_rows = (rows >= top) & (rows < top + size[0])  # (B, rows)
+    inside_columns = (columns >= left) & (columns < left + size[1])
+    return (inside_rows[:, :, None] & inside_columns[:, None, :]).flatten(1)
 
 
 def to_cells(mask: Tensor, grid_size: tuple[int, int]) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mixers.interface import Guide, MixedBatch, Mixer, mix_labels
-from mixers.masks import to_cells
+from mixers.masks import region_mask, to_cells
 from models.interface import ModelOutput
 
 Draw = TypeVar("Draw")
@@ -44,8 +44,10 @@ class TransMix(Mixer[Draw]):
 
     def apply(self, images: Tensor, labels: Tensor, drawn: Draw, guide: Guide) -> MixedBatch:
         batch = self.mixer.apply(images, labels, drawn, guide)
-        tokens = batch.source_mask
-        if tokens is None:
+        if batch.regions is not None:
+            regions = batch.regions
+            tokens = region_mask(regions.target_corners, regions.size, self.grid_size)
+        else:
             assert batch.mask is not None
             tokens = to_cells(batch.mask, self.grid_size)
         set_labels = partial(relabel, tokens=tokens, ratio=self.ratio)

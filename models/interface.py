@@ -395,7 +395,7 @@ class ImageModel(nn.Module, ABC):
             # released code (Eq. 12).
             classify = self.classify if self.token_head is None else self.token_head
             region_logits = classify(pool_regions(tokens, source_mask))  # (B, 2, K)
-        elif self.token_head is not None and self.training:
+        elif self.token_head is not None and torch.is_grad_enabled():
             # A step without regions does not use this head. Zero gradients instead of none: DDP
             # then never has to search for unused parameters.
             logits = logits + 0.0 * (self.token_head.weight.sum() + self.token_head.bias.sum())

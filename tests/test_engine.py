@@ -301,10 +301,14 @@ def test_the_mean_of_the_log_leaves_such_steps_out() -> None:
     assert all(torch.isfinite(torch.tensor(value)) for value in meters.read().values())
 
 
-def test_a_gradient_that_is_not_finite_is_left_out_too() -> None:
-    training, said = make_training(), []
+@pytest.mark.parametrize("opt", ["adamw", "lamb"])
+@pytest.mark.parametrize("amp", ["none", "fp16"])
+@pytest.mark.parametrize("factor", [float("inf"), 1e25])
+def test_a_gradient_that_is_not_finite_is_left_out_too(factor: float, amp: str, opt: str) -> None:
+    """With 1e25 every value is finite, and their norm is not."""
+    training, said = make_training(amp, opt), []
     network: Any = training.module.network
-    network.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    network.head.weight.register_hook(lambda gradient: gradient * factor)
     before = weights_of(training.module)
     epoch_of(training, 2, log_every=2, on_log=lambda step, means, trouble: said.append(trouble))
     assert torch.equal(weights_of(training.module), before)

@@ -448,6 +448,16 @@ def test_the_ratio_goes_from_attention_alone_to_area_alone(ratio: float) -> None
     torch.testing.assert_close(settled.lam, expected)
 
 
+def test_smmixs_labels_follow_the_attention_without_fine_too() -> None:
+    attention = torch.rand(4, 15, generator=keyed_generator(6))
+    settled = [
+        settled_with(TransMix(SMMix(K, (3, 5), fine=fine), (3, 5)), attention)[1]
+        for fine in (True, False)
+    ]
+    assert torch.equal(settled[0].labels, settled[1].labels)
+    assert settled[1].forward_inputs()["source_mask"] is None  # no region is classified
+
+
 def test_attention_counts_where_the_region_went_not_where_it_came_from() -> None:
     batch, settled = settled_with(TransMix(SMMix(K, (3, 5)), (3, 5), 0.0), torch.rand(4, 15))
     assert batch.regions is not None

@@ -18,11 +18,12 @@ from torch import Tensor
 from engine import make_guide
 from losses import SMMixLoss
 from mixers.interface import MixedBatch, mix_labels, soft_labels
+from mixers.masks import region_mask
 from mixers.smmix_options import VARIANTS
 from models.build import build_model
 from models.interface import ImageModel, ModelOutput
 from models.weights import adapt_weights, load_strictly, pick_weights
-from smmix import Drawn, SMMix, mix_logits, mix_probs, paste_regions, region_mask
+from smmix import Drawn, SMMix, mix_logits, mix_probs, paste_regions
 from storage.checkpoints import load_checkpoint
 from training.precision import make_autocast
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixers.interface import MixedBatch, Regions, StepRandom
+from mixers.masks import region_mask
 from mixers.smmix_options import VARIANTS, Variant
 from models.interface import ModelOutput
 from smmix import (
@@ -27,7 +28,6 @@ from smmix import (
     mix_probs,
     paste_regions,
     pick_regions,
-    region_mask,
     region_scores,
 )
 from tests.conftest import FakeGuide
