@@ -34,7 +34,7 @@ from pipeline import loaders
 from pipeline.bad_images import BadImages
 from pipeline.samples import EvalSamples
 from pipeline.spec import ImageSpec
-from run import pictures, saved_flags, summary
+from run import pictures, same_start, saved_flags, summary
 from run import state as run_state
 from run.agreement import RankAgreement
 from run.folder import RunFolder, write_failure
@@ -122,8 +122,13 @@ def make_run(
     flags = resolve(args, processes.world_size, processes.device.type, changes)
 
     # Data, model and training.
-    train_images = build.open_images(flags, True, read)
-    val_images = build.open_images(flags, False, read)
+    splits = {"training": True, "validation": False}
+    opened = same_start.open_images(
+        processes,
+        lambda: {name: build.open_images(flags, train, read) for name, train in splits.items()},
+        checkpoint,
+    )
+    train_images, val_images = (opened.images[name] for name in splits)
     datasets.check_same_classes(train_images.class_names, val_images.class_names)
     num_classes = len(train_images.class_names)
     read_weights = None if resume_from else read
@@ -140,7 +145,8 @@ def make_run(
     training = build.make_training(flags, model, spec, processes, data.steps, read)
 
     # The settings of the run, and how far it has come.
-    identity = make_identity(args, flags, train_images, spec, processes)
+    fingerprint = opened.fingerprints["training"]
+    identity = make_identity(args, flags, train_images, fingerprint, spec)
     num_images = train_images.num_images, val_images.num_images
     log.table(summary.describe_run(identity, training, data.steps, num_images))
     for warning in summary.warnings(identity.args, data.steps, training):
@@ -175,8 +181,8 @@ def make_identity(
     args: argparse.Namespace,
     flags: Flags,
     train_images: Any,
+    fingerprint: str,
     spec: ImageSpec,
-    processes: Processes,
 ) -> run_state.Identity:
     """The settings of the run, as its checkpoints keep them."""
     return run_state.Identity(
@@ -186,7 +192,7 @@ def make_identity(
             "class_names": train_images.class_names,
             "image_spec": spec.to_plain(),
             "num_images": train_images.num_images,
-            "fingerprint": processes.from_main(train_images.fingerprint),
+            "fingerprint": fingerprint,
         },
         versions=utils.describe_versions(),
         asked={"batch_size": args.batch_size, "accum_steps": args.accum_steps},
@@ -328,7 +334,10 @@ def evaluate(
     """
     flags = resolve(args, processes.world_size, processes.device.type)
     checkpoint = read(args.resume)
-    images = build.open_images(flags, False, read)
+    opened = same_start.open_images(
+        processes, lambda: {"validation": build.open_images(flags, False, read)}
+    )
+    images = opened.images["validation"]
     if run_state.is_own_checkpoint(checkpoint):
         spec = ImageSpec.from_plain(checkpoint["data"]["image_spec"])
         spec = replace(spec, crop_ratio=flags.eval_crop_ratio or spec.crop_ratio)
@@ -366,6 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with RunLog(args.output_dir or None, processes) as log:
         if args.config:
             log.say(f"flags from {', '.join(args.config)}, then the command line")
+        same_start.check_command(args, processes)
         (evaluate if args.eval else train)(args, processes, log, read)
 
 
