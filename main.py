@@ -148,8 +148,9 @@ def make_run(
     fingerprint = opened.fingerprints["training"]
     identity = make_identity(args, flags, train_images, fingerprint, spec)
     num_images = train_images.num_images, val_images.num_images
-    log.table(summary.describe_run(identity, training, data.steps, num_images))
-    for warning in summary.warnings(identity.args, data.steps, training):
+    highest = build.highest_rate(flags, data.steps)
+    log.table(summary.describe_run(identity, training, data.steps, num_images, highest))
+    for warning in summary.warnings(identity.args, data.steps, training, highest):
         log.say(f"warning: {warning}")
     progress = run_state.Progress(flags.start_epoch, flags.start_epoch * data.steps)
     if checkpoint is not None:

@@ -381,6 +381,8 @@ WRONG_FLAGS = {
     "--distillation-tau 0": ["--distillation-tau 0.0", "above 0"],
     "--distillation-alpha 2": ["--distillation-alpha 2.0", "between 0 and 1"],
     "--sched step --decay-epochs 0": ["--decay-epochs 0"],
+    "--decay-milestones 3 2": ["--decay-milestones 3 2", "ascending"],
+    "--decay-milestones 0": ["--decay-milestones 0", "above 0"],
     "--mixer puzzlemix": ["--mixer", "puzzlemix", "smmix"],
     "--variant other": ["--variant", "other", "released"],
     "--amp fp32": ["--amp", "fp32", "bf16"],

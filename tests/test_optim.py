@@ -50,6 +50,40 @@ def test_by_update_the_rate_is_warmup_then_cosine_one_update_late() -> None:
     assert rates(BY_UPDATE) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("line", "share"),
+    [
+        ("--epochs 300", 0.9993),
+        ("--epochs 2", 1e-3),  # within the warm-up: each epoch has the rate of the one before
+        ("--epochs 2 --sched-on-updates", 0.3),
+        ("--epochs 10 --warmup-epochs 3", 0.8),  # the cosine has begun to fall by then
+        ("--epochs 10 --sched tanh --warmup-epochs 9", 0.025),
+        ("--epochs 1", 1e-3),
+        ("--epochs 40 --sched multistep --warmup-epochs 0 --decay-milestones 10 20", 1.0),
+        ("--epochs 40 --sched poly --decay-rate 1", 0.875),
+        ("--epochs 40 --sched poly --decay-rate 1 --sched-on-updates", 0.95),  # before it falls
+    ],
+)
+def test_the_highest_rate_that_comes(line: str, share: float) -> None:
+    line = f"{line} --lr {PEAK}"
+    args = get_args_parser().parse_args(line.split())
+    highest = optim.highest_rate(scheduler_kwargs(args), PEAK, STEPS, STEPS * args.epochs)
+    assert highest == max(rates(line))
+    assert highest / PEAK == pytest.approx(share, rel=0.02)
+
+
+def test_the_milestones_are_those_of_the_flag() -> None:
+    line = "--sched multistep --epochs 8 --warmup-epochs 0 --lr 1 --decay-milestones 2 5"
+    expected = [1.0] * 2 + [0.1] * 3 + [0.01] * 3
+    assert rates(line)[::STEPS] == pytest.approx(expected)
+
+
+def test_the_power_of_poly_is_the_decay_rate() -> None:
+    line = "--sched poly --epochs 8 --warmup-epochs 0 --lr 1 --min-lr 0 --decay-rate 2"
+    expected = [1.0] + [(1 - epoch / 8) ** 2 for epoch in range(7)]
+    assert rates(line)[::STEPS] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("line", [BY_UPDATE, BY_UPDATE.replace("--sched-on-updates", "")])
 @pytest.mark.parametrize("done", [1, 3, 5])
 def test_going_on_continues_the_sequence(line: str, done: int) -> None:

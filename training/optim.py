@@ -161,6 +161,28 @@ class Schedule:
             self.timm.step_update(update)
 
 
+def highest_rate(settings: dict[str, Any], peak: float, steps: int, updates: int) -> float:
+    """The highest learning rate that a run has, by a dry run of its schedule.
+
+    By update, the rate is looked at where epochs begin: there a warm-up ends.
+
+    Args:
+        settings: see `Schedule`.
+        peak: the learning rate that the schedule starts from.
+        steps: updates per epoch.
+        updates: number of updates of the run.
+    """
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    schedule, rates = Schedule(optimizer, settings, steps), [largest_rate(optimizer)]
+    for first in range(steps, updates, steps):  # the first update of each further epoch
+        schedule.after_epoch(first // steps - 1)
+        for update in (first - 1, min(first, updates - 2)):
+            schedule.after_update(update)
+            rates.append(largest_rate(optimizer))
+    schedule.after_update(max(0, updates - 2))
+    return max(*rates, largest_rate(optimizer) if updates > 1 else 0.0)
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: str) -> None:
     """Loads the saved state of an optimizer, but not its settings (learning rate, weight decay).
 
