@@ -25,7 +25,7 @@ from config import build
 from config.checks import check_args
 from config.flags import get_args_parser
 from config.parser import explicit_flags
-from config.resolve import Flags, model_config, resolve
+from config.resolve import Flags, left_out, model_config, resolve
 from errors import StopRun, is_lost_peer, run_command
 from mixers.interface import NoMixing, StepRandom
 from models.build import build_model, list_models, use_float32_attention
@@ -66,11 +66,23 @@ def read_args(
         checkpoint = read(args.resume)
         if run_state.is_own_checkpoint(checkpoint):
             given = explicit_flags(parser, argv)
-            saved = saved_flags.flags_for_evaluation(checkpoint["args"], given)
+            saved = {**vars(parser.parse_args([])), **checkpoint["args"]}  # it may lack new flags
+            saved = saved_flags.flags_for_evaluation(saved, given)
             args = argparse.Namespace(**{**vars(args), **saved})
             parser.check_kinds(args)
     check_args(args)
     return args
+
+
+def with_younger_flags(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The checkpoint, in which flags that did not exist yet have the values of a run without them.
+
+    The default of an unset size, precision or data set is not known for an older run; they stay
+    absent.
+    """
+    defaults, saved = get_args_parser().parse_args([]), checkpoint["args"]
+    names = vars(defaults).keys() - saved.keys() - {"input_size", "amp", "data_set"}
+    return {**checkpoint, "args": {**left_out(args, names, defaults), **saved}}
 
 
 # --------------------------------------------------------------------------------------- training
@@ -117,7 +129,9 @@ def make_run(
 ) -> Run:
     """Makes everything that a run needs, and loads the checkpoint `resume_from` if it is not ""."""
     run_state.check_visible_to_all(resume_from, processes)
-    checkpoint = run_state.read(resume_from, read) if resume_from else None
+    checkpoint = None
+    if resume_from:
+        checkpoint = with_younger_flags(run_state.read(resume_from, read), args)
     changes = shares_of_resumed(args, checkpoint, processes, log)
     flags = resolve(args, processes.world_size, processes.device.type, changes)
 
@@ -145,8 +159,7 @@ def make_run(
     training = build.make_training(flags, model, spec, processes, data.steps, read)
 
     # The settings of the run, and how far it has come.
-    fingerprint = opened.fingerprints["training"]
-    identity = make_identity(args, flags, train_images, fingerprint, spec)
+    identity = make_identity(args, flags, train_images, opened.fingerprints["training"], spec)
     num_images = train_images.num_images, val_images.num_images
     highest = build.highest_rate(flags, data.steps)
     log.table(summary.describe_run(identity, training, data.steps, num_images, highest))

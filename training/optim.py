@@ -33,7 +33,7 @@ def check_optimizer(name: str) -> None:
         reason = "Lookahead adds to its state after six steps, so that it cannot be resumed"
         raise InputError(f"--opt {name}: {reason}; leave the prefix out")
     if (known := name.lower()) not in (names := list_optimizers()):
-        near = difflib.get_close_matches(known, names, 3)
+        near = difflib.get_close_matches(known, [str(name) for name in names], 3)
         raise InputError(
             f"--opt {name}: timm has no such optimizer; "
             f"{f'did you mean {first_of(near)}?' if near else advice}"
