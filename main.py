@@ -25,7 +25,7 @@ from config import build
 from config.checks import check_args
 from config.flags import get_args_parser
 from config.parser import explicit_flags
-from config.resolve import Flags, model_config, resolve
+from config.resolve import Flags, left_out, model_config, resolve
 from errors import StopRun, is_lost_peer, run_command
 from mixers.interface import NoMixing, StepRandom
 from models.build import build_model, list_models, use_float32_attention
@@ -34,7 +34,7 @@ from pipeline import loaders
 from pipeline.bad_images import BadImages
 from pipeline.samples import EvalSamples
 from pipeline.spec import ImageSpec
-from run import pictures, saved_flags, summary
+from run import pictures, same_start, saved_flags, summary
 from run import state as run_state
 from run.agreement import RankAgreement
 from run.folder import RunFolder, write_failure
@@ -66,11 +66,23 @@ def read_args(
         checkpoint = read(args.resume)
         if run_state.is_own_checkpoint(checkpoint):
             given = explicit_flags(parser, argv)
-            saved = saved_flags.flags_for_evaluation(checkpoint["args"], given)
+            saved = {**vars(parser.parse_args([])), **checkpoint["args"]}  # it may lack new flags
+            saved = saved_flags.flags_for_evaluation(saved, given)
             args = argparse.Namespace(**{**vars(args), **saved})
             parser.check_kinds(args)
     check_args(args)
     return args
+
+
+def with_younger_flags(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The checkpoint, in which flags that did not exist yet have the values of a run without them.
+
+    The default of an unset size, precision or data set is not known for an older run; they stay
+    absent.
+    """
+    defaults, saved = get_args_parser().parse_args([]), checkpoint["args"]
+    names = vars(defaults).keys() - saved.keys() - {"input_size", "amp", "data_set"}
+    return {**checkpoint, "args": {**left_out(args, names, defaults), **saved}}
 
 
 # --------------------------------------------------------------------------------------- training
@@ -117,13 +129,20 @@ def make_run(
 ) -> Run:
     """Makes everything that a run needs, and loads the checkpoint `resume_from` if it is not ""."""
     run_state.check_visible_to_all(resume_from, processes)
-    checkpoint = run_state.read(resume_from, read) if resume_from else None
+    checkpoint = None
+    if resume_from:
+        checkpoint = with_younger_flags(run_state.read(resume_from, read), args)
     changes = shares_of_resumed(args, checkpoint, processes, log)
     flags = resolve(args, processes.world_size, processes.device.type, changes)
 
     # Data, model and training.
-    train_images = build.open_images(flags, True, read)
-    val_images = build.open_images(flags, False, read)
+    splits = {"training": True, "validation": False}
+    opened = same_start.open_images(
+        processes,
+        lambda: {name: build.open_images(flags, train, read) for name, train in splits.items()},
+        checkpoint,
+    )
+    train_images, val_images = (opened.images[name] for name in splits)
     datasets.check_same_classes(train_images.class_names, val_images.class_names)
     num_classes = len(train_images.class_names)
     read_weights = None if resume_from else read
@@ -140,10 +159,11 @@ def make_run(
     training = build.make_training(flags, model, spec, processes, data.steps, read)
 
     # The settings of the run, and how far it has come.
-    identity = make_identity(args, flags, train_images, spec, processes)
+    identity = make_identity(args, flags, train_images, opened.fingerprints["training"], spec)
     num_images = train_images.num_images, val_images.num_images
-    log.table(summary.describe_run(identity, training, data.steps, num_images))
-    for warning in summary.warnings(identity.args, data.steps, training):
+    highest = build.highest_rate(flags, data.steps)
+    log.table(summary.describe_run(identity, training, data.steps, num_images, highest))
+    for warning in summary.warnings(identity.args, data.steps, training, highest):
         log.say(f"warning: {warning}")
     progress = run_state.Progress(flags.start_epoch, flags.start_epoch * data.steps)
     if checkpoint is not None:
@@ -175,8 +195,8 @@ def make_identity(
     args: argparse.Namespace,
     flags: Flags,
     train_images: Any,
+    fingerprint: str,
     spec: ImageSpec,
-    processes: Processes,
 ) -> run_state.Identity:
     """The settings of the run, as its checkpoints keep them."""
     return run_state.Identity(
@@ -186,7 +206,7 @@ def make_identity(
             "class_names": train_images.class_names,
             "image_spec": spec.to_plain(),
             "num_images": train_images.num_images,
-            "fingerprint": processes.from_main(train_images.fingerprint),
+            "fingerprint": fingerprint,
         },
         versions=utils.describe_versions(),
         asked={"batch_size": args.batch_size, "accum_steps": args.accum_steps},
@@ -330,7 +350,10 @@ def evaluate(
     """
     flags = resolve(args, processes.world_size, processes.device.type)
     checkpoint = read(args.resume)
-    images = build.open_images(flags, False, read)
+    opened = same_start.open_images(
+        processes, lambda: {"validation": build.open_images(flags, False, read)}
+    )
+    images = opened.images["validation"]
     if run_state.is_own_checkpoint(checkpoint):
         spec = ImageSpec.from_plain(checkpoint["data"]["image_spec"])
         spec = replace(spec, crop_ratio=flags.eval_crop_ratio or spec.crop_ratio)
@@ -368,6 +391,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with RunLog(args.output_dir or None, processes) as log:
         if args.config:
             log.say(f"flags from {', '.join(args.config)}, then the command line")
+        same_start.check_command(args, processes)
         (evaluate if args.eval else train)(args, processes, log, read)
 
 

@@ -218,6 +218,16 @@ def schedule_settings(flags: Flags) -> dict[str, Any]:
     return settings
 
 
+def highest_rate(flags: Flags, steps: int) -> float:
+    """The highest learning rate of the run, which may end before its warm-up does.
+
+    Args:
+        steps: steps per epoch.
+    """
+    updates = min(steps * flags.epochs, flags.max_steps or steps * flags.epochs)
+    return optim.highest_rate(schedule_settings(flags), peak_rate(flags), steps, updates)
+
+
 def make_schedule(
     flags: Flags, training: engine.Training, steps: int, progress: Any
 ) -> optim.Schedule:

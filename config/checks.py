@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 
 from config.mixing_checks import check_mixing_values, mixing_conflicts
 from config.value_checks import check_values, require
@@ -75,6 +76,9 @@ def check_args(args: argparse.Namespace) -> None:
         if (sides := getattr(args, name)) is not None:
             holds = len(sides) <= 2 and min(sides) > 0
             require(holds, name, sides, "takes one side, or height and width, in pixels")
+    milestones = args.decay_milestones
+    holds = milestones[0] > 0 and all(a < b for a, b in itertools.pairwise(milestones))
+    require(holds, "decay_milestones", milestones, "takes epochs above 0 in ascending order")
     if betas is not None:
         holds = len(betas) >= 2 and all(0 <= beta < 1 for beta in betas)
         require(holds, "opt_betas", betas, "takes two numbers from 0 to below 1")

@@ -283,7 +283,7 @@ def _add_optimizer(parser: Parser) -> None:
 
 def _add_schedule(parser: Parser) -> None:
     group = parser.add_argument_group("learning rate schedule")
-    group.add_argument("--sched", default="cosine", help="name of a timm schedule")
+    group.add_argument("--sched", default="cosine", help="cosine, tanh, step, multistep or poly")
     group.add_argument("--warmup-lr", default=1e-6, type=float)
     group.add_argument("--min-lr", default=1e-5, type=float)
     group.add_argument("--warmup-epochs", default=5, type=int)
@@ -303,7 +303,23 @@ def _add_schedule(parser: Parser) -> None:
     group.add_argument("--lr-noise-pct", default=0.67, type=float)
     group.add_argument("--lr-noise-std", default=1.0, type=float)
     group.add_argument("--decay-epochs", default=30, type=float, help="for --sched step")
-    group.add_argument("--decay-rate", "--dr", default=0.1, type=float, help="for --sched step")
+    group.add_argument(
+        "--decay-milestones",
+        default=(30, 60),
+        type=int,
+        nargs="+",
+        metavar="EPOCH",
+        help="for --sched multistep: the epochs from which the rate is multiplied by --decay-rate",
+    )
+    group.add_argument(
+        "--decay-rate",
+        "--dr",
+        default=0.1,
+        type=float,
+        help="for --sched step and multistep: the factor; for --sched poly: the power, "
+        "rate = peak x (1 - epoch / epochs) ** power, so that 0.1 hardly falls until the end and 1 "
+        "is a line",
+    )
 
 
 def _add_augmentation(parser: Parser) -> None:

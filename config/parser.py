@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -63,9 +64,20 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"{flag} {value!r}: no value that this flag can have")
 
     def error(self, message: str) -> NoReturn:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {message} (--help lists all flags)", file=sys.stderr)
+        # Each machine has its own command line, so that each may have another mistake.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            advice = self._near_misses(message) or " (--help lists all flags)"
+            print(f"error: {message}{advice}", file=sys.stderr)
         raise SystemExit(2)
+
+    def _near_misses(self, message: str) -> str:
+        """For flags that do not exist: "; did you mean --...?", or "" if none is alike."""
+        words = message.partition("unrecognized arguments: ")[2]
+        flags = [flag[2:] for action in self._actions for flag in action.option_strings]
+        unknown = [word[2:].split("=")[0].lower() for word in words.split() if word[:2] == "--"]
+        near = [flag for word in unknown for flag in difflib.get_close_matches(word, flags, 1)]
+        found = [f"--{flag}" for flag in dict.fromkeys(near)]
+        return f"; did you mean {' and '.join(found)}?" if found else ""
 
 
 def _is_possible(action: argparse.Action, value: Any) -> bool:

@@ -6,7 +6,7 @@ Every default that depends on the machine, the model or another flag is filled i
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from errors import InputError, as_pair, cores_per_process
@@ -67,6 +67,20 @@ def resolve(
     else:
         flags["input_size"] = as_pair(args.input_size)
     return Flags(flags)
+
+
+def left_out(
+    args: argparse.Namespace, names: Collection[str], defaults: argparse.Namespace
+) -> dict[str, Any]:
+    """The values that the flags `names` have in a run like `args` if its command leaves them out.
+
+    Args:
+        defaults: the flags of an empty command line.
+    """
+    values = {**vars(args), **{name: getattr(defaults, name) for name in names}}
+    values.update(options_of(values).filled())
+    values["con_weight"] = con_weight_of(values["mixer"], values["con_weight"])
+    return {name: values[name] for name in names}
 
 
 def model_config(flags: argparse.Namespace, num_classes: int) -> dict[str, Any]:

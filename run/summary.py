@@ -14,9 +14,16 @@ from mixers.switch import Switch
 from run.state import Identity, Progress
 from training import optim
 
+# A run is warned whose learning rate stays below this share of the peak that the flags announce.
+NEAR_PEAK = 0.9
+
 
 def describe_run(
-    identity: Identity, training: Training, steps: int, num_images: tuple[int, int]
+    identity: Identity,
+    training: Training,
+    steps: int,
+    num_images: tuple[int, int],
+    highest_rate: float,
 ) -> list[tuple[str, str]]:
     """The table of settings, as rows of (name, value).
 
@@ -25,6 +32,7 @@ def describe_run(
         training: its model, mixer and optimizer are described.
         steps: optimizer steps per epoch.
         num_images: number of training images and of validation images.
+        highest_rate: the highest learning rate that the run will have.
     """
     flags, processes, model = identity.args, training.processes, training.module
     total = flags["total_batch"]
@@ -46,6 +54,7 @@ def describe_run(
         ("total batch", f"{batch} = {total}"),
         ("steps", f"{steps} per epoch, {steps * flags['epochs']} in {flags['epochs']} epochs"),
         ("peak learning rate", f"{peak:g}{scaling}"),
+        ("highest rate", f"{highest_rate:g} in this run, --sched {flags['sched']}"),
         ("precision", "float32" if amp == "none" else f"{amp} autocast"),
         ("device", f"{processes.device.type}, {flags['num_workers']} loader processes per rank"),
         ("versions", ", ".join(f"{name} {version}" for name, version in identity.versions.items())),
@@ -104,11 +113,14 @@ def _describe_changes(flags: dict[str, Any]) -> str:
     return f", {', '.join(changes)}" if changes else ""
 
 
-def warnings(flags: dict[str, Any], steps: int, training: Training) -> Iterator[str]:
+def warnings(
+    flags: dict[str, Any], steps: int, training: Training, highest_rate: float
+) -> Iterator[str]:
     """Warnings about unusual settings, each with the flag to change.
 
     Args:
         steps: optimizer steps per epoch.
+        highest_rate: the highest learning rate that the run will have.
     """
     on_cuda = training.processes.device.type == "cuda"
     if on_cuda and not training.optimizer.defaults.get("fused"):
@@ -122,6 +134,16 @@ def warnings(flags: dict[str, Any], steps: int, training: Training) -> Iterator[
             f"--model-ema-decay {flags['model_ema_decay']} averages over {memory:.0f} steps, but "
             f"this run has {all_steps}: the average will lag far behind the weights; lower it, or "
             "add --no-model-ema"
+        )
+    peak = optim.largest_rate(training.optimizer)
+    if highest_rate < NEAR_PEAK * peak:
+        length = f"--epochs {flags['epochs']}"
+        if flags["max_steps"] is not None:
+            length += f" --max-steps {flags['max_steps']}"
+        yield (
+            f"the learning rate reaches {highest_rate:g}, not its peak {peak:g}: --sched "
+            f"{flags['sched']} --warmup-epochs {flags['warmup_epochs']} with {length}; shorten the "
+            "warm-up or train longer"
         )
     mix_off_epoch, epochs = flags["mix_off_epoch"], flags["epochs"]
     if mix_off_epoch is not None and mix_off_epoch >= epochs:

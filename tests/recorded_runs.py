@@ -95,6 +95,7 @@ def head(args: dict[str, Any], data: tuple[str, int, int, int], processes: int) 
         "total batch": f"{shares} = {total}",
         "steps": f"100 per epoch, {100 * args['epochs']} in {args['epochs']} epochs",
         "peak learning rate": f"{args['lr']:g}",
+        "highest rate": f"{args['lr']:g} in this run, --sched cosine",
         "precision": "float32",
         "device": f"{'cuda' if args['amp'] == 'fp16' else 'cpu'}, 4 loader processes per rank",
         "versions": "torch 2.14.1, commit abcdef123456",

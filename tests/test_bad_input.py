@@ -381,10 +381,14 @@ WRONG_FLAGS = {
     "--distillation-tau 0": ["--distillation-tau 0.0", "above 0"],
     "--distillation-alpha 2": ["--distillation-alpha 2.0", "between 0 and 1"],
     "--sched step --decay-epochs 0": ["--decay-epochs 0"],
+    "--decay-milestones 3 2": ["--decay-milestones 3 2", "ascending"],
+    "--decay-milestones 0": ["--decay-milestones 0", "above 0"],
     "--mixer puzzlemix": ["--mixer", "puzzlemix", "smmix"],
     "--variant other": ["--variant", "other", "released"],
     "--amp fp32": ["--amp", "fp32", "bf16"],
-    "--nope 1": ["--nope"],
+    "--nope 1": ["--nope", "(--help lists all flags)"],
+    "--warmup_epoch=5": ["--warmup-epoch=5; did you mean --warmup-epochs?"],
+    "--no-modelema --batchsize 3": ["did you mean --no-model-ema and --batch-size?"],
     # two flags that contradict each other
     "--mixer mixup --mixup 0": ["--mixup 0", "--mixer none"],
     "--mixer cutmix --cutmix 0": ["--cutmix 0.0", "--mixer cutmix", "--cutmix-minmax"],
@@ -410,6 +414,15 @@ WRONG_FLAGS = {
 @pytest.mark.parametrize("line", WRONG_FLAGS)
 def test_wrong_flags(line: str, files: dict[str, Path]) -> None:
     refused(run_small("--data-path", files["photos"], line), WRONG_FLAGS[line])
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", 1), ("1", 0)])
+def test_each_machine_says_what_is_wrong_with_its_command(
+    rank: str, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert run_small("--nope").err.count("error: ") == told
 
 
 def test_values_are_refused_before_any_work(tmp_path: Path) -> None:

@@ -192,6 +192,7 @@ def test_the_head_says_what_will_be_done(photos: Path) -> None:
     assert rows["mixing"] == "smmix (paper) at 0.5, else Mixup"
     assert rows["total batch"] == "4 per process x 1 processes x 2 accumulated = 8"
     assert rows["steps"] == "3 per epoch, 3 in 1 epochs"
+    assert rows["highest rate"] == "1.5625e-05 in this run, --sched cosine"
     assert rows["peak learning rate"] == "1.5625e-05 = 0.001 x 8 / 512"
     assert run.training.optimizer.param_groups[0]["lr"] == pytest.approx(1.5625e-5)
     for version in (

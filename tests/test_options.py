@@ -98,6 +98,7 @@ SMMIX: dict[str, Any] = {
     "max_bad_steps": 20,
     "sched_on_updates": False,
     "scale_schedule": False,
+    "decay_milestones": (30, 60),
     "grad_checkpointing": False,
     "guide_size": None,
     "guide_amp": None,

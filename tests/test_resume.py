@@ -351,6 +351,43 @@ def test_another_run_is_refused(
     assert "Traceback" not in run.err
 
 
+@pytest.fixture(scope="module")
+def older(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of `finished` from before some flags existed."""
+    checkpoint = torch.load(finished / "checkpoint.pth", weights_only=True)
+    for name in ("score", "fine_weight", "con_weight", "src", "decay_milestones", "log_every"):
+        del checkpoint["args"][name]
+    torch.save(checkpoint, path := tmp_path_factory.mktemp("older") / "older.pth")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flag", "change"),
+    [
+        ("", ""),
+        ("--score attention --con-weight 1 --log-every 3", ""),  # the defaults, and a free one
+        ("--score random", "--score attention -> random"),
+        ("--con-weight 0.5", "--con-weight 1.0 -> 0.5"),  # its default depends on the mixer
+        ("--src", "--src False -> True"),
+        ("--decay-milestones 7", "--decay-milestones 30 60 -> 7"),
+    ],
+)
+def test_a_flag_that_is_younger_than_the_run_counts_as_its_default(
+    flag: str, change: str, photos: Path, older: Path
+) -> None:
+    run = run_small(MORE, flag, "--max-steps 3 --data-path", photos, "--resume", older)
+    assert run.code == (2 if change else 0), run.err
+    assert change in run.err
+
+
+def test_an_evaluation_may_name_the_default_of_a_younger_flag(photos: Path, older: Path) -> None:
+    words = ("--eval --device cpu --num-workers 0 --data-path", photos, "--resume", older)
+    assert run_main("--score attention", *words).code == 0
+    other = run_main("--score random", *words)
+    assert other.code == 2
+    assert "takes this from the checkpoint, which has attention" in other.err
+
+
 @pytest.mark.parametrize("classes", [("ant", "bee"), ("ant", "bee", "dog")])
 def test_other_classes_are_refused(
     finished: Path, tmp_path: Path, classes: tuple[str, ...]

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from errors import InputError, first_of
 from utils import is_ordinary
+
+# timm's optimizers that no run can use, by their class, and why.
+REFUSED = {
+    "Adahessian": "needs second derivatives, which no step computes",
+    "Kron": "draws from a generator that is in no checkpoint, so that no run could be resumed",
+}
+
+
+def check_optimizer(name: str) -> None:
+    """Refuses an optimizer that timm does not have, or with which a run cannot train and resume.
+
+    Raises:
+        InputError: names the reason, and what to use instead.
+    """
+    advice = "use adamw, sgd, lamb, lion or muon, or another of timm.optim.list_optimizers()"
+    if name.lower().startswith("lookahead_"):
+        reason = "Lookahead adds to its state after six steps, so that it cannot be resumed"
+        raise InputError(f"--opt {name}: {reason}; leave the prefix out")
+    if (known := name.lower()) not in (names := list_optimizers()):
+        near = difflib.get_close_matches(known, [str(name) for name in names], 3)
+        raise InputError(
+            f"--opt {name}: timm has no such optimizer; "
+            f"{f'did you mean {first_of(near)}?' if near else advice}"
+        )
+    made_by = get_optimizer_info(known).opt_class
+    reason = f"needs {made_by}, with which no run was tested"  # a text: of APEX or bitsandbytes
+    if not isinstance(made_by, str):
+        reason = REFUSED.get(made_by.__name__, "")
+    if reason:
+        raise InputError(f"--opt {name}: {reason}; {advice}")
 
 
 def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
@@ -26,17 +57,16 @@ def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Op
         settings: keywords of timm's `create_optimizer_v2` (`opt`, `lr`, `weight_decay`, ...).
 
     Raises:
-        InputError: timm does not know the optimizer or one of its settings.
+        InputError: `check_optimizer` refuses the name, or timm a setting.
     """
+    check_optimizer(settings["opt"])
     try:
         try:
             return _with_momentum(create_optimizer_v2(model, **settings, fused=True))
         except (TypeError, RuntimeError):  # no fused form
             return create_optimizer_v2(model, **settings)
     except (ValueError, AssertionError, TypeError) as error:
-        raise InputError(
-            f"--opt {settings.get('opt')} with these --opt-* settings: {error}"
-        ) from error
+        raise InputError(f"--opt {settings['opt']} with these --opt-* settings: {error}") from error
 
 
 def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -131,6 +161,28 @@ class Schedule:
             self.timm.step_update(update)
 
 
+def highest_rate(settings: dict[str, Any], peak: float, steps: int, updates: int) -> float:
+    """The highest learning rate that a run has, by a dry run of its schedule.
+
+    By update, the rate is looked at where epochs begin: there a warm-up ends.
+
+    Args:
+        settings: see `Schedule`.
+        peak: the learning rate that the schedule starts from.
+        steps: updates per epoch.
+        updates: number of updates of the run.
+    """
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    schedule, rates = Schedule(optimizer, settings, steps), [largest_rate(optimizer)]
+    for first in range(steps, updates, steps):  # the first update of each further epoch
+        schedule.after_epoch(first // steps - 1)
+        for update in (first - 1, min(first, updates - 2)):
+            schedule.after_update(update)
+            rates.append(largest_rate(optimizer))
+    schedule.after_update(max(0, updates - 2))
+    return max(*rates, largest_rate(optimizer) if updates > 1 else 0.0)
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], source: str) -> None:
     """Loads the saved state of an optimizer, but not its settings (learning rate, weight decay).
 
@@ -159,7 +211,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], s
         group_triples = zip(settings, expected["param_groups"], saved["param_groups"], strict=True)
         for before, after, saved_group in group_triples:
             # Some optimizers count their steps in the group: entries that the step has changed.
+            # If every step so far was skipped, an entry that the first step makes is not there yet.
             changed = [name for name in after if name not in before or before[name] != after[name]]
+            if not saved["state"]:
+                changed = [name for name in changed if name in before]
             counted = {name: saved_group[name] for name in changed}
             wrong += [name for name, value in counted.items() if not _fits(value, after[name])]
             groups.append({**before, **counted})
