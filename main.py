@@ -272,7 +272,8 @@ def prepare_output(
             for path in folder.rewind_to(Path(resume_from), progress.step, names):
                 log.say(f"warning: a later checkpoint was renamed to {path}")
         write_json(folder.path / "args.json", identity.args)
-        write_json(folder.path / "environment.json", identity.versions)
+        environment = {**identity.versions, "draws": run_state.DRAWS}
+        write_json(folder.path / "environment.json", environment)
     if end:
         log.say(f"nothing left to do: {end} are done")
 

@@ -5,6 +5,7 @@ It includes repeated augmentation (Hoffer et al., 2020; Berman et al., 2019) as 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,6 +13,42 @@ from torch.utils.data import Sampler
 
 Place = tuple[int, int, int]  # (epoch, image index, position in the epoch's global order)
 LAYOUTS = ("blocks", "strided")
+
+
+def count_groups(repeats: int, layout: str) -> int:
+    """The number of groups of views in a batch, see `EpochBatches`."""
+    return repeats if layout == "blocks" else 1
+
+
+def view_group(entry: int, batch_size: int, groups: int) -> int:
+    """The group of views to which an entry of a batch belongs, from 0.
+
+    The pairs of a batch (entry i and entry B-1-i) are divided equally among `groups` groups, but
+    among no more than there are pairs. The first group has the outermost pairs.
+    """
+    pairs = (batch_size + 1) // 2
+    pair = min(entry, batch_size - 1 - entry)
+    return (2 * pair + 1) * min(groups, pairs) // (2 * pairs)
+
+
+def view_order(batch_size: int, groups: int) -> list[int]:
+    """The order in which the successive positions of one rank fill its batch.
+
+    The views of an image are successive positions. They come to different groups (`view_group`), as
+    if on different ranks, and no pair has two views of one image. With one group the second half
+    of the batch is reversed, which keeps the views of an image out of one pair.
+    """
+    by_view = sorted(range(batch_size), key=lambda position: position % groups)
+    sizes = Counter(view_group(entry, batch_size, groups) for entry in range(batch_size))
+    fronts: list[int] = []
+    backs: list[int] = []
+    for number in range(len(sizes)):
+        start = len(fronts) + len(backs)
+        group = sorted(by_view[start : start + sizes[number]])
+        half = (len(group) + 1) // 2
+        fronts += group[:half]
+        backs += group[half:]
+    return fronts + backs[::-1]
 
 
 class EpochBatches(Sampler[list[Place]]):
@@ -24,17 +61,16 @@ class EpochBatches(Sampler[list[Place]]):
 
     Micro-batch k of all W ranks together takes the W * B positions from k * W * B. With the layout
     `blocks`, rank r takes the r-th block of B of them: the R views of an image are in one batch,
-    which decodes the image once. With `strided`, as in DeiT, rank r takes every W-th of them from
-    the r-th: the views are on neighbouring ranks. Draws keyed by the position are the same at every
-    world size and in both layouts. Without repeats the layout is always strided.
+    which decodes the image once, and in different groups of it (`view_order`). With `strided`, as
+    in DeiT, rank r takes every W-th of them from the r-th: the views are on neighbouring ranks.
+    Draws keyed by the position are the same at every world size and in both layouts. Without
+    repeats the layout is always strided.
 
     Only whole steps are made. The rest of the order is dropped, and each epoch drops other images.
 
-    With R > 1 the second half of every batch is reversed. Mixing pairs entry i with entry B-1-i;
-    without the reversal, the middle of a batch would mix two views of one image, which teaches
-    nothing. After it, partners are ceil(B/2) positions apart (with `strided` W times as many), so
-    they are different images if that is at least R (R = 3: B >= 5). The middle entry of an odd
-    batch is always its own partner.
+    Mixing pairs entry i with entry B-1-i. With R > 1 the batch is laid out so that no pair has two
+    views of one image: a mix of them teaches nothing. It holds for B >= 5 with R = 3, and in
+    general for B > 2R + 1. The middle entry of an odd batch is always its own partner.
 
     Args:
         num_images: images in the data set.
@@ -68,6 +104,7 @@ class EpochBatches(Sampler[list[Place]]):
         self.world_size = world_size
         self.repeats = repeats
         self.layout = layout if repeats > 1 else "strided"
+        self.order = view_order(batch_size, count_groups(repeats, layout))
         self.accum_steps = accum_steps
         self.shuffle = shuffle
         self.epoch = self.start = 0
@@ -107,10 +144,7 @@ class EpochBatches(Sampler[list[Place]]):
         for start in range(self.start, self.start + len(self) * step, step):
             positions = range(start, start + step)[self._share()]
             batch = [(epoch, images[position // self.repeats], position) for position in positions]
-            if self.repeats > 1:
-                middle = (self.batch_size + 1) // 2
-                batch[middle:] = batch[middle:][::-1]
-            yield batch
+            yield [batch[entry] for entry in self.order] if self.repeats > 1 else batch
 
 
 class EvalShard(Sampler[int]):

@@ -25,6 +25,7 @@ from mixers.interface import (
     MixerContext,
     Regions,
     mix_labels,
+    pair_up,
     send,
     soft_labels,
 )
@@ -37,7 +38,7 @@ MAX_TO_MIN = Scheme()
 class Drawn(NamedTuple):
     """The random values of one mix."""
 
-    size: tuple[int, int]  # h, w
+    sizes: list[tuple[int, int]]  # B times h, w; the same for both images of a pair
     # (B, 2) int64, with `Scheme.source` random: the source region's corner in the source of image i
     source_corners: Tensor | None = None
     # (B, N) float32, with `Scheme.score` random
@@ -116,7 +117,7 @@ def paste_regions(images: Tensor, regions: Regions, patch_size: tuple[int, int])
 
     Args:
         images: (B, C, height, width), any dtype, channels first or last in memory; not changed.
-        regions: corners and size in tokens.
+        regions: corners and sizes in tokens.
         patch_size: height and width in pixels of a token.
 
     Returns:
@@ -138,8 +139,9 @@ def paste_regions(images: Tensor, regions: Regions, patch_size: tuple[int, int])
     # Which strips of x_M lie inside the target region.
     top = regions.target_corners[:, :1] * patch_height  # (B, 1), in pixels
     left = regions.target_corners[:, 1:]  # (B, 1), in strips
-    inside_rows = (row >= top) & (row < top + regions.size[0] * patch_height)  # (B, height)
-    inside_strips = (strip >= left) & (strip < left + regions.size[1])  # (B, strips)
+    bottom = top + regions.sizes[:, :1] * patch_height
+    inside_rows = (row >= top) & (row < bottom)  # (B, height)
+    inside_strips = (strip >= left) & (strip < left + regions.sizes[:, 1:])  # (B, strips)
     is_inside = inside_rows[:, :, None] & inside_strips[:, None, :]  # (B, height, strips)
 
     # Index of each strip in plane 0, and the distance from there to the strip of the source.
@@ -255,46 +257,64 @@ class SMMix(Mixer[Drawn]):
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
     ) -> Drawn:
         rows, columns = self.grid_size
-        h, w = draw_region_size(
-            self.grid_size, self.side_ratio, self.variant.region_size, generator
-        )
+        rule = self.variant.region_size
+        of_group = [
+            draw_region_size(self.grid_size, self.side_ratio, rule, generator)
+            for _ in range(self.groups)
+        ]
+        sizes = pair_up(of_group, batch_size, "batch", self.groups)
         corners = score = None
         if self.scheme.source == "random":
-            tops = torch.randint(rows - h + 1, (batch_size,), generator=generator)
-            lefts = torch.randint(columns - w + 1, (batch_size,), generator=generator)
-            corners = torch.stack((tops, lefts), dim=1)
+
+            def draw_below(end: int) -> int:
+                return int(torch.randint(end, (), generator=generator))
+
+            tops = [draw_below(rows - h + 1) for h, _ in sizes]
+            lefts = [draw_below(columns - w + 1) for _, w in sizes]
+            corners = torch.tensor([tops, lefts]).T
         if self.scheme.needs_score and self.scheme.score == "random":
             score = torch.rand(batch_size, rows * columns, generator=generator)
-        return Drawn((h, w), corners, score)
+        return Drawn(sizes, corners, score)
 
     def choose(
-        self, score: Tensor | None, size: tuple[int, int], corners: Tensor | None = None
+        self, score: Tensor | None, sizes: list[tuple[int, int]], corners: Tensor | None = None
     ) -> Regions:
         """Eq. 7 for a batch: the regions of each source and each target, or those of the scheme.
 
         Args:
             score: (B, N) of the clean images; None if the scheme needs none.
-            size: h, w.
+            sizes: h, w for each image.
             corners: (B, 2) of the source regions, if the scheme draws them.
         """
-        windows = None if score is None else region_scores(score, self.grid_size, size)
+        given = score if corners is None else corners
+        assert given is not None
+        device, count = given.device, len(sizes)
+        sizes_on_device = torch.tensor(sizes).to(device, non_blocking=True)  # (B, 2)
+        # One map of window sums for each size that occurs, at most one for each group of views.
+        distinct = list(dict.fromkeys(sizes))
+        own = torch.tensor([distinct.index(size) for size in sizes]).to(device, non_blocking=True)
+        windows = [
+            region_scores(score, self.grid_size, size) for size in distinct if score is not None
+        ]
+
+        def pick(largest: bool) -> Tensor:
+            found = torch.stack([pick_regions(one, largest) for one in windows])  # (S, B, 2)
+            return found[own, torch.arange(count, device=device)]
+
         if corners is None:
-            assert windows is not None
             # The arg max of image i belongs to image B - 1 - i, whose source it is.
-            corners = pick_regions(windows, largest=True).flip(0)
+            corners = pick(largest=True).flip(0)
         if self.scheme.target == "corr":
-            return Regions(corners, corners, size)
-        assert windows is not None
-        target_corners = pick_regions(windows, largest=self.scheme.target == "max")
-        if len(windows) % 2:
+            return Regions(corners, corners, sizes_on_device)
+        target_corners = pick(largest=self.scheme.target == "max")
+        if count % 2:
             # The middle image of an odd batch is its own source. Equal corners keep it clean.
-            is_middle = torch.arange(len(windows), device=windows.device) == len(windows) // 2
+            is_middle = torch.arange(count, device=device) == count // 2
             target_corners = torch.where(is_middle[:, None], corners, target_corners)
-        return Regions(corners, target_corners, size)
+        return Regions(corners, target_corners, sizes_on_device)
 
     def apply(self, images: Tensor, labels: Tensor, drawn: Drawn, guide: Guide) -> MixedBatch:
         rows, columns = self.grid_size
-        h, w = drawn.size
         corners, score = (
             None if value is None else send(value, images.device)
             for value in (drawn.source_corners, drawn.score)
@@ -304,18 +324,18 @@ class SMMix(Mixer[Drawn]):
         if clean is not None and score is None:
             score = clean.image_attention
         # Regions: Eq. 7.
-        regions = self.choose(score if self.scheme.needs_score else None, drawn.size, corners)
+        regions = self.choose(score if self.scheme.needs_score else None, drawn.sizes, corners)
         # Mixed images and labels: Eq. 8, with lambda_M = h * w * P^2 / (H * W) = h * w / N.
         patch_size = (images.shape[-2] // rows, images.shape[-1] // columns)
         mixed_images = paste_regions(images, regions, patch_size)
-        lam = torch.full((len(images),), h * w / (rows * columns), device=images.device)  # (B,)
+        lam = regions.sizes.prod(dim=1) / (rows * columns)  # (B,)
         target_labels = soft_labels(labels, self.num_classes, self.smoothing)  # (B, K)
         source_labels = target_labels.flip(0)
         mixed_labels = mix_labels(source_labels, target_labels, lam)
         # For L_fine: the tokens of Eq. 10 and 11.
         mask = None
         if self.fine:
-            mask = region_mask(regions.target_corners, drawn.size, self.grid_size)
+            mask = region_mask(regions.target_corners, regions.sizes, self.grid_size)
         # For L_con: the reference in Eq. 14.
         reference = None
         if self.con:

@@ -34,6 +34,7 @@ from models.weights import load_foreign
 from pipeline import erasing, loaders, samples, transforms
 from pipeline.images import pick_decoder, take_subset
 from pipeline.spec import Augment, ImageSpec
+from samplers import count_groups
 from storage.checkpoints import ReadCheckpoint
 from training import optim, precision
 from training.nonfinite import NonFiniteGuard
@@ -143,12 +144,17 @@ def make_train_loader(flags: Flags, train: Any, spec: ImageSpec, processes: Proc
         rank=processes.rank,
         world_size=processes.world_size,
         num_workers=flags.num_workers,
-        repeats=flags.repeats if flags.repeated_aug else 1,
+        repeats=repeats_of(flags),
         layout=flags.repeat_layout,
         accum_steps=flags.accum_steps,
         pin_memory=flags.pin_mem and processes.device.type == "cuda",
         timeout=flags.data_timeout,
     )
+
+
+def repeats_of(flags: Flags) -> int:
+    """How many views of each image an epoch has."""
+    return flags.repeats if flags.repeated_aug else 1
 
 
 def make_loss(flags: Flags, steps: int) -> SMMixLoss:
@@ -201,7 +207,8 @@ def make_mixer(
         autocast = precision.make_autocast(processes.device, flags.amp)
         teacher = engine.make_teacher(network.to(processes.device), autocast)
     to_pixels = partial(transforms.denormalise, spec=spec)
-    context = MixerContext(model.num_classes, model.grid_size, to_pixels, teacher)
+    groups = count_groups(repeats_of(flags), flags.repeat_layout)
+    context = MixerContext(model.num_classes, model.grid_size, to_pixels, teacher, groups)
     return build_mixer(flags, context)
 
 

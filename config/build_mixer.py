@@ -26,6 +26,7 @@ def build_mixer(flags: argparse.Namespace, context: MixerContext) -> Switch:
     """
     first = _build_method(flags, context)
     mixup = Mixup.from_options(MixupOptions.from_flags(vars(flags)), context)
+    mixup.groups = context.groups
     second = None
     is_alone = flags.mixer in ("mixup", "none") or flags.mixup <= 0
     if flags.mix_protocol == "split":
@@ -46,6 +47,7 @@ def _build_method(flags: argparse.Namespace, context: MixerContext) -> Mixer:
     options = options_of(vars(flags))
     module, _, name = METHODS[flags.mixer].place.partition(":")
     mixer: Mixer = getattr(import_module(module), name).from_options(options, context)
+    mixer.groups = context.groups
     if not isinstance(options, PastingOptions):
         return mixer
     if options.relabels:

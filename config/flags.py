@@ -365,8 +365,8 @@ def _add_augmentation(parser: Parser) -> None:
         "--repeat-layout",
         default="blocks",
         choices=["blocks", "strided"],
-        help="blocks: one process has all views of an image and decodes it once; strided: "
-        "neighbouring processes have one view each, as in DeiT",
+        help="blocks: one process has all views of an image, decodes it once and mixes each with "
+        "another draw; strided: neighbouring processes have one view each, as in DeiT",
     )
     group.add_argument("--reprob", default=0.25, type=float, help="probability of random erasing")
     group.add_argument("--remode", default="pixel", help="const, rand or pixel")

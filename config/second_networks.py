@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from errors import InputError
-from models.build import build_model, near_misses
+from models.build import build_model, near_misses, takes_input_size
 from models.interface import GuideOutput, ImageModel
 from models.weights import adapt_weights, load_foreign, load_strictly, pick_weights, restore_model
 from pipeline.spec import ImageSpec
@@ -69,25 +69,33 @@ def build_teacher(
 ) -> nn.Module:
     """Distillation's teacher: a timm network with the weights of a file.
 
+    Weights that depend on the image size are resampled to the student's, as with `--finetune`.
+
     Args:
         name: timm's.
-        path: the file.
+        path: the file; a checkpoint of main.py may be of another patch or input size.
         input_size: height and width of the student's images.
         student_spec: normalisation of these images; default: ImageNet's mean and std.
         read: reads the file.
 
     Raises:
         InputError: the name is unknown, the file cannot be read or holds weights of another
-            network, or the network does not take images of this size.
+            network or other number of classes, or the network does not take images of this size.
     """
-    flag = f"--teacher-model {name}"
+    flag, student_spec = f"--teacher-model {name}", student_spec or ImageSpec(input_size)
     _check_name("--teacher-model", name)
     checkpoint = read(path)
-    teacher = timm.create_model(name, num_classes=num_classes)
-    load_strictly(teacher, pick_weights(checkpoint), source=f"--teacher-path {path}")
+    description = _description_in(checkpoint)
+    config = _config_in(description, name, path, flag, "give --teacher-model {name}")
+    source = f"{flag} --teacher-path {path}"
+    teacher: Any = _load_network(config, checkpoint, path, input_size, source)
+    if teacher.num_classes != num_classes:
+        raise InputError(
+            f"{flag}: predicts {teacher.num_classes} classes, the data has {num_classes}: give a "
+            "teacher that was trained for these classes in this order"
+        )
     _run_once(flag, teacher, input_size)
-    student_spec = student_spec or ImageSpec(input_size)
-    own = _spec_of(_description_in(checkpoint), name, teacher, student_spec, flag)
+    own = _spec_of(description, name, teacher, student_spec, flag)
     return nn.Sequential(renormaliser(student_spec, own), teacher)
 
 
@@ -120,15 +128,11 @@ def build_feature_map(
     """AttentiveMix's classifier, as a function to its last feature map.
 
     Args:
-        choice: NAME (timm's; timm downloads its weights), NAME=CHECKPOINT, or a CHECKPOINT of this
-            project's main.py.
-        input_size: height and width of the student's images.
-        student_spec: normalisation of these images; default: ImageNet's mean and std.
-        read: reads the checkpoint.
+        choice, read: as in `build_motivator`.
+        input_size, student_spec: as in `build_teacher`.
 
     Raises:
-        InputError: the name is unknown, its weights cannot be read or belong to another network, or
-            the network has no feature map.
+        InputError: as in `build_teacher`, or the network has no feature map.
     """
     flag, student_spec = f"--attentive-teacher {choice}", student_spec or ImageSpec(input_size)
     name, path = _name_and_file(choice, flag)
@@ -136,10 +140,11 @@ def build_feature_map(
         _check_name("--attentive-teacher", name)
     checkpoint = read(path) if path else {}
     description = _description_in(checkpoint)
-    if name:
-        network = _from_weights(name, checkpoint, flag) if path else _download(name, flag)
+    if path:
+        config = _config_in(description, name, path, flag)
+        network = _load_network(config, checkpoint, path, input_size, flag)
     else:
-        network = restore_model(checkpoint).network
+        network = _download(name, flag)
     own = _spec_of(description, name, network, student_spec, flag)
     features = FeatureMap(network, renormaliser(student_spec, own))
     shape = _run_once(flag, features, input_size).shape
@@ -242,9 +247,7 @@ def _build_fitted(
 ) -> ImageModel:
     """The model of `config` with weights of a network or of a checkpoint, resized to its images.
 
-    Args:
-        path: the file of the checkpoint, for messages.
-        fresh_heads: heads of another size are initialised anew.
+    `path` names the file in messages. With `fresh_heads`, heads of another size start anew.
     """
     height, width = config["input_size"]
     try:
@@ -256,7 +259,7 @@ def _build_fitted(
             load_strictly(model, adapted, source=flag)
     except InputError as error:
         raise InputError(
-            f"{flag} cannot guide a student on {height} x {width} pixels: {error}"
+            f"{flag} cannot serve a student on {height} x {width} pixels: {error}"
         ) from error
     _run_once(flag, model.network, (height, width))
     return model
@@ -304,8 +307,8 @@ def _spec_of(
 ) -> ImageSpec:
     """The normalisation with which a network was trained.
 
-    A checkpoint of main.py contains it (`description`); for other weights it is timm's for `name`,
-    and if timm has none, the student's.
+    A checkpoint of main.py contains it; for other weights it is timm's for `name`, or else the
+    student's.
     """
     if description["model_config"]:
         plain = description["data"].get("image_spec")
@@ -320,11 +323,16 @@ def _spec_of(
 
 
 def _config_in(
-    description: Mapping[str, dict[str, Any]], name: str, path: str, flag: str
+    description: Mapping[str, dict[str, Any]],
+    name: str,
+    path: str,
+    flag: str,
+    advice: str = "give the file alone",
 ) -> dict[str, Any]:
     """The arguments of `build_model` for the weights in a file.
 
-    A checkpoint of main.py contains them; any other file needs a name.
+    A checkpoint of main.py contains them; any other file needs a name, which is then the only one.
+    `advice` says what to do if the file holds another network than `name`.
     """
     config = description["model_config"]
     if not config:
@@ -334,21 +342,50 @@ def _config_in(
                 f"NAME={path}"
             )
         return {"name": name}
-    if name not in ("", config.get("name")):
-        raise InputError(f"{flag}: the file holds a {config.get('name')}; give the file alone")
+    held = config.get("name")
+    if name not in ("", held):
+        raise InputError(f"{flag}: the file holds a {held}; {advice.format(name=held)}")
     return config
 
 
-def _from_weights(name: str, checkpoint: Mapping[str, Any], flag: str) -> nn.Module:
-    """timm's network with the weights of a file, and with the number of classes of the file."""
-    weights = pick_weights(checkpoint)
-    timm_config = getattr(timm.create_model(name, num_classes=1), "default_cfg", {})
-    head = timm_config.get("classifier", "head")
-    classifier = weights.get(f"{head}.weight", torch.empty(0))
-    classes = len(classifier) if classifier.numel() and classifier.ndim else 0
-    network = timm.create_model(name, num_classes=classes)
-    load_strictly(network, weights, source=flag)
+def _load_network(
+    config: dict[str, Any],
+    checkpoint: Mapping[str, Any],
+    path: str,
+    input_size: tuple[int, int],
+    flag: str,
+) -> nn.Module:
+    """The plain network of a checkpoint, for images of this size, with the file's classes.
+
+    Args:
+        config: what `_config_in` returns.
+        path: the file, for messages.
+    """
+    name, is_ours = config["name"], "num_classes" in config
+    if not is_ours:
+        config = {**config, "num_classes": _classes_in(pick_weights(checkpoint), name)}
+    if is_ours and not takes_input_size(name):
+        return restore_model(checkpoint).network  # a ConvNet takes images of any size
+    if takes_input_size(name):
+        fitted = {**config, "input_size": input_size}
+        try:
+            return _build_fitted(fitted, checkpoint, path, False, flag).network
+        except InputError:
+            if is_ours:
+                raise
+    # Other ConvNets, and networks that cannot be trained here.
+    network = timm.create_model(name, num_classes=config["num_classes"])
+    load_strictly(network, pick_weights(checkpoint), source=flag)
     return network
+
+
+def _classes_in(weights: Mapping[str, Tensor], name: str) -> int:
+    """The number of classes of the weights of timm's network `name`; 0 without a classifier."""
+    timm_config = getattr(timm.create_model(name, num_classes=1), "default_cfg", {})
+    heads = timm_config.get("classifier", "head")  # a distilled network has two
+    head = heads if isinstance(heads, str) else heads[0]
+    classifier = weights.get(f"{head}.weight", torch.empty(0))
+    return len(classifier) if classifier.numel() and classifier.ndim else 0
 
 
 def _download(name: str, flag: str) -> nn.Module:

@@ -63,7 +63,7 @@ class AttentiveMix(Mixer[list[float]]):
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
     ) -> list[float]:
         shares = draw_beta(self.alpha, batch_size, generator, self.beta)
-        return pair_up(shares, batch_size, self.mode)
+        return pair_up(shares, batch_size, self.mode, self.groups)
 
     def apply(self, images: Tensor, labels: Tensor, drawn: list[float], guide: Guide) -> MixedBatch:
         scores = self.teacher(images).float().mean(dim=1)  # (B, rows, columns)

@@ -58,7 +58,7 @@ class CutMix(Mixer[list[Box]]):
             return draw_box(image_size, sides_of(image_size, share), generator)
 
         boxes = [draw_one(share) for share in draw_beta(self.alpha, batch_size, generator)]
-        return pair_up(boxes, batch_size, self.mode)
+        return pair_up(boxes, batch_size, self.mode, self.groups)
 
     def apply(self, images: Tensor, labels: Tensor, drawn: list[Box], guide: Guide) -> MixedBatch:
         height, width = images.shape[-2:]

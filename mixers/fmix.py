@@ -52,7 +52,7 @@ class FMix(Mixer[Blobs]):
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
     ) -> Blobs:
-        used = pair_up(list(range(batch_size)), batch_size, self.mode)
+        used = pair_up(list(range(batch_size)), batch_size, self.mode, self.groups)
         count, (height, width) = max(used) + 1, image_size
         shares = draw_beta(self.alpha, count, generator)
         # The number of pixels is rounded down or up with equal probability.

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from models.interface import AttentionOf, GuideOutput, ModelOutput
+from samplers import view_group
 
 # Clean images (B, C, height, width) -> their logits and score.
 Guide = Callable[[Tensor], GuideOutput | ModelOutput]
@@ -51,12 +52,13 @@ Guide = Callable[[Tensor], GuideOutput | ModelOutput]
 class Regions(NamedTuple):
     """The source regions and the target regions of a batch, in tokens.
 
-    A corner is the row and column of a region's top left token.
+    A corner is the row and column of a region's top left token. Both images of a pair have regions
+    of one size.
     """
 
     source_corners: Tensor  # (B, 2) int64, in the source image of each pair
     target_corners: Tensor  # (B, 2) int64, in the target image
-    size: tuple[int, int]  # rows, columns
+    sizes: Tensor  # (B, 2) int64: rows, columns
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,14 @@ class MixerContext:
         to_bytes: normalised images -> their pixels before normalisation, uint8.
         teacher: clean images -> features (B, D, rows, columns) of a frozen classifier, for
             AttentiveMix.
+        groups: see `Mixer`.
     """
 
     num_classes: int
     grid_size: tuple[int, int]
     to_bytes: Callable[[Tensor], Tensor]
     teacher: Callable[[Tensor], Tensor] | None = None
+    groups: int = 1
 
 
 Draw = TypeVar("Draw")
@@ -181,10 +185,16 @@ Value = TypeVar("Value")
 class Mixer(ABC, Generic[Draw]):
     """One mixing method.
 
+    `groups` is the number of groups into which repeated augmentation divides a batch
+    (`samplers.py:view_group`). What is drawn once per batch is drawn once for each group, so that
+    each view of an image meets its own draw.
+
     Args:
         num_classes: K.
         smoothing: label smoothing e, applied here and nowhere else.
     """
+
+    groups = 1
 
     def __init__(self, num_classes: int, smoothing: float = 0.1) -> None:
         self.num_classes = num_classes
@@ -255,15 +265,17 @@ class NoMixing(Mixer[None]):
         return MixedBatch(images, soft_labels(labels, self.num_classes, self.smoothing))
 
 
-def pair_up(values: list[Value], batch_size: int, mode: str) -> list[Value]:
+def pair_up(values: list[Value], batch_size: int, mode: str, groups: int) -> list[Value]:
     """One draw for each image of a batch, shared as `--mixup-mode` says.
 
     Args:
-        values: a draw for each image, of which only the first or the first half may be used.
-        mode: batch: one for all; pair: one for both images of a pair; elem: one for each image.
+        values: a draw for each image, of which only the first ones may be used.
+        mode: batch: one for each group of views; pair: one for both images of a pair; elem: one for
+            each image.
+        groups: see `Mixer`.
     """
     if mode == "batch":
-        return values[:1] * batch_size
+        return [values[view_group(entry, batch_size, groups)] for entry in range(batch_size)]
     if mode == "pair":
         return [values[min(i, batch_size - 1 - i)] for i in range(batch_size)]
     return values

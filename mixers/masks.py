@@ -50,17 +50,17 @@ def first_argmax(scores: Tensor) -> Tensor:
     return torch.stack((first // columns, first % columns), dim=1)
 
 
-def region_mask(corners: Tensor, size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
+def region_mask(corners: Tensor, sizes: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """The tokens inside each image's region (the index set of Eq. 10), (B, N) bool.
 
     Args:
         corners: (B, 2) int64, row and column of the region's top left token.
-        size: h, w.
+        sizes: (B, 2) int64, h and w of each region.
     """
     rows, columns = (torch.arange(length, device=corners.device) for length in grid_size)
     top, left = corners[:, :1], corners[:, 1:]  # (B, 1)
-    inside_rows = (rows >= top) & (rows < top + size[0])  # (B, rows)
-    inside_columns = (columns >= left) & (columns < left + size[1])
+    inside_rows = (rows >= top) & (rows < top + sizes[:, :1])  # (B, rows)
+    inside_columns = (columns >= left) & (columns < left + sizes[:, 1:])
     return (inside_rows[:, :, None] & inside_columns[:, None, :]).flatten(1)
 
 

@@ -31,7 +31,9 @@ class Mixup(Mixer[list[float]]):
     def draw(
         self, batch_size: int, image_size: tuple[int, int], generator: torch.Generator
     ) -> list[float]:
-        return pair_up(draw_beta(self.alpha, batch_size, generator), batch_size, self.mode)
+        return pair_up(
+            draw_beta(self.alpha, batch_size, generator), batch_size, self.mode, self.groups
+        )
 
     def apply(self, images: Tensor, labels: Tensor, drawn: list[float], guide: Guide) -> MixedBatch:
         lam = torch.tensor(drawn).to(images.device, non_blocking=True)  # (B,)

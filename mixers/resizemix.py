@@ -62,9 +62,9 @@ class ResizeMix(Mixer[list[Box]]):
         ]
         if self.placement == "clipped":
             boxes = [draw_box(image_size, sides, generator) for sides in all_sides]
-            boxes = pair_up(boxes, batch_size, self.mode)
+            boxes = pair_up(boxes, batch_size, self.mode, self.groups)
         else:
-            all_sides = pair_up(all_sides, batch_size, self.mode)
+            all_sides = pair_up(all_sides, batch_size, self.mode, self.groups)
             boxes = [draw_box_inside(image_size, sides, generator) for sides in all_sides]
         if batch_size % 2:
             # The middle image of an odd batch is its own source: it stays clean.

@@ -56,7 +56,7 @@ class SaliencyMix(Mixer[list[tuple[int, int]]]):
     ) -> list[tuple[int, int]]:
         shares = draw_beta(self.alpha, batch_size, generator)
         sides = [sides_of(image_size, share) for share in shares]
-        return pair_up(sides, batch_size, self.mode)
+        return pair_up(sides, batch_size, self.mode, self.groups)
 
     def apply(
         self, images: Tensor, labels: Tensor, drawn: list[tuple[int, int]], guide: Guide

@@ -46,7 +46,7 @@ class TransMix(Mixer[Draw]):
         batch = self.mixer.apply(images, labels, drawn, guide)
         if batch.regions is not None:
             regions = batch.regions
-            tokens = region_mask(regions.target_corners, regions.size, self.grid_size)
+            tokens = region_mask(regions.target_corners, regions.sizes, self.grid_size)
         else:
             assert batch.mask is not None
             tokens = to_cells(batch.mask, self.grid_size)

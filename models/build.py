@@ -165,11 +165,10 @@ def build_model(
     if not timm.is_model(name):
         raise InputError(f"--model {name}: no such model; {near_misses(name)}")
     entry = timm.model_entrypoint(name)
-    module = entry.__module__.rsplit(".")[-1]
-    takes_img_size = all(family.takes_img_size for family in FAMILIES if module in family.modules)
-    if input_size is not None and takes_img_size:
+    takes_size = takes_input_size(name)
+    if input_size is not None and takes_size:
         overrides["img_size"] = input_size
-    if patch_size is not None and not takes_img_size:
+    if patch_size is not None and not takes_size:
         raise InputError(
             f"--patch-size {patch_size}: the patch size of {name} is fixed; leave the flag out"
         )
@@ -188,7 +187,7 @@ def build_model(
             f"--model {name}: timm cannot build it with these settings: {error}"
         ) from error
     try:
-        wrapper_args = {} if takes_img_size else {"input_size": input_size}
+        wrapper_args = {} if takes_size else {"input_size": input_size}
         model = _wrapper_of(network, name)(network, separate_region_head, **wrapper_args)
     except ValueError as error:
         raise InputError(f"--model {name} cannot be trained with SMMix: {error}") from error
@@ -196,6 +195,12 @@ def build_model(
     if name.startswith("deit_"):
         init_like_deit(network)
     return model
+
+
+def takes_input_size(name: str) -> bool:
+    """Whether a network is built for one input size. The others take images of any size."""
+    module = timm.model_entrypoint(ALIASES.get(name, name)).__module__.rsplit(".")[-1]
+    return all(family.takes_img_size for family in FAMILIES if module in family.modules)
 
 
 def build_on_meta(**config: Any) -> ImageModel:

@@ -81,13 +81,15 @@ def describe_pairs(
         class_names: one per label.
         grid_size: the token grid (rows, columns), the unit of `batch.regions`.
     """
-    region = None
-    if batch.regions is not None:
-        (height, width), (rows, columns) = batch.regions.size, grid_size
-        region = f"{height} x {width} of {rows} x {columns} tokens"
     names = [class_names[label] for label in labels.tolist()]
+    regions: list[str | None] = [None] * len(names)
+    if batch.regions is not None:
+        tokens = "of {} x {} tokens".format(*grid_size)
+        regions = [f"{h} x {w} {tokens}" for h, w in batch.regions.sizes.tolist()]
     lams = [None] * len(names) if batch.lam is None else batch.lam.tolist()
-    return [Pair(names[-1 - i], names[i], lams[i], region) for i in range((len(names) + 1) // 2)]
+    return [
+        Pair(names[-1 - i], names[i], lams[i], regions[i]) for i in range((len(names) + 1) // 2)
+    ]
 
 
 def spread_samples(samples: Dataset[tuple[Tensor, int]], count: int) -> tuple[Tensor, Tensor]:
@@ -272,10 +274,10 @@ class Page:
 
     def regions(self, row: int, regions: Regions, grid_size: tuple[int, int]) -> None:
         """Draws the frames of one row: the region in source, target and mixed image."""
-        source, target = regions.source_corners[row].tolist(), regions.target_corners[row].tolist()
+        source, target, size = (part[row].tolist() for part in regions)
         frames = (1, source, SOURCE_COLOR), (2, target, TARGET_COLOR), (3, target, SOURCE_COLOR)
         for column, cell, color in frames:
-            self.outline(self.layout.window(row, column, cell, regions.size, grid_size), color)
+            self.outline(self.layout.window(row, column, cell, size, grid_size), color)
 
     def tensor(self) -> Tensor:
         """The picture as (3, height, width) uint8."""

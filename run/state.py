@@ -18,6 +18,7 @@ from errors import InputError, StopRun
 from models.weights import load_strictly, plain_weights, to_model_keys
 from run.folder import RunFolder, candidates
 from run.saved_flags import accepts, check_settings, same_value, short
+from samplers import count_groups
 from storage.checkpoints import FORMAT, ReadCheckpoint, load_checkpoint
 from storage.plain_data import to_plain
 from training.meters import Meters
@@ -25,6 +26,10 @@ from training.nonfinite import NonFiniteLoss
 from training.optim import load_optimizer
 from training.total_batch import fewest_micro_batches
 from utils import Processes
+
+# The number of the law by which runs draw, kept in checkpoints; 1 where it is absent. Raise it when
+# the same flags give other draws. 2: each view of repeated augmentation in blocks has its own draw.
+DRAWS = 2
 
 # The parts without which a run cannot be resumed. Besides these it needs `ema`, which may be None.
 NEEDED = (
@@ -182,6 +187,7 @@ def save(
         return
     state = {
         "format": FORMAT,
+        "draws": DRAWS,
         **vars(identity),
         "model": weights["model"],
         "ema": weights["ema"] or None,
@@ -338,6 +344,7 @@ def load(
     _check_same("model", checkpoint["model_config"], identity.model_config, source)
     _check_same("data", checkpoint["data"], identity.data, source)
     check_settings(checkpoint["args"], to_plain(identity.args), source, accepted)
+    _check_draws(checkpoint, identity.args, source)
     # Before the weights are loaded: it takes a step, which changes them.
     load_optimizer(training.optimizer, checkpoint["optimizer"], source)
     load_strictly(training.module, to_model_keys(checkpoint["model"]), source=source)
@@ -363,6 +370,21 @@ def load(
         checkpoint.get("first_rate"),
         meters,
         list(checkpoint.get("bad_images", [])),
+    )
+
+
+def _check_draws(checkpoint: Mapping[str, Any], flags: Mapping[str, Any], source: str) -> None:
+    """Refuses to continue a run whose draws would follow another law from now on (`DRAWS`)."""
+    number = checkpoint.get("draws", 1)
+    repeats = flags["repeats"] if flags["repeated_aug"] else 1
+    is_same_law = count_groups(repeats, flags["repeat_layout"]) == 1  # of 1 and 2
+    if number == DRAWS or (number < DRAWS and is_same_law):
+        return
+    commit = checkpoint.get("versions", {}).get("commit", "unknown")
+    raise InputError(
+        f"{source}: the run draws by law {number} (draws: {number}), this version by law {DRAWS}, "
+        "which gives each view of a repeated image its own mix: finish the run with the version "
+        f"that started it (commit {commit}), or start a new run; --finetune takes its weights"
     )
 
 

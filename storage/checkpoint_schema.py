@@ -113,6 +113,7 @@ _SHARE = _either(_NOTHING, lambda value: _finite(value) and 0 <= value <= 1)
 # The names that the checkpoint may have in its folder.
 NAMES = ("checkpoint.pth", "best_checkpoint.pth")
 NEVER_NONE = (
+    "draws",
     "samples_in_epoch",
     "meters",
     "skipped_steps",
@@ -123,6 +124,7 @@ NEVER_NONE = (
 )
 PARTS: dict[str, Check] = {
     "format": _whole(0),
+    "draws": _whole(1),
     "args": _are_flags,
     "model_config": _parts(
         name=_one_of(str),

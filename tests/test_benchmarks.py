@@ -67,10 +67,10 @@ def test_the_textbook_way_pastes_the_same() -> None:
     regions = Regions(
         torch.tensor([[0, 1], [2, 2], [1, 0], [0, 0]]),
         torch.tensor([[1, 1], [0, 0], [2, 3], [0, 2]]),
-        (2, 3),
+        torch.tensor([[2, 3]] * 4),
     )
     ours = paste_regions(images, regions, (8, 8))
-    assert torch.equal(steps.paste_by_unfolding(images, regions, (8, 8)), ours)
+    assert torch.equal(steps.paste_by_unfolding((2, 3), images, regions, (8, 8)), ours)
 
 
 def test_a_quick_run_writes_all_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,7 @@ def work(rank: int, world_size: int, folder: str, variant: str) -> None:
         for micro in range(2):
             random = training.random(step, micro)
             seen["choices"].append(bool(training.mixer.draw(random.shared).first))
-            seen["sizes"].append(training.mixer.first.draw(BATCH, SIDE, random.own).size)
+            seen["sizes"].append(training.mixer.first.draw(BATCH, SIDE, random.own).sizes)
         engine.train_step(
             training, [batch_of(rank, step, micro) for micro in range(2)], step, Meters()
         )
@@ -222,7 +222,7 @@ def test_the_joined_batch_gives_the_mean_of_the_ranks_gradients() -> None:
     training = make_training(utils.Processes(0, 1, torch.device("cpu")), "paper")
     model = training.module.eval()
     mixer = training.mixer.first
-    drawn = Drawn((2, 3))
+    drawn = Drawn([(2, 3)] * len(batch_of(0, 0)[0]))
     parts = [mixer.apply(*batch_of(rank, 0)[:2], drawn, training.guide) for rank in range(2)]
     names = [
         "images",

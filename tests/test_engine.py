@@ -111,7 +111,7 @@ def test_a_step_reads_nothing_back(monkeypatch: pytest.MonkeyPatch, first: bool,
         training, [batch_of(0)], 0, meters
     )  # the optimizer's state exists from now on
     monkeypatch.setattr(Switch, "draw", lambda self, generator: Choice(True, first))
-    monkeypatch.setattr(SMMix, "draw", lambda self, *args: Drawn((2, 1)))
+    monkeypatch.setattr(SMMix, "draw", lambda self, count, *args: Drawn([(2, 1)] * count))
     monkeypatch.setattr("mixers.mixup.Mixup.draw", lambda self, count, *args: [0.3] * count)
     with CountReads() as counter:
         engine.train_step(training, [batch_of(1)], 1, meters)

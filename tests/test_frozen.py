@@ -107,7 +107,8 @@ def test_a_name_alone_has_its_weights_fetched(
         ),
         ("test_resnet=missing.pth", "there is no file missing.pth"),
         ("test_convnext=weights.pth", "--attentive-teacher test_convnext=weights.pth"),
-        ("vit_nano_patch4_32=nano.pth", "cannot take the student's images of 64 x 96 pixels"),
+        ("vit_nano_patch4_32=nano.pth", "has no feature map"),
+        ("xcit_nano_12_p16_224=xcit.pth", "has no feature map"),  # it cannot be trained here
         ("test_vit=vit.pth", "has no feature map"),
     ],
 )
@@ -118,6 +119,8 @@ def test_what_cannot_be_looked_through_is_refused(
     write_weights(Path("weights.pth"))
     write_weights(Path("vit.pth"), "test_vit")
     write_weights(Path("nano.pth"), "vit_nano_patch4_32")
+    if "xcit" in choice:
+        write_weights(Path("xcit.pth"), "xcit_nano_12_p16_224")
     with pytest.raises(InputError) as refusal:
         second_networks.build_feature_map(choice, SIZE)
     assert message in str(refusal.value)
@@ -242,6 +245,74 @@ def test_a_teacher_is_shown_the_images_as_it_knows_them(
         expected, unchanged = network(again(images, shown or OF_STUDENT, HALF)), network(images)
         torch.testing.assert_close(teacher(images), expected, rtol=1e-3, atol=1e-4)
     assert torch.allclose(expected, unchanged, rtol=1e-3, atol=1e-4) == (shown == HALF)
+
+
+# ------------------------------------------------------------------ images of another size or patch
+
+
+def ours(path: Path, name: str, **config: Any) -> tuple[Path, Any]:
+    """A checkpoint of main.py on 32 x 32 pixels, and its model."""
+    torch.manual_seed(3)
+    config = {"name": name, "num_classes": 3, "input_size": (32, 32), **config}
+    model = build_model(**config)
+    plain = {**config, "input_size": list(config["input_size"])}
+    save_checkpoint(path, {"model_config": plain, "model": plain_weights(model)})
+    return path, model.eval()
+
+
+@pytest.mark.parametrize("patch", [4, 8])
+@pytest.mark.parametrize("size", [(32, 32), (48, 32)])
+def test_a_teacher_of_ours_is_resized_as_a_motivator_is(
+    tmp_path: Path, patch: int, size: tuple[int, int]
+) -> None:
+    name = "vit_nano_patch4_32"
+    path, model = ours(tmp_path / "run.pth", name, patch_size=patch)
+    spec, images = ImageSpec(size), torch.randn(2, 3, *size)
+    teacher = second_networks.build_teacher(name, str(path), 3, size, spec)
+    motivator, _ = second_networks.build_motivator(str(path), 3, spec)
+    with torch.no_grad():
+        assert torch.equal(teacher(images), motivator.network(images))
+        if size == (32, 32):
+            assert torch.equal(teacher(images), model.network(images))
+    # The same weights without their description: they belong to the default patch.
+    torch.save({"model": model.network.state_dict()}, tmp_path / "plain.pth")
+    plain = second_networks.build_teacher(name, str(tmp_path / "plain.pth"), 3, size, spec)
+    with torch.no_grad():
+        assert patch == 8 or torch.equal(plain(images), teacher(images))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "pvt_v2_b0"])
+def test_a_teacher_that_takes_any_size_stays_as_it_is(tmp_path: Path, name: str) -> None:
+    path, model = ours(tmp_path / "run.pth", name)
+    teacher = second_networks.build_teacher(name, str(path), 3, (40, 72))
+    images = torch.randn(1, 3, 40, 72)
+    with torch.no_grad():
+        assert torch.equal(teacher(images), model.network(images))
+
+
+def test_a_feature_map_of_ours_is_resized(tmp_path: Path) -> None:
+    """Swin is built for one size; its bias tables are resampled."""
+    path, _ = ours(tmp_path / "run.pth", "swin_tiny_patch4_window7_224", embed_dim=24)
+    features = second_networks.build_feature_map(str(path), (64, 96))
+    assert features(torch.randn(1, 3, 64, 96)).shape == (1, 192, 2, 3)
+
+
+def test_a_distilled_teacher_without_description_has_its_classes(tmp_path: Path) -> None:
+    name = "deit_tiny_distilled_patch16_224"
+    path, _ = write_weights(tmp_path / "weights.pth", name)
+    teacher = second_networks.build_teacher(name, str(path), 3, (32, 32))
+    assert teacher(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_a_teacher_of_other_classes_or_another_name_is_refused(tmp_path: Path) -> None:
+    path, _ = ours(tmp_path / "run.pth", "vit_nano_patch4_32")
+    for name, classes, size, message in (
+        ("vit_nano_patch4_32", 5, (32, 32), "predicts 3 classes, the data has 5"),
+        ("regnety_160", 3, (32, 32), "give --teacher-model vit_nano_patch4_32"),
+        ("vit_nano_patch4_32", 3, (30, 30), "not divisible by the patch size"),
+    ):
+        with pytest.raises(InputError, match=message):
+            second_networks.build_teacher(name, str(path), classes, size)
 
 
 @pytest.mark.slow

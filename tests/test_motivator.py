@@ -310,8 +310,8 @@ def test_one_that_cannot_guide_is_refused(tmp_path: Path) -> None:
     assert "the file holds a vit_nano_patch4_32; give the file alone" in refusal(
         f"vit_mini_patch4_32={ours}"
     )
-    assert "cannot guide a student on 18 x 18 pixels" in refusal(str(ours), size=(18, 18))
-    assert "cannot guide a student" in refusal(f"vit_mini_patch4_32={plain}")
+    assert "cannot serve a student on 18 x 18 pixels" in refusal(str(ours), size=(18, 18))
+    assert "cannot serve a student" in refusal(f"vit_mini_patch4_32={plain}")
 
 
 def test_what_it_cannot_show_is_refused(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def smmix_picture(
     attention[:, -1, -1] = 0.0
     images, labels = flat_images(count, size), torch.arange(count) % len(NAMES)
     mixer = SMMix(len(NAMES), grid_size)
-    batch = mixer.apply(images, labels, Drawn(region), planted_guide(attention))
+    batch = mixer.apply(images, labels, Drawn([region] * count), planted_guide(attention))
     picture = pictures.mixing_picture(
         images, batch, labels, spec=plain_spec(size), class_names=NAMES, grid_size=grid_size
     )
@@ -364,7 +364,7 @@ def test_images_stay_as_they_are() -> None:
     images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
     before = images.clone()
     regions = Regions(
-        torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2, dtype=torch.long), (1, 1)
+        torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2, dtype=torch.long), torch.ones(2, 2)
     )
     batch = MixedBatch(
         images, torch.zeros(2, 2), torch.full((2,), 0.25), regions=regions

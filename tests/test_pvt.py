@@ -144,7 +144,8 @@ def recorded_mix(record: dict[str, Any], images: Tensor) -> Tensor:
 def apply(record: dict[str, Any], guide: Any, variant: str = "released") -> MixedBatch:
     side, rect = (record["side"],) * 2, (record["rect"],) * 2
     mixer = SMMix(record["n_classes"], side, record["label_smoothing"], variant=VARIANTS[variant])
-    return mixer.apply(recorded_images(record), record["y"], Drawn(rect), guide)
+    images = recorded_images(record)
+    return mixer.apply(images, record["y"], Drawn([rect] * len(images)), guide)
 
 
 @steps

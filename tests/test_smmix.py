@@ -134,7 +134,7 @@ def slow_mix(
         references,
         guide.logits(images),
         guide.attention(images),
-        Regions(torch.tensor(source), torch.tensor(target), size),
+        Regions(torch.tensor(source), torch.tensor(target), torch.tensor([size] * batch)),
     )
 
 
@@ -143,9 +143,7 @@ def assert_same_batch(ours: MixedBatch, expected: MixedBatch, tolerance: float =
     for field in fields(MixedBatch):
         got, wanted = getattr(ours, field.name), getattr(expected, field.name)
         if field.name == "regions":
-            assert torch.equal(got.source_corners, wanted.source_corners)
-            assert torch.equal(got.target_corners, wanted.target_corners)
-            assert got.size == wanted.size
+            assert all(map(torch.equal, got, wanted))
         elif field.name in ("images", "source_mask"):
             assert torch.equal(got, wanted), field.name
         else:
@@ -305,7 +303,7 @@ def test_region_mask_is_the_window(grid: Size, size: Size) -> None:
     corners = torch.tensor(
         [(i, j) for i in range(grid[0] - size[0] + 1) for j in range(grid[1] - size[1] + 1)]
     )
-    mask = region_mask(corners, size, grid)
+    mask = region_mask(corners, torch.tensor([size] * len(corners)), grid)
     assert mask.dtype == torch.bool
     for (top, left), row in zip(corners.tolist(), mask, strict=True):
         cells = [
@@ -351,7 +349,8 @@ def test_pasting_follows_eq_8_and_leaves_its_input(
     )
     before = images.clone()
     source, target = corners_in(grid, size, batch), corners_in(grid, size, batch)
-    mixed = paste_regions(images, Regions(source, target, size), patch)
+    regions = Regions(source, target, torch.tensor([size] * batch))
+    mixed = paste_regions(images, regions, patch)
     from_source, to_target = (
         [(int(i), int(j)) for i, j in corners] for corners in (source, target)
     )
@@ -407,14 +406,14 @@ def test_the_whole_mix_is_that_of_a_loop_over_pairs(
     images, labels = batch_of(batch, grid)
     guide = FakeGuide(grid, 5)
     mixer = SMMix(5, grid, variant=VARIANTS[variant])
-    ours = mixer.apply(images, labels, Drawn(size), guide)
+    ours = mixer.apply(images, labels, Drawn([size] * batch), guide)
     assert_same_batch(ours, slow_mix(images, labels, guide, grid, size, VARIANTS[variant]))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5])
 def test_the_middle_image_of_an_odd_batch_stays_plain(batch: int) -> None:
     images, labels = batch_of(batch, (4, 6))
-    mixed = SMMix(5, (4, 6)).apply(images, labels, Drawn((3, 3)), FakeGuide((4, 6), 5))
+    mixed = SMMix(5, (4, 6)).apply(images, labels, Drawn([(3, 3)] * batch), FakeGuide((4, 6), 5))
     middle = batch // 2
     assert torch.equal(mixed.images[middle], images[middle])
     own = torch.tensor(slow_labels(int(labels[middle]), 5, 0.1))
@@ -480,7 +479,7 @@ def test_properties_of_every_mix(case: tuple[Tensor, Tensor, Size, Size, Variant
     pixels = mixed.source_mask.unflatten(1, grid)[:, None]
     pixels = pixels.repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3).expand_as(images)
     assert torch.equal(mixed.images[~pixels], images[~pixels])
-    height, width = mixed.regions.size[0] * patch[0], mixed.regions.size[1] * patch[1]
+    height, width = (mixed.regions.sizes[0] * torch.tensor(patch)).tolist()
     for b, (top, left) in enumerate((mixed.regions.source_corners * torch.tensor(patch)).tolist()):
         source = images[len(images) - 1 - b][:, top : top + height, left : left + width]
         assert torch.equal(mixed.images[b][pixels[b]], source.reshape(-1))
@@ -509,14 +508,16 @@ def test_another_key_gives_another_mix() -> None:
             images, labels, FakeGuide((6, 6), 5), StepRandom(shared, keyed_generator(key))
         )
         assert mixed.regions is not None
-        sizes.add(mixed.regions.size)
+        sizes.add(tuple(mixed.regions.sizes[0].tolist()))
     assert len(sizes) > 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_images_keep_full_precision_labels(dtype: torch.dtype) -> None:
     images, labels = batch_of(4, (4, 6))
-    mixed = SMMix(5, (4, 6)).apply(images.to(dtype), labels, Drawn((2, 3)), FakeGuide((4, 6), 5))
+    mixed = SMMix(5, (4, 6)).apply(
+        images.to(dtype), labels, Drawn([(2, 3)] * 4), FakeGuide((4, 6), 5)
+    )
     assert mixed.images.dtype == dtype
     for name in ("labels", "lam", "source_labels", "target_labels", "reference_probs"):
         assert getattr(mixed, name).dtype == torch.float32, name
@@ -531,7 +532,7 @@ def test_the_whole_mix_is_traced_as_one_graph(variant: str) -> None:
     mixer = SMMix(5, (4, 6), variant=VARIANTS[variant])
 
     def apply(images: Tensor, labels: Tensor, clean: ModelOutput) -> MixedBatch:
-        return mixer.apply(images, labels, Drawn((2, 3)), lambda _: clean)
+        return mixer.apply(images, labels, Drawn([(2, 3)] * 3), lambda _: clean)
 
     images, labels = batch_of(3, (4, 6))
     values = (images, labels, FakeGuide((4, 6), 5)(images))

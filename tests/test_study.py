@@ -50,7 +50,7 @@ def scheme_of(source: Any, target: Any, score: Any = "guide") -> Scheme:
 
 def slow_regions(scheme: Scheme, drawn: Drawn, score: Tensor) -> tuple[list[Any], list[Any]]:
     """Corners in the source and in the target of each pair, one image after the other."""
-    scores, count = slow_scores(score, GRID, drawn.size), len(score)
+    scores, count = slow_scores(score, GRID, drawn.sizes[0]), len(score)
     sources, targets = [], []
     for image in range(count):
         partner = count - 1 - image
@@ -87,7 +87,7 @@ def test_a_scheme_is_that_of_a_loop_over_pairs(
     assert batch.regions.source_corners.tolist() == [list(corner) for corner in sources]
     assert batch.regions.target_corners.tolist() == [list(corner) for corner in targets]
     expected = slow_paste(
-        images, sources, targets, drawn.size, (SIZE[0] // GRID[0], SIZE[1] // GRID[1])
+        images, sources, targets, drawn.sizes[0], (SIZE[0] // GRID[0], SIZE[1] // GRID[1])
     )
     assert torch.equal(batch.images, expected)
     for name in (
@@ -109,8 +109,8 @@ def test_a_scheme_leaves_the_draw_of_the_size_alone(source: str, target: str) ->
     plain, other = SMMix(K, GRID), SMMix(K, GRID, scheme=scheme_of(source, target, "random"))
     for key in range(20):
         assert (
-            plain.draw(6, SIZE, keyed_generator(key)).size
-            == other.draw(6, SIZE, keyed_generator(key)).size
+            plain.draw(6, SIZE, keyed_generator(key)).sizes
+            == other.draw(6, SIZE, keyed_generator(key)).sizes
         )
     drawn = plain.draw(6, SIZE, keyed_generator(0))
     assert (drawn.source_corners, drawn.score) == (None, None)

@@ -218,12 +218,18 @@ def update_cases(bench: Bench) -> list[Case]:
     ]
 
 
-def paste_by_unfolding(images: Tensor, regions: Regions, patch_size: tuple[int, int]) -> Tensor:
-    """The simple way: unfold all patches, index those of the regions, fold all patches again."""
+def paste_by_unfolding(
+    size: tuple[int, int], images: Tensor, regions: Regions, patch_size: tuple[int, int]
+) -> Tensor:
+    """The simple way: unfold all patches, index those of the regions, fold all patches again.
+
+    Args:
+        size: of every region, in tokens.
+    """
     rows, columns = images.shape[2] // patch_size[0], images.shape[3] // patch_size[1]
     patches = unfold(images, patch_size, stride=patch_size)  # (B, C * P, N)
-    below = torch.arange(regions.size[0], device=images.device)[:, None]
-    beside = torch.arange(regions.size[1], device=images.device)
+    below = torch.arange(size[0], device=images.device)[:, None]
+    beside = torch.arange(size[1], device=images.device)
 
     def cells(corners: Tensor) -> Tensor:
         tops, lefts = corners[:, :1, None], corners[:, 1:, None]
@@ -233,13 +239,15 @@ def paste_by_unfolding(images: Tensor, regions: Regions, patch_size: tuple[int, 
     mixed = patches.clone()
     source, target = cells(regions.source_corners), cells(regions.target_corners)
     mixed[batch, :, target] = patches.flip(0)[batch, :, source]
-    size = (rows * patch_size[0], columns * patch_size[1])
-    return fold(mixed, size, patch_size, stride=patch_size)
+    image_size = (rows * patch_size[0], columns * patch_size[1])
+    return fold(mixed, image_size, patch_size, stride=patch_size)
 
 
-def copy_regions(images: Tensor, regions: Regions, patch_size: tuple[int, int]) -> Tensor:
+def copy_regions(
+    size: tuple[int, int], images: Tensor, regions: Regions, patch_size: tuple[int, int]
+) -> Tensor:
     """Copies as many pixels as pasting does: the least that any pasting needs."""
-    height, width = regions.size[0] * patch_size[0], regions.size[1] * patch_size[1]
+    height, width = size[0] * patch_size[0], size[1] * patch_size[1]
     return images[:, :, :height, :width].clone()
 
 
@@ -252,16 +260,17 @@ def paste_cases(bench: Bench) -> list[Case]:
     corners = [
         (torch.rand(batch, 2, generator=generator) * room).long().to(bench.device) for _ in range(2)
     ]
-    regions = Regions(corners[0], corners[1], size)
+    sizes = torch.tensor(size, device=bench.device).expand(batch, 2)
+    regions = Regions(corners[0], corners[1], sizes)
 
     def timed(paste: Callable[[Tensor, Regions, tuple[int, int]], Tensor]) -> Callable[[], Any]:
         return lambda: paste(bench.images, regions, model.patch_size)
 
     return [
-        Case("copy of the pasted regions", timed(copy_regions), 5),
+        Case("copy of the pasted regions", timed(partial(copy_regions, size)), 5),
         Case("copy of the batch", lambda: bench.images.clone(), 5),
         Case("paste_regions", timed(paste_regions), 5),
-        Case("unfold, index, fold", timed(paste_by_unfolding), 5),
+        Case("unfold, index, fold", timed(partial(paste_by_unfolding, size)), 5),
         Case("all of SMMix's mixing without the pass", partial(_mix_without_pass, bench), 5),
     ]
 
