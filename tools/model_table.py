@@ -2,14 +2,12 @@
 
     python -m tools.model_table --output docs/models.md
 
-Sizes and costs are counted on the models; names and accuracies come from the headers of
-`scripts/*.sh`.
+Sizes and costs are counted on the models; names and accuracies come from `recipes/tables.yaml`.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +20,8 @@ from config.parser import Parser
 from errors import run_command
 from models.build import build_model, describe_families
 from storage.files import write_atomically
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+from tools.runs.matching import flags_of
+from tools.runs.rows import read_tables
 
 HEAD = """# Models
 
@@ -48,30 +46,26 @@ Any model of these timm classes trains with SMMix; `python main.py --list-models
 """
 
 
-class Row(NamedTuple):
-    """The header of one script of Table 1."""
+class Backbone(NamedTuple):
+    """One column of Table 1."""
 
     title: str
     model: str
-    cutmix: str
-    smmix: str
+    cutmix: float | None
+    smmix: float | None
     script: str
 
 
-def table_1() -> list[Row]:
-    """The rows of Table 1 in the paper's order, read from the scripts that train them."""
-    rows = []
-    for path in sorted(SCRIPTS.glob("*.sh")):
-        text = path.read_text(encoding="utf-8")
-        title = re.search(r"^# (\S+) on ImageNet-1k with SMMix", text, re.M)
-        accuracies = re.search(r"CutMix (\d+\.\d), SMMix (\d+\.\d)", text)
-        model = re.search(r"--model (\S+)", text)
-        if title and accuracies and model:
-            rows.append(Row(title[1], model[1], accuracies[1], accuracies[2], path.name))
-    families = ("DeiT", "CaiT", "PVT", "Swin")
-    return sorted(
-        rows, key=lambda row: (families.index(row.title.split("-")[0]), float(row.cutmix))
-    )
+def table_1() -> list[Backbone]:
+    """The columns of Table 1, in the paper's order."""
+    tables = read_tables()
+    table, backbones = tables.tables["table1"], []
+    for column in table.columns:
+        cutmix, smmix = (table.find(name, column) for name in ("cutmix", "smmix"))
+        model = flags_of(smmix.arguments, "cpu")["model"]
+        title, script = tables.labels[column], f"{column}.sh"
+        backbones.append(Backbone(title, model, cutmix.figure, smmix.figure, script))
+    return backbones
 
 
 def count_multiply_adds(network: nn.Module, input_size: tuple[int, int]) -> int:
