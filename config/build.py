@@ -278,11 +278,8 @@ def make_training(
         )
     wrapped: torch.nn.Module = model
     if processes.world_size > 1:
-        # The step broadcasts the buffers itself: see `training/buffers.py`.
         wrapped = DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
+            model, device_ids=[device] if device.type == "cuda" else None
         )
     loss = make_loss(flags, steps)
     training = engine.Training(

@@ -117,6 +117,11 @@ def _check_conflicts(args: argparse.Namespace) -> None:
             "weights",
         ),
         (
+            args.distillation_type != "none" and not args.train_mode,
+            f"--distillation-type {args.distillation_type} with --no-train-mode: the logits of the "
+            "distillation token exist in training mode only; leave out one of them",
+        ),
+        (
             bool(args.teacher_path) and args.distillation_type == "none",
             "--teacher-path would be ignored: add --distillation-type soft or hard",
         ),

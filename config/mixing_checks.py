@@ -69,6 +69,7 @@ def _rules_of_labels(args: argparse.Namespace, relabels: bool) -> Iterator[Rule]
         relabels: TransMix computes the labels.
     """
     splits = args.mix_protocol == "split"
+    transmix = "--mixer transmix" if args.mixer == "transmix" else "--relabel transmix"
     yield (
         splits and (args.mixer in ("mixup", "none") or args.mixup == 0),
         "--mix-protocol split divides each batch between --mixer and Mixup: give a --mixer "
@@ -77,7 +78,7 @@ def _rules_of_labels(args: argparse.Namespace, relabels: bool) -> Iterator[Rule]
     yield (
         splits and (relabels or args.bce_loss),
         "--mix-protocol split: a batch that two methods mix cannot have "
-        f"{'labels from TransMix' if relabels else '--bce-loss'}; use --mix-protocol switch",
+        f"{transmix if relabels else '--bce-loss'}; use --mix-protocol switch",
     )
     yield (
         args.relabel_ratio != 0.5 and not relabels,
@@ -85,8 +86,8 @@ def _rules_of_labels(args: argparse.Namespace, relabels: bool) -> Iterator[Rule]
     )
     yield (
         args.bce_loss and relabels,
-        "--bce-loss counts every class in a label as present, whatever its share, so the "
-        "shares that TransMix computes change nothing: leave out one of them",
+        "--bce-loss counts every class in a label as present, whatever its share, so the shares of "
+        f"{transmix} change nothing: leave out one of them",
     )
     yield (
         args.bce_loss and args.smoothing > 0,

@@ -42,6 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from errors import InputError
 from models.interface import AttentionOf, GuideOutput, ModelOutput
 from samplers import view_group
 
@@ -114,6 +115,34 @@ class StepRandom(NamedTuple):
 
     shared: torch.Generator  # the same on all ranks
     own: torch.Generator  # another one on each rank
+
+
+def check_labels(labels: Tensor, batch_size: int, num_classes: int) -> None:
+    """Refuses labels that are neither class numbers nor distributions.
+
+    Args:
+        labels: (B,) integers from 0 to K - 1, or (B, K) distributions: not negative, each row sums
+            to one (within 0.01, for low precisions).
+
+    Raises:
+        InputError: names the first label that is wrong.
+    """
+    if labels.shape == (batch_size,):
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise InputError(f"labels: class numbers must be integers, not {labels.dtype}")
+        wrong, rule = (labels < 0) | (labels >= num_classes), f"must be 0 to {num_classes - 1}"
+    elif labels.shape == (batch_size, num_classes):
+        sums = labels.float().sum(dim=1)
+        wrong = ~((labels >= 0).all(dim=1) & ((sums - 1).abs() <= 0.01))
+        rule = "must have no negative share and sum to 1"
+    else:
+        raise InputError(
+            f"labels of shape {tuple(labels.shape)}: {batch_size} images of {num_classes} classes "
+            f"need class numbers ({batch_size},) or distributions ({batch_size}, {num_classes})"
+        )
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise InputError(f"labels[{row}] is {labels[row].tolist()}: {rule}")
 
 
 def soft_labels(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
@@ -233,6 +262,19 @@ class Mixer(ABC, Generic[Draw]):
     def __call__(
         self, images: Tensor, labels: Tensor, guide: Guide, random: StepRandom
     ) -> MixedBatch:
+        """`mix` with checked labels, for one's own training loop.
+
+        The check reads the labels, so on a GPU the host waits for it. `main.py` calls `mix`: its
+        labels are checked when the data set is opened.
+
+        Raises:
+            InputError: see `check_labels`.
+        """
+        check_labels(labels, len(images), self.num_classes)
+        return self.mix(images, labels, guide, random)
+
+    def mix(self, images: Tensor, labels: Tensor, guide: Guide, random: StepRandom) -> MixedBatch:
+        """Draws and applies one mix; arguments as in `apply`."""
         height, width = images.shape[-2:]
         drawn = self.draw(len(images), (height, width), random.own)
         return self.apply(images, labels, drawn, guide)

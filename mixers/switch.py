@@ -60,4 +60,4 @@ class Switch:
     def __call__(
         self, images: Tensor, labels: Tensor, guide: Guide, random: StepRandom
     ) -> MixedBatch:
-        return self.pick(self.draw(random.shared))(images, labels, guide, random)
+        return self.pick(self.draw(random.shared)).mix(images, labels, guide, random)

@@ -20,7 +20,7 @@ def test_p1_p9_a_kill_at_random_changes_nothing(tmp_path: Path) -> None:
     disturber = chaos.prepare(
         chaos.read_args(["--short", "--kills", "1", "--elastic-restarts"]), tmp_path
     )
-    survived, wrong = disturber.run(1)
+    survived, wrong = disturber.run(1)  # of the network with batch norm
     assert wrong == []
     assert survived.launches == 1
     assert len(survived.blows) == 1

@@ -121,7 +121,7 @@ def test_mixing_ends_at_its_epoch_and_not_before(photos: Path) -> None:
         ("--mixer transmix --cutmix 0", "--cutmix 0.0: --mixer transmix needs an alpha above 0"),
         (
             "--mixer transmix --bce-loss --smoothing 0",
-            "the shares that TransMix computes change nothing",
+            "the shares of --mixer transmix change nothing",
         ),
         (
             "--mixer resizemix --resize-scope 0.5 0.2",

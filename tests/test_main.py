@@ -476,7 +476,7 @@ def test_a_compiled_run_trains_alike(
 ) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Tensor]:
         graphs.append(graph)
         return graph.forward
 

@@ -248,6 +248,36 @@ def test_soft_labels_are_timms(smoothing: float) -> None:
     torch.testing.assert_close(ours, timm_mixup.mixup_target(labels, K, 1.0, smoothing))
 
 
+EVEN = [[1 / K] * K] * 3
+WRONG_LABELS = {
+    "too large": (torch.tensor([0, K, 1]), rf"labels\[1\] is {K}: must be 0 to {K - 1}"),
+    "negative": (torch.tensor([0, 1, -1]), r"labels\[2\] is -1: must be 0 to"),
+    "no integers": (torch.tensor([0.0, 1.0, 2.0]), "must be integers, not torch.float32"),
+    "too small a sum": (torch.tensor(EVEN) * torch.tensor([[1], [1], [0.1]]), r"labels\[2\].* sum"),
+    "negative share": (torch.eye(K)[:3] * 2 - torch.tensor(EVEN), r"labels\[0\] .*no negative"),
+    "not finite": (torch.tensor(EVEN) * float("nan"), r"labels\[0\] is \[nan"),
+    "other classes": (torch.eye(K + 1)[:3], rf"shape \(3, {K + 1}\): 3 images of {K} classes"),
+    "another number": (torch.tensor([0, 1]), r"shape \(2,\): 3 images"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LABELS)
+@pytest.mark.parametrize("name", ["smmix", "none"])
+def test_wrong_labels_are_refused_in_ones_own_loop(name: str, case: str) -> None:
+    labels, message = WRONG_LABELS[case]
+    with pytest.raises(InputError, match=message):
+        mix(MAKERS[name](), batch_of(3)[0], labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_right_labels_of_any_precision_are_accepted(dtype: torch.dtype) -> None:
+    labels = torch.eye(K)[:3]
+    if dtype.is_floating_point:
+        labels = labels * 0.9 + 0.1 / K
+    mix(NoMixing(K), batch_of(3)[0], labels.to(dtype))
+    mix(NoMixing(K), batch_of(3)[0], torch.tensor([0, K - 1, 1], dtype=torch.uint8))
+
+
 def test_no_mixing_passes_the_images_on() -> None:
     images, labels = batch_of(3)
     mixed = mix(NoMixing(K, 0.2), images, labels)

@@ -144,8 +144,8 @@ def test_every_method_shares_a_batch(name: str) -> None:
         ("--mixer mixup", "give a --mixer other than"),
         ("--mixer none", "give a --mixer other than"),
         ("--mixup 0", "--mixup above 0"),
-        ("--relabel transmix", "cannot have labels from TransMix"),
-        ("--mixer transmix", "cannot have labels from TransMix"),
+        ("--relabel transmix", "cannot have --relabel transmix"),
+        ("--mixer transmix", "cannot have --mixer transmix"),
         ("--bce-loss --smoothing 0", "cannot have --bce-loss"),
     ],
 )
