@@ -156,7 +156,7 @@ def make_run(
     if flags.skip_corrupt:
         bad_images = BadImages(train_images.num_images, train_images.name_of)
         data = data._replace(bad_images=bad_images)
-    training = build.make_training(flags, model, spec, processes, data.steps, read)
+    training = build.make_training(flags, model, spec, processes, data.steps, read, log.say)
 
     # The settings of the run, and how far it has come.
     identity = make_identity(args, flags, train_images, opened.fingerprints["training"], spec)
@@ -363,7 +363,8 @@ def evaluate(
         models = {name: restore_model(checkpoint, name == "ema") for name in names}
     else:
         model = build_model(**model_config(flags, len(images.class_names)))
-        load_foreign(model, checkpoint, flags.resume, fresh_heads=False)
+        for note in load_foreign(model, checkpoint, flags.resume, fresh_heads=False):
+            log.say(f"{flags.resume}: {note}")
         spec = datasets.image_spec_for(flags.data_set, model.input_size, flags.eval_crop_ratio)
         models = {"model": model}
     loader = build.make_eval_loader(flags, images, spec, processes)

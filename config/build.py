@@ -18,7 +18,12 @@ import utils
 from config.build_guide import make_guide, uses_predictions
 from config.build_mixer import build_mixer
 from config.resolve import Flags, model_config, peak_rate
-from config.second_networks import build_feature_map, build_teacher, check_motivator_classes
+from config.second_networks import (
+    build_feature_map,
+    build_teacher,
+    check_motivator_classes,
+    describe_files,
+)
 from errors import InputError
 from losses import Criterion, DistillationLoss, SMMixLoss
 from mixers.interface import MixerContext
@@ -262,11 +267,13 @@ def make_training(
     processes: Processes,
     steps: int,
     read: ReadCheckpoint,
+    say: Callable[[str], None],
 ) -> engine.Training:
     """Everything that the step needs, checked by one warm-up (`engine.py:warm_up`).
 
     Args:
         steps: steps per epoch.
+        say: prints which weights of a second network's file are used, if it has several.
     """
     device, autocast = processes.device, precision.make_autocast(processes.device, flags.amp)
     average = None
@@ -304,4 +311,6 @@ def make_training(
         finish=transforms.FinishBatch(spec, flags.remode),
     )
     engine.warm_up(training, model.input_size)
+    for line in describe_files(vars(flags), read):
+        say(line)
     return training

@@ -8,7 +8,7 @@ and std; for other weights they are timm's, by the name of the network.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from errors import InputError
+from errors import InputError, as_written, flag_name
 from models.build import build_model, near_misses, takes_input_size
 from models.interface import GuideOutput, ImageModel
-from models.weights import adapt_weights, load_foreign, load_strictly, pick_weights, restore_model
+from models.weights import (
+    adapt_weights,
+    choice_of_weights,
+    load_foreign,
+    load_strictly,
+    pick_weights,
+    restore_model,
+)
 from pipeline.spec import ImageSpec
 from storage import downloads
 from storage.checkpoints import FORMAT, ReadCheckpoint, load_checkpoint
@@ -282,6 +289,15 @@ def _name_and_file(choice: str, flag: str) -> tuple[str, str]:
     if equals and not path:
         raise InputError(f"{flag}: names no file after the =")
     return ("", choice) if not equals and os.path.isfile(choice) else (name, path)
+
+
+def describe_files(flags: Mapping[str, Any], read: ReadCheckpoint) -> Iterator[str]:
+    """Says which weights are taken from the files of second networks that have several sets."""
+    for name in ("motivator", "attentive_teacher", "teacher_path"):
+        choice = flags[name] or ""
+        path = choice if name == "teacher_path" else _name_and_file(choice, flag_name(name))[1]
+        for note in choice_of_weights(read(path)) if path else ():
+            yield f"weights from {as_written(name, choice)}: {note}"
 
 
 def _description_in(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -40,7 +40,8 @@ def load_foreign(
             refused.
 
     Returns:
-        A note for each change to the weights, see `adapt_weights`.
+        The choice among several sets, and a note for each change to the weights: see
+        `choice_of_weights` and `adapt_weights`.
 
     Raises:
         InputError: the file contains no weights, or those of another architecture.
@@ -55,7 +56,7 @@ def load_foreign(
         raise InputError(f"{source}: {error.text}") from error
     weights, notes = adapt_weights(model, found, old_grid, fresh_heads)
     load_strictly(model, weights, source=source)
-    return notes
+    return [*choice_of_weights(checkpoint), *notes]
 
 
 def restore_model(checkpoint: Mapping[str, Any], ema: bool = False) -> ImageModel:
@@ -131,17 +132,20 @@ def adapt_weights(
     return to_model_keys(adapted), notes
 
 
+# Where the model's state dict may be in a checkpoint, in the order of preference.
+PLACES = ("model", "state_dict", "model_state")
+
+
 def pick_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The model's state dict in a checkpoint, without the prefixes of DDP and torch.compile.
 
-    Its place is `model`, `state_dict` or `model_state`, or the whole checkpoint is a state dict.
+    Its place is one of `PLACES`, or the whole checkpoint is a state dict.
 
     Raises:
         InputError: no state dict was found (the message lists the keys of the checkpoint), or a
             tensor is sparse, complex, quantized, without data or not finite.
     """
-    parts = [checkpoint.get(key) for key in ("model", "state_dict", "model_state")]
-    for candidate in (*parts, checkpoint):
+    for candidate in (*map(checkpoint.get, PLACES), checkpoint):
         if _is_state_dict(candidate):
             _check_tensors(candidate)
             return _strip_prefixes(dict(candidate))
@@ -149,6 +153,16 @@ def pick_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         "no weights in this checkpoint: expected named tensors under model, state_dict or "
         "model_state, found the keys " + first_of([str(key) for key in checkpoint])
     )
+
+
+def choice_of_weights(checkpoint: Mapping[str, Any]) -> list[str]:
+    """A note that says which set `pick_weights` takes, if the file also has others (an average)."""
+    sets = [key for key, value in checkpoint.items() if _is_state_dict(value)]
+    taken = next((key for key in PLACES if key in sets), None)
+    if taken is None or len(sets) == 1:
+        return []
+    others = first_of([key for key in sets if key != taken])
+    return [f"the file has several sets of weights: {taken} is used, not {others}"]
 
 
 def _is_state_dict(candidate: Any) -> TypeGuard[Mapping[str, Tensor]]:

@@ -10,6 +10,8 @@ import pytest
 import timm
 import torch
 
+from config.second_networks import describe_files
+from storage.checkpoints import load_checkpoint
 from tests.image_folders import make_image_folder
 from tests.runs import run_main, run_small, split, weights_of
 
@@ -47,7 +49,10 @@ def saved_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def test_the_same_model_takes_all_weights(photos: Path, pretrained: Path) -> None:
     run = run_small(FROZEN, "--variant released --data-path", photos, "--finetune", pretrained)
-    assert f"weights from {pretrained}" in run.out
+    said = (
+        f"weights from {pretrained}\n  the file has several sets of weights: model is used, not ema"
+    )
+    assert said in run.out
     weights = weights_of(run.training)
     for name, value in saved_weights(pretrained).items():
         name = name if name.startswith("token_head") else f"network.{name}"
@@ -171,3 +176,36 @@ def test_a_fine_tune_is_evaluated_without_its_start(
     assert run_small(*words).code == 0
     evaluated = run_main("--eval --resume", tmp_path / "checkpoint.pth")
     assert evaluated.code == 0, evaluated.err
+
+
+@pytest.mark.parametrize(
+    ("keys", "note"),
+    [
+        ("model model_ema", "model is used, not model_ema"),  # DeiT's
+        ("state_dict_ema state_dict", "state_dict is used, not state_dict_ema"),  # timm's
+        ("state_dict", ""),
+        ("", ""),  # a plain state dict
+    ],
+)
+def test_the_choice_among_several_sets_is_said(
+    keys: str, note: str, photos: Path, tmp_path: Path
+) -> None:
+    """By --eval, and for the files of second networks."""
+    weights = timm.create_model("vit_nano_patch4_32", num_classes=3, img_size=16).state_dict()
+    torch.save(dict.fromkeys(keys.split(), weights) or weights, file := tmp_path / "two.pth")
+    evaluated = run_small("--eval --data-path", photos, "--resume", file)
+    assert evaluated.code == 0, evaluated.err
+    flags = {
+        "motivator": f"vit_nano_patch4_32={file}",
+        "attentive_teacher": None,
+        "teacher_path": str(file),
+    }
+    said = [*evaluated.out.splitlines(), *describe_files(flags, load_checkpoint)]
+    found = [line for line in said if line.endswith(f"several sets of weights: {note}")]
+    assert len(found) == (3 if note else 0)
+    assert ("several sets" in "".join(said)) == bool(note)
+
+
+def test_a_run_says_which_weights_guide_it(photos: Path, pretrained: Path) -> None:
+    run = run_small("--max-steps 1 --data-path", photos, "--motivator", pretrained)
+    assert f"weights from --motivator {pretrained}: the file has several" in run.out, run.err
