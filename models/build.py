@@ -179,22 +179,57 @@ def build_model(
             num_classes=num_classes, drop_rate=drop, drop_path_rate=drop_path, **overrides
         )
     except (TypeError, AssertionError, ValueError) as error:
-        # If SMMix does not support the family at all, `_wrapper_of` raises that error instead: it
+        # If SMMix does not support the family at all, `_family_of` raises that error instead: it
         # explains more than a setting that timm refuses.
         with torch.device("meta"):
-            _wrapper_of(entry(), name)
+            _family_of(entry(), f"--model {name}")
         raise InputError(
             f"--model {name}: timm cannot build it with these settings: {error}"
         ) from error
-    try:
-        wrapper_args = {} if takes_size else {"input_size": input_size}
-        model = _wrapper_of(network, name)(network, separate_region_head, **wrapper_args)
-    except ValueError as error:
-        raise InputError(f"--model {name} cannot be trained with SMMix: {error}") from error
+    model = _wrap(network, separate_region_head, input_size, f"--model {name}")
     _check_grid(model, name, input_size)
     if name.startswith("deit_"):
         init_like_deit(network)
     return model
+
+
+def wrap(
+    network: nn.Module,
+    separate_region_head: bool = False,
+    input_size: tuple[int, int] | None = None,
+) -> ImageModel:
+    """The `ImageModel` of the right family around a network of timm, or around our PVT.
+
+    Args:
+        network: with its classifier; it is not copied.
+        separate_region_head: see `ImageModel`.
+        input_size: height and width in pixels of the images. None: the size for which the network
+            was built, or timm's default for a network that takes images of any size.
+
+    Raises:
+        InputError: no family has this class, the network cannot be trained with SMMix (the message
+            gives the reason), or it takes images of another size.
+    """
+    model = _wrap(network, separate_region_head, input_size, "the network")
+    if input_size not in (None, model.input_size):
+        raise InputError(
+            "the network takes images of {} x {} pixels, not {} x {}: build it for this size, in "
+            "multiples of its patch of {} x {}".format(
+                *model.input_size, *input_size, *model.patch_size
+            )
+        )
+    return model
+
+
+def _wrap(
+    network: nn.Module, separate_head: bool, input_size: tuple[int, int] | None, name: str
+) -> ImageModel:
+    family = _family_of(network, name)
+    wrapper_args = {} if family.takes_img_size else {"input_size": input_size}
+    try:
+        return family.wrapper(network, separate_head, **wrapper_args)
+    except ValueError as error:
+        raise InputError(f"{name} cannot be trained with SMMix: {error}") from error
 
 
 def takes_input_size(name: str) -> bool:
@@ -232,15 +267,15 @@ def own_input_size(name: str, patch_size: int | None = None) -> tuple[int, int]:
     return build_on_meta(name=name, num_classes=1, patch_size=patch_size).input_size
 
 
-def _wrapper_of(network: nn.Module, name: str) -> Callable[..., ImageModel]:
+def _family_of(network: nn.Module, name: str) -> Family:
     for family in FAMILIES:
         if isinstance(network, family.network_class):
-            return family.wrapper
+            return family
     kind = type(network).__name__
     supported = ", ".join(family.network_class.__name__ for family in FAMILIES)
     reason = f" ({NO_SCORE[kind]})" if kind in NO_SCORE else ""
     raise InputError(
-        f"--model {name}: {kind} has no attention score that SMMix can use{reason}; "
+        f"{name}: {kind} has no attention score that SMMix can use{reason}; "
         f"supported are {supported}: see --list-models"
     )
 
