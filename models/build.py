@@ -55,7 +55,13 @@ class Family(NamedTuple):
     # Whether the network's class takes the input size; otherwise the wrapper takes it.
     takes_img_size: bool = True
 
+    # The settings of the network's class that get the dropout rate: those of DeiT's own code, after
+    # the position embedding and in the blocks, where timm has them; else before the classifier.
+    drop: tuple[str, ...] = ("drop_rate",)
 
+
+IN_BLOCKS = ("proj_drop_rate",)
+EVERYWHERE = ("pos_drop_rate", *IN_BLOCKS)
 ENERGY = (
     "an extension beyond the paper: each cell's share in the energy of the final feature map, no "
     "attention"
@@ -66,6 +72,7 @@ FAMILIES = (
         PlainViT,
         ("vision_transformer", "deit"),
         "the last block's map, image-token queries and keys (Eq. 6)",
+        drop=EVERYWHERE,
     ),
     Family(
         Cait,
@@ -73,6 +80,7 @@ FAMILIES = (
         ("cait",),
         "the last self-attention block's map, between softmax and second head mix; class attention "
         "is left out",
+        drop=EVERYWHERE,
     ),
     Family(
         PyramidVisionTransformer,
@@ -86,18 +94,21 @@ FAMILIES = (
         ("swin_transformer",),
         "the last block's map; with several windows, each token's mean over the queries of its own "
         "window",
+        drop=IN_BLOCKS,
     ),
     Family(
         Beit,
         BEiT,
         ("beit",),
         "the last block's map with its relative position biases, class token cut",
+        drop=EVERYWHERE,
     ),
     Family(
         Eva,
         EVA,
         ("eva",),
         "the last block's map after the rotary embedding, class and register tokens cut",
+        drop=EVERYWHERE,
     ),
     Family(
         SwinTransformerV2,
@@ -105,6 +116,7 @@ FAMILIES = (
         ("swin_transformer_v2",),
         "the last block's cosine map; with several windows, each token's mean over its own, over "
         "their number",
+        drop=IN_BLOCKS,
     ),
     Family(
         PyramidVisionTransformerV2,
@@ -112,8 +124,9 @@ FAMILIES = (
         ("pvt_v2",),
         "the last block's map; where keys are reduced, each one's score is shared by its cells",
         takes_img_size=False,
+        drop=IN_BLOCKS,
     ),
-    Family(Twins, TwinsModel, ("twins",), "the map of the last global attention"),
+    Family(Twins, TwinsModel, ("twins",), "the map of the last global attention", drop=EVERYWHERE),
     Family(
         MaxxVit,
         MaxViT,
@@ -152,7 +165,7 @@ def build_model(
         num_classes: K.
         input_size: (height, width) in pixels. None: timm's default for this name.
         patch_size: side of a patch in pixels. None: timm's default for this name.
-        drop: dropout rate.
+        drop: dropout rate; `Family.drop` says where.
         drop_path: rate of stochastic depth.
         separate_region_head: see `ImageModel`.
         overrides: further keyword arguments of the timm class (`embed_dim`, `depth`, ...).
@@ -166,6 +179,9 @@ def build_model(
         raise InputError(f"--model {name}: no such model; {near_misses(name)}")
     entry = timm.model_entrypoint(name)
     takes_size = takes_input_size(name)
+    families = _families_of_name(name)
+    settings = families[0].drop if families else ("drop_rate",)
+    overrides = {**dict.fromkeys(settings, drop), **overrides}
     if input_size is not None and takes_size:
         overrides["img_size"] = input_size
     if patch_size is not None and not takes_size:
@@ -175,9 +191,7 @@ def build_model(
     if patch_size is not None:
         overrides["patch_size"] = patch_size
     try:
-        network = entry(
-            num_classes=num_classes, drop_rate=drop, drop_path_rate=drop_path, **overrides
-        )
+        network = entry(num_classes=num_classes, drop_path_rate=drop_path, **overrides)
     except (TypeError, AssertionError, ValueError) as error:
         # If SMMix does not support the family at all, `_family_of` raises that error instead: it
         # explains more than a setting that timm refuses.
@@ -234,8 +248,13 @@ def _wrap(
 
 def takes_input_size(name: str) -> bool:
     """Whether a network is built for one input size. The others take images of any size."""
+    return all(family.takes_img_size for family in _families_of_name(name))
+
+
+def _families_of_name(name: str) -> list[Family]:
+    """The families that the module of a model's name belongs to: one, or none."""
     module = timm.model_entrypoint(ALIASES.get(name, name)).__module__.rsplit(".")[-1]
-    return all(family.takes_img_size for family in FAMILIES if module in family.modules)
+    return [family for family in FAMILIES if module in family.modules]
 
 
 def build_on_meta(**config: Any) -> ImageModel:

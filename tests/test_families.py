@@ -4,6 +4,7 @@ no trace."""
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -390,6 +391,28 @@ def test_other_networks_and_sizes_are_refused_with_the_reason() -> None:
     for family in ("VisionTransformer", "PyramidVisionTransformerV2"):
         with pytest.raises(InputError, match="takes images of 64 x 64 pixels, not 70 x 70"):
             wrap(make_model(family).network, input_size=(70, 70))
+
+
+# ------------------------------------------------------------------------------------------ dropout
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_drop_acts_where_the_page_of_flags_says(family: str) -> None:
+    """Nowhere else, in particular not before the classifier of a network that has DeiT's places."""
+    network: Any = make_model(family, drop=0.3).network
+    layers = {
+        re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Dropout) and module.p == 0.3
+    }
+    layers = {re.sub(r"^block\d", "block*", name) for name in layers}
+    page = (Path(__file__).parent.parent / "docs" / "flags.md").read_text()
+    (written,) = re.findall(rf"^\| {family} \| (.*) \|$", page, re.MULTILINE)
+    if family == "ResNet":
+        assert written == "before fc, without a layer of its own"
+        assert (layers, network.drop_rate) == (set(), 0.3)
+    else:
+        assert layers == set(written.split(", "))
 
 
 # --------------------------------------------------------------------------------------- the scores
