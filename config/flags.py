@@ -241,7 +241,13 @@ def _add_model(parser: Parser) -> None:
     group.add_argument(
         "--patch-size", type=int, help="side of a patch in pixels; default: that of the model"
     )
-    group.add_argument("--drop", default=0.0, type=float, help="dropout rate")
+    group.add_argument(
+        "--drop",
+        default=0.0,
+        type=float,
+        help="dropout rate, in the blocks as in DeiT; before the classifier in networks without "
+        "such dropout",
+    )
     group.add_argument("--drop-path", default=0.1, type=float, help="stochastic depth rate")
     add_switch(
         group,

@@ -55,7 +55,13 @@ class Family(NamedTuple):
     # Whether the network's class takes the input size; otherwise the wrapper takes it.
     takes_img_size: bool = True
 
+    # The settings of the network's class that get the dropout rate: those of DeiT's own code, after
+    # the position embedding and in the blocks, where timm has them; else before the classifier.
+    drop: tuple[str, ...] = ("drop_rate",)
 
+
+IN_BLOCKS = ("proj_drop_rate",)
+EVERYWHERE = ("pos_drop_rate", *IN_BLOCKS)
 ENERGY = (
     "an extension beyond the paper: each cell's share in the energy of the final feature map, no "
     "attention"
@@ -66,6 +72,7 @@ FAMILIES = (
         PlainViT,
         ("vision_transformer", "deit"),
         "the last block's map, image-token queries and keys (Eq. 6)",
+        drop=EVERYWHERE,
     ),
     Family(
         Cait,
@@ -73,6 +80,7 @@ FAMILIES = (
         ("cait",),
         "the last self-attention block's map, between softmax and second head mix; class attention "
         "is left out",
+        drop=EVERYWHERE,
     ),
     Family(
         PyramidVisionTransformer,
@@ -86,18 +94,21 @@ FAMILIES = (
         ("swin_transformer",),
         "the last block's map; with several windows, each token's mean over the queries of its own "
         "window",
+        drop=IN_BLOCKS,
     ),
     Family(
         Beit,
         BEiT,
         ("beit",),
         "the last block's map with its relative position biases, class token cut",
+        drop=EVERYWHERE,
     ),
     Family(
         Eva,
         EVA,
         ("eva",),
         "the last block's map after the rotary embedding, class and register tokens cut",
+        drop=EVERYWHERE,
     ),
     Family(
         SwinTransformerV2,
@@ -105,6 +116,7 @@ FAMILIES = (
         ("swin_transformer_v2",),
         "the last block's cosine map; with several windows, each token's mean over its own, over "
         "their number",
+        drop=IN_BLOCKS,
     ),
     Family(
         PyramidVisionTransformerV2,
@@ -112,8 +124,9 @@ FAMILIES = (
         ("pvt_v2",),
         "the last block's map; where keys are reduced, each one's score is shared by its cells",
         takes_img_size=False,
+        drop=IN_BLOCKS,
     ),
-    Family(Twins, TwinsModel, ("twins",), "the map of the last global attention"),
+    Family(Twins, TwinsModel, ("twins",), "the map of the last global attention", drop=EVERYWHERE),
     Family(
         MaxxVit,
         MaxViT,
@@ -152,7 +165,7 @@ def build_model(
         num_classes: K.
         input_size: (height, width) in pixels. None: timm's default for this name.
         patch_size: side of a patch in pixels. None: timm's default for this name.
-        drop: dropout rate.
+        drop: dropout rate; `Family.drop` says where.
         drop_path: rate of stochastic depth.
         separate_region_head: see `ImageModel`.
         overrides: further keyword arguments of the timm class (`embed_dim`, `depth`, ...).
@@ -166,6 +179,9 @@ def build_model(
         raise InputError(f"--model {name}: no such model; {near_misses(name)}")
     entry = timm.model_entrypoint(name)
     takes_size = takes_input_size(name)
+    families = _families_of_name(name)
+    settings = families[0].drop if families else ("drop_rate",)
+    overrides = {**dict.fromkeys(settings, drop), **overrides}
     if input_size is not None and takes_size:
         overrides["img_size"] = input_size
     if patch_size is not None and not takes_size:
@@ -175,32 +191,70 @@ def build_model(
     if patch_size is not None:
         overrides["patch_size"] = patch_size
     try:
-        network = entry(
-            num_classes=num_classes, drop_rate=drop, drop_path_rate=drop_path, **overrides
-        )
+        network = entry(num_classes=num_classes, drop_path_rate=drop_path, **overrides)
     except (TypeError, AssertionError, ValueError) as error:
-        # If SMMix does not support the family at all, `_wrapper_of` raises that error instead: it
+        # If SMMix does not support the family at all, `_family_of` raises that error instead: it
         # explains more than a setting that timm refuses.
         with torch.device("meta"):
-            _wrapper_of(entry(), name)
+            _family_of(entry(), f"--model {name}")
         raise InputError(
             f"--model {name}: timm cannot build it with these settings: {error}"
         ) from error
-    try:
-        wrapper_args = {} if takes_size else {"input_size": input_size}
-        model = _wrapper_of(network, name)(network, separate_region_head, **wrapper_args)
-    except ValueError as error:
-        raise InputError(f"--model {name} cannot be trained with SMMix: {error}") from error
+    model = _wrap(network, separate_region_head, input_size, f"--model {name}")
     _check_grid(model, name, input_size)
     if name.startswith("deit_"):
         init_like_deit(network)
     return model
 
 
+def wrap(
+    network: nn.Module,
+    separate_region_head: bool = False,
+    input_size: tuple[int, int] | None = None,
+) -> ImageModel:
+    """The `ImageModel` of the right family around a network of timm, or around our PVT.
+
+    Args:
+        network: with its classifier; it is not copied.
+        separate_region_head: see `ImageModel`.
+        input_size: height and width in pixels of the images. None: the size for which the network
+            was built, or timm's default for a network that takes images of any size.
+
+    Raises:
+        InputError: no family has this class, the network cannot be trained with SMMix (the message
+            gives the reason), or it takes images of another size.
+    """
+    model = _wrap(network, separate_region_head, input_size, "the network")
+    if input_size not in (None, model.input_size):
+        raise InputError(
+            "the network takes images of {} x {} pixels, not {} x {}: build it for this size, in "
+            "multiples of its patch of {} x {}".format(
+                *model.input_size, *input_size, *model.patch_size
+            )
+        )
+    return model
+
+
+def _wrap(
+    network: nn.Module, separate_head: bool, input_size: tuple[int, int] | None, name: str
+) -> ImageModel:
+    family = _family_of(network, name)
+    wrapper_args = {} if family.takes_img_size else {"input_size": input_size}
+    try:
+        return family.wrapper(network, separate_head, **wrapper_args)
+    except ValueError as error:
+        raise InputError(f"{name} cannot be trained with SMMix: {error}") from error
+
+
 def takes_input_size(name: str) -> bool:
     """Whether a network is built for one input size. The others take images of any size."""
+    return all(family.takes_img_size for family in _families_of_name(name))
+
+
+def _families_of_name(name: str) -> list[Family]:
+    """The families that the module of a model's name belongs to: one, or none."""
     module = timm.model_entrypoint(ALIASES.get(name, name)).__module__.rsplit(".")[-1]
-    return all(family.takes_img_size for family in FAMILIES if module in family.modules)
+    return [family for family in FAMILIES if module in family.modules]
 
 
 def build_on_meta(**config: Any) -> ImageModel:
@@ -232,15 +286,15 @@ def own_input_size(name: str, patch_size: int | None = None) -> tuple[int, int]:
     return build_on_meta(name=name, num_classes=1, patch_size=patch_size).input_size
 
 
-def _wrapper_of(network: nn.Module, name: str) -> Callable[..., ImageModel]:
+def _family_of(network: nn.Module, name: str) -> Family:
     for family in FAMILIES:
         if isinstance(network, family.network_class):
-            return family.wrapper
+            return family
     kind = type(network).__name__
     supported = ", ".join(family.network_class.__name__ for family in FAMILIES)
     reason = f" ({NO_SCORE[kind]})" if kind in NO_SCORE else ""
     raise InputError(
-        f"--model {name}: {kind} has no attention score that SMMix can use{reason}; "
+        f"{name}: {kind} has no attention score that SMMix can use{reason}; "
         f"supported are {supported}: see --list-models"
     )
 

@@ -35,7 +35,8 @@ class PlainViT(PlainTransformer):
     """Any timm `VisionTransformer` whose last block has attention with a joint `qkv` projection.
 
     Raises:
-        ValueError: its last block is of another class, whose map cannot be computed.
+        ValueError: its last block is of another class, whose map cannot be computed; it drops
+            patches during training, or has no logits for an image.
     """
 
     network: VisionTransformer
@@ -45,12 +46,18 @@ class PlainViT(PlainTransformer):
         if not (isinstance(last, (Block, ResPostBlock)) and isinstance(last.attn, Attention)):
             kind = type(getattr(last, "attn", last)).__name__
             raise ValueError(f"the attention map of its last block ({kind}) cannot be computed")
+        if not network.global_pool:
+            raise ValueError("it has no pooling (global_pool is empty)")
+        if not isinstance(network.patch_drop, nn.Identity):
+            raise ValueError(
+                "it drops patches during training (patch_drop_rate), so regions lose their tokens"
+            )
         super().__init__(network, network.embed_dim, network.num_classes, separate_region_head)
 
     def embed(self, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         network = self.network
         tokens = network._pos_embed(network.patch_embed(images))  # (B, T, D)
-        return network.norm_pre(network.patch_drop(tokens)), [{}] * len(network.blocks)
+        return network.norm_pre(tokens), [{}] * len(network.blocks)
 
     @property
     def accepts_other_sizes(self) -> bool:

@@ -183,12 +183,17 @@ class ImageModel(nn.Module, ABC):
         num_classes: K.
         separate_region_head: classify the regions with a second linear layer, as the released code
             does, instead of the classifier F of Eq. 12.
+
+    Raises:
+        ValueError: the network has no classifier.
     """
 
     def __init__(
         self, network: nn.Module, width: int, num_classes: int, separate_region_head: bool = False
     ) -> None:
         super().__init__()
+        if num_classes < 1:
+            raise ValueError("it has no classifier (num_classes is 0)")
         self.network = network
         self.num_classes = num_classes
         self.token_head = nn.Linear(width, num_classes) if separate_region_head else None

@@ -28,7 +28,8 @@ from training.total_batch import fewest_micro_batches
 from utils import Processes
 
 # The number of the law by which runs draw, kept in checkpoints; 1 where it is absent. Raise it when
-# the same flags give other draws. 2: each view of repeated augmentation in blocks has its own draw.
+# the same flags give other draws. 2: each view of repeated augmentation in blocks has its own draw,
+# and --drop acts in the blocks.
 DRAWS = 2
 
 # The parts without which a run cannot be resumed. Besides these it needs `ema`, which may be None.
@@ -377,14 +378,15 @@ def _check_draws(checkpoint: Mapping[str, Any], flags: Mapping[str, Any], source
     """Refuses to continue a run whose draws would follow another law from now on (`DRAWS`)."""
     number = checkpoint.get("draws", 1)
     repeats = flags["repeats"] if flags["repeated_aug"] else 1
-    is_same_law = count_groups(repeats, flags["repeat_layout"]) == 1  # of 1 and 2
+    is_same_law = count_groups(repeats, flags["repeat_layout"]) == 1 and not flags["drop"]
     if number == DRAWS or (number < DRAWS and is_same_law):
         return
     commit = checkpoint.get("versions", {}).get("commit", "unknown")
     raise InputError(
-        f"{source}: the run draws by law {number} (draws: {number}), this version by law {DRAWS}, "
-        "which gives each view of a repeated image its own mix: finish the run with the version "
-        f"that started it (commit {commit}), or start a new run; --finetune takes its weights"
+        f"{source}: the run draws by law {number} (draws: {number}), this version by law {DRAWS} "
+        "(each view of a repeated image has its own mix, and --drop acts in the blocks): finish "
+        f"the run with the version that started it (commit {commit}), or start a new run; "
+        "--finetune takes its weights"
     )
 
 

@@ -4,6 +4,7 @@ no trace."""
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from errors import InputError
 from losses import SMMixLoss
 from mixers.smmix_options import VARIANTS
 from mixers.switch import Choice, Switch
-from models.build import FAMILIES, build_model, use_grad_checkpointing
+from models.build import FAMILIES, build_model, use_grad_checkpointing, wrap
 from models.interface import AttentionOf, ImageModel, ModelOutput
 from models.pvt import PVT
 from models.weights import adapt_weights, load_strictly, plain_weights
@@ -342,6 +343,76 @@ def test_recomputed_activations_give_the_same_gradients(family: str) -> None:
         torch.testing.assert_close(ours, gradients[0], atol=1e-5, rtol=1e-4)
     assert kept[1] < 0.8 * kept[0]
     assert max(kept[2:]) < 1.02 * kept[1]  # the score does not put an end to it
+
+
+# ------------------------------------------------------------------------- networks built by others
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_network_is_wrapped_as_build_model_does(family: str) -> None:
+    built = make_model(family).eval()
+    model = wrap(built.network, input_size=(SIDE, SIDE)).eval()
+    assert type(model) is type(built)
+    assert (model.network, model.grid_size) == (built.network, built.grid_size)
+    assert model.token_head is None
+    assert wrap(built.network, True, (SIDE, SIDE)).token_head is not None
+    with torch.no_grad():
+        images = batch_of(0)[0]
+        assert torch.equal(model(images).logits, built.network(images))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_network_without_classifier_is_refused(family: str) -> None:
+    network: Any = make_model(family).network
+    if hasattr(network, "reset_classifier"):
+        network.reset_classifier(0)
+    else:
+        network.num_classes = 0
+    with pytest.raises(InputError, match=r"the network cannot be trained.*no classifier"):
+        wrap(network)
+
+
+@pytest.mark.parametrize("family", ["VisionTransformer", "Beit", "Eva"])
+def test_a_network_that_does_not_pool_or_drops_patches_is_refused(family: str) -> None:
+    name, settings = TINY[family]
+    settings = {"img_size": SIDE, **settings}
+    with pytest.raises(InputError, match="no pooling"):
+        wrap(timm.create_model(name, num_classes=5, global_pool="", **settings))
+    if family != "Beit":  # timm's has no such setting
+        with pytest.raises(InputError, match="drops patches"):
+            wrap(timm.create_model(name, num_classes=5, patch_drop_rate=0.25, **settings))
+
+
+def test_other_networks_and_sizes_are_refused_with_the_reason() -> None:
+    with pytest.raises(InputError, match=r"the network: Linear has no .*supported are Vision"):
+        wrap(nn.Linear(2, 2))
+    with pytest.raises(InputError, match="across channels"):
+        wrap(timm.create_model("xcit_nano_12_p16_224", depth=1))
+    for family in ("VisionTransformer", "PyramidVisionTransformerV2"):
+        with pytest.raises(InputError, match="takes images of 64 x 64 pixels, not 70 x 70"):
+            wrap(make_model(family).network, input_size=(70, 70))
+
+
+# ------------------------------------------------------------------------------------------ dropout
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_drop_acts_where_the_page_of_flags_says(family: str) -> None:
+    """Nowhere else, in particular not before the classifier of a network that has DeiT's places."""
+    network: Any = make_model(family, drop=0.3).network
+    layers = {
+        re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Dropout) and module.p == 0.3
+    }
+    layers = {re.sub(r"^block\d", "block*", name) for name in layers}
+    page = (Path(__file__).parent.parent / "docs" / "flags.md").read_text()
+    (written,) = re.findall(rf"^\| {family} \| (.*) \|$", page, re.MULTILINE)
+    if family == "ResNet":
+        assert written == "before fc, without a layer of its own"
+        assert (layers, network.drop_rate) == (set(), 0.3)
+    else:
+        assert layers == set(written.split(", "))
 
 
 # --------------------------------------------------------------------------------------- the scores

@@ -129,6 +129,8 @@ def test_a_run_of_the_older_draws_is_not_resumed_but_its_weights_are_used(tmp_pa
         for part in (f"draws: {number}", "start a new run", checkpoint["versions"]["commit"]):
             assert part in refused.err
     changes = "--accept-changes repeat-layout repeated-aug"
+    dropping = run_small(*words, "--no-repeated-aug --drop 0.1", changes, "drop --resume", older)
+    assert "draws: 1" in dropping.err
     for layout in ("--repeat-layout strided", "--no-repeated-aug"):
         resumed = run_small(*words, "--max-steps 2", layout, changes, "--resume", older)
         assert resumed.code == 0, resumed.err
