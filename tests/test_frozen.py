@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import datasets
-from config import second_networks
+from config import network_files, second_networks
 from errors import InputError, as_pair
 from models.build import build_model
 from models.weights import plain_weights
@@ -83,7 +83,7 @@ def test_a_name_alone_has_its_weights_fetched(
     network: Any = timm.create_model("test_resnet").eval()
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(
-        second_networks.downloads, "from_hub", lambda *asked: tmp_path / "model.safetensors"
+        network_files.downloads, "from_hub", lambda *asked: tmp_path / "model.safetensors"
     )
     features: Any = second_networks.build_feature_map("test_resnet", SIZE, HALF)
     images = torch.randn(2, 3, *SIZE)
@@ -130,7 +130,7 @@ def test_weights_that_cannot_be_fetched_ask_for_a_file(monkeypatch: pytest.Monke
     def offline(*asked: Any) -> Any:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(second_networks.downloads, "from_hub", offline)
+    monkeypatch.setattr(network_files.downloads, "from_hub", offline)
     with pytest.raises(
         InputError,
         match=r"could not get its weights \(no route to host\); give a file: test_resnet=",
@@ -181,14 +181,14 @@ def test_images_that_are_known_are_left_as_they_are() -> None:
     ],
 )
 def test_a_name_says_what_its_weights_know(name: str, mean: tuple[float, ...]) -> None:
-    own = second_networks._spec_of(NOTHING, name, nn.Identity(), OTHER, "--motivator")
+    own = network_files.spec_of(NOTHING, name, nn.Identity(), OTHER, "--motivator")
     assert own.mean == mean
 
 
 def test_a_name_that_timm_has_retired_says_it_too() -> None:
     name = "vit_tiny_patch16_224_in21k"
     network = timm.create_model(name, img_size=32, depth=1, num_classes=1)
-    assert second_networks._spec_of(NOTHING, name, network, OTHER, "--motivator").std == HALF.std
+    assert network_files.spec_of(NOTHING, name, network, OTHER, "--motivator").std == HALF.std
 
 
 def test_a_checkpoint_says_itself_what_it_knows() -> None:
@@ -197,16 +197,16 @@ def test_a_checkpoint_says_itself_what_it_knows() -> None:
         "data": {"image_spec": OTHER.to_plain()},
     }
     assert (
-        second_networks._spec_of(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator")
+        network_files.spec_of(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator")
         == OTHER
     )
     said["data"] = {}
     assert (
-        second_networks._spec_of(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator")
+        network_files.spec_of(said, "test_resnet", nn.Identity(), OF_STUDENT, "--motivator")
         == OF_STUDENT
     )
     with pytest.raises(InputError, match="has format 2, this version reads format 1"):
-        second_networks._description_in({"model_config": {"name": "test_resnet"}, "format": 2})
+        network_files.description_in({"model_config": {"name": "test_resnet"}, "format": 2})
 
 
 @pytest.mark.parametrize("ours", [True, False])

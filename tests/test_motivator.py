@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import utils
-from config import build_guide, second_networks
+from config import build_guide
 from config.checks import check_args
 from config.flags import get_args_parser
 from config.second_networks import build_motivator, check_motivator_classes
@@ -157,7 +157,7 @@ def test_it_never_learns_and_one_of_the_hub_is_taken_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     theirs = timm.create_model("vit_nano_patch4_32", num_classes=3)
-    monkeypatch.setattr(second_networks, "_download", lambda name, flag: theirs)
+    monkeypatch.setattr(second_networks, "download", lambda name, flag: theirs)
     motivator, _ = build_motivator("vit_nano_patch4_32", 3, OF_STUDENT)
     assert not any(parameter.requires_grad for parameter in motivator.parameters())
     for name, value in theirs.state_dict().items():
@@ -182,7 +182,7 @@ def test_it_sees_the_images_as_it_knows_them(
         choice, own = str(saved(motivator, path, "abc", OTHER, name="test_resnet")), OTHER
     elif how == "a name and a file":
         choice = f"test_resnet={saved(motivator, path)}"
-    monkeypatch.setattr(second_networks, "_download", lambda name, flag: motivator.network)
+    monkeypatch.setattr(second_networks, "download", lambda name, flag: motivator.network)
     pixels = images_of().sigmoid()
     shown = normalised(pixels, student)
     seen = guide_of(network(), choice, spec=student)(shown)
@@ -270,7 +270,7 @@ def test_where_its_score_alone_is_used_it_may_have_any_classes(
     choice = (
         str(path) if config else "vit_nano_patch4_32" + f"={path}" * (how == "a name and a file")
     )
-    monkeypatch.setattr(second_networks, "_download", lambda name, flag: motivator.network)
+    monkeypatch.setattr(second_networks, "download", lambda name, flag: motivator.network)
     seen = guide_of(network(), choice, "--con-weight", "0")(images)
     with torch.no_grad():
         torch.testing.assert_close(

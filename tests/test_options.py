@@ -192,7 +192,7 @@ def test_flags_that_are_gone_say_what_to_do(flag: str, capsys: pytest.CaptureFix
 def test_a_wrong_flag_is_said_by_one_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         get_args_parser().parse_args(["--nope"])
     assert capsys.readouterr().err == ""
