@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import utils
-from config import build_guide
+from config import build_guide, second_networks
 from config.checks import check_args
 from config.flags import get_args_parser
 from config.second_networks import build_motivator, check_motivator_classes
