@@ -4,6 +4,10 @@
                            checkpoint="checkpoint.pth")
 
 Each entry returns timm's network (or ours, for PVT) in eval mode: images -> logits.
+
+Save its weights, `network.state_dict()`, and load them into a network of the same entry. A pickle
+of the network itself (`torch.save(network)`, an argument of a spawned process) names its classes.
+Those of timm can be imported anywhere, those of PVT only where `models` means this folder's.
 """
 
 from __future__ import annotations

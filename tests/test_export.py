@@ -3,7 +3,9 @@ refused."""
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -355,5 +357,13 @@ def test_the_hub_takes_our_modules_whatever_the_caller_has_by_their_names(
         network = load("vit_nano_patch4_32", checkpoint=str(checkpoint))
         assert not [warning for warning in recwarn if "Overwriting" in str(warning.message)]
     assert network(images()).shape == (2, 3)
+    # timm's classes can be pickled. PVT's cannot here, as hubconf.py says, but its weights can.
+    torch.save(network, io.BytesIO())
+    pvt, file = load("pvt_tiny", num_classes=2), io.BytesIO()
+    with pytest.raises(pickle.PicklingError, match=r"models\.pvt"):
+        torch.save(pvt, io.BytesIO())
+    torch.save(pvt.state_dict(), file)
+    file.seek(0)
+    load("pvt_tiny", num_classes=2).load_state_dict(torch.load(file, weights_only=True))
     assert {key for key in sys.modules if key.partition(".")[0] in theirs} == before
     assert all(sys.modules[name] is module for name, module in theirs.items())
