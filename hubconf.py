@@ -7,8 +7,7 @@ Each entry returns timm's network (or ours, for PVT) in eval mode: images -> log
 
 Save its weights, `network.state_dict()`, and load them into a network of the same entry. A pickle
 of the network itself (`torch.save(network)`, an argument of a spawned process) names its classes.
-Those of timm can be imported anywhere, those of PVT only where `models` means this project's
-folder.
+Those of timm can be imported anywhere, those of PVT only where `models` means this folder's.
 """
 
 from __future__ import annotations
