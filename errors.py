@@ -10,6 +10,7 @@ import faulthandler
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -137,6 +138,16 @@ def first_of(texts: list[str], separator: str = ", ", limit: int = 8) -> str:
     """The first `limit` texts, joined, and the number of the others."""
     rest = len(texts) - limit
     return separator.join(texts[:limit]) + (f"{separator}and {rest} more" if rest > 0 else "")
+
+
+def heeded_signals(*names: str) -> list[signal.Signals]:
+    """The signals of these names that this system has and this process does not ignore.
+
+    `nohup` and shells that start a job in the background ignore some for their programs. Such a
+    signal must get no handler.
+    """
+    found = [signal.Signals[name] for name in names if hasattr(signal, name)]
+    return [number for number in found if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def cores_per_process() -> int:

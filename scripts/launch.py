@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from errors import heeded_signals  # noqa: E402
+
 EPILOG = """All other arguments go to main.py and win over the recipe.
 
 Several machines: the same command on each, with NNODES=2 NODE_RANK=0 (then 1, ...) MASTER_ADDR=host
@@ -159,8 +163,12 @@ def run_several(words: list[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun chooses the same, with a warning
+    args = parse_args(words)
+    # torchrun would also handle what `nohup` and shells make their programs ignore.
+    heeded = heeded_signals(*args.signals_to_handle.split(","))
+    args.signals_to_handle = ",".join(number.name for number in heeded)
     try:
-        run(parse_args(words))
+        run(args)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         print(first_cause(rank, failure), file=sys.stderr, flush=True)

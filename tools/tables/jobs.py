@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from errors import StopRun
+from errors import StopRun, heeded_signals
 from tools.runs.folders import read_extra
 from tools.tables.plan import PlannedRun
 
@@ -110,12 +110,13 @@ def run_all(
 
 @contextmanager
 def _stopping(active: list[Job]) -> Any:
-    """A context that passes SIGTERM and Ctrl-C on to the active jobs, and stops them on errors."""
+    """A context that passes SIGTERM, SIGHUP, SIGINT on to the active jobs; errors stop them too."""
 
     def stop(number: int, frame: Any) -> None:
         raise Failed(f"stopped by {signal.Signals(number).name}", 128 + number)
 
-    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    heeded = heeded_signals("SIGTERM", "SIGINT", "SIGHUP")
+    old = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield
     finally:
