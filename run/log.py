@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from errors import InputError, StopRun
+from errors import InputError, StopRun, dropping, show
 from storage.files import write_atomically
 from storage.plain_data import to_json, to_plain
 from utils import Processes
@@ -70,9 +70,11 @@ class RunLog:
             return
         self._has_printed = True
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
+            with dropping("stdout"):
+                self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
         else:
-            print(text, flush=True)
+            show(text)
         self._append_with_time(text)
 
     def _append_with_time(self, text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from errors import StopRun, heeded_signals
+from errors import StopRun, heeded_signals, show
 from tools.runs.folders import read_extra
 from tools.tables.plan import PlannedRun
 
@@ -80,7 +79,7 @@ class Job:
         if self.output is not None:
             self.output.seek(0)
             lines = self.output.read().decode(errors="replace").splitlines()
-            print("\n".join(lines[-LAST_LINES:]), file=sys.stderr, flush=True)
+            show("\n".join(lines[-LAST_LINES:]), "stderr")
 
 
 def run_all(
@@ -129,7 +128,6 @@ def _stopping(active: list[Job]) -> Any:
             job.process.wait()
         for number, handler in old.items():
             signal.signal(number, handler)
-        sys.stdout.flush()
 
 
 def _lowest_priority() -> None:
