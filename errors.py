@@ -10,14 +10,16 @@ import faulthandler
 import json
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's variable: where a rank describes its error
+NO_READER = 128 + 13  # exit code of a command that SIGPIPE ends, as shells give it
 
 
 class StopRun(Exception):
@@ -49,15 +51,26 @@ def run_command(command: Callable[[], None]) -> int:
 
     All ranks raise a `StopRun` alike, and rank 0 prints it; a `SampleError` is printed by the rank
     that raises it. Under torchrun the message is also in the launcher's closing summary.
+
+    A command whose output nobody reads any more (`| head`) ends without a message.
     """
+    _open_missing_streams()
 
     def guarded() -> int:
         try:
             command()
+            sys.stdout.flush()
             return 0
         except StopRun as error:
             _report(error)
             return error.exit_code
+        except OSError:
+            if (lost := _lost_output("\n")) is None:
+                raise
+            if isinstance(lost, BrokenPipeError):
+                return NO_READER
+            _report(StopRun(f"cannot print: {lost.strerror or lost}"))
+            return StopRun.exit_code
         except RuntimeError as error:
             if is_lost_peer(error):
                 # Another rank failed first; wait so that its error is the one torchrun reports.
@@ -74,6 +87,7 @@ def run_command(command: Callable[[], None]) -> int:
     try:
         return run() or 0
     finally:
+        _lost_output()  # so that python, which flushes at its end, does not fail
         close_processes()
 
 
@@ -83,10 +97,52 @@ def _report(error: StopRun) -> None:
         entry = {"message": f"error: {error.text}", "timestamp": int(time.time())}
         Path(path).write_text(json.dumps(entry))
     if os.environ.get("RANK", "0") == "0" or isinstance(error, SampleError):
-        print(f"error: {error.text}", file=sys.stderr, flush=True)
+        show(f"error: {error.text}", "stderr")
     else:
         # The launcher ends all ranks when the first one exits. Wait until rank 0 has printed.
         time.sleep(2)
+
+
+def show(text: str, stream: str = "stdout") -> None:
+    """Prints `text` to `stdout` or `stderr`. What cannot be printed is dropped, then and later.
+
+    For what a run prints: a closed terminal or a full disk behind it must not end the run.
+    """
+    with dropping(stream):
+        print(text, file=getattr(sys, stream), flush=True)
+
+
+@contextmanager
+def dropping(stream: str) -> Iterator[None]:
+    """A context in which the stream may fail; what is printed to it is dropped from then on."""
+    try:
+        yield
+    except OSError:
+        _drop(getattr(sys, stream))
+
+
+def _lost_output(text: str = "") -> OSError | None:
+    """Prints `text`. Returns the error if that fails; the rest of the output is then dropped."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        _drop(sys.stdout)
+        return error
+    return None
+
+
+def _drop(stream: TextIO) -> None:
+    """Sends what is printed to `stream` nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _open_missing_streams() -> None:
+    """Gives a process that was started without stdout or stderr (`2>&-`) one that drops all."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -137,6 +193,16 @@ def first_of(texts: list[str], separator: str = ", ", limit: int = 8) -> str:
     """The first `limit` texts, joined, and the number of the others."""
     rest = len(texts) - limit
     return separator.join(texts[:limit]) + (f"{separator}and {rest} more" if rest > 0 else "")
+
+
+def heeded_signals(*names: str) -> list[signal.Signals]:
+    """The signals of these names that this system has and this process does not ignore.
+
+    `nohup` and shells that start a job in the background ignore some for their programs. Such a
+    signal must get no handler.
+    """
+    found = [signal.Signals[name] for name in names if hasattr(signal, name)]
+    return [number for number in found if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def cores_per_process() -> int:

@@ -124,7 +124,7 @@ class Trainer:
         os.environ.update(task_environment(job))
         sys.path.insert(0, self.code)
         # Imported after the environment is set: torch reads OMP_NUM_THREADS on import.
-        from errors import run_command
+        from errors import run_command, show
         from main import main as train
 
         folder = self.job_dir.replace("%j", job.job_id)
@@ -141,7 +141,7 @@ class Trainer:
             signal.raise_signal(relay.number)
         elif job.cluster == "slurm":
             wait = f"{SECONDS_TO_END:g} s"
-            print(f"saved; waiting {wait} for Slurm to end or requeue this job", flush=True)
+            show(f"saved; waiting {wait} for Slurm to end or requeue this job")
             time.sleep(SECONDS_TO_END)
         return "preempted"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config.parser import GONE, Parser, explicit_flags
-from errors import InputError, flag_name
+from errors import InputError, flag_name, show
 from mixers.registry import all_flags, con_weight_of, is_used
 
 # Flags that belong to one call. They are not taken from the record of a run.
@@ -74,7 +74,7 @@ class MainParser(Parser):
         parsed = super().parse_args(line.words)
         _check_whole(self, parsed, line)
         if line.note and os.environ.get("RANK", "0") == "0":
-            print(line.note, flush=True)
+            show(line.note)
         return parsed
 
 

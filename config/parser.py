@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from errors import InputError
+from errors import InputError, show
 
 _RANKS_FROM_ENVIRONMENT = (
     "rank and world size come from the environment: torchrun --nproc_per_node=N main.py ..."
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         # Each machine has its own command line, so that each may have another mistake.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             advice = self._near_misses(message) or " (--help lists all flags)"
-            print(f"error: {message}{advice}", file=sys.stderr)
+            show(f"error: {message}{advice}", "stderr")
         raise SystemExit(2)
 
     def _near_misses(self, message: str) -> str:

@@ -16,13 +16,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from errors import heeded_signals
 from utils import Processes
 
-SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-    if hasattr(signal, name)
-)
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 # The launcher's process id. It is read at import, when the launcher must still be alive: the ranks
 # have not met in its store yet.
 LAUNCHER = os.getppid()
@@ -67,7 +64,7 @@ class RankAgreement:
             self.group = dist.new_group(backend="gloo", timeout=processes.timeout)
 
     def __enter__(self) -> RankAgreement:
-        for number in SIGNALS:
+        for number in heeded_signals(*SIGNALS):
             self.previous[number] = signal.signal(number, self._on_signal)
         return self
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from errors import InputError
 from storage.checkpoints import save_checkpoint
-from storage.files import TEMPORARY_SUFFIX, remove_stale
+from storage.files import TEMPORARY_SUFFIX, refused, remove_stale
 from storage.plain_data import write_json
 
 try:
@@ -188,6 +188,9 @@ class RunFolder:
             is_consequence: whether this rank failed because another one ended. Then the cause that
                 the other rank has written is preferred, if it has written one.
         """
+        if self.lock is not None and not self.path.exists():  # renamed: Linux knows the new name
+            with suppress(OSError):
+                self.path = Path(os.readlink(f"/proc/self/fd/{self.lock.fileno()}")).parent
         before = _read_json(self.path / "status.json")
         if before.get("state") == "done" and not has_begun:
             return
@@ -237,10 +240,7 @@ def _as_input_error(path: Path) -> Iterator[Path]:
     try:
         yield path
     except OSError as error:
-        reason = error.strerror or error
-        raise InputError(
-            f"{path}: {reason}; move this file or folder away, or choose another --output-dir"
-        ) from error
+        raise refused("write", path, error) from error
 
 
 def _move_aside(file: Path) -> Path:

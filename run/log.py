@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from errors import InputError, StopRun
-from storage.files import write_atomically
+from errors import InputError, StopRun, dropping, show
+from storage.files import refused, write_atomically
 from storage.plain_data import to_json, to_plain
 from utils import Processes
 
@@ -48,6 +49,12 @@ class RunLog:
         self._has_printed = False
         self._position = ""  # format of the position in the current loop, such as "epoch 3 [{}/9]"
         self._done = 0
+        if self._folder is not None:
+            # Only now: a folder that is renamed during the run must not be made again.
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise refused("write", self._folder, error) from error
         self._append("train.log", "")  # raises now if the file cannot be written
 
     def _append(self, name: str, text: str) -> None:
@@ -58,11 +65,10 @@ class RunLog:
         if self._folder is None:
             return
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
             with open(self._folder / name, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise _file_error("write", self._folder / name, error) from error
+            raise refused("write", self._folder / name, error) from error
 
     def say(self, text: str) -> None:
         """Prints `text` to stdout (above the progress bar) and appends it to `train.log`."""
@@ -70,9 +76,11 @@ class RunLog:
             return
         self._has_printed = True
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
+            with dropping("stdout"):
+                self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
         else:
-            print(text, flush=True)
+            show(text)
         self._append_with_time(text)
 
     def _append_with_time(self, text: str) -> None:
@@ -161,8 +169,8 @@ class RunLog:
 
     def flush(self) -> None:
         """Writes TensorBoard's pending events to disk, so that a killed run does not lose them."""
-        for writer in self._writers.values():
-            writer.flush()
+        for run in list(self._writers):
+            self._use_writer(run, lambda writer: writer.flush())
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds values of one training step to the TensorBoard run `steps`."""
@@ -170,8 +178,7 @@ class RunLog:
 
     def picture(self, tag: str, image: Tensor, epoch: int) -> None:
         """Adds a (3, H, W) uint8 image to TensorBoard."""
-        if (writer := self._writer("")) is not None:
-            writer.add_image(tag, image.cpu(), epoch)
+        self._use_writer("", lambda writer: writer.add_image(tag, image.cpu(), epoch))
 
     def drop_epochs_from(self, epoch: int, step: int | None = None) -> None:
         """Removes epoch `epoch` and later ones from `log.txt`, and hides them in TensorBoard.
@@ -198,7 +205,7 @@ class RunLog:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise _file_error("read", path, error) from error
+            raise refused("read", path, error) from error
         lines = [(line, _epoch_of(line)) for line in content.splitlines()]
         kept = b"".join(
             line + b"\n"
@@ -217,11 +224,26 @@ class RunLog:
             self.say(f"warning: {path}: removed lines that cannot be read: {names}")
 
     def _write_scalars(self, run: str, step: int, values: Mapping[str, Any]) -> None:
-        if (writer := self._writer(run)) is None:
-            return
         for name, value in values.items():
             if isinstance(value, (int, float)):
-                writer.add_scalar(name, value, step)
+                self._use_writer(run, partial(_add_scalar, name=name, value=value, step=step))
+
+    def _use_writer(self, run: str, use: Callable[[Any], object]) -> None:
+        """Calls `use` with the TensorBoard writer of a run, if there is one.
+
+        If TensorBoard fails, for example on a full disk, it gets no more values, and the run goes
+        on.
+        """
+        try:
+            if (writer := self._writer(run)) is not None:
+                use(writer)
+        except Exception as error:
+            self._tensorboard = False
+            self._close_writers()
+            self.say(
+                f"warning: TensorBoard gets no more values: {error}. log.txt has the same numbers "
+                "per epoch"
+            )
 
     def _writer(self, run: str) -> Any:
         """The TensorBoard writer of one run; None without a folder or without TensorBoard.
@@ -245,17 +267,15 @@ class RunLog:
                 return None
             # Removed, so that a writer that is opened later does not hide the values since then.
             purge_step = self._purge_steps.pop(run, None)
-            try:
-                self._writers[run] = SummaryWriter(str(self._folder / run), purge_step=purge_step)
-            except OSError as error:
-                raise _file_error("write into", self._folder / run, error) from error
+            self._writers[run] = SummaryWriter(str(self._folder / run), purge_step=purge_step)
         return self._writers[run]
 
     # ---- end
 
     def _close_writers(self) -> None:
         for writer in self._writers.values():
-            writer.close()
+            with suppress(Exception):  # a full disk: `_use_writer` has said so, or it is the end
+                writer.close()
         self._writers = {}
 
     def close(self) -> None:
@@ -275,8 +295,13 @@ class RunLog:
         # `errors.run_command` prints the message. A run that is refused before it has printed
         # anything writes nothing.
         if isinstance(error, StopRun) and self._has_printed:
-            self._append_with_time(f"error: {error.text}")
+            with suppress(InputError):  # the first error must be reported
+                self._append_with_time(f"error: {error.text}")
         self.close()
+
+
+def _add_scalar(writer: Any, name: str, value: float, step: int) -> None:
+    writer.add_scalar(name, value, step)
 
 
 def _open_bar(total: int | None, description: str) -> Any:
@@ -297,12 +322,3 @@ def _epoch_of(line: bytes) -> int | None:
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return epoch if type(epoch) is int and epoch >= 0 else None
-
-
-def _file_error(what: str, path: Path, error: OSError) -> InputError:
-    """The InputError for a file operation `what` (`read`, `write`) that the system refused."""
-    advice = "move it away" if os.path.exists(path) else "make room for it"
-    return InputError(
-        f"cannot {what} {path}: {error.strerror or error}; {advice}, or choose another output "
-        "folder"
-    )

@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from errors import heeded_signals, show  # noqa: E402
+
 EPILOG = """All other arguments go to main.py and win over the recipe.
 
 Several machines: the same command on each, with NNODES=2 NODE_RANK=0 (then 1, ...) MASTER_ADDR=host
@@ -29,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def stop(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    show(f"error: {message}", "stderr")
     raise SystemExit(2)
 
 
@@ -64,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = [sys.executable, str(ROOT / "main.py"), *arguments]
     launch = [] if count * nodes == 1 else torchrun_words(count, nodes)
     shown = ["torchrun", *launch, *command[1:]] if launch else command
-    print(shlex.join(shown), flush=True)
+    show(shlex.join(shown))
     if args.dry_run:
         return 0
     if launch:
@@ -159,14 +163,18 @@ def run_several(words: list[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun chooses the same, with a warning
+    args = parse_args(words)
+    # torchrun would also handle what `nohup` and shells make their programs ignore.
+    heeded = heeded_signals(*args.signals_to_handle.split(","))
+    args.signals_to_handle = ",".join(number.name for number in heeded)
     try:
-        run(parse_args(words))
+        run(args)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
-        print(first_cause(rank, failure), file=sys.stderr, flush=True)
+        show(first_cause(rank, failure), "stderr")
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as stopped:
-        print(f"error: stopped by {stopped.sigval.name}", file=sys.stderr, flush=True)
+        show(f"error: stopped by {stopped.sigval.name}", "stderr")
         return 128 + int(stopped.sigval)
     return 0
 

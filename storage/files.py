@@ -12,6 +12,11 @@ from typing import BinaryIO
 from errors import InputError
 
 TEMPORARY_SUFFIX = ".unfinished.tmp"
+FIXES = {
+    errno.EISDIR: "move it away, or ",
+    errno.EEXIST: "move it away, or ",
+    errno.ENOENT: "move it back if it was renamed during the run, or ",
+}
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -64,6 +69,17 @@ def _system_reason(error: BaseException | None, path: Path) -> str | None:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return f"there is no folder {path.parent}"
     return error.strerror or str(error)
+
+
+def refused(what: str, path: Path, error: OSError) -> InputError:
+    """The InputError for an operation `what` (`read`, `write`) of a run that the system refused.
+
+    The message says the cause and what to do.
+    """
+    is_read = what == "read"
+    reason = (error.strerror or str(error)) if is_read else _system_reason(error, path)
+    fix = FIXES.get(error.errno or 0, "")
+    return InputError(f"cannot {what} {path}: {reason}; {fix}choose another output folder")
 
 
 def remove_stale(folder: str | Path) -> list[Path]:

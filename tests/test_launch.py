@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -227,6 +228,16 @@ def test_several_processes_end_with_the_first_cause(tmp_path: Path) -> None:
     assert "nosuch" in last
     assert "Root Cause" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_torchrun_handles_no_signal_that_is_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with patch("torch.distributed.run.run") as run:
+            assert launch.run_several(["--nproc_per_node=2", "main.py"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run.call_args.args[0].signals_to_handle == "SIGTERM,SIGINT,SIGQUIT"
 
 
 def failed(exit_code: int, file: Path = Path("nosuch")) -> ProcessFailure:

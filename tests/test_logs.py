@@ -4,11 +4,13 @@ read back."""
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import math
 import os
 import random
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -278,9 +280,7 @@ def test_what_stands_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
         InputError, match=r"^cannot write \S*log\.txt: Is a directory; move it away, or choose"
     ):
         log.epoch({"epoch": 0})
-    with pytest.raises(
-        InputError, match=r"^cannot write .*: File name too long; make room for it, or choose"
-    ):
+    with pytest.raises(InputError, match=r"^cannot write .*: File name too long; choose"):
         RunLog(tmp_path / ("x" * 300), MAIN)
 
 
@@ -342,14 +342,58 @@ def test_resumed_run_hides_what_is_run_again(tmp_path: Path) -> None:
     ]
 
 
-def test_a_file_in_the_place_of_tensorboards_folder_is_named(tmp_path: Path) -> None:
+def test_a_failure_of_tensorboard_is_told_once_and_ends_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("tensorboard")
     (tmp_path / "steps").touch()
-    with (
-        RunLog(tmp_path, MAIN) as log,
-        pytest.raises(InputError, match=r"^cannot write into \S*steps: File exists; "),
+    with RunLog(tmp_path, MAIN) as log:
+        for epoch in range(2):
+            log.scalars(epoch, {"lr": 1.0})
+            log.epoch({"epoch": epoch, "a": 1.0})
+    said = capsys.readouterr().out
+    assert said.count("warning: TensorBoard gets no more values: [Errno 17] File exists") == 1
+    assert len(said.splitlines()) == 1
+    assert len(read_lines(tmp_path)) == 2
+
+
+def test_a_disk_that_is_full_for_tensorboard_ends_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with RunLog(tmp_path, MAIN) as log:
+        log.epoch({"epoch": 0, "a": 1.0})
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+        monkeypatch.setattr(writer, "write", fail)  # in TensorBoard's thread
+        monkeypatch.setattr(writer, "flush", fail)
+        for epoch in range(1, 4):
+            log.epoch({"epoch": epoch, "a": 1.0})
+    said = capsys.readouterr().out
+    assert said.count("TensorBoard gets no more values: [Errno 28] No space left") == 1
+    assert len(read_lines(tmp_path)) == 4
+
+
+def test_a_folder_that_is_renamed_during_the_run_is_named_and_not_made_again(
+    tmp_path: Path,
+) -> None:
+    log = RunLog(tmp_path / "run", MAIN, tensorboard=False)
+    (tmp_path / "run").rename(tmp_path / "other")
+    with pytest.raises(
+        InputError, match=r"no folder \S*run; move it back if it was renamed .*, or choose another"
     ):
-        log.scalars(0, {"lr": 1.0})
+        log.say("x")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_named_by_its_cause_and_fix(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"log\.txt: disk full .*; free some space; choose"):
+        RunLog(tmp_path, MAIN, tensorboard=False).epoch({"epoch": 0})
 
 
 def hide_package(monkeypatch: pytest.MonkeyPatch, package: str) -> None:

@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 @linux
 def test_what_stands_in_the_place_of_the_lock_is_named(tmp_path: Path) -> None:
     said = (
-        rf"^{tmp_path}/\.lock: %s; move this file or folder away, or choose another --output-dir$"
+        rf"^cannot write {tmp_path}/\.lock: %s; (move it away, or )?choose another output folder$"
     )
     (tmp_path / ".lock").mkdir()
     with pytest.raises(InputError, match=said % "Is a directory"):
@@ -161,6 +161,23 @@ def test_a_full_disk_does_not_keep_a_folder_from_being_locked(tmp_path: Path) ->
 
 
 # ------------------------------------------------------------------------------------------- status
+
+
+@linux
+def test_a_folder_that_is_renamed_during_a_run_ends_it_with_cause_and_status(
+    photos: Path, tmp_path: Path
+) -> None:
+    def rename(training: engine.Training, step: int) -> None:
+        if step == 1:
+            (tmp_path / "run").rename(tmp_path / "other")
+
+    with observing_steps(rename):
+        ended = run_small("--data-path", photos, "--output-dir", tmp_path / "run")
+    assert ended.code == 2
+    assert f"there is no folder {tmp_path}/run; move it back if it was renamed" in ended.err
+    assert not (tmp_path / "run").exists()
+    status = read_status(tmp_path / "other")
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
 
 
 @contextmanager
@@ -357,9 +374,7 @@ def test_a_folder_in_the_place_of_a_checkpoints_name_is_named(name: str, tmp_pat
     for step in (1, 9):
         folder.save({"x": step}, step)
     (tmp_path / name).mkdir()
-    said = (
-        rf"^{tmp_path / name}: .*; move this file or folder away, or choose another --output-dir$"
-    )
+    said = rf"^cannot write {tmp_path / name}: .*; move it away, or choose another output folder$"
     with pytest.raises(InputError, match=said):
         folder.rewind_to(run_folder.step_file(tmp_path, 1), 1, ("best_checkpoint.pth",))
     if name == "best_checkpoint.pth":

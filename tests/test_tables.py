@@ -644,28 +644,35 @@ def test_a_run_that_a_signal_stopped_stops_the_table(tmp_path: Path) -> None:
         run_all([run], None, lambda run, seconds: None)
 
 
-def test_a_signal_reaches_the_runs_and_waits_for_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_signal_reaches_the_runs_and_waits_for_them_unless_it_is_ignored(
+    number: signal.Signals, ignored: bool, tmp_path: Path
+) -> None:
     body = (
         "def stop(*_):\n    pathlib.Path(__file__).with_suffix('.saved').touch()\n    sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
-        "pathlib.Path(__file__).with_suffix('.begun').touch()\ntime.sleep(60)"
+        "pathlib.Path(__file__).with_suffix('.begun').touch()\n"
+        f"time.sleep({0.5 if ignored else 60})"
     )
     runs = [script(tmp_path, name, body) for name in ("one", "two")]
     pid = os.fork()
     if pid == 0:
         code = 99
+        signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
         try:
             run_all(runs, 2, lambda run, seconds: None)
+            code = 0
         except Failed as failed:
             code = failed.exit_code
         finally:
             os._exit(code)
     while len(list(tmp_path.glob("*.begun"))) < 2:
         time.sleep(0.05)
-    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, number)
     _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
-    assert len(list(tmp_path.glob("*.saved"))) == 2
+    assert os.waitstatus_to_exitcode(status) == (0 if ignored else 128 + number)
+    assert len(list(tmp_path.glob("*.saved"))) == (0 if ignored else 2)
 
 
 @pytest.fixture(scope="module")

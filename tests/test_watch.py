@@ -34,10 +34,9 @@ GONE_WITHIN = 10.0  # seconds from a signal until no process is left, as promise
 # -------------------------------------------------------------------------------------- one process
 
 
-@pytest.mark.parametrize("number", agreement.SIGNALS)
-def test_a_signal_asks_for_a_stop_and_its_handler_goes_with_the_watch(
-    number: signal.Signals,
-) -> None:
+@pytest.mark.parametrize("name", agreement.SIGNALS)
+def test_a_signal_asks_for_a_stop_and_its_handler_goes_with_the_watch(name: str) -> None:
+    number = signal.Signals[name]
     before = signal.getsignal(number)
     with RankAgreement(ALONE) as watching:
         assert watching.agree() == Agreed()
@@ -45,6 +44,22 @@ def test_a_signal_asks_for_a_stop_and_its_handler_goes_with_the_watch(
         assert watching.agree() == Agreed(stop=True)
         assert watching.reason == number.name
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("name", agreement.SIGNALS)
+def test_a_signal_that_nohup_or_a_shell_made_us_ignore_stays_ignored(name: str) -> None:
+    number = signal.Signals[name]
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with RankAgreement(ALONE) as watching:
+            signal.raise_signal(number)
+            assert watching.agree() == Agreed()
+            others = [other for other in agreement.SIGNALS if other != name]
+            signal.raise_signal(signal.Signals[others[0]])
+            assert watching.agree() == Agreed(stop=True)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_p8_a_second_signal_later_acts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from config.parser import Parser, hyphenated
-from errors import InputError, run_command
+from errors import InputError, run_command, show
 from tools.runs.matching import same_recipes
 from tools.runs.records import duration
 from tools.runs.rows import Table, Tables, read_tables
@@ -186,7 +186,7 @@ def result_of(planned: PlannedRun) -> str:
 
 
 def say(text: str) -> None:
-    print(f"== {text}", flush=True)
+    show(f"== {text}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from errors import StopRun
+from errors import StopRun, heeded_signals, show
 from tools.runs.folders import read_extra
 from tools.tables.plan import PlannedRun
 
@@ -80,7 +79,7 @@ class Job:
         if self.output is not None:
             self.output.seek(0)
             lines = self.output.read().decode(errors="replace").splitlines()
-            print("\n".join(lines[-LAST_LINES:]), file=sys.stderr, flush=True)
+            show("\n".join(lines[-LAST_LINES:]), "stderr")
 
 
 def run_all(
@@ -110,12 +109,13 @@ def run_all(
 
 @contextmanager
 def _stopping(active: list[Job]) -> Any:
-    """A context that passes SIGTERM and Ctrl-C on to the active jobs, and stops them on errors."""
+    """A context that passes SIGTERM, SIGHUP, SIGINT on to the active jobs; errors stop them too."""
 
     def stop(number: int, frame: Any) -> None:
         raise Failed(f"stopped by {signal.Signals(number).name}", 128 + number)
 
-    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    heeded = heeded_signals("SIGTERM", "SIGINT", "SIGHUP")
+    old = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield
     finally:
@@ -128,7 +128,6 @@ def _stopping(active: list[Job]) -> Any:
             job.process.wait()
         for number, handler in old.items():
             signal.signal(number, handler)
-        sys.stdout.flush()
 
 
 def _lowest_priority() -> None:
