@@ -24,7 +24,6 @@ from pipeline.images import (
     Decode,
     Images,
     StreamedImages,
-    decode_pillow,
     name_files,
     name_timm,
     read_dataset,
@@ -32,6 +31,7 @@ from pipeline.images import (
     read_pixels,
     read_timm,
 )
+from pipeline.pillow import decode_pillow
 from pipeline.spec import Augment, ImageSpec
 
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
@@ -316,6 +316,8 @@ def _open_timm(
     package = import_hugging_face() if kind in ("hfds", "hfids") else None
     if kind in STREAM_READERS:
         options.update(is_training=train, batch_size=batch_size, seed=seed)
+    if kind in ("wds", "hfids"):
+        options["input_img_mode"] = ""  # `StreamedImages` converts: timm would clip 16-bit pixels
     reasons = []
     for split in splits:
         try:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from errors import InputError, SampleError
 from pipeline.hugging_face import HuggingFace
+from pipeline.pillow import UNREADABLE, File, as_rgb, check_aspect, decode_pillow
 from utils import key_seed
 
 try:
@@ -25,18 +27,8 @@ try:
 except ImportError:
     simplejpeg = None
 
-File = str | BinaryIO  # a path, or an open file at its beginning
 Decode = Callable[[File], Image.Image | np.ndarray]
 START_OF_JPEG = b"\xff\xd8\xff"
-
-
-def decode_pillow(file: File) -> Image.Image:
-    """The image as RGB, decoded by Pillow. `Images` turns Pillow's errors into messages."""
-    with Image.open(file) as image:
-        if image.mode != "RGB":
-            return image.convert("RGB")
-        image.load()
-        return image  # `convert` would copy it
 
 
 def decode_simplejpeg(file: File) -> Image.Image | np.ndarray:
@@ -66,14 +58,12 @@ def _decode_strictly(content: bytes) -> np.ndarray | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         if colours not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
             return None
+        check_aspect(width, height)
         return simplejpeg.decode_jpeg(content, "RGB", strict=True)
     except Exception:  # fall back to Pillow on any error
         return None
 
 
-# What Pillow raises for damaged files and files that are no images. A test damages files of many
-# formats at random.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # Errors of the process and not of the file.
 RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -140,10 +130,11 @@ class Images(Dataset[tuple[Any, int]]):
         """
         try:
             image, label = self.read(index)
-        except UNREADABLE as error:
+        except (*UNREADABLE, MemoryError) as error:
             name = self.name_of(index)
-            if getattr(error, "errno", None) in RESOURCE_ERRORS:
-                raise SampleError(f"{name}: {error}; lower --num-workers") from error
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in RESOURCE_ERRORS:
+                reason = str(error) or "not enough memory"
+                raise SampleError(f"{name}: {reason}; lower --num-workers") from error
             raise UnreadableSampleError(
                 f"{name}: cannot be read as an image ({error}); replace the file or remove it. "
                 "python -m tools.check_data finds all such files, "
@@ -180,8 +171,9 @@ class StreamedImages(IterableDataset[tuple[Image.Image, int]]):
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
         try:
             for image, label in self.source:
-                yield image.convert("RGB"), check_label(label, self.class_names, "a streamed image")
-        except (OSError, RuntimeError, SyntaxError, ValueError) as error:
+                check_aspect(*image.size)
+                yield as_rgb(image), check_label(label, self.class_names, "a streamed image")
+        except (*UNREADABLE, RuntimeError, TypeError) as error:
             raise SampleError(f"the stream cannot be read any further ({error})") from error
 
 
@@ -285,7 +277,10 @@ def read_pixels(pixels: np.ndarray, labels: np.ndarray, index: int) -> tuple[Ima
 def read_files(
     samples: list[tuple[str, int]], index: int, decode: Decode = decode_pillow
 ) -> tuple[Any, int]:
+    """Raises OSError for a path that is no regular file: a pipe would never end."""
     path, label = samples[index]
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is no regular file")
     return decode(path), label
 
 
@@ -305,7 +300,7 @@ def name_chosen(name_of: Callable[[int], str], chosen: list[int], index: int) ->
 
 def read_dataset(dataset: Any, index: int) -> tuple[Image.Image, int]:
     image, label = dataset[index]
-    return image.convert("RGB"), label
+    return as_rgb(image), label
 
 
 def read_timm(reader: Any, index: int, decode: Decode = decode_pillow) -> tuple[Any, int]:

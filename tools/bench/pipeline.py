@@ -27,7 +27,8 @@ import utils
 from errors import InputError
 from pipeline import images as pipeline_images
 from pipeline.erasing import Erasing
-from pipeline.images import Decode, Images, decode_pillow, decode_simplejpeg, read_files
+from pipeline.images import Decode, Images, decode_simplejpeg, read_files
+from pipeline.pillow import decode_pillow
 from pipeline.samples import Batch, TrainSamples
 from pipeline.spec import AUGMENTERS, Augment, ImageSpec
 from pipeline.transforms import FinishBatch, build_train_transform, guard_posterize
