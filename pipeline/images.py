@@ -86,6 +86,7 @@ class Images(Dataset[tuple[Any, int]]):
         package: the package that `read` needs; it is unpickled before `read`.
         name_of: index -> name of the image in messages: the path of its file if it has one.
         labels: of all images, if they are known without reading the images.
+        note: what was passed over when the images were searched for; "" for nothing.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Images(Dataset[tuple[Any, int]]):
         package: HuggingFace | None = None,
         name_of: Callable[[int], str] = "image {}".format,
         labels: Sequence[int] | None = None,
+        note: str = "",
     ) -> None:
         self.package = package  # must be the first attribute, to be unpickled first
         self.num_images = num_images
@@ -103,6 +105,7 @@ class Images(Dataset[tuple[Any, int]]):
         self.class_names = class_names
         self.name_of = name_of
         self.labels = labels
+        self.note = note
 
     def __len__(self) -> int:
         return self.num_images
@@ -155,6 +158,8 @@ class StreamedImages(IterableDataset[tuple[Image.Image, int]]):
         class_names: one per label.
         package: the package that `source` needs; it is unpickled before `source`.
     """
+
+    note = ""  # as in `Images`
 
     def __init__(
         self, source: Any, class_names: list[str], package: HuggingFace | None = None
@@ -218,6 +223,7 @@ def take_subset(images: Images | StreamedImages, count: int, flag: str = "--subs
         images.package,
         partial(name_chosen, images.name_of, chosen),
         [labels[index] for index in chosen],
+        images.note,
     )
 
 
