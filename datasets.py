@@ -32,25 +32,21 @@ from pipeline.images import (
     read_pixels,
     read_timm,
 )
-from pipeline.pillow import decode_pillow
+from pipeline.pillow import ENDINGS, decode_pillow
 from pipeline.spec import Augment, ImageSpec
 
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
 INAT_CATEGORIES = (
-    "kingdom",
-    "phylum",
-    "class",
-    "order",
-    "supercategory",
-    "family",
-    "genus",
-    "name",
+    *("kingdom", "phylum", "class", "order"),
+    *("supercategory", "family", "genus", "name"),
 )
 CIFARS = {"CIFAR": torchvision_datasets.CIFAR100, "CIFAR10": torchvision_datasets.CIFAR10}
 DATA_SETS = ("DIGITS", *CIFARS, "IMNET", *INAT_YEARS)  # and timm/<name>
 UNFLIPPED = ("DIGITS", "timm/torch/mnist", "timm/torch/kmnist", "timm/torch/qmnist")
 CROP_RATIOS = {"DIGITS": 1.0}  # the digits reach the image's border
 STREAM_READERS = ("wds", "tfds", "hfids")  # timm's readers that choose the order of the images
+# The members of a sample that may hold its image; webdataset turns capitals into small letters.
+WDS_IMAGE_KEYS = ";".join(ending[1:] for ending in ENDINGS)
 # timm's readers that download the data set, so that `path` need not exist
 DOWNLOADING_READERS = ("hfds", "hfids", "tfds")
 
@@ -195,8 +191,7 @@ def _open_cifar(kind: type[torchvision_datasets.CIFAR10], path: str, train: bool
 def _images_without_files(dataset: Any, class_names: list[str], name: str) -> Images:
     """The images of a torchvision data set, where an image has no file."""
     read, name_of = partial(read_dataset, dataset), f"image {{}} of {name}".format
-    targets = getattr(dataset, "targets", None)
-    labels = None if targets is None else [int(label) for label in targets]
+    labels = [int(label) for label in getattr(dataset, "targets", ())] or None
     return Images(len(dataset), read, class_names, name_of=name_of, labels=labels)
 
 
@@ -350,6 +345,8 @@ def _open_timm(
         options.update(is_training=train, batch_size=batch_size, seed=seed)
     if kind in ("wds", "hfids"):
         options["input_img_mode"] = ""  # `StreamedImages` converts: timm would clip 16-bit pixels
+    if kind == "wds":
+        options["input_key"] = WDS_IMAGE_KEYS
     reasons = []
     for split in splits:
         try:
@@ -435,9 +432,10 @@ def _timm_class_names(source: Any, name: str, num_classes: int | None) -> list[s
         raise InputError(
             f"--data-set timm/{name}: the number of its classes is not known: give --nb-classes"
         )
-    if names:
-        _check_number(names, f"timm/{name}", num_classes)
-    return names or [str(label) for label in range(num_classes or 0)]
+    if not names:
+        return [str(label) for label in range(num_classes or 0)]
+    _check_number(names, f"timm/{name}", num_classes)
+    return names
 
 
 def _check_number(names: list[str], name: str, num_classes: int | None) -> None:

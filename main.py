@@ -389,10 +389,12 @@ def evaluate(
             use_float32_attention(model, flags.model)
         with loaders.closing(loader):
             figures = engine.evaluate(model.to(processes.device), loader, processes, autocast)
+        missing = images.num_images - round(figures["images"])  # only streams leave images out
         log.say(
             f"{flags.resume} ({name}): top-1 {figures['acc1']:.3f} %, "
             f"top-5 {figures['acc5']:.3f} %, loss {figures['loss']:.4f} "
             f"on {figures['images']:.0f} images"
+            + (f"; {missing} of {images.num_images} were left out" if missing > 0 else "")
         )
 
 

@@ -173,6 +173,16 @@ class StreamedImages(IterableDataset[tuple[Image.Image, int]]):
         """Always "": labels and names are not known before the stream is read."""
         return ""
 
+    def why_empty(self, place: int) -> str:
+        """Why a loader worker got no image; `place`: its number among the workers of all ranks."""
+        split = getattr(self.source.reader, "split_info", None)  # not every reader lists its files
+        if split is None or place >= len(split.filenames):
+            return "has no shard to read: lower --num-workers"
+        return (
+            "found no image in its shards: each sample needs an image that Pillow reads (.jpg, "
+            ".jpeg, .png, ...) and its label (.cls); the warnings above say what was left out"
+        )
+
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
         try:
             for image, label in self.source:
