@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 from timm.data import create_dataset
+from timm.utils.misc import natural_key
 from torch.utils.data import IterableDataset
 from torchvision import datasets as torchvision_datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from errors import InputError, as_pair
+from pipeline.folders import class_folders, find_images
 from pipeline.hugging_face import import_hugging_face
 from pipeline.images import (
     Decode,
     Images,
     StreamedImages,
-    decode_pillow,
     name_files,
     name_timm,
     read_dataset,
@@ -32,24 +32,21 @@ from pipeline.images import (
     read_pixels,
     read_timm,
 )
+from pipeline.pillow import ENDINGS, decode_pillow
 from pipeline.spec import Augment, ImageSpec
 
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
 INAT_CATEGORIES = (
-    "kingdom",
-    "phylum",
-    "class",
-    "order",
-    "supercategory",
-    "family",
-    "genus",
-    "name",
+    *("kingdom", "phylum", "class", "order"),
+    *("supercategory", "family", "genus", "name"),
 )
 CIFARS = {"CIFAR": torchvision_datasets.CIFAR100, "CIFAR10": torchvision_datasets.CIFAR10}
 DATA_SETS = ("DIGITS", *CIFARS, "IMNET", *INAT_YEARS)  # and timm/<name>
 UNFLIPPED = ("DIGITS", "timm/torch/mnist", "timm/torch/kmnist", "timm/torch/qmnist")
 CROP_RATIOS = {"DIGITS": 1.0}  # the digits reach the image's border
 STREAM_READERS = ("wds", "tfds", "hfids")  # timm's readers that choose the order of the images
+# The members of a sample that may hold its image; webdataset turns capitals into small letters.
+WDS_IMAGE_KEYS = ";".join(ending[1:] for ending in ENDINGS)
 # timm's readers that download the data set, so that `path` need not exist
 DOWNLOADING_READERS = ("hfds", "hfids", "tfds")
 
@@ -75,11 +72,17 @@ def augment_for(name: str, augment: Augment) -> Augment:
 
 
 def check_same_classes(train_names: list[str], val_names: list[str]) -> None:
-    """Checks that training and validation have the same classes in the same order.
+    """Checks that training and validation have the same classes in the same order, at least two.
 
     Raises:
-        InputError: they differ; the message names up to five classes of each kind.
+        InputError: they differ; the message names up to five classes of each kind. Or there is one
+            class only, of which every model would predict 100 %.
     """
+    if len({*train_names, *val_names}) == 1:
+        raise InputError(
+            f"the images have one class only ({train_names[0] or 'no class folders'}); training "
+            "needs two or more: each class needs its folder in train/ and in val/"
+        )
     if train_names == val_names:
         return
     parts = []
@@ -188,22 +191,17 @@ def _open_cifar(kind: type[torchvision_datasets.CIFAR10], path: str, train: bool
 def _images_without_files(dataset: Any, class_names: list[str], name: str) -> Images:
     """The images of a torchvision data set, where an image has no file."""
     read, name_of = partial(read_dataset, dataset), f"image {{}} of {name}".format
-    targets = getattr(dataset, "targets", None)
-    labels = None if targets is None else [int(label) for label in targets]
+    labels = [int(label) for label in getattr(dataset, "targets", ())] or None
     return Images(len(dataset), read, class_names, name_of=name_of, labels=labels)
 
 
 def _images_in_files(
-    samples: list[tuple[str, int]], class_names: list[str], decode: Decode
+    samples: list[tuple[str, int]], class_names: list[str], decode: Decode, note: str = ""
 ) -> Images:
     """The images of these files; `samples` are (path, label)."""
     read, name_of = partial(read_files, samples, decode=decode), partial(name_files, samples)
     labels = [label for _, label in samples]
-    return Images(len(samples), read, class_names, name_of=name_of, labels=labels)
-
-
-def _class_folders(path: str) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    return Images(len(samples), read, class_names, name_of=name_of, labels=labels, note=note)
 
 
 def _open_folder(path: str, split: str, decode: Decode) -> Images:
@@ -211,21 +209,49 @@ def _open_folder(path: str, split: str, decode: Decode) -> Images:
     folder = os.path.join(path, split)
     if not os.path.isdir(folder):
         raise InputError(f"--data-path {path}: the folder {split}/ is missing{_layout_hint(path)}")
-    names = _class_folders(folder)
-    if not names:
+    found = find_images(folder)
+    files: dict[str, list[str]] = {}
+    for parent, images in found.folders:
+        if parent != folder:
+            name = os.path.relpath(parent, folder).split(os.sep)[0]
+            files.setdefault(name, []).extend(os.path.join(parent, image) for image in images)
+        elif images:
+            found.passed_over["outside the class folders"] = len(images)
+    if not files:
         raise InputError(f"{folder}: no class folders; each class needs a folder with its images")
-    labels = {name: label for label, name in enumerate(names)}
-    samples = make_dataset(folder, labels, extensions=IMG_EXTENSIONS, allow_empty=True)
-    empty = sorted(set(names) - {names[label] for _, label in samples})
-    if empty:
+    names = sorted(files)
+    if empty := [name for name in names if not files[name]]:
         which = "this folder" if len(empty) == 1 else f"these {len(empty)} folders"
-        raise InputError(f"{folder}: no image in {_first_five(empty)}; fill or remove {which}")
-    return _images_in_files(samples, names, decode)
+        note = f" ({found.note()})" if found.passed_over else ""
+        raise InputError(
+            f"{folder}: no image in {_first_five(empty)}{note}; fill or remove {which}"
+        )
+    samples = [(file, label) for label, name in enumerate(names) for file in files[name]]
+    return _images_in_files(samples, names, decode, found.note())
+
+
+def _open_leaf_folders(folder: str, num_classes: int | None, decode: Decode) -> Images:
+    """Opens a folder as timm does: an image's class is the name of the folder that it lies in."""
+    found = find_images(folder)
+    files = [
+        (os.path.join(parent, image), "" if parent == folder else os.path.basename(parent))
+        for parent, images in found.folders
+        for image in images
+    ]
+    if not files:
+        raise InputError(f"{folder}: no image in it or in its folders")
+    names = sorted(sorted({name for _, name in files}), key=natural_key)
+    _check_number(names, "timm/", num_classes)
+    labels = {name: label for label, name in enumerate(names)}
+    files.sort(key=lambda file: natural_key(file[0]))
+    return _images_in_files(
+        [(file, labels[name]) for file, name in files], names, decode, found.note()
+    )
 
 
 def _layout_hint(path: str) -> str:
     """A hint for a folder whose classes are not below train/ and val/; "" if it has no folders."""
-    folders = _class_folders(path) if os.path.isdir(path) else []
+    folders = class_folders(path) if os.path.isdir(path) else []
     found = [name for name in folders if name not in ("train", "val")]
     if not found:
         return ""
@@ -305,9 +331,10 @@ def _open_timm(
     options: dict[str, Any] = {}
     if kind == "":
         path = _find_split(path, train)
-        if path.endswith(".tar"):
-            # An open tar file can neither be pickled nor shared between workers.
-            options["cache_tarfiles"] = False
+        if not path.endswith(".tar"):
+            return _open_leaf_folders(path, num_classes, decode)
+        # An open tar file can neither be pickled nor shared between workers.
+        options["cache_tarfiles"] = False
     elif kind not in ("torch", "hfds", *STREAM_READERS) or not which:
         raise InputError(
             f"--data-set timm/{name}: unknown; use timm/, timm/torch/NAME, timm/hfds/NAME, "
@@ -316,6 +343,10 @@ def _open_timm(
     package = import_hugging_face() if kind in ("hfds", "hfids") else None
     if kind in STREAM_READERS:
         options.update(is_training=train, batch_size=batch_size, seed=seed)
+    if kind in ("wds", "hfids"):
+        options["input_img_mode"] = ""  # `StreamedImages` converts: timm would clip 16-bit pixels
+    if kind == "wds":
+        options["input_key"] = WDS_IMAGE_KEYS
     reasons = []
     for split in splits:
         try:
@@ -401,8 +432,15 @@ def _timm_class_names(source: Any, name: str, num_classes: int | None) -> list[s
         raise InputError(
             f"--data-set timm/{name}: the number of its classes is not known: give --nb-classes"
         )
-    if names and num_classes not in (None, len(names)):
+    if not names:
+        return [str(label) for label in range(num_classes or 0)]
+    _check_number(names, f"timm/{name}", num_classes)
+    return names
+
+
+def _check_number(names: list[str], name: str, num_classes: int | None) -> None:
+    """Raises InputError if `num_classes` is given and is not the number of `names`."""
+    if num_classes not in (None, len(names)):
         raise InputError(
-            f"--nb-classes {num_classes}: timm/{name} has {len(names)} classes; leave the flag out"
+            f"--nb-classes {num_classes}: {name} has {len(names)} classes; leave the flag out"
         )
-    return names or [str(label) for label in range(num_classes or 0)]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import utils
+from errors import InputError
 from losses import Criterion, Terms
 from mixers.interface import Guide, MixedBatch, StepRandom
 from mixers.switch import Switch
@@ -358,6 +359,9 @@ def evaluate(
 
     Returns:
         `acc1`, `acc5`, `loss`, and `images`, their number.
+
+    Raises:
+        InputError: there was no image, on all ranks.
     """
     device = next(model.parameters()).device  # an average may live in host memory
     # Images, top-1 hits, top-5 hits, loss; float32 counts exactly up to 2^24.
@@ -373,10 +377,14 @@ def evaluate(
             count = torch.full((), float(len(labels)), device=device)
             sums += torch.stack((count, best[:, 0].sum().float(), best.sum().float(), loss))
     total, top1, top5, loss_sum = processes.sum(sums.to(processes.device)).tolist()
-    count = max(total, 1)
+    if not total:
+        raise InputError(
+            "no image was evaluated: the data set gave none; a stream leaves out images that it "
+            "cannot read, with a warning of its own for each"
+        )
     return {
-        "acc1": 100 * top1 / count,
-        "acc5": 100 * top5 / count,
-        "loss": loss_sum / count,
+        "acc1": 100 * top1 / total,
+        "acc5": 100 * top5 / total,
+        "loss": loss_sum / total,
         "images": total,
     }

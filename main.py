@@ -51,6 +51,8 @@ from training import precision
 from training.nonfinite import NonFiniteLoss
 from utils import Processes
 
+SPLITS = ("training", "validation")
+
 
 def read_args(
     argv: Sequence[str] | None, read: ReadCheckpoint = load_checkpoint
@@ -136,13 +138,8 @@ def make_run(
     flags = resolve(args, processes.world_size, processes.device.type, changes)
 
     # Data, model and training.
-    splits = {"training": True, "validation": False}
-    opened = same_start.open_images(
-        processes,
-        lambda: {name: build.open_images(flags, train, read) for name, train in splits.items()},
-        checkpoint,
-    )
-    train_images, val_images = (opened.images[name] for name in splits)
+    opened = open_images(flags, processes, log, read, checkpoint)
+    train_images, val_images = (opened.images[name] for name in SPLITS)
     datasets.check_same_classes(train_images.class_names, val_images.class_names)
     num_classes = len(train_images.class_names)
     read_weights = None if resume_from else read
@@ -189,6 +186,26 @@ def make_run(
         agreement=RankAgreement(processes, flags.save_minutes),
         output=Output(log, folder, bool(flags.output_dir), draw_picture),
     )
+
+
+def open_images(
+    flags: Flags,
+    processes: Processes,
+    log: RunLog,
+    read: CheckpointReader,
+    checkpoint: dict[str, Any] | None = None,
+    names: Sequence[str] = SPLITS,
+) -> same_start.Opened:
+    """Opens the images of these splits on all ranks, and says what was passed over in folders."""
+    opened = same_start.open_images(
+        processes,
+        lambda: {name: build.open_images(flags, name == "training", read) for name in names},
+        checkpoint,
+    )
+    for name, images in opened.images.items():
+        if images.note:
+            log.say(f"{name} images: {images.note}")
+    return opened
 
 
 def make_identity(
@@ -351,9 +368,7 @@ def evaluate(
     """
     flags = resolve(args, processes.world_size, processes.device.type)
     checkpoint = read(args.resume)
-    opened = same_start.open_images(
-        processes, lambda: {"validation": build.open_images(flags, False, read)}
-    )
+    opened = open_images(flags, processes, log, read, names=("validation",))
     images = opened.images["validation"]
     if run_state.is_own_checkpoint(checkpoint):
         spec = ImageSpec.from_plain(checkpoint["data"]["image_spec"])
@@ -374,10 +389,12 @@ def evaluate(
             use_float32_attention(model, flags.model)
         with loaders.closing(loader):
             figures = engine.evaluate(model.to(processes.device), loader, processes, autocast)
+        missing = images.num_images - round(figures["images"])  # only streams leave images out
         log.say(
             f"{flags.resume} ({name}): top-1 {figures['acc1']:.3f} %, "
             f"top-5 {figures['acc5']:.3f} %, loss {figures['loss']:.4f} "
             f"on {figures['images']:.0f} images"
+            + (f"; {missing} of {images.num_images} were left out" if missing > 0 else "")
         )
 
 

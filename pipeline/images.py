@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from errors import InputError, SampleError
 from pipeline.hugging_face import HuggingFace
+from pipeline.pillow import UNREADABLE, File, as_rgb, check_aspect, decode_pillow
 from utils import key_seed
 
 try:
@@ -25,18 +27,8 @@ try:
 except ImportError:
     simplejpeg = None
 
-File = str | BinaryIO  # a path, or an open file at its beginning
 Decode = Callable[[File], Image.Image | np.ndarray]
 START_OF_JPEG = b"\xff\xd8\xff"
-
-
-def decode_pillow(file: File) -> Image.Image:
-    """The image as RGB, decoded by Pillow. `Images` turns Pillow's errors into messages."""
-    with Image.open(file) as image:
-        if image.mode != "RGB":
-            return image.convert("RGB")
-        image.load()
-        return image  # `convert` would copy it
 
 
 def decode_simplejpeg(file: File) -> Image.Image | np.ndarray:
@@ -66,14 +58,12 @@ def _decode_strictly(content: bytes) -> np.ndarray | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         if colours not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
             return None
+        check_aspect(width, height)
         return simplejpeg.decode_jpeg(content, "RGB", strict=True)
     except Exception:  # fall back to Pillow on any error
         return None
 
 
-# What Pillow raises for damaged files and files that are no images. A test damages files of many
-# formats at random.
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # Errors of the process and not of the file.
 RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -96,6 +86,7 @@ class Images(Dataset[tuple[Any, int]]):
         package: the package that `read` needs; it is unpickled before `read`.
         name_of: index -> name of the image in messages: the path of its file if it has one.
         labels: of all images, if they are known without reading the images.
+        note: what was passed over when the images were searched for; "" for nothing.
     """
 
     def __init__(
@@ -106,6 +97,7 @@ class Images(Dataset[tuple[Any, int]]):
         package: HuggingFace | None = None,
         name_of: Callable[[int], str] = "image {}".format,
         labels: Sequence[int] | None = None,
+        note: str = "",
     ) -> None:
         self.package = package  # must be the first attribute, to be unpickled first
         self.num_images = num_images
@@ -113,6 +105,7 @@ class Images(Dataset[tuple[Any, int]]):
         self.class_names = class_names
         self.name_of = name_of
         self.labels = labels
+        self.note = note
 
     def __len__(self) -> int:
         return self.num_images
@@ -140,10 +133,11 @@ class Images(Dataset[tuple[Any, int]]):
         """
         try:
             image, label = self.read(index)
-        except UNREADABLE as error:
+        except (*UNREADABLE, MemoryError) as error:
             name = self.name_of(index)
-            if getattr(error, "errno", None) in RESOURCE_ERRORS:
-                raise SampleError(f"{name}: {error}; lower --num-workers") from error
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in RESOURCE_ERRORS:
+                reason = str(error) or "not enough memory"
+                raise SampleError(f"{name}: {reason}; lower --num-workers") from error
             raise UnreadableSampleError(
                 f"{name}: cannot be read as an image ({error}); replace the file or remove it. "
                 "python -m tools.check_data finds all such files, "
@@ -165,6 +159,8 @@ class StreamedImages(IterableDataset[tuple[Image.Image, int]]):
         package: the package that `source` needs; it is unpickled before `source`.
     """
 
+    note = ""  # as in `Images`
+
     def __init__(
         self, source: Any, class_names: list[str], package: HuggingFace | None = None
     ) -> None:
@@ -177,11 +173,22 @@ class StreamedImages(IterableDataset[tuple[Image.Image, int]]):
         """Always "": labels and names are not known before the stream is read."""
         return ""
 
+    def why_empty(self, place: int) -> str:
+        """Why a loader worker got no image; `place`: its number among the workers of all ranks."""
+        split = getattr(self.source.reader, "split_info", None)  # not every reader lists its files
+        if split is None or place >= len(split.filenames):
+            return "has no shard to read: lower --num-workers"
+        return (
+            "found no image in its shards: each sample needs an image that Pillow reads (.jpg, "
+            ".jpeg, .png, ...) and its label (.cls); the warnings above say what was left out"
+        )
+
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
         try:
             for image, label in self.source:
-                yield image.convert("RGB"), check_label(label, self.class_names, "a streamed image")
-        except (OSError, RuntimeError, SyntaxError, ValueError) as error:
+                check_aspect(*image.size)
+                yield as_rgb(image), check_label(label, self.class_names, "a streamed image")
+        except (*UNREADABLE, RuntimeError, TypeError) as error:
             raise SampleError(f"the stream cannot be read any further ({error})") from error
 
 
@@ -226,6 +233,7 @@ def take_subset(images: Images | StreamedImages, count: int, flag: str = "--subs
         images.package,
         partial(name_chosen, images.name_of, chosen),
         [labels[index] for index in chosen],
+        images.note,
     )
 
 
@@ -285,7 +293,10 @@ def read_pixels(pixels: np.ndarray, labels: np.ndarray, index: int) -> tuple[Ima
 def read_files(
     samples: list[tuple[str, int]], index: int, decode: Decode = decode_pillow
 ) -> tuple[Any, int]:
+    """Raises OSError for a path that is no regular file: a pipe would never end."""
     path, label = samples[index]
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is no regular file")
     return decode(path), label
 
 
@@ -305,7 +316,7 @@ def name_chosen(name_of: Callable[[int], str], chosen: list[int], index: int) ->
 
 def read_dataset(dataset: Any, index: int) -> tuple[Image.Image, int]:
     image, label = dataset[index]
-    return image.convert("RGB"), label
+    return as_rgb(image), label
 
 
 def read_timm(reader: Any, index: int, decode: Decode = decode_pillow) -> tuple[Any, int]:

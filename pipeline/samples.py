@@ -238,9 +238,8 @@ class StreamedSamples(IterableDataset[Sample]):
                 yield sample
                 count += 1
             if count == begin:
-                raise InputError(
-                    f"worker {worker} of rank {self.rank} has no shard to read: lower --num-workers"
-                )
+                why = self.images.why_empty(worker + workers * self.rank)
+                raise InputError(f"worker {worker} of rank {self.rank} {why}")
 
 
 class StreamedEvalSamples(IterableDataset[tuple[torch.Tensor, int]]):

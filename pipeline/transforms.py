@@ -84,6 +84,10 @@ class CropAndResize(RandomResizedCropAndInterpolation):
         """The resized crop as the resizer returns it: Pillow's image, or an array from torch."""
         view = pixels if isinstance(pixels, Image.Image) else as_tensor(pixels)
         top, left, height, width = self.get_params(view, self.scale, self.ratio)
+        # timm rounds the sides of a crop of an image of 1 or 2 pixels to 0.
+        height, width = max(height, 1), max(width, 1)
+        _, rows, columns = functional.get_dimensions(view)
+        top, left = min(top, rows - height), min(left, columns - width)
         crop: Pixels
         if isinstance(pixels, Image.Image):
             crop = pixels.crop((left, top, left + width, top + height))

@@ -151,8 +151,15 @@ def make_inat(root: Path, year: int = 2018, per_class: int = 2, flat: bool = Fal
     return root
 
 
-def make_webdataset(root: Path, shards: int = 2, per_shard: int = 6, num_classes: int = 3) -> Path:
-    """`timm/wds/...`: tar shards of <key>.jpg and <key>.cls for both halves, and `_info.json`.
+def make_webdataset(
+    root: Path,
+    shards: int = 2,
+    per_shard: int = 6,
+    num_classes: int = 3,
+    ending: str = "jpg",
+    encode: Callable[[int], bytes] = jpeg_bytes,
+) -> Path:
+    """`timm/wds/...`: tar shards of <key>.<ending> and <key>.cls for both halves, and `_info.json`.
     Returns root."""
     root.mkdir(parents=True, exist_ok=True)
     splits, number = {}, 0
@@ -161,7 +168,7 @@ def make_webdataset(root: Path, shards: int = 2, per_shard: int = 6, num_classes
         for name in names:
             with tarfile.open(root / name, "w") as tar:
                 for _ in range(per_shard):
-                    _add(tar, f"{number:05d}.jpg", jpeg_bytes(number))
+                    _add(tar, f"{number:05d}.{ending}", encode(number))
                     _add(tar, f"{number:05d}.cls", str(number % num_classes).encode())
                     number += 1
         lengths = [per_shard] * shards

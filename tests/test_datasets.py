@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import datasets
 from datasets import augment_for, check_same_classes, image_spec_for, open_images
@@ -90,20 +89,6 @@ def test_image_folder_in_the_order_of_names(tmp_path: Path) -> None:
     train, val = opened("IMNET", root), opened("IMNET", root, train=False)
     assert train.class_names == val.class_names == ["Bee", "ant", "wasp"]
     assert labels_of(train) == [0, 0, 1, 1, 1, 2, 2]
-
-
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1", "I;16"])
-def test_any_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
-    root = make_image_folder(tmp_path, per_class=1)
-    ending = "jpg" if mode == "CMYK" else "png"
-    image = (
-        Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8))
-        if mode == "I;16"
-        else picture(0, mode=mode)
-    )
-    (root / "train" / "ant" / "0.jpg").unlink()
-    image.save(root / "train" / "ant" / f"0.{ending}")
-    opened("IMNET", root)
 
 
 @pytest.mark.parametrize(("name", "year"), [("INAT", 2018), ("INAT19", 2019)])

@@ -19,10 +19,10 @@ from pipeline import images as pipeline_images
 from pipeline.images import (
     Images,
     UnreadableSampleError,
-    decode_pillow,
     decode_simplejpeg,
     pick_decoder,
 )
+from pipeline.pillow import decode_pillow
 from pipeline.samples import TrainSamples
 from pipeline.spec import Augment, ImageSpec
 from pipeline.transforms import build_train_transform

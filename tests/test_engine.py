@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import utils
+from errors import InputError
 from losses import SMMixLoss
 from mixers.registry import METHODS
 from mixers.switch import Choice, Switch
@@ -424,6 +425,13 @@ def test_evaluation_counts_each_image_once(world_size: int) -> None:
     assert all(part["acc5"] == 100 for part in figures), "top-5 of five classes is every class"
     loss = sum(part["loss"] * part["images"] for part in figures) / 17
     assert loss == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), rel=1e-6)
+
+
+def test_an_evaluation_of_no_image_is_an_error() -> None:
+    model: Any = Planted()
+    autocast = precision.make_autocast(CPU.device, "none")
+    with pytest.raises(InputError, match="no image was evaluated"):
+        engine.evaluate(model, [], CPU, autocast)
 
 
 def test_evaluation_leaves_modes_as_they_are() -> None:

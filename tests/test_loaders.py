@@ -311,6 +311,20 @@ def test_a_worker_without_a_shard_says_what_to_lower(tmp_path: Path) -> None:
         assert "--num-workers" in message_of(InputError, list, loader)
 
 
+@pytest.mark.parametrize("ending", ["jpeg", "JPEG", "PNG", "webp", "avif"])
+def test_a_stream_finds_images_by_any_ending(ending: str, tmp_path: Path) -> None:
+    make_webdataset(tmp_path, ending=ending)
+    batches = epochs_of(streamed(tmp_path), (0,))
+    assert sum(len(batch[1]) for batch in batches) == 12
+
+
+def test_a_stream_without_images_says_that_it_has_none(tmp_path: Path) -> None:
+    make_webdataset(tmp_path, ending="heic")
+    message = message_of(InputError, list, streamed(tmp_path))
+    assert "worker 0 of rank 0 found no image in its shards" in message
+    assert "--num-workers" not in message
+
+
 def test_streams_refuse_repeats_and_too_few_images(tmp_path: Path) -> None:
     make_webdataset(tmp_path)
     assert "--no-repeated-aug" in message_of(InputError, streamed, tmp_path, repeats=3)

@@ -335,3 +335,41 @@ def test_names_are_those_of_the_images_shown(
     assert all(
         name in told for name in datasets.open_images("IMNET", str(folder), train=False).class_names
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("", "trained"),
+        ("--data-path other", "other"),
+        ("--data-set DIGITS", None),
+    ],
+)
+def test_the_images_are_those_of_the_checkpoint_unless_others_are_named(
+    words: str, shown: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("trained", "other"):
+        make_image_folder(tmp_path / name, per_class=1)
+    saved = {"data_set": None, "data_path": "trained", "inat_category": "name", "nb_classes": None}
+    checkpoint = write_checkpoint(tmp_path / "checkpoint.pth", args=saved)
+    paths = list[str | None]()
+    open_images = datasets.open_images
+
+    def spy(name: str, path: str, **more: Any) -> Any:
+        paths.append(path if name == "IMNET" else None)
+        return open_images(name, path, **more)
+
+    monkeypatch.setattr(datasets, "open_images", spy)
+    words = f"--resume {checkpoint} --count 1 --device cpu {words}"
+    assert run(tmp_path, *words.split()) == 0
+    assert paths == [shown]
+
+
+def test_a_saved_data_set_of_another_kind_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("data_path", 3), ("nb_classes", "x"), ("inat_category", "colour")):
+        checkpoint = write_checkpoint(tmp_path / "checkpoint.pth", args={name: value})
+        assert run(tmp_path, "--resume", str(checkpoint)) == 2
+        assert f"--{name.replace('_', '-')} {value!r}: no value" in capsys.readouterr().err

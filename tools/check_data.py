@@ -120,6 +120,8 @@ def open_halves(args: argparse.Namespace) -> dict[str, Images]:
                 "it skips"
             )
         halves[half] = images
+        if images.note:
+            print(f"{half} images: {images.note}")
     datasets.check_same_classes(halves["training"].class_names, halves["validation"].class_names)
     return halves
 

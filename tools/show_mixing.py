@@ -1,8 +1,7 @@
 """Draws a few mixed validation images: source, score, regions, mixed image and label share.
 
     python -m tools.show_mixing --model deit_tiny_patch16_224 --data-set DIGITS --output mixed.png
-    python -m tools.show_mixing --resume output/checkpoint.pth --data-path /imagenet \\
-        --output mixed.png
+    python -m tools.show_mixing --resume output/checkpoint.pth --output mixed.png
     python -m tools.show_mixing --mixer all --attentive-teacher resnet50=resnet50.pth \\
         --output all.png
 
@@ -27,6 +26,7 @@ from config.mixing_checks import check_mixing_values, mixing_conflicts
 from config.mixing_flags import add_method_flags
 from config.parser import Parser
 from config.second_networks import build_feature_map
+from config.value_checks import check_values
 from errors import InputError, as_pair, run_command
 from mixers import registry
 from mixers.interface import MixedBatch, Mixer, MixerContext, StepRandom
@@ -44,9 +44,10 @@ from run.pictures import (
     side_by_side,
     spread_samples,
 )
-from storage.checkpoints import load_checkpoint
+from storage.checkpoints import CheckpointReader, ReadCheckpoint, load_checkpoint
 from training import precision
 
+DATA_FLAGS = ("data_set", "data_path", "inat_category", "nb_classes")
 METHODS = tuple(name for name in registry.METHODS if name != "none")
 # Values of the flags that this command does not have: every image is mixed, by the method alone.
 FIXED_FLAGS = {
@@ -71,9 +72,17 @@ def get_args_parser() -> Parser:
         "--weights", default="", help="weights for --model, this project's or others'"
     )
     parser.add_argument(
-        "--data-set", help="as for main.py; default: IMNET where --data-path is given, else DIGITS"
+        "--data-set",
+        help="as for main.py; default: that of --resume, or IMNET where --data-path is given, else "
+        "DIGITS",
     )
-    parser.add_argument("--data-path", default="", help="folder of the data set")
+    parser.add_argument(
+        "--data-path", default="", help="folder of the data set; default: that of --resume"
+    )
+    parser.add_argument(
+        "--inat-category", choices=datasets.INAT_CATEGORIES, help="as for main.py and --data-set"
+    )
+    parser.add_argument("--nb-classes", type=int, help="as for main.py and --data-set")
     parser.add_argument(
         "--input-size", type=int, nargs="+", metavar="SIDE", help="one side, or height and width"
     )
@@ -91,14 +100,38 @@ def get_args_parser() -> Parser:
 
 
 def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked and with its defaults filled in.
+    """The command line, checked and with its defaults filled in, but for the data of `--resume`.
 
     Raises:
         InputError: a value is invalid, or flags contradict each other.
     """
     args = get_args_parser().parse_args(argv)
     check_mixing_values(vars(args))
+    check_values(vars(args), positive=("nb_classes",))
+    check_flags(args)
+    args.model = args.model or "deit_tiny_patch16_224"
+    if not args.resume:
+        fill_in_data(args, {})
+    return args
+
+
+def fill_in_data(args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
+    """Sets the data flags that are not given to those of the checkpoint, as `--eval` does.
+
+    Raises:
+        InputError: a flag in the checkpoint has a value that it cannot have.
+    """
+    saved = checkpoint.get("args")
+    if isinstance(saved, dict):
+        for name in DATA_FLAGS:
+            setattr(args, name, getattr(args, name) or saved.get(name) or getattr(args, name))
+    get_args_parser().check_kinds(args)
     args.data_set = args.data_set or ("IMNET" if args.data_path else "DIGITS")
+    args.inat_category = args.inat_category or "name"
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises InputError if flags of the command line contradict each other."""
     given = [
         name for name in ("model", "weights", "input_size", "patch_size") if getattr(args, name)
     ]
@@ -132,13 +165,13 @@ def read_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for broken, message in rules:
         if broken:
             raise InputError(message)
-    args.model = args.model or "deit_tiny_patch16_224"
-    return args
 
 
-def restore(path: str, ema: bool) -> tuple[ImageModel, ImageSpec]:
+def restore(
+    path: str, ema: bool, read: ReadCheckpoint = load_checkpoint
+) -> tuple[ImageModel, ImageSpec]:
     """The model of one of main.py's checkpoints, and its size, crop and normalisation of images."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = read(path)
     model = restore_model(checkpoint, ema)
     try:
         return model, ImageSpec.from_plain(checkpoint["data"]["image_spec"])
@@ -206,11 +239,21 @@ def format_pairs(pairs: Sequence[Pair]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    read = CheckpointReader()
     args = read_args(argv)
+    if args.resume:
+        fill_in_data(args, read(args.resume))
     device = torch.device(utils.pick_device(args.device))
-    images = datasets.open_images(args.data_set, args.data_path, train=False)
+    images = datasets.open_images(
+        args.data_set,
+        args.data_path,
+        train=False,
+        inat_category=args.inat_category,
+        num_classes=args.nb_classes,
+    )
     names = images.class_names
-    model, spec = restore(args.resume, args.ema) if args.resume else build(args, len(names))
+    model, spec = restore(args.resume, args.ema, read) if args.resume else build(args, len(names))
+    read.forget()
     mixers = make_mixers(args, model, spec, len(names), device)
 
     samples = eval_samples(images, build_eval_transform(spec))

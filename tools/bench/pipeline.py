@@ -21,13 +21,14 @@ from unittest.mock import patch
 
 import torch
 from timm.data import create_transform
-from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
+from torchvision.datasets.folder import pil_loader
 
 import utils
 from errors import InputError
 from pipeline import images as pipeline_images
 from pipeline.erasing import Erasing
-from pipeline.images import Decode, Images, decode_pillow, decode_simplejpeg, read_files
+from pipeline.images import Decode, Images, decode_simplejpeg, read_files
+from pipeline.pillow import ENDINGS, decode_pillow
 from pipeline.samples import Batch, TrainSamples
 from pipeline.spec import AUGMENTERS, Augment, ImageSpec
 from pipeline.transforms import FinishBatch, build_train_transform, guard_posterize
@@ -79,9 +80,7 @@ def find_files(data_path: str) -> list[str]:
         data_path = str(
             make_image_folder(folder, per_class=12, splits=("train",), size=GENERATED_SIZE)
         )
-    names = (
-        path for path in sorted(Path(data_path).rglob("*")) if path.suffix.lower() in IMG_EXTENSIONS
-    )
+    names = (path for path in sorted(Path(data_path).rglob("*")) if path.suffix.lower() in ENDINGS)
     files = [str(path) for path in itertools.islice(names, MAX_FILES)]
     if not files:
         raise InputError(f"--data-path {data_path}: holds no image")

@@ -11,7 +11,8 @@ from typing import Any
 from torchvision.datasets.folder import pil_loader
 
 from pipeline import images
-from pipeline.images import decode_pillow, decode_simplejpeg
+from pipeline.images import decode_simplejpeg
+from pipeline.pillow import decode_pillow
 from pipeline.spec import ImageSpec
 from tools.bench import pipeline
 from tools.bench.pipeline import Inputs
