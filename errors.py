@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's variable: where a rank describes its error
+STOPPED = 128 + 2  # exit code of a command that Ctrl-C ends, as shells give it
 NO_READER = 128 + 13  # exit code of a command that SIGPIPE ends, as shells give it
 
 
@@ -65,6 +66,9 @@ def run_command(command: Callable[[], None]) -> int:
         except StopRun as error:
             _report(error)
             return error.exit_code
+        except KeyboardInterrupt:
+            _report(StopRun("stopped by SIGINT"))
+            return STOPPED
         except OSError:
             if (lost := _lost_output("\n")) is None:
                 raise
