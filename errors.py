@@ -7,6 +7,7 @@ start at once.
 from __future__ import annotations
 
 import faulthandler
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's variable: where a rank describes its error
+STOPPED = 128 + 2  # exit code of a command that Ctrl-C ends, as shells give it
 NO_READER = 128 + 13  # exit code of a command that SIGPIPE ends, as shells give it
 
 
@@ -54,7 +56,7 @@ def run_command(command: Callable[[], None]) -> int:
 
     A command whose output nobody reads any more (`| head`) ends without a message.
     """
-    _open_missing_streams()
+    _prepare_streams()
 
     def guarded() -> int:
         try:
@@ -64,6 +66,9 @@ def run_command(command: Callable[[], None]) -> int:
         except StopRun as error:
             _report(error)
             return error.exit_code
+        except KeyboardInterrupt:
+            _report(StopRun("stopped by SIGINT"))
+            return STOPPED
         except OSError:
             if (lost := _lost_output("\n")) is None:
                 raise
@@ -109,7 +114,7 @@ def show(text: str, stream: str = "stdout") -> None:
     For what a run prints: a closed terminal or a full disk behind it must not end the run.
     """
     with dropping(stream):
-        print(text, file=getattr(sys, stream), flush=True)
+        print(printable(text), file=getattr(sys, stream), flush=True)
 
 
 @contextmanager
@@ -138,11 +143,14 @@ def _drop(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-def _open_missing_streams() -> None:
-    """Gives a process that was started without stdout or stderr (`2>&-`) one that drops all."""
+def _prepare_streams() -> None:
+    """Makes stdout and stderr take any text, also in a process that has none (`2>&-`)."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -173,6 +181,21 @@ def close_processes() -> None:
 def flag_name(name: str) -> str:
     """`batch_size` -> `--batch-size`."""
     return "--" + name.replace("_", "-")
+
+
+def printable(text: str, keep: str = "\n") -> str:
+    """`text` with control characters, and bytes of names that are not UTF-8, as escapes.
+
+    Names of files and classes may hold sequences that command a terminal.
+
+    Args:
+        keep: the control characters that stay.
+    """
+    return re.sub(
+        "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+        lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(),
+        text,
+    )
 
 
 def as_written(name: str, value: Any) -> str:

@@ -26,7 +26,7 @@ from config.checks import check_args
 from config.flags import get_args_parser
 from config.parser import explicit_flags
 from config.resolve import Flags, left_out, model_config, resolve
-from errors import StopRun, is_lost_peer, run_command
+from errors import STOPPED, StopRun, is_lost_peer, run_command
 from mixers.interface import NoMixing, StepRandom
 from models.build import build_model, list_models, use_float32_attention
 from models.weights import load_foreign, restore_model
@@ -339,8 +339,9 @@ def record_failure(
         InputError: the file cannot be written.
     """
     text = error.text if isinstance(error, StopRun) else str(error)
+    other_code = STOPPED if isinstance(error, KeyboardInterrupt) else 1
     cause = {
-        "exit_code": error.exit_code if isinstance(error, StopRun) else 1,
+        "exit_code": error.exit_code if isinstance(error, StopRun) else other_code,
         "error": (text or type(error).__name__).splitlines()[0],
     }
     if folder is not None:

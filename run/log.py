@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from errors import InputError, StopRun, dropping, show
+from errors import InputError, StopRun, dropping, printable, show
 from storage.files import refused, write_atomically
 from storage.plain_data import to_json, to_plain
 from utils import Processes
@@ -74,7 +74,7 @@ class RunLog:
         """Prints `text` to stdout (above the progress bar) and appends it to `train.log`."""
         if not self._active:
             return
-        self._has_printed = True
+        self._has_printed, text = True, printable(text)
         if self._bar is not None:
             with dropping("stdout"):
                 self._bar.write(text, file=sys.stdout)
@@ -86,12 +86,14 @@ class RunLog:
     def _append_with_time(self, text: str) -> None:
         """Appends `text` to `train.log`, each line with the time."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._append("train.log", "".join(f"{now} {line}\n" for line in text.splitlines()))
+        lines = printable(text).splitlines()
+        self._append("train.log", "".join(f"{now} {line}\n" for line in lines))
 
     def table(self, rows: list[tuple[str, str]]) -> None:
         """Prints the rows as two aligned columns."""
         width = max((len(name) for name, _ in rows), default=0)
-        self.say("\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows))
+        lines = (f"{name:<{width}}  {printable(value, keep='')}".rstrip() for name, value in rows)
+        self.say("\n".join(lines))
 
     # ---- progress
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset, IterableDataset
 
+from errors import printable
 from mixers.interface import MixedBatch, Regions
 from pipeline.spec import ImageSpec
 from pipeline.transforms import denormalise
@@ -81,7 +82,7 @@ def describe_pairs(
         class_names: one per label.
         grid_size: the token grid (rows, columns), the unit of `batch.regions`.
     """
-    names = [class_names[label] for label in labels.tolist()]
+    names = [printable(class_names[label], keep="") for label in labels.tolist()]
     regions: list[str | None] = [None] * len(names)
     if batch.regions is not None:
         tokens = "of {} x {} tokens".format(*grid_size)

@@ -102,18 +102,18 @@ def is_own_checkpoint(checkpoint: dict[str, Any]) -> bool:
 
 
 def find(
-    output_dir: str, given: str, automatic: bool, read: ReadCheckpoint = load_checkpoint
+    output_dir: str, given: str, automatic: bool, read_file: ReadCheckpoint = load_checkpoint
 ) -> tuple[str, list[str]]:
     """Chooses the checkpoint from which a run is resumed.
 
     Args:
         output_dir: `--output-dir`.
         given: `--resume`.
-        automatic: `--auto-resume`: choose the newest undamaged checkpoint in the output folder.
+        automatic: `--auto-resume`: choose the newest whole checkpoint in the output folder.
 
     Returns:
         The path, or "" for a new run, and warnings about checkpoints that are not used: newer ones
-        that are damaged, and `given`.
+        that are damaged or lack a part, and `given`.
 
     Raises:
         InputError: the output folder holds another run, or only damaged checkpoints. They are
@@ -132,8 +132,7 @@ def find(
     warnings: list[str] = []
     for path in paths:
         try:
-            checkpoint = read(path)
-            _check_finite({name: checkpoint.get(name) or {} for name in ("model", "ema")})
+            read(str(path), read_file)
             if given and Path(given).resolve() != path.resolve():
                 warnings.append(
                     f"--auto-resume resumes from {path}; --resume {given} is used only if "

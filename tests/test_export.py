@@ -28,7 +28,7 @@ from tools import export
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = (24, 40)
-NAMES = ["ant", "bee", "wasp, or häst"]
+NAMES = ["ant", "bee", "wasp, or häst\udcff"]  # the last is not UTF-8
 
 
 def write_checkpoint(path: Path, name: str = "vit_nano_patch4_32", **changes: Any) -> Path:

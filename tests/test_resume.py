@@ -182,6 +182,21 @@ def test_a_command_with_a_given_checkpoint_can_be_repeated(
     assert "nothing left to do" in done.out
 
 
+@pytest.mark.parametrize("part", ["optimizer", "model_config", "ema"])
+def test_auto_resume_passes_over_a_newest_checkpoint_that_lacks_a_part(
+    part: str, finished: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))  # the names are files of their own
+    newest = run_state.candidates(folder)[0]
+    checkpoint = torch.load(newest, weights_only=True)
+    del checkpoint[part]
+    torch.save(checkpoint, newest)
+    path, (warning,) = run_state.find(str(folder), "", True)
+    assert path == str(folder / "checkpoint.pth")
+    assert warning.startswith("skipped: ")
+    assert str(newest) in warning
+
+
 def test_weights_that_are_not_finite_are_refused_wherever_they_are_named(
     photos: Path, finished: Path, tmp_path: Path
 ) -> None:

@@ -180,6 +180,20 @@ def test_a_folder_that_is_renamed_during_a_run_ends_it_with_cause_and_status(
     assert (status["state"], status["exit_code"]) == ("failed", 2)
 
 
+def test_ctrl_c_before_training_ends_with_one_line_and_a_status(
+    photos: Path, tmp_path: Path
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with patch("config.build.make_model", interrupt):
+        ended = run_small("--data-path", photos, "--output-dir", tmp_path)
+    assert (ended.code, ended.err) == (130, "error: stopped by SIGINT\n")
+    status = read_status(tmp_path)
+    assert (status["state"], status["exit_code"]) == ("failed", 130)
+    assert status["error"] == "KeyboardInterrupt"
+
+
 @contextmanager
 def meeting(trouble: str) -> Iterator[None]:
     def meet(training: engine.Training, step: int) -> None:

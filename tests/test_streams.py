@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from errors import InputError, run_command
+from mixers.interface import MixedBatch
 from run.log import RunLog
+from run.pictures import describe_pairs
 from tests.runs import ROOT
 from utils import Processes
 
@@ -80,6 +84,39 @@ def test_another_broken_pipe_is_still_an_error() -> None:
     code, said = end_of("other pipe", "> /dev/null")
     assert code == 1
     assert "BrokenPipeError" in said
+
+
+HOSTILE = "a\x1b]0;owned\x07\u202e\udcff"  # a command to the terminal, and no UTF-8
+HARMLESS = r"a\x1b]0;owned\x07\u202e\udcff"
+
+
+def test_names_are_printed_and_logged_with_escapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        suppress(InputError),
+        RunLog(tmp_path, Processes(0, 1, torch.device("cpu")), tensorboard=False) as log,
+    ):
+        log.say(f"{HOSTILE}\nb")
+        log.table([("data", f"{HOSTILE}\nb")])
+        raise InputError(HOSTILE)
+    lines = [HARMLESS, "b", f"data  {HARMLESS}\\nb"]
+    assert capsys.readouterr().out.splitlines() == lines
+    kept = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
+    assert [line[20:] for line in kept] == [*lines, f"error: {HARMLESS}"]
+
+    def command() -> None:
+        print("\udcff")
+        raise InputError(HOSTILE)
+
+    assert run_command(command) == 2
+    assert capsys.readouterr() == ("\\udcff\n", f"error: {HARMLESS}\n")
+
+
+def test_class_names_are_drawn_with_escapes() -> None:
+    batch = MixedBatch(torch.zeros(2, 3, 8, 8), torch.eye(2))
+    (pair,) = describe_pairs(batch, torch.tensor([0, 1]), [HOSTILE, "b\nc"], (2, 2))
+    assert (pair.source, pair.target) == (r"b\nc", HARMLESS)
 
 
 @linux

@@ -115,7 +115,7 @@ def read_plain(path: str, ema: bool) -> Plain:
         "format": "pt",  # other readers of safetensors expect the framework here
         "model": name,
         "num_classes": str(model.num_classes),
-        "class_names": json.dumps(class_names, ensure_ascii=False),
+        "class_names": json.dumps(class_names),
         "image_spec": json.dumps(spec.to_plain()),
         "weights": "averaged" if ema else "trained",
         "commit": str((checkpoint.get("versions") or {}).get("commit", "unknown")),
