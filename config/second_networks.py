@@ -100,7 +100,7 @@ def build_teacher(
     teacher: Any = load_network(config, checkpoint, path, input_size, source)
     if teacher.num_classes != num_classes:
         raise InputError(
-            f"{flag}: predicts {teacher.num_classes} classes, the data has {num_classes}: give a "
+            f"{source}: predicts {teacher.num_classes} classes, the data has {num_classes}: give a "
             "teacher that was trained for these classes in this order"
         )
     run_once(flag, teacher, input_size)

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -83,8 +83,8 @@ def name_parts(bench: Bench, recorder: Recorder) -> Iterator[None]:
 def time_parts(bench: Bench, steps: int, recorder: Recorder) -> dict[str, float]:
     """Mean milliseconds of each of `PARTS` and of the whole `step`, over steps with SMMix."""
     mixer = bench.mixer("smmix")
-    mixer.first = cast(Any, named(recorder, "mixing", mixer.first.__call__))
-    with name_parts(bench, recorder), recorder:
+    mixing = patch.object(mixer.first, "mix", named(recorder, "mixing", mixer.first.mix))
+    with mixing, name_parts(bench, recorder), recorder:
         for _ in range(steps):
             with recorder.during("step"):
                 bench.take_step(mixer)
