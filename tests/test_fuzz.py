@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import main
 from config.checks import check_args
 from config.flags import get_args_parser
 from config.parser import Parser
 from errors import InputError
+from pipeline import images as pipeline_images
 from run import log, state
 from storage.checkpoints import load_checkpoint
 from tests import fuzz, junk
@@ -65,7 +65,7 @@ def test_cases_end_well_or_with_a_message(area: str, world: fuzz.World) -> None:
 # for it.
 PLANTED: dict[str, tuple[Any, str]] = {
     "checkpoint": (state, "keep_total_batch"),
-    "image": (Image, "open"),
+    "image": (pipeline_images, "read_files"),
     "flags": (fuzz, "build_train_transform"),
     "saved flags": (main, "check_args"),
     "run folder": (log, "_epoch_of"),

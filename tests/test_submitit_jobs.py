@@ -62,6 +62,9 @@ STUB_ERRORS = """
 def run_command(command):
     command()
     return 0
+
+def show(text):
+    print(text, flush=True)
 """
 SRUN = """#!/bin/sh
 while [ "${1#--}" != "$1" ]; do case $1 in --unbuffered) shift ;; *) shift 2 ;; esac; done
